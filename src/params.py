@@ -1,0 +1,332 @@
+"""Every setting of a run, as frozen dataclasses, and the checks on them.
+
+Standard library only: this file knows fields, units and limits, and nothing of torch, the
+environment or the command line. The string under each field is its help text on the command line.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message lists every problem found, one a line."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("the configuration cannot work:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the model. Everything here decides what a checkpoint holds."""
+
+    n_vocab: int = 50_257
+    """Tokens in the vocabulary; r50k_base has 50,257."""
+    n_ctx: int = 2_048
+    """Longest sequence the model sees, in tokens."""
+    n_embd: int = 1_024
+    """Width: the size of a token's vector between blocks."""
+    n_head: int = 16
+    """Attention heads; n_embd / n_head is the head dimension, which must be even."""
+    n_layer: int = 16
+    """Transformer blocks."""
+    ffn_mult: int = 4
+    """Hidden size of the feed-forward network, in multiples of n_embd."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position frequencies."""
+    residual_dropout: float = 0.1
+    """Dropout after attention, on the way into the residual stream."""
+    ffn_dropout: float = 0.15
+    """Dropout after the activation of the feed-forward network."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def ffn_hidden(self) -> int:
+        return self.n_embd * self.ffn_mult
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "model", "n_vocab n_ctx n_embd n_head n_layer ffn_mult norm_eps rope_theta")
+        if not found and self.n_embd % self.n_head:
+            heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % (2 * h) == 0]
+            near = sorted(heads, key=lambda h: abs(h - self.n_head))[:4]
+            found.append(
+                f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
+                f"for this width, n_head can be {_either(near)}"
+            )
+        elif not found and self.head_dim % 2:
+            found.append(
+                f"the head dimension, model.n_embd / model.n_head = {self.n_embd} / {self.n_head} = {self.head_dim}, "
+                "is odd; RoPE rotates pairs, so choose n_embd and n_head with an even quotient"
+            )
+        for name in ("residual_dropout", "ffn_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                found.append(f"model.{name} = {getattr(self, name)} must be at least 0 and below 1")
+        return found
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens to train on."""
+
+    dir: str = "pydocs"
+    """Dataset folder made by src.data_processing.data_downloader; a bare name means temp_data/datasets/NAME."""
+
+    def problems(self) -> list[str]:
+        return [] if self.dir else ["data.dir is empty; name a dataset folder"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule: linear warm-up, then cosine."""
+
+    max_lr: float = 2.1e-3
+    """Learning rate at the end of warm-up."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at max_lr times this."""
+    warmup_ratio: float = 0.0119
+    """Share of all tokens over which the learning rate rises linearly."""
+    warmup_steps: int | None = None
+    """Warm-up in steps; None derives it from warmup_ratio."""
+    beta1: float = 0.9
+    """Decay of the running mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the running mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the denominator of AdamW's update."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices and the embedding; biases and norm gains have none."""
+    clip_grad_norm: float = 1.0
+    """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "optim", "max_lr eps clip_grad_norm")
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                found.append(f"optim.{name} = {getattr(self, name)} must be between 0 and 1")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                found.append(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
+        if not self.weight_decay >= 0.0:
+            found.append(f"optim.weight_decay = {self.weight_decay} must not be negative")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            found.append(f"optim.warmup_steps = {self.warmup_steps} must not be negative")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, and on what."""
+
+    total_tokens: int = 10_000_000_000
+    """Tokens to train on; the number of steps follows from it and batch_tokens."""
+    total_steps: int | None = None
+    """Optimizer steps; None derives them from total_tokens."""
+    batch_tokens: int = 524_288
+    """Tokens in one optimizer step, over all processes and accumulation steps."""
+    micro_batch_size: int = 16
+    """Sequences in one forward pass of one process; gradient accumulation follows from it."""
+    seed: int = 42
+    """Seeds initial weights, dropout and data order."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """bf16 autocast or float32; auto takes bf16 where the hardware is good at it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto compiles on CUDA only."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes CUDA, else MPS, else the CPU."""
+    log_every_steps: int = 50
+    """Steps between training lines in metrics.jsonl and on the console."""
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "train", "total_tokens batch_tokens micro_batch_size log_every_steps")
+        if self.total_steps is not None and self.total_steps < 1:
+            found.append(f"train.total_steps = {self.total_steps} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"train.seed = {self.seed} must be between 0 and 2^63 - 1")
+        for name, allowed in (
+            ("precision", ("auto", "bf16", "float32")),
+            ("compile", ("auto", "on", "off")),
+            ("device", ("auto", "cpu", "cuda", "mps")),
+        ):
+            if getattr(self, name) not in allowed:
+                found.append(f"train.{name} = {getattr(self, name)!r} must be {_either(allowed)}")
+        return found
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured while training. Everything also runs before the first and after the last step."""
+
+    val_every_steps: int = 100
+    """Steps between validations."""
+    val_tokens: int = 7_864_320
+    """Validation tokens, the same ones every time; fewer where shard 0 holds fewer."""
+    hellaswag_every_steps: int = 500
+    """Steps between multiple-choice evaluations."""
+    hellaswag_data: str = "auto"
+    """A HellaSwag .jsonl or .jsonl.gz; 'auto' fetches it, 'held-out' makes items from validation documents."""
+    hellaswag_items: int = 10_042
+    """How many items to evaluate, from the first; 0 turns the evaluation off."""
+    sample_every_steps: int = 500
+    """Steps between samples."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts to continue; none turns sampling off."""
+    samples_per_prompt: int = 4
+    """Continuations of each prompt."""
+    sample_tokens: int = 20
+    """New tokens in each continuation."""
+
+    def problems(self) -> list[str]:
+        names = "val_every_steps val_tokens hellaswag_every_steps sample_every_steps samples_per_prompt sample_tokens"
+        found = _not_positive(self, "eval", names)
+        if self.hellaswag_items < 0:
+            found.append(f"eval.hellaswag_items = {self.hellaswag_items} must not be negative; 0 turns it off")
+        if not self.hellaswag_data:
+            found.append("eval.hellaswag_data is empty; give a file, 'auto' or 'held-out'")
+        return found
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep. The last step is always saved."""
+
+    every_steps: int = 500
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; at least 2, so that a damaged one has a predecessor."""
+    keep_every_steps: int = 0
+    """Also keep every checkpoint whose step is a multiple of this; 0 keeps none besides."""
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "checkpoint", "every_steps")
+        if self.keep_last < 2:
+            found.append(f"checkpoint.keep_last = {self.keep_last} must be at least 2")
+        if self.keep_every_steps < 0:
+            found.append(f"checkpoint.keep_every_steps = {self.keep_every_steps} must not be negative")
+        return found
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. Raises ConfigError with every problem at once."""
+
+    run_name: str = "run"
+    """Folder of the run under temp_data/runs/."""
+    resume: str = "auto"
+    """auto: go on from the newest good checkpoint; never: start anew, setting an old run aside; or a step."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        groups = (self.model, self.data, self.optim, self.train, self.eval, self.checkpoint)
+        found = [problem for group in groups for problem in group.problems()]
+        if not self.run_name or self.run_name in (".", "..") or set(self.run_name) & set("/\\\0"):
+            found.append(f"run_name = {self.run_name!r} must be a plain folder name")
+        if self.resume not in ("auto", "never") and not self.resume.isdecimal():
+            found.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
+        if not found and self.train.batch_tokens % self.model.n_ctx:
+            multiple = max(1, round(self.train.batch_tokens / self.model.n_ctx)) * self.model.n_ctx
+            found.append(
+                f"train.batch_tokens = {self.train.batch_tokens} is not a multiple of model.n_ctx = "
+                f"{self.model.n_ctx}; the nearest that is: {multiple}"
+            )
+        if not found and self.total_steps < 1:
+            found.append(
+                f"train.total_tokens = {self.train.total_tokens} is less than one step of "
+                f"train.batch_tokens = {self.train.batch_tokens}"
+            )
+        if not found and self.warmup_steps >= self.total_steps and self.optim.warmup_steps is not None:
+            found.append(
+                f"optim.warmup_steps = {self.warmup_steps} must be below the {self.total_steps} steps of the run"
+            )
+        if found:
+            raise ConfigError(found)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.train.total_steps is not None:
+            return self.train.total_steps
+        return self.train.total_tokens // self.train.batch_tokens
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        if self.optim.warmup_steps is not None:
+            return self.optim.warmup_steps
+        if self.train.total_steps is not None:
+            return int(self.optim.warmup_ratio * self.train.total_steps)
+        return int(self.optim.warmup_ratio * self.train.total_tokens / self.train.batch_tokens)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in one optimizer step, over all processes."""
+        return self.train.batch_tokens // self.model.n_ctx
+
+    def grad_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches each of `world_size` processes adds up for one step; raises ConfigError if it isn't whole."""
+        sequences, micro = self.batch_size, self.train.micro_batch_size
+        if sequences % (micro * world_size) == 0:
+            return sequences // (micro * world_size)
+        what = (
+            f"train.batch_tokens = {self.train.batch_tokens} is {sequences} sequences of {self.model.n_ctx} tokens, "
+            f"which {world_size} process(es) with train.micro_batch_size = {micro} cannot share evenly"
+        )
+        if sequences % world_size == 0:
+            share = sequences // world_size
+            sizes = [size for size in range(1, share + 1) if share % size == 0]
+            remedy = f"with {world_size} process(es), micro_batch_size can be {_either(sizes)}"
+        else:
+            counts = [n for n in range(1, 2 * world_size) if sequences % (micro * n) == 0]
+            step_tokens = world_size * micro * self.model.n_ctx
+            nearest = max(1, round(self.train.batch_tokens / step_tokens)) * step_tokens
+            remedy = f"use train.batch_tokens = {nearest}"
+            if counts:
+                remedy += f", or {_either(counts)} process(es)"
+        raise ConfigError([f"{what}; {remedy}"])
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain data, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(data: dict[str, Any]) -> Config:
+    """The Config that `to_dict` made `data` from, read back from JSON; raises ConfigError on unknown fields."""
+    groups = {f.name: f.default_factory for f in dataclasses.fields(Config) if callable(f.default_factory)}
+    unknown = [name for name in data if name not in {f.name for f in dataclasses.fields(Config)}]
+    values: dict[str, Any] = {name: value for name, value in data.items() if name not in groups}
+    for name, group in groups.items():
+        given = dict(data.get(name, {}))
+        known = {f.name for f in dataclasses.fields(group)}
+        unknown += [f"{name}.{key}" for key in given if key not in known]
+        if "sample_prompts" in given:  # JSON has no tuples
+            given["sample_prompts"] = tuple(given["sample_prompts"])
+        values[name] = group(**{key: value for key, value in given.items() if key in known})
+    if unknown:
+        raise ConfigError([f"{name} is not a field of the configuration" for name in unknown])
+    return Config(**values)
+
+
+def _not_positive(group: Any, prefix: str, names: str) -> list[str]:
+    return [
+        f"{prefix}.{name} = {getattr(group, name)} must be above 0"
+        for name in names.split()
+        if not getattr(group, name) > 0
+    ]
+
+
+def _either(values: Any) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
