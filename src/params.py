@@ -5,7 +5,7 @@ environment or the command line. The string under each field is its help text on
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
 
@@ -304,7 +304,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(data: dict[str, Any]) -> Config:
     """The Config that `to_dict` made `data` from, read back from JSON; raises ConfigError on unknown fields."""
-    groups = {f.name: f.default_factory for f in dataclasses.fields(Config) if callable(f.default_factory)}
+    groups: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.default is MISSING}
     unknown = [name for name in data if name not in {f.name for f in dataclasses.fields(Config)}]
     values: dict[str, Any] = {name: value for name, value in data.items() if name not in groups}
     for name, group in groups.items():

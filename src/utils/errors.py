@@ -10,6 +10,7 @@ EXIT_NON_FINITE = 3
 EXIT_STORAGE = 4
 EXIT_BUSY = 5
 EXIT_STOPPED = 143
+EXIT_INTERRUPTED = 130  # Ctrl-C in a command that has nothing to save
 
 
 class UserError(ValueError):
@@ -36,17 +37,38 @@ class BusyError(RuntimeError):
     exit_code = EXIT_BUSY
 
 
+class PeerError(RuntimeError):
+    """The main process failed and says why itself; the others end as it does, in silence where it is foreseen."""
+
+    def __init__(self, message: str, exit_code: int | None) -> None:
+        super().__init__(f"the main process failed: {message}")
+        self.exit_code = exit_code
+
+
 def exit_with(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits with its code; an error that carries an `exit_code` is printed without a traceback."""
+    code: int | None = 1
     try:
         code = main() or EXIT_DONE
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+        print("interrupted", file=sys.stderr)
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
+            _leave_exit_code(1)
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        code = 130
-        print("interrupted", file=sys.stderr)
+        if not isinstance(error, PeerError):
+            rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+            print(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}", file=sys.stderr)
     sys.stdout.flush()
+    _leave_exit_code(code)
     sys.exit(code)
+
+
+def _leave_exit_code(code: int) -> None:
+    """For the launcher: torchrun answers with 1 whatever its processes said. The first of them to end counts."""
+    path = os.environ.get("EXIT_CODE_FILE")
+    if path and os.path.exists(path) and os.path.getsize(path) == 0:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(str(code))

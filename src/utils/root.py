@@ -1,10 +1,13 @@
 """Where the repository and its data lie, whatever folder a command is started from."""
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-DATASETS = ROOT / "temp_data" / "datasets"
-RUNS = ROOT / "temp_data" / "runs"
+# Data and runs can live on a larger disk than the code.
+TEMP_DATA = Path(os.environ.get("TEMP_DATA_DIR") or ROOT / "temp_data").absolute()
+DATASETS = TEMP_DATA / "datasets"
+RUNS = TEMP_DATA / "runs"
 
 
 def dataset_dir(name: str) -> Path:

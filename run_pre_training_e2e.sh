@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# The whole pipeline: environment -> data -> train (with validation, HellaSwag, samples and
+# checkpoints) -> a sample from the saved model -> report. Start it again to go on where it stopped.
+#
+#   ./run_pre_training_e2e.sh [overrides for pretrain.py, such as --train.micro-batch-size 8]
+#
+# Variables, with their defaults:
+#   PRESET=lf_llm_269m    debug, laptop or lf_llm_269m; DEBUG_MODE=True means PRESET=debug
+#   RUN_NAME=$PRESET      folder of the run under temp_data/runs
+#   DATA_SOURCE           pydocs, files or fineweb-edu; by preset
+#   DATA_PATH             for files: a file, folder or glob, or several, one a line
+#   DATA_DIR              name or path of the dataset folder; by source
+#   NPROC                 processes on this machine; the number of its GPUs, or 1
+#   NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500     for several machines
+#   PYTHON                the interpreter to start from
+#   TEMP_DATA_DIR         where datasets and runs go instead of temp_data/
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+case "${1:-}" in
+    -h | --help)
+        sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+        echo "For the overrides: python pretrain.py PRESET --help"
+        exit 0
+        ;;
+esac
+case "${DEBUG_MODE:-}" in
+    [Tt]rue | TRUE | 1) PRESET=debug ;;
+    [Ff]alse | FALSE | 0 | '') PRESET=${PRESET:-lf_llm_269m} ;;
+    *)
+        echo "error: DEBUG_MODE is '$DEBUG_MODE'; use True or False" >&2
+        exit 2
+        ;;
+esac
+case "$PRESET" in
+    debug) DATA_SOURCE=${DATA_SOURCE:-pydocs} ;;
+    laptop) DATA_SOURCE=${DATA_SOURCE:-files} ;;
+    *) DATA_SOURCE=${DATA_SOURCE:-fineweb-edu} ;;
+esac
+case "$DATA_SOURCE" in
+    pydocs) DATA_DIR=${DATA_DIR:-pydocs} ;;
+    files) DATA_DIR=${DATA_DIR:-my_text} ;;
+    *) DATA_DIR=${DATA_DIR:-fineweb-edu-sample-10BT} ;;
+esac
+RUN_NAME=${RUN_NAME:-$PRESET}
+
+# Overrides win over the variables, and the stages around training must know them.
+prepare_data=yes
+previous=
+for argument in "$@"; do
+    case "$previous" in --run-name | --run_name) RUN_NAME=$argument ;; esac
+    case "$argument" in
+        --run-name=* | --run_name=*) RUN_NAME=${argument#*=} ;;
+        --data.dir | --data.dir=*) prepare_data=no ;;
+    esac
+    previous=$argument
+done
+RUN_DIR="${TEMP_DATA_DIR:-$ROOT/temp_data}/runs/$RUN_NAME"
+case "$RUN_DIR" in /*) ;; *) RUN_DIR="$PWD/$RUN_DIR" ;; esac
+
+stage() { printf '\n== %s\n' "$*" >&2; }
+
+module() { # a module of ours; the folder it runs in must not hold another package named src
+    (cd "$ROOT" && "$PYTHON" -m "$@")
+}
+
+absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac; }
+
+stage "1/5 environment"
+# shellcheck source=src/utils/environment.sh
+. "$ROOT/src/utils/environment.sh"
+choose_python requirements.txt
+if [ -n "${TEMP_DATA_DIR:-}" ]; then
+    TEMP_DATA_DIR=$(absolute "$TEMP_DATA_DIR")
+    export TEMP_DATA_DIR
+fi
+
+if [ "$prepare_data" = yes ]; then
+    stage "2/5 data: $DATA_SOURCE -> $DATA_DIR"
+    case "$DATA_DIR" in */*) DATA_DIR=$(absolute "$DATA_DIR") ;; esac
+    paths=()
+    while IFS= read -r path; do
+        [ -z "$path" ] || paths+=("$(absolute "$path")")
+    done <<<"${DATA_PATH:-}"
+    if [ ${#paths[@]} -gt 0 ]; then
+        module src.data_processing.data_downloader --source "$DATA_SOURCE" --out "$DATA_DIR" --path "${paths[@]}"
+    else
+        module src.data_processing.data_downloader --source "$DATA_SOURCE" --out "$DATA_DIR"
+    fi
+    set -- --data.dir "$DATA_DIR" "$@"
+else
+    stage "2/5 data: the dataset that --data.dir names, as it is"
+fi
+
+if [ -z "${NPROC:-}" ]; then
+    NPROC=1
+    if command -v nvidia-smi >/dev/null; then
+        NPROC=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    fi
+fi
+NNODES=${NNODES:-1}
+# Processes that share a machine share its cores; torchrun would give each of them one.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / NPROC > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC : 1))}
+
+stage "3/5 train: preset $PRESET, run $RUN_NAME, $NPROC process(es) on $NNODES machine(s)"
+if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ]; then
+    command=("$PYTHON" "$ROOT/pretrain.py" "$PRESET" --run-name "$RUN_NAME" "$@")
+else
+    command=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "${NODE_RANK:-0}"
+        --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}"
+        --nproc-per-node "$NPROC" "$ROOT/pretrain.py" "$PRESET" --run-name "$RUN_NAME" "$@")
+fi
+# torchrun answers every failure with 1; the processes leave their own exit code here.
+EXIT_CODE_FILE=$(mktemp)
+export EXIT_CODE_FILE
+code=0
+"${command[@]}" &
+child=$!
+trap 'kill -TERM "$child" 2>/dev/null' TERM INT
+wait "$child" || code=$?
+while kill -0 "$child" 2>/dev/null; do # the signal ended the wait, not the training
+    code=0
+    wait "$child" || code=$?
+done
+trap - TERM INT
+[ ! -s "$EXIT_CODE_FILE" ] || code=$(cat "$EXIT_CODE_FILE")
+rm -f "$EXIT_CODE_FILE"
+[ "${NODE_RANK:-0}" = 0 ] || exit "$code"
+
+if [ "$code" = 0 ]; then
+    stage "4/5 a text from the saved model"
+    module src.model_assessment.sampling --checkpoint "$RUN_DIR" --max-new-tokens 60 --temperature 0.8 --top-k 50 |
+        sed '$d' # the last line is JSON for programs
+else
+    stage "4/5 a text from the saved model: left out, because training ended with exit code $code"
+fi
+
+if [ -s "$RUN_DIR/metrics.jsonl" ]; then
+    stage "5/5 report"
+    module src.model_assessment.report "$RUN_DIR"
+fi
+exit "$code"

@@ -1,0 +1,128 @@
+"""Everything that is measured while a model trains: what is due at a step, and its records."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.data_processing.shards import Manifest
+from src.data_processing.tokenizer import Tokenizer
+from src.data_processing.training_data_loader import WindowDataset
+from src.model import LLM
+from src.model_assessment import held_out_items, hellaswag, sampling, validation
+from src.params import Config
+
+SEED = 0  # of samples and of held-out items: the same at every step, so that steps can be compared
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line for metrics.jsonl, and the same in words."""
+
+    kind: str
+    values: dict[str, Any]
+    words: str
+
+
+class Assessment:
+    """Validation, multiple choice and samples, on data chosen once. Raises UserError where that data is missing."""
+
+    def __init__(self, config: Config, folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        batch_size = config.train.micro_batch_size
+        self.windows = WindowDataset(folder, manifest.validation, config.model.n_ctx, config.model.n_vocab, batch_size)
+        self.n_windows = min(max(batch_size, config.eval.val_tokens // config.model.n_ctx), self.windows.n_windows)
+        self.unigram_entropy = validation.unigram_entropy(self.windows, self.n_windows)
+        held_out = manifest.validation[0]
+        self.bytes_per_token = held_out.text_bytes / held_out.tokens
+        self.protocol, self.items = self._multiple_choice_items(folder / held_out.file)
+
+    def due(self, step: int) -> list[str]:
+        """The kinds of records to make after `step` steps; all of them before the first and after the last step."""
+        settings = self.config.eval
+        every = {
+            "validation": settings.val_every_steps,
+            "hellaswag": settings.hellaswag_every_steps if self.items else 0,
+            "sample": settings.sample_every_steps if settings.sample_prompts else 0,
+        }
+        last = step == self.config.total_steps
+        return [kind for kind, steps in every.items() if steps and (step % steps == 0 or last)]
+
+    def run(
+        self,
+        kind: str,
+        model: LLM,
+        autocast: AbstractContextManager[Any],
+        rank: int,
+        world_size: int,
+        sum_over_ranks: Callable[[Sequence[float]], Sequence[float]],
+    ) -> list[Record]:
+        """The records of one kind; all processes call it together, with the same model."""
+        with autocast:
+            if kind == "validation":
+                return [self._validation(model, rank, world_size, sum_over_ranks)]
+            if kind == "hellaswag":
+                return [self._multiple_choice(model, rank, world_size, sum_over_ranks)]
+            return self._samples(model) if rank == 0 else []
+
+    def _validation(self, model: LLM, rank: int, world_size: int, sum_over_ranks: Callable) -> Record:
+        result = validation.validate(
+            model,
+            self.windows,
+            n_windows=self.n_windows,
+            batch_size=self.config.train.micro_batch_size,
+            bytes_per_token=self.bytes_per_token,
+            rank=rank,
+            world_size=world_size,
+            sum_over_ranks=sum_over_ranks,
+        )
+        values = {**vars(result), "unigram_entropy": self.unigram_entropy}
+        words = (
+            f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
+            f"{result.bits_per_byte:.3f} bits a byte (unigram entropy {self.unigram_entropy:.4f})"
+        )
+        return Record("validation", values, words)
+
+    def _multiple_choice(self, model: LLM, rank: int, world_size: int, sum_over_ranks: Callable) -> Record:
+        result = hellaswag.evaluate(
+            model,
+            self.items,
+            self.tokenizer.encode,
+            protocol=self.protocol,
+            rank=rank,
+            world_size=world_size,
+            sum_over_ranks=sum_over_ranks,
+        )
+        words = f"{self.protocol}: {result.correct}/{result.total} = {result.acc_norm:.2%} +- {result.stderr:.2%}"
+        return Record("hellaswag", vars(result), words)
+
+    def _samples(self, model: LLM) -> list[Record]:
+        settings = self.config.eval
+        chosen = sampling.SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=SEED)
+        samples = sampling.sample(
+            model, self.tokenizer, settings.sample_prompts, chosen, num_samples=settings.samples_per_prompt
+        )
+        return [
+            Record(
+                "sample",
+                {"prompt": s.prompt, "text": s.prompt + s.text, "tokens_per_second": s.tokens_per_second},
+                f"sample: {s.prompt}|{' '.join(s.text.split())}",
+            )
+            for s in samples
+        ]
+
+    def _multiple_choice_items(self, validation_shard: Path) -> tuple[str, list[hellaswag.Item]]:
+        """The protocol's name, and its items: HellaSwag from a file or the hub, or a stand-in from held-out text."""
+        data, limit = self.config.eval.hellaswag_data, self.config.eval.hellaswag_items
+        if limit == 0:
+            return "none", []
+        if data == "held-out":
+            tokens = np.load(validation_shard, mmap_mode="r")
+            items = held_out_items.held_out_items(tokens, self.tokenizer, limit, SEED)
+            return hellaswag.HELD_OUT_PROTOCOL, items
+        if data == "auto":
+            return hellaswag.HELLASWAG_PROTOCOL, hellaswag.fetch_items(limit)
+        return hellaswag.HELLASWAG_PROTOCOL, hellaswag.load_items(Path(data), limit)

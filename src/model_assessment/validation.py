@@ -1,0 +1,74 @@
+"""Validation loss on the same tokens every time, whatever the number of processes.
+
+Shapes: B sequences, T positions.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from src.data_processing.training_data_loader import WindowDataset
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    loss: float
+    """Mean negative log-likelihood a token, nats."""
+    perplexity: float
+    bits_per_byte: float
+    """Bits to encode one byte of the text: comparable between tokenizers."""
+    tokens: int
+    """Predicted tokens."""
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    dataset: WindowDataset,
+    *,
+    n_windows: int,
+    batch_size: int,
+    bytes_per_token: float,
+    rank: int = 0,
+    world_size: int = 1,
+    sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
+) -> ValidationResult:
+    """The loss of `model` over the first `n_windows` windows, which the processes share out between them.
+
+    `model(inputs_BT, targets_BT)` gives the mean loss in nats; `bytes_per_token` is the text's mean.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    nats, tokens = 0.0, 0.0
+    mine = range(rank, n_windows, world_size)
+    for first in range(0, len(mine), batch_size):
+        windows = np.stack([dataset[number] for number in mine[first : first + batch_size]])
+        batch = torch.from_numpy(windows.astype(np.int64)).to(device)
+        inputs_BT, targets_BT = batch[:, :-1], batch[:, 1:]
+        nats += model(inputs_BT, targets_BT).item() * targets_BT.numel()
+        tokens += targets_BT.numel()
+    model.train(was_training)
+    nats, tokens = sum_over_ranks([nats, tokens])
+    loss = nats / tokens
+    return ValidationResult(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),  # exp overflows a float beyond 709
+        bits_per_byte=loss / math.log(2) / bytes_per_token,
+        tokens=int(tokens),
+    )
+
+
+def unigram_entropy(dataset: WindowDataset, n_windows: int) -> float:
+    """Entropy, in nats a token, of the frequencies of the very tokens that `validate` predicts.
+
+    No model that ignores the context can have a lower loss on them, so this is what context must beat.
+    """
+    targets = np.concatenate([dataset[number][1:] for number in range(n_windows)])
+    counts = np.bincount(targets)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

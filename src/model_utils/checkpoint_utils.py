@@ -1,0 +1,215 @@
+"""Checkpoints: named tensors and plain data <-> a directory that proves itself whole.
+
+`checkpoints/step_0000050/` holds safetensors files, state.json, and manifest.json with the size and
+sha256 of each. A save writes into `step_0000050.tmp-<pid>`, syncs every file, writes the manifest last,
+renames, reads everything back, and only then removes older checkpoints. A directory under its final
+name is never written again. Nothing here is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from src.utils.errors import StorageError, UserError
+
+STEP_NAME = re.compile(r"step_(\d{7,})")
+_LEFTOVER = re.compile(r"step_\d{7,}\.(tmp|removed)-\d+")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and whose every file agreed with its manifest."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    """The plain data of state.json."""
+
+    def tensors(self, name: str, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """The tensors of `name`.safetensors, on `device`; raises UserError where there is no such file."""
+        try:
+            return load_file(self.path / f"{name}.safetensors", device=str(device))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {self.path / name}.safetensors: {error}") from None
+
+    def has(self, name: str) -> bool:
+        return (self.path / f"{name}.safetensors").is_file()
+
+
+def step_dir(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies under `root`, a run's checkpoints folder."""
+    return root / f"step_{step:07d}"
+
+
+def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> int:
+    """Saves `parts`, file name to tensors, and `state` as the checkpoint of `step`; returns its bytes.
+
+    When it returns, the checkpoint is on the disk and was read back whole. Raises StorageError.
+    """
+    final = step_dir(root, step)
+    temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        for name, tensors in parts.items():
+            save_file(tensors, temporary / f"{name}.safetensors")
+            _sync(temporary / f"{name}.safetensors")
+        _write_json(temporary / "state.json", {"step": step, **state})
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        _write_json(temporary / "manifest.json", {"step": step, "files": files})
+        _sync(temporary)
+        os.rename(temporary, final)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
+        raise StorageError(
+            f"the checkpoint of step {step} could not be saved in {root}: {error}. It needs {needed:,} bytes, "
+            f"{_free_bytes(root)} are free; earlier ones are untouched. Make room, then start the same command again"
+        ) from error
+    if problem := damage(final):
+        raise StorageError(f"the checkpoint just saved does not read back: {problem}; check the disk")
+    return sum(int(entry["bytes"]) for entry in files.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, a step_* directory, after verifying every file; raises UserError naming the bad one."""
+    if problem := damage(path):
+        raise UserError(f"cannot use the checkpoint {path}: {problem}")
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(path, int(state["step"]), state)
+
+
+def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint under `root` that verifies, and what is wrong with each newer one.
+
+    None where `root` holds no checkpoint; raises UserError where it holds some and none verifies, because
+    starting over in silence would hide the loss.
+    """
+    rejected = []
+    for step in reversed(checkpoint_steps(root)):
+        if problem := damage(step_dir(root, step)):
+            rejected.append(f"{step_dir(root, step)}: {problem}")
+        else:
+            return open_checkpoint(step_dir(root, step)), rejected
+    if rejected:
+        raise UserError(
+            "no checkpoint of this run can be used:\n  - " + "\n  - ".join(rejected) + "\nrestore one from a copy, "
+            "or use --resume never, which sets the run aside and starts anew"
+        )
+    return None, []
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """What `--checkpoint` means: a step_* directory, or a run directory's newest good checkpoint."""
+    if STEP_NAME.fullmatch(path.name):
+        return open_checkpoint(path)
+    root = path if path.name == "checkpoints" else path / "checkpoints"
+    if not root.is_dir():
+        raise UserError(f"no checkpoint at {path}: expected a run directory or one of its checkpoints/step_* folders")
+    checkpoint, _ = newest_checkpoint(root)
+    if checkpoint is None:
+        raise UserError(f"{root} holds no checkpoint yet; train first, or wait for the first save")
+    return checkpoint
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps that have a directory under `root`, whole or not, in order."""
+    if not root.is_dir():
+        return []
+    return sorted(int(match[1]) for entry in root.iterdir() if (match := STEP_NAME.fullmatch(entry.name)))
+
+
+def prune(root: Path, keep_last: int, keep_every_steps: int) -> None:
+    """Removes all but the newest `keep_last` checkpoints and the multiples of `keep_every_steps`, if that is not 0."""
+    for step in checkpoint_steps(root)[:-keep_last]:
+        if not (keep_every_steps and step % keep_every_steps == 0):
+            # Renamed first: a removal that is interrupted must not look like a damaged checkpoint.
+            doomed = step_dir(root, step)
+            removed = doomed.rename(doomed.with_name(f"{doomed.name}.removed-{os.getpid()}"))
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> list[str]:
+    """Removes what an interrupted save or removal left under `root`; returns the names."""
+    if not root.is_dir():
+        return []
+    names = sorted(entry.name for entry in root.iterdir() if _LEFTOVER.fullmatch(entry.name))
+    for name in names:
+        shutil.rmtree(root / name, ignore_errors=True)
+    return names
+
+
+def set_aside_after(root: Path, step: int) -> list[str]:
+    """Renames the checkpoints after `step`, so that a run going on from it can save those steps; returns new names."""
+    moved = []
+    for later in (s for s in checkpoint_steps(root) if s > step):
+        path = step_dir(root, later)
+        number = 1
+        while (target := path.with_name(f"{path.name}.set-aside-{number}")).exists():
+            number += 1
+        moved.append(path.rename(target).name)
+    return moved
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint directory `path`, in words, or None if every file verifies."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except OSError as error:
+        return f"manifest.json: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json is damaged ({error})"
+    for name in ("state.json", "model.safetensors"):
+        if name not in files:
+            return f"manifest.json does not list {name}"
+    for name, (size, sha256) in files.items():
+        if Path(name).name != name:
+            return f"manifest.json lists {name!r}, which is not in this folder"
+        try:
+            found = _fingerprint(path / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found["bytes"] != size:
+            return f"{name} has {found['bytes']} bytes, expected {size}"
+        if found["sha256"] != sha256:
+            return f"{name} has sha256 {found['sha256']}, expected {sha256}: its content changed"
+    return None
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.is_dir())).free:,}"
+    except OSError:
+        return "an unknown number"

@@ -1,0 +1,159 @@
+"""What a run must remember to go on as if it had never stopped, and which checkpoint it goes on from."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from src.model import LLM
+from src.model_utils import checkpoint_utils
+from src.model_utils.adamw_opt import load_optimizer_tensors, optimizer_tensors
+from src.model_utils.checkpoint_utils import Checkpoint
+from src.model_utils.load_model import load_weights
+from src.params import Config, from_dict, to_dict
+from src.utils.errors import UserError
+from src.utils.handle_ddp import Processes
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Completed steps, the skipped ones included; decides which data come next."""
+    skipped_in_a_row: int = 0
+    loss_sum: float = 0.0
+    """Over the steps since the last training line, as are the next two."""
+    loss_steps: int = 0
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    """Spent in training steps since the start of the run; evaluations and saves don't count."""
+
+    def add_step(self, loss: float, seconds: float) -> None:
+        self.step += 1
+        self.skipped_in_a_row = 0
+        self.loss_sum += loss
+        self.loss_steps += 1
+        self.seconds += seconds
+        self.train_seconds += seconds
+
+    def skip_step(self) -> None:
+        self.step += 1
+        self.skipped_in_a_row += 1
+
+    def start_line(self) -> None:
+        """Called after a training line: the next means start from here."""
+        self.loss_sum, self.loss_steps, self.seconds = 0.0, 0, 0.0
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while training."""
+
+    model: LLM
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+
+    def save(self, root: Path, config: Config, dataset_sha256: str, procs: Processes) -> tuple[Path, int]:
+        """Saves a checkpoint and prunes older ones; all processes call it. Returns its path and size in bytes."""
+        random_states = procs.gather(_random_state(procs.device))
+
+        def write() -> tuple[Path, int]:
+            parts = {
+                "model": self.model.state_dict(),
+                "optimizer": optimizer_tensors(self.model, self.optimizer),
+                **{f"rank_{rank:05d}": tensors for rank, tensors in enumerate(random_states)},
+            }
+            state = {
+                "progress": asdict(self.progress),
+                "config": to_dict(config),
+                "dataset_sha256": dataset_sha256,
+                "world_size": procs.world_size,
+                "torch": torch.__version__,
+            }
+            size = checkpoint_utils.save_checkpoint(root, self.progress.step, parts, state)
+            checkpoint_utils.prune(root, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
+            return checkpoint_utils.step_dir(root, self.progress.step), size
+
+        return procs.main_only(write)
+
+    def restore(self, checkpoint: Checkpoint, seed: int, procs: Processes) -> None:
+        """Takes over everything that `save` wrote; on another number of processes, dropout starts from new seeds."""
+        load_weights(self.model, checkpoint)
+        load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors("optimizer"))
+        self.progress = Progress(**checkpoint.state["progress"])
+        if checkpoint.state["world_size"] == procs.world_size:
+            _set_random_state(checkpoint.tensors(f"rank_{procs.rank:05d}"), procs.device)
+        else:
+            seed_random_state(seed, procs.rank, self.progress.step)
+
+
+def seed_random_state(seed: int, rank: int, step: int = 0) -> None:
+    """Seeds dropout, differently in each process."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0]) >> 1)
+
+
+def resume_point(root: Path, config: Config, dataset_sha256: str) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint under `root` to go on from, if any, and what was done on the way, in words.
+
+    Raises UserError where the one asked for is damaged or missing, where all are, or where it is of another
+    configuration; nothing has been moved then.
+    """
+    notes = []
+    if config.resume == "auto":
+        checkpoint, damaged = checkpoint_utils.newest_checkpoint(root)
+        notes += [f"passed over a damaged checkpoint: {reason}" for reason in damaged]
+    else:
+        path = checkpoint_utils.step_dir(root, int(config.resume))
+        if not path.is_dir():
+            steps = ", ".join(map(str, checkpoint_utils.checkpoint_steps(root))) or "none"
+            raise UserError(f"--resume {config.resume}: no checkpoint {path}; steps that have one: {steps}")
+        checkpoint = checkpoint_utils.open_checkpoint(path)
+    if checkpoint is not None:
+        _check_same_run(checkpoint, config, dataset_sha256)
+        for name in checkpoint_utils.set_aside_after(root, checkpoint.step):
+            notes.append(f"kept a checkpoint after step {checkpoint.step} as {name}")
+    for name in checkpoint_utils.remove_leftovers(root):
+        notes.append(f"removed {name}, left by an interrupted save")
+    return checkpoint, notes
+
+
+def _check_same_run(checkpoint: Checkpoint, config: Config, dataset_sha256: str) -> None:
+    """Raises UserError listing every setting that would change what the rest of the run computes."""
+    saved = _deciding(from_dict(checkpoint.state["config"]), checkpoint.state["dataset_sha256"])
+    asked = _deciding(config, dataset_sha256)
+    different = [f"{name}: checkpoint {saved[name]}, now {asked[name]}" for name in asked if saved[name] != asked[name]]
+    if different:
+        raise UserError(
+            f"{checkpoint.path} belongs to another configuration:\n  - "
+            + "\n  - ".join(different)
+            + "\nuse the old settings, another --run-name, or --resume never, which sets the old run aside"
+        )
+
+
+def _deciding(config: Config, dataset_sha256: str) -> dict[str, Any]:
+    """The settings that decide the losses of a run, by their names on the command line."""
+    groups = to_dict(config)
+    settings = {f"{group}.{name}": value for group in ("model", "optim") for name, value in groups[group].items()}
+    settings |= {f"train.{name}": groups["train"][name] for name in ("seed", "batch_tokens")}
+    settings |= {"train.total_steps": config.total_steps, "optim.warmup_steps": config.warmup_steps}
+    return settings | {"data (sha256 of its manifest)": dataset_sha256}
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def _set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

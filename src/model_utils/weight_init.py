@@ -1,0 +1,32 @@
+"""Initial values of the parameters."""
+
+import math
+
+import torch
+from torch import nn
+
+from src.params import ModelConfig
+
+
+def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fills the parameters in place, the same for a seed on every device and in every process.
+
+    Embedding and input projections: N(0, 2 / (5 D)) ("small init", Nguyen & Salazar 2019,
+    https://arxiv.org/abs/1910.05895). The two projections into the residual stream of each block:
+    N(0, (1 / (sqrt(D) L))^2), so that the stream's variance doesn't grow with depth. Biases 0, gains 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    std = math.sqrt(2 / (5 * config.n_embd))
+    residual_std = 1 / (math.sqrt(config.n_embd) * config.n_layer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                into_residual = name.endswith("out_proj.weight")
+                values = torch.empty(parameter.shape).normal_(
+                    0.0, residual_std if into_residual else std, generator=generator
+                )
+                parameter.copy_(values)

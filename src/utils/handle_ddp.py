@@ -1,0 +1,106 @@
+"""The processes of a run: their start and end, who is who, and decisions that all of them share.
+
+One process needs no launcher. Under torchrun, RANK is this process among all of them and decides the
+data; LOCAL_RANK is its place on this machine and decides nothing but the device.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed
+
+from src.utils.errors import PeerError, UserError
+from src.utils.hardware import choose_device
+
+# Longer than any single step or save, short enough to notice a lost process the same hour.
+COLLECTIVE_TIMEOUT = timedelta(minutes=20)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers. Every method but `is_main` must be called by all of them together."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True in exactly one process of the run, the one that writes files."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value added up over all processes, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(sums)
+        return sums.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """The main process's value, everywhere."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def main_only(self, action: Callable[[], T]) -> T:
+        """Runs `action` in the main process; all get its result. If it fails, all of them raise."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except Exception as raised:
+                error = raised
+        failure = None if error is None else (str(error), getattr(error, "exit_code", None))
+        result, failure = self.from_main((result, failure))
+        if error is not None:
+            raise error
+        if failure is not None:
+            raise PeerError(*failure)
+        return cast(T, result)
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Joins the process group that torchrun describes in the environment, if any, and leaves it at the end.
+
+    `device` is auto, cpu, cuda or mps. Raises UserError for a device that isn't there.
+    """
+    rank, local_rank = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
+    world_size = _from_environment("WORLD_SIZE", 1)
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield Processes(rank, local_rank, world_size, chosen)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _from_environment(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise UserError(f"the environment variable {name} is {value!r}, not a number; torchrun sets it, or unset it")
+    return int(value)

@@ -1,0 +1,109 @@
+"""What the machine is and what it is good at: device, precision, peak rate, memory."""
+
+import os
+import platform
+import resource
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from src.utils.errors import UserError
+
+# Dense bf16 TFLOP/s from the makers' data sheets, by a part of the name that the driver reports.
+PEAK_BF16_TFLOPS = {
+    "A100": 312.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.2,
+}
+
+
+def choose_device(asked: str, local_rank: int = 0) -> torch.device:
+    """The device for this process: `asked`, or with "auto" the best there is. Raises UserError if it isn't there."""
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if asked == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if local_rank >= found:
+            raise UserError(
+                f"process {local_rank} of this machine needs CUDA device {local_rank}, but PyTorch {torch.__version__} "
+                f"sees {found}; start at most {found} processes, or use the device cpu"
+            )
+        return torch.device("cuda", local_rank)
+    if asked == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps was asked for, but this PyTorch has no MPS; use the device auto or cpu")
+    return torch.device(asked)
+
+
+def choose_precision(asked: str, device: torch.device) -> torch.dtype:
+    """bfloat16 or float32 for matmuls; "auto" takes bfloat16 where the hardware multiplies it faster."""
+    if asked != "auto":
+        return torch.bfloat16 if asked == "bf16" else torch.float32
+    if device.type == "cuda":
+        # is_bf16_supported() counts emulation; Ampere (8.0) is the first with bf16 tensor cores
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Matmuls in `dtype`, the rest as PyTorch's autocast decides; nothing at all for float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak where it is known, else None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory used so far, in 10^9 bytes: allocated on a CUDA device, resident in this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The machine as plain data, for a report."""
+    machine: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine["gpu"] = properties.name
+        machine["gpu_memory_gb"] = round(properties.total_memory / 1e9, 1)
+        machine["cuda"] = torch.version.cuda
+    return machine
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """True where oneDNN has bf16 matrix instructions to use; elsewhere bf16 is emulated, slower than float32."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        supported = getattr(torch.cpu, name, None)
+        if supported is not None and supported():
+            return True
+    return False
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

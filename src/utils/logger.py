@@ -1,0 +1,109 @@
+"""What a run says: metrics.jsonl for programs, the console and log.txt for people, status.json for scripts.
+
+Only the main process writes. A log that cannot be written (a full disk) is worth one warning, not the run.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class RunLogger:
+    """The log of one run directory. In processes other than the main one every method does nothing."""
+
+    def __init__(self, run_dir: Path, is_main: bool) -> None:
+        self.run_dir = run_dir
+        self.is_main = is_main
+        self._bar: tqdm | None = None
+        self._warned = False
+
+    def info(self, text: str) -> None:
+        """One line for people, on stderr and in log.txt."""
+        if not self.is_main:
+            return
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+        self._append("log.txt", time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + text)
+
+    def metric(self, kind: str, step: int, **values: Any) -> None:
+        """One object in metrics.jsonl; a number that is not finite becomes null."""
+        if self.is_main:
+            record = {"kind": kind, "step": step, "time": time.time(), **values}
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            self._append("metrics.jsonl", json.dumps(finite, ensure_ascii=False))
+
+    def event(self, name: str, step: int, detail: str) -> None:
+        """Something out of the ordinary, for people and programs."""
+        self.info(f"{name}: {detail}")
+        self.metric("event", step, name=name, detail=detail)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """A whole file of the run directory, replaced at once."""
+        if self.is_main:
+            temporary = self.run_dir / f"{name}.tmp"
+            try:
+                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                os.replace(temporary, self.run_dir / name)
+            except OSError as error:
+                self._warn(error)
+
+    def start_bar(self, step: int, total_steps: int) -> None:
+        """A progress bar, on a terminal only."""
+        if self.is_main and sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def advance_bar(self, **shown: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+
+    def close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def recorded(self) -> set[tuple[str, int]]:
+        """Kind and step of everything in metrics.jsonl."""
+        return {(record["kind"], record["step"]) for record in self._records()}
+
+    def forget_after(self, step: int) -> None:
+        """Drops the records of later steps and a half-written last line, so that a resumed run repeats none."""
+        if not self.is_main or not (self.run_dir / "metrics.jsonl").exists():
+            return
+        lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in self._records() if r["step"] <= step]
+        temporary = self.run_dir / "metrics.jsonl.tmp"
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, self.run_dir / "metrics.jsonl")
+
+    def _records(self) -> list[dict[str, Any]]:
+        records = []
+        try:
+            with open(self.run_dir / "metrics.jsonl", encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    try:
+                        record = json.loads(line)
+                    except ValueError:  # a line cut off by a kill
+                        continue
+                    if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+                        records.append(record)
+        except FileNotFoundError:
+            pass
+        return records
+
+    def _append(self, name: str, line: str) -> None:
+        try:
+            with open(self.run_dir / name, "a", encoding="utf-8", errors="replace") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            print(f"warning: the log in {self.run_dir} cannot be written ({error}); training goes on", file=sys.stderr)

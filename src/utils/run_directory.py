@@ -1,0 +1,56 @@
+"""A run's folder: claimed by one process at a time, never overwritten."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from src.utils.errors import BusyError, StorageError
+
+
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Holds `run_dir`, making it if need be, until the block ends or the process dies.
+
+    The lock lies beside the folder, so that the folder itself can be set aside. Raises BusyError naming the
+    holder, StorageError where the folder cannot be written.
+    """
+    lock = run_dir.with_name(f".{run_dir.name}.lock")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+        file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 (held open as long as the lock)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write in {run_dir}: {error.strerror or error}; mend its permissions or free space"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BusyError(
+                f"another process is training in {run_dir}: {file.read() or 'holder unknown'}; "
+                "wait for it, stop it, or choose another --run-name"
+            ) from None
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        file.flush()
+        yield
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Renames an existing run's folder, so that a new run can begin without losing it; returns its new place."""
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return None
+    number = 1
+    while (target := run_dir.with_name(f"{run_dir.name}.set-aside-{number}")).exists():
+        number += 1
+    run_dir.rename(target)
+    run_dir.mkdir()
+    return target
