@@ -350,7 +350,8 @@ def main() -> int:
     import tyro  # only the command line needs it
 
     presets = {name: ((preset.__doc__ or "").splitlines()[0], preset()) for name, preset in PRESETS.items()}
-    config = tyro.extras.overridable_config_cli(presets, description=__doc__)
+    description = "Train a language model. The same command goes on where an earlier one stopped."
+    config = tyro.extras.overridable_config_cli(presets, description=description)
     with stop_on_signals() as stop:
         return train(config, stop).exit_code
 

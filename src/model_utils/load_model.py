@@ -12,7 +12,7 @@ from src.model_utils.checkpoint_utils import Checkpoint, find_checkpoint
 from src.params import Config, from_dict
 from src.utils.errors import UserError
 from src.utils.hardware import autocast, choose_device, choose_precision
-from src.utils.root import RUNS
+from src.utils.root import run_dir
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,7 @@ def load_model(checkpoint: Path, device: str = "auto") -> LoadedModel:
 
     A bare name means a run under temp_data/runs. Raises UserError for one that is missing or damaged.
     """
-    if checkpoint.name == str(checkpoint) and not checkpoint.exists():
-        checkpoint = RUNS / checkpoint
-    found = find_checkpoint(checkpoint)
+    found = find_checkpoint(run_dir(str(checkpoint)))
     config = from_dict(found.state["config"])
     chosen = choose_device(device)
     with torch.device("meta"):

@@ -3,11 +3,13 @@
 import numpy as np
 
 
-def permutation(n: int, *seed: int) -> np.ndarray:
-    """The numbers 0 to n - 1, int64, in an order decided by `seed` (several non-negative integers mix into one).
+def permutation(n: int, seed: int, *stream: int) -> np.ndarray:
+    """The numbers 0 to n - 1, int64, in an order decided by `seed` and `stream`.
+
+    All are non-negative; each stream, such as an epoch and a shard, has an order of its own.
 
     Sorts by n random 64-bit words, because NumPy promises the words of a bit generator for ever (NEP 19)
-    but not the order its own shuffle makes of them. Ties, one in about 2^64 / n^2, fall to the lower number.
+    but not the order its own shuffle makes of them. Two words agree with a chance below n^2 / 2^64.
     """
-    words = np.random.Philox(np.random.SeedSequence(seed)).random_raw(n)
+    words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream)).random_raw(n)
     return np.argsort(words, kind="stable")

@@ -1,0 +1,371 @@
+"""Documents become the same shards however they are prepared, and what goes wrong is said."""
+
+import gzip
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from src.data_processing import data_downloader, dataset_writer
+from src.data_processing.data_downloader import Request, prepare, verify
+from src.data_processing.encoding import encode_all
+from src.data_processing.shards import check_shard, read_manifest
+from src.data_processing.text_sources import FINEWEB_EDU
+from src.data_processing.tokenizer import load_tokenizer
+from src.utils.errors import BusyError, StorageError, UserError
+from src.utils.root import ROOT
+from tests.conftest import Commands
+from tests.data_processing import stand_in_hub
+
+MODULE = "src.data_processing.data_downloader"
+WORDS = ["the", "of", "a", "model", "token", "learns", "slowly", "from", "every", "word", "and", "forgets", "again"]
+
+
+def some_texts(count: int, words: int = 60, seed: int = 0) -> list[str]:
+    chooser = random.Random(seed)
+    return [f"Document {i}. " + " ".join(chooser.choices(WORDS, k=words)) for i in range(count)]
+
+
+def write_json_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def request(path: Path, **changes: Any) -> Request:
+    settings: dict[str, Any] = {
+        "source": "files",
+        "paths": [str(path)],
+        "text_field": "text",
+        "tokens_per_shard": 100_000_000,
+        "seed": 42,
+        "max_documents": None,
+    }
+    return Request(**(settings | changes))
+
+
+def decoded(folder: Path, shard: str) -> list[str]:
+    """The documents of a shard, each decoded from behind its end-of-text token."""
+    tokens = np.load(folder / shard)
+    assert tokens[0] == 50256
+    parts = np.split(tokens, np.flatnonzero(tokens == 50256))[1:]
+    return [load_tokenizer().decode(part[1:].tolist()) for part in parts]
+
+
+def all_decoded(folder: Path) -> list[str]:
+    return [text for shard in read_manifest(folder).shards for text in decoded(folder, shard.file)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_document_is_in_one_shard_whole(tmp_path: Path) -> None:
+    texts = some_texts(500)
+    manifest = prepare(
+        request(write_json_lines(tmp_path / "a.jsonl", texts), tokens_per_shard=7_000), tmp_path / "out", 1
+    )
+    found = [decoded(tmp_path / "out", shard.file) for shard in manifest.shards]
+    assert sorted(all_decoded(tmp_path / "out")) == sorted(texts)
+    assert all_decoded(tmp_path / "out") != texts, "not shuffled"
+    for shard, documents in zip(manifest.shards, found, strict=True):
+        assert shard.tokens == len(np.load(tmp_path / "out" / shard.file)) <= 7_000
+        assert (shard.documents, shard.text_bytes) == (len(documents), len("".join(documents).encode()))
+    assert manifest.counts["documents"] == 500
+    assert manifest.counts["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert manifest.counts["tokens"] == sum(len(load_tokenizer().encode(text)) + 1 for text in texts)
+
+
+def test_validation_is_a_modest_share(tmp_path: Path) -> None:
+    """A twentieth; of a small corpus up to a quarter; never more than a shard."""
+    for count, low, high in ((100, 0.20, 0.25), (10_000, 0.045, 0.05)):
+        path = write_json_lines(tmp_path / f"{count}.jsonl", some_texts(count))
+        manifest = prepare(request(path), tmp_path / str(count), 1)
+        assert low < manifest.shards[0].tokens / manifest.counts["tokens"] <= high
+        assert [shard.split for shard in manifest.shards] == ["validation", "train"]
+    manifest = prepare(request(path, tokens_per_shard=5_000), tmp_path / "capped", 1)
+    assert 4_900 < manifest.shards[0].tokens <= 5_000
+
+
+def test_seeds_decide_the_order(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    orders = [
+        decoded(tmp_path / out, prepare(request(path, seed=seed), tmp_path / out, 1).shards[1].file)
+        for out, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_bytes_are_the_same_for_any_number_of_workers(tmp_path: Path, commands: Commands) -> None:
+    hard = ["", " \n", "x" * 1_500_000, "a\n" * 600_000, "<|endoftext|>", "caf\u00e9 \ufffd"]
+    write_json_lines(tmp_path / "a.jsonl", some_texts(6_000) + hard)
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9 \xff\xfe")
+    (tmp_path / "c.txt").write_bytes(bytes(range(256)) * 100)
+    common = ["--source", "files", "--path", str(tmp_path / "*.*"), "--tokens-per-shard", "100000"]
+    for out, workers in (("one", "1"), ("two", "2"), ("again", "2")):
+        done = commands.module(MODULE, *common, "--out", out, "--workers", workers)
+        assert done.returncode == 0, done.stderr
+    one, two, again = (contents(tmp_path / "datasets" / out) for out in ("one", "two", "again"))
+    assert one == two == again
+    manifest = read_manifest(tmp_path / "datasets" / "one")
+    assert manifest.counts["skipped_empty"] == 2
+    assert manifest.counts["replaced_invalid"] == 2
+    assert manifest.counts["documents"] == 6_006
+    documents = all_decoded(tmp_path / "datasets" / "one")
+    assert {"caf\ufffd \ufffd\ufffd", "<|endoftext|>", "x" * 1_500_000} < set(documents)
+
+
+def test_the_result_is_one_json_object_and_a_second_start_is_quick(tmp_path: Path, commands: Commands) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(100))
+    arguments = ["--source", "files", "--path", str(path), "--out", "mine"]
+    first = commands.module(MODULE, *arguments)
+    start = time.monotonic()
+    second = commands.module(MODULE, *arguments)
+    assert time.monotonic() - start < 2
+    manifest = read_manifest(tmp_path / "datasets" / "mine")
+    for done in (first, second):
+        assert done.returncode == 0
+        result = json.loads(done.stdout.splitlines()[-1])
+        seconds = result.pop("seconds")
+        assert 0 <= seconds < 60
+        assert result == {
+            "dataset": str(tmp_path / "datasets" / "mine"),
+            "documents": 100,
+            "tokens": manifest.counts["tokens"],
+            "text_bytes": manifest.counts["text_bytes"],
+            "shards": 2,
+        }
+    assert second.stderr == f"already prepared: {tmp_path / 'datasets' / 'mine'}\n"
+
+
+def test_pydocs_command(tmp_path: Path, commands: Commands) -> None:
+    done = commands.module(MODULE, "--source", "pydocs", "--max-documents", "60")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "datasets" / "pydocs")
+    assert manifest.source["name"] == "pydocs"
+    assert manifest.counts["documents"] == 60
+    assert manifest.shards[0].file == f"pydocs_i_000000_t_{manifest.shards[0].tokens}.npy"
+
+
+def test_another_request_is_refused_naming_the_difference(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    prepare(request(path), tmp_path / "out", 1)
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match="seed is 42 there, 43 asked; choose another --out"):
+        prepare(request(path, seed=43), tmp_path / "out", 1)
+    write_json_lines(path, some_texts(11))
+    with pytest.raises(UserError, match=rf"{path} has \d+ bytes there, \d+ now"):
+        prepare(request(path), tmp_path / "out", 1)
+    path.unlink()
+    assert prepare(request(path), tmp_path / "out", 1).counts["documents"] == 10
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_preparation_is_done_again_by_the_same_command(
+    tmp_path: Path, commands: Commands, workers: int
+) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(60, words=40_000))
+    arguments = ["--source", "files", "--path", str(path), "--workers", str(workers), "--out"]
+    folder = tmp_path / "datasets" / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", MODULE, *arguments, "killed"], cwd=ROOT, env=commands.environment, stderr=subprocess.PIPE
+    )
+    spill = folder / "tokens.tmp"
+    while not (spill.exists() and spill.stat().st_size):
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.005)
+    with pytest.raises(BusyError, match="another process is preparing"):
+        prepare(request(path), folder, 1)
+    process.send_signal(signal.SIGKILL)
+    # The workers hold stderr open: its end is theirs.
+    _, _ = process.communicate(timeout=10)
+    with pytest.raises(UserError, match="did not finish"):
+        read_manifest(folder)
+
+    again = commands.module(MODULE, *arguments, "killed")
+    fresh = commands.module(MODULE, *arguments, "fresh")
+    assert (again.returncode, fresh.returncode) == (0, 0), again.stderr
+    assert "cleaning up an interrupted preparation" in again.stderr
+    assert contents(folder) == contents(tmp_path / "datasets" / "fresh")
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    path.write_text(path.read_text() + "{")
+    with pytest.raises(UserError, match="line 11: not JSON"):
+        prepare(request(path), tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_unknown_origin_are_not_touched(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    stray = tmp_path / "out" / "edu_i_000000_t_5.npy"
+    stray.parent.mkdir()
+    np.save(stray, np.arange(5, dtype=np.uint16))
+    with pytest.raises(UserError, match=r"holds 1 shards without a manifest, such as edu_i_000000_t_5.npy"):
+        prepare(request(path), tmp_path / "out", 1)
+    assert os.listdir(tmp_path / "out") == [stray.name]
+
+
+def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full, which this system does not have")
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    monkeypatch.setattr(dataset_writer, "_SPILL", "/dev/full")
+    with pytest.raises(StorageError, match="cannot write /dev/full: No space left on device"):
+        prepare(request(path), tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        pytest.param(["--source", "files", "--path", "nowhere.txt", "--out", "x"], 2, "does not exist", id="no file"),
+        pytest.param(["--source", "files", "--path", "*.nothing", "--out", "x"], 2, "matches nothing", id="no match"),
+        pytest.param(["--source", "files", "--path", "{}/empty.txt", "--out", "x"], 2, "no document", id="empty"),
+        pytest.param(["--source", "files", "--path", "{}/one.txt", "--out", "x"], 2, "at least two", id="one document"),
+        pytest.param(["--source", "files", "--path", "{}/a.jsonl", "--out", "x"], 2, "found: body", id="no field"),
+        pytest.param(["--source", "files", "--path", "{}/b.jsonl", "--out", "x"], 2, "line 1: not JSON", id="bad JSON"),
+        pytest.param(
+            ["--source", "files", "--path", "{}", "--out", "{}/one.txt/x"], 4, "cannot write", id="unwritable"
+        ),
+        pytest.param(["--source", "files", "--out", "x"], 2, "needs --path", id="no path"),
+        pytest.param(["--source", "files", "--path", "{}/one.txt"], 2, "--out DIR is needed", id="no out"),
+        pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
+        pytest.param(["--source", "pydocs", "--workers", "0"], 2, "0 is below 1", id="no workers"),
+        pytest.param(["--verify", "--out", "absent"], 2, "no dataset at", id="nothing to verify"),
+    ],
+)
+def test_errors_through_the_command(
+    tmp_path: Path, commands: Commands, arguments: list[str], code: int, message: str
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "empty.txt").write_text(" \n")
+    (texts / "one.txt").write_text("Only one document.")
+    (texts / "a.jsonl").write_text('{"body": "a"}\n')
+    (texts / "b.jsonl").write_text("not json\n")
+    done = commands.module(MODULE, *[argument.replace("{}", str(texts)) for argument in arguments])
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "datasets" / "x").exists()
+
+
+def test_help_explains_the_sources(commands: Commands) -> None:
+    done = commands.module(MODULE, "--help")
+    assert done.returncode == 0
+    for word in ("fineweb-edu", "pydocs", ".parquet", "--verify", "Exit codes"):
+        assert word in done.stdout
+
+
+def test_verify_names_every_fault(tmp_path: Path, commands: Commands) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(100))
+    folder = tmp_path / "datasets" / "mine"
+    manifest = prepare(request(path, tokens_per_shard=2_000), folder, 1)
+    (folder / "notes.txt").touch()
+    sound = commands.module(MODULE, "--verify", "--out", "mine")
+    assert sound.returncode == 0
+    assert json.loads(sound.stdout)["shards"] == len(manifest.shards)
+    assert "not part of the dataset: notes.txt" in sound.stderr
+
+    changed, cut = folder / manifest.shards[1].file, folder / manifest.shards[2].file
+    array = np.load(changed, mmap_mode="r+")
+    array[10], array[11] = array[11], array[10]
+    array.flush()
+    os.truncate(cut, cut.stat().st_size - 1)
+    damaged = commands.module(MODULE, "--verify", "--out", "mine")
+    assert damaged.returncode == 2
+    assert f"{changed}: expected sha256 {manifest.shards[1].sha256}" in damaged.stderr
+    assert f"{cut}: expected {cut.stat().st_size + 1} bytes, found {cut.stat().st_size}" in damaged.stderr
+    assert damaged.stdout == ""
+    check_shard(folder, manifest.shards[0], manifest.n_vocab, full=True)
+    with pytest.raises(UserError, match="2 of"):
+        verify(folder)
+
+
+def test_memory_does_not_grow_with_the_corpus() -> None:
+    """Batches are encoded as they are asked for, not before."""
+    taken = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal taken
+        for _ in range(100):
+            taken += 1
+            yield "word " * 200_000
+
+    for workers in (1, 2):
+        taken = 0
+        batches = encode_all(texts(), workers)
+        assert isinstance(batches, Generator)
+        next(batches)
+        assert taken <= 2 * workers + 2
+        batches.close()
+
+
+def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(data_downloader, "_REPORT_EVERY_S", 0.0)
+    list(data_downloader._reported(encode_all(["one two", "three"], 1)))
+    assert capfd.readouterr().err.startswith("2 documents, 5 tokens, ")
+
+
+def test_an_unreachable_hub_is_said_soon(commands: Commands) -> None:
+    start = time.monotonic()
+    done = commands.module(MODULE, "--source", "fineweb-edu", "--out", "web")
+    assert time.monotonic() - start < 30
+    assert done.returncode == 2
+    assert "cannot get HuggingFaceFW/fineweb-edu (sample-10BT) from http://127.0.0.1:9" in done.stderr
+    assert "--source files --path" in done.stderr
+    assert "--source pydocs" in done.stderr
+    assert not (commands.temp_data / "datasets" / "web").exists()
+
+
+def test_fineweb_edu_from_a_hub(tmp_path: Path, commands: Commands) -> None:
+    texts = some_texts(300)
+    card = "---\nconfigs:\n"
+    for name, path in (("default", "data/*/*"), (FINEWEB_EDU[1], "sample/10BT/*")):
+        card += f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n"
+    served = {"README.md": f"{card}---\n".encode(), "data/CC-MAIN-2013-20/000_00000.parquet": b"not asked for"}
+    for index in range(2):
+        file = io.BytesIO()
+        rows = texts[index * 150 : index * 150 + 150]
+        pq.write_table(pa.table({"text": rows, "id": [str(i) for i in range(150)]}), file)
+        served[f"sample/10BT/00{index}_00000.parquet"] = file.getvalue()
+    with stand_in_hub.serving(FINEWEB_EDU[0], served) as address:
+        commands.environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf")}
+        whole = commands.module(MODULE, "--source", "fineweb-edu")
+        part = commands.module(MODULE, "--source", "fineweb-edu", "--max-documents", "40", "--out", "part")
+    assert (whole.returncode, part.returncode) == (0, 0), whole.stderr + part.stderr
+    manifest = read_manifest(tmp_path / "datasets" / "fineweb-edu-sample-10BT")
+    assert manifest.source == {
+        "name": "fineweb-edu",
+        "repository": FINEWEB_EDU[0],
+        "config": FINEWEB_EDU[1],
+        "revision": stand_in_hub.REVISION,
+    }
+    assert sorted(all_decoded(tmp_path / "datasets" / "fineweb-edu-sample-10BT")) == sorted(texts)
+    sample = all_decoded(tmp_path / "datasets" / "part")
+    assert len(sample) == 40
+    assert set(sample) < set(texts)
+    assert set(sample) != set(texts[:40]), "not a sample, but the head of the first file"
+
+
+def test_shared_prose_round_trips(shared: Path, tmp_path: Path) -> None:
+    path = shared / "text" / "rust_book.jsonl.gz"
+    prepare(request(path), tmp_path / "out", 1)
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    assert sorted(all_decoded(tmp_path / "out")) == sorted(texts)

@@ -1,0 +1,188 @@
+"""Sources give the documents that are there, in one order, and name what is wrong with a file."""
+
+import gzip
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from src.data_processing import python_docs
+from src.data_processing.text_sources import files, find_files, fineweb_edu, pydocs
+from src.utils.errors import UserError
+
+
+def texts_of(*paths: Path | str, text_field: str = "text") -> list[str]:
+    return list(files([str(path) for path in paths], text_field).texts)
+
+
+def json_lines(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_each_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntext\n")
+    (tmp_path / "b.md").write_text("# two")
+    (tmp_path / "c.jsonl").write_text(json_lines({"text": "three", "n": 1}, {"text": "fo\u2028ur"}) + "\n \n")
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(json_lines({"text": None}, {"text": "five"}).encode()))
+    pq.write_table(pa.table({"id": [1, 2], "text": ["six", None]}), tmp_path / "e.parquet")
+    assert texts_of(tmp_path) == ["one\ntext\n", "# two", "three", "fo\u2028ur", "", "five", "six", ""]
+
+
+def test_another_field(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json_lines({"body": "one", "text": "no"}))
+    pq.write_table(pa.table({"body": pa.array(["two"], pa.large_string())}), tmp_path / "b.parquet")
+    assert texts_of(tmp_path, text_field="body") == ["one", "two"]
+
+
+def test_bytes_that_are_not_utf8_become_lone_surrogates(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    column = pa.Array.from_buffers(pa.binary(), 1, pa.array([b"caf\xe9"]).buffers()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
+    assert texts_of(tmp_path) == ["caf\udce9"] * 3
+
+
+def test_files_are_sorted_found_once_and_described(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "deep/er/c.txt", ".hidden/d.txt", "picture.png", "deep/.secret.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    source = files([str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "b.txt")], "text")
+    assert list(source.texts) == ["a.txt", "b.txt", "deep/er/c.txt"]
+    assert source.details["skipped_files"] == 1
+    assert source.details["files"][0] == {
+        "path": str(tmp_path / "a.txt"),
+        "bytes": 5,
+        "sha256": hashlib.sha256(b"a.txt").hexdigest(),
+    }
+
+
+def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("brackets")
+    (tmp_path / "a1.txt").write_text("one")
+    assert texts_of(tmp_path / "a[1].txt") == ["brackets"]
+    assert texts_of(tmp_path / "**" / "a?.txt") == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("absent.txt", "absent.txt does not exist"),
+        ("*.jsonl", r"\*.jsonl matches nothing"),
+        ("picture.png", "picture.png: expected a file ending in .txt, .md, .jsonl, .jsonl.gz, .parquet"),
+        ("empty", "empty holds no file ending in"),
+    ],
+)
+def test_a_path_that_leads_nowhere(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "picture.png").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        find_files([str(tmp_path / path)])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        (b'{"text": "a"}\n["b"]\n', "line 2: expected a JSON object, found list"),
+        (
+            b'{"text": "a"}\n\n{"body": "b", "url": "c"}\n',
+            "line 3: no field 'text'; fields found: body, url; .*--text-f",
+        ),
+        (b'{"text": 5}\n', "line 1: field 'text' must hold text, found 5"),
+        (b"[" * 100_000 + b"\n", "line 1: not JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}, {message}"):
+        texts_of(path)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    whole = gzip.compress(json_lines(*[{"text": f"text {i}"} for i in range(1000)]).encode())
+    for name, content in (
+        ("cut.jsonl.gz", whole[:-50]),
+        ("plain.jsonl.gz", b'{"text": "a"}\n'),
+        ("x.parquet", b"PAR1"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=str(tmp_path / name)):
+            texts_of(tmp_path / name)
+
+
+def test_a_parquet_column_that_is_missing_or_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [1], "body": ["a"]}), path)
+    with pytest.raises(UserError, match="no field 'text'; fields found: id, body"):
+        texts_of(path)
+    with pytest.raises(UserError, match="column 'id' must hold text, found type int64"):
+        texts_of(path, text_field="id")
+
+
+@pytest.fixture(scope="module")
+def documentation() -> list[str]:
+    return list(pydocs().texts)
+
+
+def test_pydocs_is_enough_prose_to_train_on(documentation: list[str]) -> None:
+    assert sum(map(len, documentation)) > 2_000_000
+    assert len(documentation) > 300
+    assert all(document.strip() for document in documentation)
+    assert len(set(documentation)) == len(documentation)
+
+
+def test_pydocs_holds_what_help_shows(documentation: list[str]) -> None:
+    """Compared with the docstrings of imported modules, which the source only reads."""
+    import inspect
+    import textwrap
+
+    module = next(text for text in documentation if text.startswith("textwrap.TextWrapper\n"))
+    for item in (textwrap.TextWrapper, textwrap.TextWrapper.wrap, textwrap.dedent):
+        assert (inspect.getdoc(item) or "none") in module
+    assert "textwrap.TextWrapper.wrap\n\n" in module
+    assert any("numpy.lib" in text for text in documentation)
+
+
+def test_pydocs_is_the_same_twice_and_says_its_versions(documentation: list[str]) -> None:
+    import platform
+
+    import numpy as np
+
+    assert list(itertools.islice(pydocs().texts, 300)) == documentation[:300]
+    packages = pydocs().details["packages"]
+    assert packages["python"] == platform.python_version()
+    assert packages["numpy"] == np.__version__
+
+
+def test_docstrings_are_found_under_conditions_and_in_reading_order(tmp_path: Path) -> None:
+    long = "This sentence is long enough to be kept, as it has more than a hundred characters, which is the limit."
+    source = f'''
+"""Module. {long}"""
+if True:
+    class A:
+        """Class. {long}"""
+        def f(self):
+            """short"""
+            def g():
+                """Inner. {long}"""
+def h():
+    """Class. {long}"""
+'''
+    (tmp_path / "mod.py").write_text(source)
+    text = "\n\n\n".join([f"mod\n\nModule. {long}", f"mod.A\n\nClass. {long}", f"mod.A.f.g\n\nInner. {long}"])
+    assert list(python_docs._module_text(tmp_path / "mod.py", tmp_path, set())) == [text + "\n"]
+    (tmp_path / "broken.py").write_text("def (")
+    assert list(python_docs._module_text(tmp_path / "broken.py", tmp_path, set())) == []
+
+
+def test_fineweb_edu_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        fineweb_edu(seed=0, max_documents=None)

@@ -1,0 +1,76 @@
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src.data_processing.shards import read_manifest
+from src.data_processing.training_data_loader import WindowDataset
+from src.model import LLM
+from src.model_assessment.validation import unigram_entropy, validate
+from src.params import ModelConfig
+
+
+@pytest.fixture
+def windows(dataset: Callable[..., Path], tiny_config: ModelConfig) -> WindowDataset:
+    folder = dataset(train_tokens=[400], val_tokens=330, n_vocab=tiny_config.n_vocab)
+    return WindowDataset(folder, read_manifest(folder).validation, tiny_config.n_ctx, tiny_config.n_vocab, at_least=2)
+
+
+def test_loss_is_the_mean_over_the_first_windows(windows: WindowDataset, tiny_config: ModelConfig):
+    model = LLM(tiny_config).train()
+    result = validate(model, windows, n_windows=7, batch_size=3, bytes_per_token=4.0)
+    tokens = torch.tensor(windows._shards[0][: 7 * 16 + 1].astype("int64"))
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(model.eval()(tokens[None, i : i + 16])[0], tokens[i + 1 : i + 17], reduction="sum").item()
+            for i in range(0, 7 * 16, 16)
+        ]
+    expected = sum(losses) / (7 * 16)
+    assert result.tokens == 7 * 16
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
+    assert result.bits_per_byte == pytest.approx(expected / math.log(2) / 4.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 9])
+def test_any_number_of_processes_measures_the_same_tokens(windows: WindowDataset, tiny_config, world_size: int):
+    model = LLM(tiny_config)
+    alone = validate(model, windows, n_windows=7, batch_size=3, bytes_per_token=4.0)
+    parts: list[list[float]] = []
+    for rank in range(world_size):
+        # every process but one has nothing to divide by on its own, so give each the known total to return
+        def collect(values):
+            parts.append(list(values))
+            return [1.0, 1.0]
+
+        validate(
+            model,
+            windows,
+            n_windows=7,
+            batch_size=3,
+            bytes_per_token=4.0,
+            rank=rank,
+            world_size=world_size,
+            sum_over_ranks=collect,
+        )
+    nats, tokens = (sum(part[i] for part in parts) for i in (0, 1))
+    assert tokens == alone.tokens
+    assert nats / tokens == pytest.approx(alone.loss, rel=1e-6)
+
+
+def test_the_model_goes_back_to_training(windows: WindowDataset, tiny_config: ModelConfig):
+    model = LLM(tiny_config).train()
+    validate(model, windows, n_windows=2, batch_size=2, bytes_per_token=4.0)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_unigram_entropy_is_the_best_loss_without_context(windows: WindowDataset):
+    counts = Counter(windows._shards[0][1 : 7 * 16 + 1].tolist())
+    total = sum(counts.values())
+    expected = -sum(c / total * math.log(c / total) for c in counts.values())
+    assert unigram_entropy(windows, 7) == pytest.approx(expected, rel=1e-12)

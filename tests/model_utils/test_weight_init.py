@@ -1,0 +1,51 @@
+import math
+
+import pytest
+import torch
+
+from src.model import LLM
+from src.model_utils.weight_init import init_weights
+from src.params import ModelConfig
+
+CONFIG = ModelConfig(n_vocab=4_000, n_ctx=8, n_embd=256, n_head=4, n_layer=3)
+
+
+@pytest.fixture(scope="module")
+def parameters() -> dict[str, torch.Tensor]:
+    model = LLM(CONFIG)
+    init_weights(model, CONFIG, seed=3)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("names", "std"),
+    [
+        (
+            ["embedding.weight", "blocks.1.attn.qkv_proj.weight", "blocks.2.ffn.in_proj.weight"],
+            math.sqrt(2 / (5 * 256)),
+        ),
+        (["blocks.0.attn.out_proj.weight", "blocks.2.ffn.out_proj.weight"], 1 / (math.sqrt(256) * 3)),
+    ],
+)
+def test_matrices_have_the_stated_deviation(parameters: dict[str, torch.Tensor], names: list[str], std: float):
+    for name in names:
+        assert parameters[name].std().item() == pytest.approx(std, rel=0.01), name
+        assert abs(parameters[name].mean().item()) < 5 * std / math.sqrt(parameters[name].numel()), name
+
+
+def test_biases_are_zero_and_gains_one(parameters: dict[str, torch.Tensor]):
+    vectors = {name: p for name, p in parameters.items() if p.dim() == 1}
+    assert len(vectors) == 3 * 6 + 1
+    for name, vector in vectors.items():
+        assert (vector == (1.0 if "norm" in name else 0.0)).all(), name
+
+
+def test_the_seed_decides():
+    def first(seed: int) -> torch.Tensor:
+        torch.rand(seed + 1)  # the global generator must not matter
+        model = LLM(CONFIG)
+        init_weights(model, CONFIG, seed)
+        return model.blocks[2].ffn.out_proj.weight.detach()
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))

@@ -1,0 +1,89 @@
+"""The house's arrows: which of our files may import which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from src.utils.root import ROOT
+
+# Rooms from the bottom up: a file may import its own room and those below.
+LEVELS = [
+    ("src/utils/root.py",),
+    ("src/utils/",),
+    ("src/params.py",),
+    ("src/model_configs/", "src/global_cache.py"),
+    ("src/rope.py", "src/ffn.py", "src/lm_loss.py"),
+    ("src/attention.py",),
+    ("src/transformer_block.py",),
+    ("src/model.py",),
+    ("src/data_processing/", "src/model_utils/"),
+    ("src/model_assessment/",),
+    ("pretrain.py",),
+]
+FILES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("src/**/*.py"), ROOT / "pretrain.py"])
+FORBIDDEN = {
+    "src/params.py": {"torch", "numpy", "os", "sys"},
+    "src/model_assessment/report.py": {"torch"},
+    "src/data_processing/training_data_loader.py": {"tiktoken"},
+    "src/model_utils/checkpoint_utils.py": {"pickle"},
+}
+# A file that other rooms call must not know these of ours.
+MUST_NOT_KNOW = {
+    "src/data_processing/": ("src.model", "src.model_utils", "src.model_assessment"),
+    "src/data_processing/training_data_loader.py": ("src.data_processing.tokenizer",),
+    "src/model_utils/checkpoint_utils.py": ("src.model", "src.params"),
+    "src/model_assessment/validation.py": ("src.model_utils", "src.utils.logger"),
+    "src/model_assessment/report.py": ("src.model", "src.model_utils", "src.data_processing"),
+    "src/params.py": ("src",),
+    "src/model_utils/": ("src.data_processing", "src.model_assessment"),
+}
+
+
+def level(path: str) -> int:
+    matches = [i for i, room in enumerate(LEVELS) if any(path == p or path.startswith(p) for p in room)]
+    return min(matches)
+
+
+def imports(path: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def as_file(module: str) -> str | None:
+    path = Path(*module.split(".")).with_suffix(".py").as_posix()
+    return path if path in FILES else None
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_no_arrow_points_back(path: str):
+    for module in imports(path):
+        imported = as_file(module)
+        if imported and imported != path:
+            assert level(imported) <= level(path), f"{path} imports {imported}, which is above it"
+
+
+@pytest.mark.parametrize("path", FORBIDDEN)
+def test_packages_a_file_must_do_without(path: str):
+    assert not FORBIDDEN[path] & {module.split(".")[0] for module in imports(path)}
+
+
+@pytest.mark.parametrize("room", MUST_NOT_KNOW)
+def test_rooms_a_file_must_not_know(room: str):
+    for path in (p for p in FILES if p.startswith(room)):
+        for module in imports(path):
+            for forbidden in MUST_NOT_KNOW[room]:
+                assert module != forbidden, f"{path} knows {module}"
+                assert not module.startswith(f"{forbidden}."), f"{path} knows {module}"
+
+
+def test_every_file_has_a_room():
+    assert len(FILES) > 20
+    assert all(level(path) >= 0 for path in FILES if not path.endswith("__init__.py"))

@@ -1,0 +1,53 @@
+"""The fused loss against torch's own cross entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src.lm_loss import linear_cross_entropy
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 53])  # below, at and off the rows done at once
+def test_value_and_gradients_equal_torchs(n: int):
+    generator = torch.Generator().manual_seed(n)
+    hidden = torch.randn(n, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(101, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(101, (n,), generator=generator)
+    expected = F.cross_entropy(hidden @ weight.T, targets)
+    expected_gradients = torch.autograd.grad(expected * 3.0, (hidden, weight))
+    loss = linear_cross_entropy(hidden, weight, targets)
+    gradients = torch.autograd.grad(loss * 3.0, (hidden, weight))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # the softmax is float32
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_large_logits_stay_finite():
+    hidden = torch.full((2, 4), 100.0, requires_grad=True)
+    weight = torch.tensor([[100.0] * 4, [-100.0] * 4], requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(80_000.0)
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_no_gradients_are_computed_without_need(monkeypatch: pytest.MonkeyPatch):
+    """Validation would otherwise do three matmuls of the head for one."""
+    scattered = []
+    original = torch.Tensor.scatter_add_
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda *a: scattered.append(1) or original(*a))
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.int64))
+    assert not scattered
+    linear_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.int64)).backward()
+    assert scattered
+
+
+def test_compiled_equals_eager(monkeypatch: pytest.MonkeyPatch):
+    hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(33, 8, requires_grad=True)
+    targets = torch.randint(33, (20,))
+    eager = linear_cross_entropy(hidden, weight, targets)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert linear_cross_entropy(hidden, weight, targets).item() == pytest.approx(eager.item(), rel=1e-6)

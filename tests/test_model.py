@@ -1,0 +1,215 @@
+"""The model against the reference's numbers, transformers' Llama and plain arithmetic."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src import global_cache
+from src.model import LLM
+from src.model_configs.my_llm_config import lf_llm_269m
+from src.model_utils.adamw_opt import build_adamw, learning_rate
+from src.model_utils.weight_init import init_weights
+from src.params import ConfigError, ModelConfig, OptimConfig
+from tests.reference import CONFIG, ours, reference_model, reference_tensors
+
+
+def test_parameters_of_the_full_size():
+    with torch.device("meta"):
+        model = LLM(lf_llm_269m().model)
+    total = sum(p.numel() for p in model.parameters())
+    assert total == 320_145_408
+    assert total - model.embedding.weight.numel() == 268_682_240
+
+
+def test_logits_equal_the_references(shared: Path):
+    tensors = reference_tensors(shared / "reference")
+    logits = reference_model(shared / "reference")(tensors["input_ids"])
+    assert (logits - tensors["logits"]).abs().max() < 1e-5
+
+
+def test_training_follows_the_references_trajectory(shared: Path, one_thread: None):
+    trajectory = json.loads((shared / "reference" / "reference_trajectory.json").read_text())
+    tensors = reference_tensors(shared / "reference")
+    recipe = trajectory["training"]
+    config = OptimConfig(max_lr=recipe["max_lr"], warmup_steps=recipe["warmup_steps"])
+    model = reference_model(shared / "reference")
+    optimizer = build_adamw(model, config)
+    for step, expected in enumerate(trajectory["steps"]):
+        lr = learning_rate(step, recipe["total_steps"], recipe["warmup_steps"], config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = 0.0
+        for windows in tensors["batches"][step].long():
+            micro_loss = model(windows[:, :-1], windows[:, 1:]) / recipe["grad_accumulation_steps"]
+            micro_loss.backward()
+            loss += micro_loss.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss == pytest.approx(expected["loss"], abs=1e-5)
+        assert grad_norm == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert lr == pytest.approx(expected["lr"], rel=1e-4)
+    parameters = dict(model.named_parameters())
+    finals = {k.removeprefix("final."): v for k, v in tensors.items() if k.startswith("final.")}
+    assert {ours(name) for name in finals} - {"out_proj.weight"} == set(parameters)
+    for name, final in finals.items():
+        if name != "out_proj.weight":  # the head, which is the embedding
+            assert (parameters[ours(name)] - final).abs().max() < 1e-4, name
+
+
+def test_logits_equal_transformers_llama():
+    transformers = pytest.importorskip("transformers")
+    config = ModelConfig(n_vocab=211, n_ctx=32, n_embd=48, n_head=4, n_layer=3)
+    torch.manual_seed(0)
+    model = LLM(config).eval()
+    for parameter in model.parameters():  # biases and gains too, so that a dropped one shows
+        torch.nn.init.normal_(parameter, std=0.2)
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.n_vocab,
+            hidden_size=config.n_embd,
+            intermediate_size=config.ffn_hidden,
+            num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head,
+            max_position_embeddings=config.n_ctx,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    _copy_into_llama(model, llama)
+    inputs = torch.randint(config.n_vocab, (3, config.n_ctx))
+    with torch.no_grad():
+        assert (model(inputs) - llama(inputs).logits).abs().max() < 1e-4
+
+
+def _copy_into_llama(model: LLM, llama: torch.nn.Module) -> None:
+    ours = model.state_dict()
+    theirs = {"model.embed_tokens.weight": ours["embedding.weight"], "model.norm.weight": ours["norm.weight"]}
+    theirs["lm_head.weight"] = ours["embedding.weight"]
+    for layer in range(model.config.n_layer):
+        here, there = f"blocks.{layer}.", f"model.layers.{layer}."
+        theirs[there + "input_layernorm.weight"] = ours[here + "attn_norm.weight"]
+        theirs[there + "post_attention_layernorm.weight"] = ours[here + "ffn_norm.weight"]
+        for kind in ("weight", "bias"):
+            qkv = ours[f"{here}attn.qkv_proj.{kind}"].chunk(3)
+            for name, part in zip("qkv", qkv, strict=True):
+                theirs[f"{there}self_attn.{name}_proj.{kind}"] = part
+            value, gate = ours[f"{here}ffn.in_proj.{kind}"].chunk(2)
+            theirs[f"{there}self_attn.o_proj.{kind}"] = ours[f"{here}attn.out_proj.{kind}"]
+            theirs[f"{there}mlp.up_proj.{kind}"] = value
+            theirs[f"{there}mlp.gate_proj.{kind}"] = gate
+            theirs[f"{there}mlp.down_proj.{kind}"] = ours[f"{here}ffn.out_proj.{kind}"]
+    llama.load_state_dict(theirs)
+
+
+def test_initial_loss_is_that_of_the_references_first_step():
+    """The first step's loss at full size was 11.0251; width and vocabulary decide it, depth and context hardly."""
+    config = ModelConfig(n_ctx=32, n_layer=2, residual_dropout=0.0, ffn_dropout=0.0)
+    model = LLM(config)
+    init_weights(model, config, seed=1)
+    windows = torch.randint(config.n_vocab, (4, 33), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss = model(windows[:, :-1], windows[:, 1:]).item()
+    assert loss == pytest.approx(11.0251, rel=0.05)
+
+
+def test_initial_loss_of_the_references_small_shape(shared: Path):
+    trajectory = json.loads((shared / "reference" / "reference_trajectory.json").read_text())
+    windows = reference_tensors(shared / "reference")["batches"][0].flatten(0, 1).long()
+    model = LLM(CONFIG)
+    init_weights(model, CONFIG, seed=1)
+    loss = model(windows[:, :-1], windows[:, 1:]).item()
+    assert loss == pytest.approx(trajectory["steps"][0]["loss"], rel=0.05)
+
+
+def test_overfits_one_batch(tiny_config: ModelConfig):
+    model = LLM(tiny_config)
+    init_weights(model, tiny_config, seed=0)
+    optimizer = build_adamw(model, OptimConfig(weight_decay=0.0))
+    windows = torch.randint(tiny_config.n_vocab, (4, 17), generator=torch.Generator().manual_seed(0))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    for _ in range(150):
+        loss = model(windows[:, :-1], windows[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def test_a_position_does_not_see_the_future(tiny_config: ModelConfig):
+    model = LLM(tiny_config).eval()
+    inputs = torch.randint(tiny_config.n_vocab, (1, 16))
+    changed = inputs.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % tiny_config.n_vocab
+    with torch.no_grad():
+        difference = (model(inputs) - model(changed)).abs().amax(dim=(0, 2))
+    assert difference[:9].max() == 0
+    assert difference[9:].min() > 0
+
+
+def test_two_models_of_other_shapes_in_one_process(tiny_config: ModelConfig):
+    """The second one's rotary tables must be its own, in whichever order they are called."""
+    other = ModelConfig(n_vocab=97, n_ctx=48, n_embd=32, n_head=2, n_layer=2, residual_dropout=0.0, ffn_dropout=0.0)
+    inputs = torch.randint(97, (1, 12))
+    alone = []
+    for config in (tiny_config, other):
+        global_cache.clear()
+        model = LLM(config)
+        init_weights(model, config, seed=0)
+        alone.append(model(inputs))
+    global_cache.clear()
+    for config, expected in ((other, alone[1]), (tiny_config, alone[0]), (other, alone[1])):
+        model = LLM(config)
+        init_weights(model, config, seed=0)
+        torch.testing.assert_close(model(inputs), expected, rtol=0, atol=0)
+
+
+def test_rope_tables_are_not_saved_and_are_shared_by_layers(tiny_config: ModelConfig):
+    global_cache.clear()
+    model = LLM(tiny_config)
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+    assert len(global_cache._tensors) == 2  # cosine and sine, for both layers
+
+
+def test_training_works_after_tables_were_made_in_inference_mode(tiny_config: ModelConfig):
+    global_cache.clear()
+    model = LLM(tiny_config)
+    windows = torch.zeros(1, 5, dtype=torch.int64)
+    with torch.inference_mode():
+        model(windows)
+    model(windows[:, :-1], windows[:, 1:]).backward()
+    assert model.embedding.weight.grad is not None
+
+
+def test_bf16_loss_is_close_to_float32(tiny_config: ModelConfig):
+    model = LLM(tiny_config)
+    init_weights(model, tiny_config, seed=0)
+    windows = torch.randint(tiny_config.n_vocab, (4, 17), generator=torch.Generator().manual_seed(0))
+    exact = model(windows[:, :-1], windows[:, 1:]).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(windows[:, :-1], windows[:, 1:])
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact, rel=2e-3)
+    assert exact == pytest.approx(math.log(97), rel=0.1)
+
+
+def test_an_impossible_shape_is_refused():
+    with pytest.raises(ConfigError, match=r"n_embd = 30 is not divisible by model.n_head = 4"):
+        LLM(ModelConfig(n_embd=30, n_head=4))
+
+
+def test_loss_is_cross_entropy_of_the_logits(tiny_config: ModelConfig):
+    model = LLM(tiny_config)
+    windows = torch.randint(tiny_config.n_vocab, (3, 17))
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    assert model(inputs, targets).item() == pytest.approx(expected.item(), rel=1e-6)

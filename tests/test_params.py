@@ -1,0 +1,100 @@
+"""The settings: every problem at once, derived numbers, and the way to JSON and back."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from src.model_configs.my_llm_config import PRESETS, debug, laptop, lf_llm_269m
+from src.params import Config, ConfigError, ModelConfig, OptimConfig, TrainConfig, from_dict, to_dict
+
+
+def test_every_problem_is_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        Config(
+            run_name="a/b",
+            resume="soon",
+            model=ModelConfig(n_embd=30, n_head=4, ffn_dropout=1.5),
+            optim=OptimConfig(max_lr=-1.0),
+            train=TrainConfig(micro_batch_size=0),
+        )
+    message = str(caught.value)
+    for part in (
+        "model.n_embd = 30 is not divisible by model.n_head = 4",
+        "model.ffn_dropout = 1.5",
+        "optim.max_lr = -1.0",
+        "train.micro_batch_size = 0",
+        "run_name = 'a/b'",
+        "resume = 'soon'",
+    ):
+        assert part in message
+    assert len(caught.value.problems) == 6
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (ModelConfig(n_embd=30, n_head=10), "30 / 10 = 3, is odd"),
+        (ModelConfig(n_embd=1024, n_head=15), "n_head can be 16, 8"),
+        (ModelConfig(n_layer=0), "model.n_layer = 0 must be above 0"),
+        (ModelConfig(rope_theta=float("nan")), "model.rope_theta = nan must be above 0"),
+    ],
+)
+def test_a_shape_that_cannot_work_says_what_would(model: ModelConfig, expected: str):
+    assert expected in "\n".join(model.problems())
+
+
+def test_a_batch_that_context_does_not_divide():
+    with pytest.raises(ConfigError, match="the nearest that is: 4096"):
+        replace(debug(), train=replace(debug().train, batch_tokens=4_100))
+
+
+def test_steps_and_warmup_of_the_published_recipe():
+    config = lf_llm_269m()
+    assert (config.total_steps, config.warmup_steps) == (19_073, 226)
+    assert config.batch_size * config.model.n_ctx == 524_288
+    assert config.grad_accumulation_steps(8) == 2
+
+
+def test_explicit_steps_win_over_tokens():
+    config = replace(lf_llm_269m(), train=replace(lf_llm_269m().train, total_steps=1_000))
+    assert (config.total_steps, config.warmup_steps) == (1_000, 11)
+    config = replace(config, optim=replace(config.optim, warmup_steps=7))
+    assert config.warmup_steps == 7
+
+
+@pytest.mark.parametrize("world_size", [3, 5, 6, 7])
+def test_a_batch_that_cannot_be_shared_names_what_works(world_size: int):
+    config = lf_llm_269m()
+    with pytest.raises(ConfigError) as caught:
+        config.grad_accumulation_steps(world_size)
+    message = str(caught.value)
+    suggested = int(message.split("use train.batch_tokens = ")[1].split(",")[0])
+    replace(config, train=replace(config.train, batch_tokens=suggested)).grad_accumulation_steps(world_size)
+    assert " 4 " in message or " 8 " in message  # processes that would work
+
+
+def test_a_micro_batch_that_does_not_fit_names_those_that_do():
+    config = replace(debug(), train=replace(debug().train, micro_batch_size=24))
+    with pytest.raises(ConfigError, match="micro_batch_size can be 1, 2, 4, 8 or 16"):
+        config.grad_accumulation_steps(2)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_json_and_back(preset: str):
+    config = PRESETS[preset]()
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_unknown_fields_are_named():
+    data = to_dict(debug())
+    data["model"]["n_heads"] = 4
+    with pytest.raises(ConfigError, match=r"model\.n_heads is not a field"):
+        from_dict(data)
+
+
+def test_presets_work_with_one_and_two_processes():
+    for preset in (debug, laptop):
+        assert preset().grad_accumulation_steps(1) >= 1
+    assert lf_llm_269m().model == ModelConfig()

@@ -1,0 +1,265 @@
+"""Whole runs, small ones: what resuming, several processes and bad numbers may not change."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pretrain
+from pretrain import Outcome, train
+from src.model import LLM
+from src.params import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from src.utils.errors import BusyError, NonFiniteError, UserError
+from src.utils.run_directory import claimed
+
+STEPS = 12
+
+
+@pytest.fixture
+def config(dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Config:
+    """A run of 12 steps of a tiny model with dropout, checkpoints at 5 and 10, validation at 0, 4, 8 and 12."""
+    monkeypatch.setattr(pretrain, "RUNS", tmp_path / "runs")
+    return Config(
+        run_name="whole",
+        model=ModelConfig(n_vocab=300, n_ctx=16, n_embd=16, n_head=2, n_layer=2),
+        data=DataConfig(dir=str(dataset(train_tokens=[700, 900], n_vocab=300))),
+        optim=OptimConfig(max_lr=5e-3, warmup_steps=3),
+        train=TrainConfig(
+            total_steps=STEPS,
+            batch_tokens=8 * 16,
+            micro_batch_size=4,
+            precision="float32",
+            device="cpu",
+            log_every_steps=3,
+        ),
+        eval=EvalConfig(val_every_steps=4, val_tokens=160, hellaswag_items=0),
+        checkpoint=CheckpointConfig(every_steps=5),
+    )
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    """Says stop when asked before step `steps` + 1; the run asks once or twice a step."""
+    original, counted = torch.optim.AdamW.step, itertools.count(1)
+    done = {"steps": 0}
+
+    def counting_step(self, *arguments, **options):
+        done["steps"] = next(counted)
+        return original(self, *arguments, **options)
+
+    torch.optim.AdamW.step = counting_step  # type: ignore[method-assign]
+    return lambda: done["steps"] >= steps
+
+
+@pytest.fixture(autouse=True)
+def restore_optimizer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", torch.optim.AdamW.step)
+
+
+def metrics(run_dir: Path, kind: str | None = None) -> list[dict]:
+    """The records, without what differs between two runs on one machine: times and sizes."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timing = {"time", "seconds", "tokens_per_second", "step_ms", "memory_gb", "bytes"}  # state.json holds seconds
+    kept = [{k: v for k, v in record.items() if k not in timing} for record in records]
+    return [record for record in kept if kind in (None, record["kind"]) and record["kind"] != "event"]
+
+
+def final_tensors(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    folder = run_dir / "checkpoints" / f"step_{step:07d}"
+    files = ("model", "optimizer", "rank_00000")
+    # cloned, because the tensors are mapped from files that a test may damage
+    return {f"{file}/{k}": v.clone() for file in files for k, v in load_file(folder / f"{file}.safetensors").items()}
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    a, b = final_tensors(one), final_tensors(other)
+    assert set(a) == set(b)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_leaves_what_the_interface_promises(config: Config):
+    outcome = train(config)
+    assert outcome == Outcome(outcome.run_dir, STEPS, 0)
+    names = {path.name for path in outcome.run_dir.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "log.txt", "status.json", "checkpoints"}
+    assert [r["step"] for r in metrics(outcome.run_dir, "train")] == [3, 6, 9, 12]
+    assert [r["step"] for r in metrics(outcome.run_dir, "validation")] == [0, 4, 8, 12]
+    assert [r["step"] for r in metrics(outcome.run_dir, "checkpoint")] == [5, 10, 12]
+    assert sorted(p.name for p in (outcome.run_dir / "checkpoints").iterdir()) == ["step_0000010", "step_0000012"]
+    status = json.loads((outcome.run_dir / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, STEPS)
+    saved = json.loads((outcome.run_dir / "config.json").read_text())
+    assert saved["derived"]["parameters"] == sum(p.numel() for p in LLM(config.model).parameters())
+    assert saved["derived"]["grad_accumulation_steps"] == 2
+    assert saved["config"]["train"]["micro_batch_size"] == 4
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_line(config: Config):
+    every = replace(config, run_name="every", train=replace(config.train, log_every_steps=1))
+    single = [r["loss"] for r in metrics(train(every).run_dir, "train")]
+    means = [r["loss"] for r in metrics(train(config).run_dir, "train")]
+    assert means == pytest.approx([sum(single[i : i + 3]) / 3 for i in range(0, STEPS, 3)], rel=1e-12)
+    assert single[-1] < single[0]
+
+
+@pytest.mark.parametrize("k", [1, 5, 7])  # before the first checkpoint, at one, between two and between log lines
+def test_stopped_and_started_again_equals_uninterrupted(config: Config, k: int):
+    whole = train(config)
+    halved = replace(config, run_name="halved")
+    outcome = train(halved, stop_after(k))
+    assert (outcome.step, outcome.exit_code) == (k, 143)
+    assert json.loads((outcome.run_dir / "status.json").read_text())["state"] == "stopped"
+    assert train(halved).exit_code == 0
+    assert_same_bits(whole.run_dir, outcome.run_dir)
+    measured = [[r for r in metrics(run) if r["kind"] != "checkpoint"] for run in (whole.run_dir, outcome.run_dir)]
+    assert measured[0] == measured[1]
+
+
+def test_a_kill_loses_only_steps_after_the_checkpoint(config: Config):
+    """The process dies at once, in the middle of step 8 and of writing a line."""
+    whole = train(config)
+    killed = replace(config, run_name="killed")
+
+    class Killed(BaseException):
+        pass
+
+    def die():
+        raise Killed
+
+    stop = stop_after(7)
+    with pytest.raises(Killed):
+        train(killed, lambda: stop() and die())
+    run_dir = whole.run_dir.with_name("killed")
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 8, "lo')
+    assert train(killed).exit_code == 0
+    assert_same_bits(whole.run_dir, run_dir)
+    assert metrics(whole.run_dir) == metrics(run_dir)
+
+
+def test_dropout_is_part_of_what_is_resumed(config: Config):
+    """The equality above would hold for a lost random state if dropout changed nothing."""
+    without = replace(config, model=replace(config.model, residual_dropout=0.0, ffn_dropout=0.0), run_name="without")
+    losses = [[r["loss"] for r in metrics(train(c).run_dir, "train")] for c in (config, without)]
+    assert losses[0] != losses[1]
+
+
+def test_a_finished_run_does_nothing(config: Config):
+    run_dir = train(config).run_dir
+    before = {
+        p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name in ("metrics.jsonl", "state.json")
+    }
+    assert train(config) == Outcome(run_dir, STEPS, 0)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_another_configuration_is_refused_and_nothing_moves(config: Config):
+    run_dir = train(config).run_dir
+    before = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    other = replace(
+        config,
+        model=replace(config.model, n_layer=3),
+        optim=replace(config.optim, max_lr=1e-3),
+        train=replace(config.train, total_steps=20),
+    )
+    with pytest.raises(UserError) as caught:
+        train(other)
+    for line in (
+        "model.n_layer: checkpoint 2, now 3",
+        "optim.max_lr: checkpoint 0.005, now 0.001",
+        "train.total_steps",
+    ):
+        assert line in str(caught.value)
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == before
+
+
+def test_other_data_is_refused(config: Config, dataset: Callable[..., Path]):
+    train(config)
+    other = dataset(train_tokens=[700, 901], n_vocab=300, name="other")
+    with pytest.raises(UserError, match=r"data \(sha256 of its manifest\)"):
+        train(replace(config, data=DataConfig(dir=str(other))))
+
+
+def test_settings_that_change_no_loss_may_change(config: Config):
+    run_dir = train(config, stop_after(5)).run_dir
+    changed = replace(
+        config, train=replace(config.train, log_every_steps=1), checkpoint=CheckpointConfig(every_steps=3)
+    )
+    assert train(changed).exit_code == 0
+    assert [r["step"] for r in metrics(run_dir, "train")] == [3, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_never_sets_the_old_run_aside(config: Config):
+    run_dir = train(config).run_dir
+    assert train(replace(config, resume="never")).exit_code == 0
+    aside = run_dir.with_name("whole.set-aside-1")
+    assert_same_bits(run_dir, aside)
+    assert len(metrics(run_dir)) == len(metrics(aside))
+
+
+def test_going_on_from_an_earlier_step(config: Config):
+    run_dir = train(config).run_dir
+    final = final_tensors(run_dir)
+    assert train(replace(config, resume="10")).exit_code == 0
+    assert all(torch.equal(tensor, final[name]) for name, tensor in final_tensors(run_dir).items())
+    assert (run_dir / "checkpoints" / "step_0000012.set-aside-1").is_dir()
+    with pytest.raises(UserError, match=r"no checkpoint .*; steps that have one: 10, 12"):
+        train(replace(config, resume="11"))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(config: Config):
+    run_dir = train(config).run_dir
+    final = final_tensors(run_dir)
+    damaged = run_dir / "checkpoints" / "step_0000012" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"step_0000012: model\.safetensors has \d+ bytes, expected"):
+        train(replace(config, resume="12"))
+    assert train(config).exit_code == 0
+    assert all(torch.equal(tensor, final[name]) for name, tensor in final_tensors(run_dir).items())
+    events = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "event"]
+    assert any("model.safetensors" in event["detail"] for event in events)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config, monkeypatch: pytest.MonkeyPatch):
+    run_dir = train(config, stop_after(5)).run_dir
+    before = final_tensors(run_dir, step=5)
+    forward = LLM.forward
+
+    def poisoned(self, inputs, targets=None):
+        loss = forward(self, inputs, targets)
+        return loss * float("nan") if self.training else loss
+
+    monkeypatch.setattr(LLM, "forward", poisoned)
+    longer = replace(config, checkpoint=CheckpointConfig(every_steps=6))
+    monkeypatch.setattr(pretrain, "MAX_SKIPPED_STEPS", 3)
+    with pytest.raises(NonFiniteError, match="3 steps in a row") as caught:
+        train(longer)
+    assert caught.value.exit_code == 3
+    after = final_tensors(run_dir, step=6)
+    weights = [name for name in before if not name.startswith("rank")]
+    assert all(torch.equal(before[name], after[name]) for name in weights)
+    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e.get("name") == "skipped step"] == [6, 7, 8]
+    assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 3
+
+
+def test_two_runs_cannot_share_a_directory(config: Config):
+    with claimed(pretrain.RUNS / "whole"), pytest.raises(BusyError, match='"pid":'):
+        train(config)
+    assert train(config).exit_code == 0
+
+
+def test_a_vocabulary_too_small_for_the_data(config: Config):
+    with pytest.raises(UserError, match=r"set --model\.n-vocab 300"):
+        train(replace(config, model=replace(config.model, n_vocab=299)))
+
+
+def test_too_little_validation_data(config: Config, dataset: Callable[..., Path]):
+    short = dataset(train_tokens=[700], val_tokens=60, n_vocab=300, name="short")
+    with pytest.raises(UserError, match=r"the validation part of .* holds 60 tokens: 3 windows"):
+        train(replace(config, data=DataConfig(dir=str(short))))

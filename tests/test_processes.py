@@ -1,0 +1,119 @@
+"""Runs of several processes, started as a user starts them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.utils.root import ROOT
+from tests.conftest import Commands
+
+SETTINGS = (
+    "--model.n-vocab 300 --model.n-ctx 16 --model.n-embd 16 --model.n-head 2 --model.n-layer 2 "
+    "--train.batch-tokens 128 --train.micro-batch-size 2 --train.device cpu --train.precision float32 "
+    "--train.log-every-steps 1 --eval.val-tokens 160 --eval.hellaswag-items 0 --eval.sample-prompts"
+).split()
+
+
+@pytest.fixture
+def data(dataset: Callable[..., Path]) -> str:
+    return str(dataset(train_tokens=[700, 900], n_vocab=300))
+
+
+def train(commands: Commands, data: str, run: str, *more: str, processes: int = 1) -> None:
+    result = commands.pretrain("debug", "--run-name", run, "--data.dir", data, *more, *SETTINGS, processes=processes)
+    assert result.returncode == 0, result.stderr
+
+
+def losses(commands: Commands, run: str, kind: str = "train") -> list[float]:
+    return [record["loss"] for record in commands.metrics(run, kind)]
+
+
+def test_two_processes_train_as_one_does(commands: Commands, data: str):
+    for run, processes in (("one", 1), ("two", 2)):
+        train(commands, data, run, "--train.total-steps", "20", processes=processes)
+    assert len(losses(commands, "one")) == 20
+    assert losses(commands, "two") == pytest.approx(losses(commands, "one"), rel=1e-5)
+    assert losses(commands, "two", "validation") == pytest.approx(losses(commands, "one", "validation"), rel=1e-5)
+    tokens = [[r["tokens"] for r in commands.metrics(run, "validation")] for run in ("one", "two")]
+    assert tokens[0] == tokens[1]
+    derived = json.loads((commands.temp_data / "runs" / "two" / "config.json").read_text())["derived"]
+    assert (derived["world_size"], derived["grad_accumulation_steps"]) == (2, 2)
+
+
+def test_two_stopped_by_a_signal_go_on_to_the_same_bits(commands: Commands, data: str):
+    """With dropout, so that each process's random state counts."""
+    settings = ("--train.total-steps", "300", "--model.ffn-dropout", "0.2", "--checkpoint.every-steps", "1000")
+    train(commands, data, "whole", *settings, processes=2)
+    code_file = commands.temp_data / "exit_code"
+    code_file.touch()
+    log = commands.temp_data / "runs" / "halved" / "metrics.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "pretrain.py"), "debug", "--run-name", "halved", "--data.dir", data, *settings, *SETTINGS]
+    with subprocess.Popen(
+        command,
+        env={**commands.environment, "EXIT_CODE_FILE": str(code_file)},
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text().count('"train"') > 20):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    assert code_file.read_text() == "143"
+    (stopped,) = (log.parent / "checkpoints").iterdir()
+    assert "step_0000020" < stopped.name < "step_0000300"
+    train(commands, data, "halved", *settings, processes=2)
+    assert losses(commands, "halved") == losses(commands, "whole")
+    for file in ("model", "optimizer", "rank_00000", "rank_00001"):
+        whole, halved = (
+            load_file(commands.temp_data / "runs" / run / "checkpoints" / "step_0000300" / f"{file}.safetensors")
+            for run in ("whole", "halved")
+        )
+        assert set(whole) == set(halved)
+        assert all(torch.equal(whole[name], halved[name]) for name in whole)
+
+
+def test_another_number_of_processes_goes_on_with_the_same_samples(commands: Commands, data: str):
+    train(commands, data, "one", "--train.total-steps", "20", "--checkpoint.every-steps", "10")
+    train(commands, data, "one", "--train.total-steps", "20", "--resume", "10", processes=2)
+    again = losses(commands, "one")
+    train(commands, data, "reference", "--train.total-steps", "20")
+    assert len(again) == 20
+    assert again == pytest.approx(losses(commands, "reference"), rel=1e-5)
+    (event,) = [r for r in commands.metrics("one", "event") if r["name"] == "resume"]
+    assert "2 process(es) instead of 1" in event["detail"]
+
+
+def test_a_batch_two_processes_cannot_share(commands: Commands, data: str):
+    more = ["--run-name", "odd", "--data.dir", data, *SETTINGS, "--train.micro-batch-size", "8"]
+    code_file = commands.temp_data / "exit_code"
+    code_file.touch()
+    commands.environment["EXIT_CODE_FILE"] = str(code_file)
+    result = commands.pretrain("debug", *more, processes=2)
+    assert result.returncode != 0
+    assert "micro_batch_size can be 1, 2 or 4" in result.stderr
+    assert code_file.read_text() == "2"
+    assert not (commands.temp_data / "runs" / "odd").exists()
+
+
+def test_a_failing_process_takes_the_others_with_it(commands: Commands, data: str):
+    """A device that only process 1 lacks: everything ends, and its message is there."""
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    more = ["--run-name", "gone", "--data.dir", data, *SETTINGS, "--train.device", "cuda"]
+    started = time.monotonic()
+    result = commands.pretrain("debug", *more, processes=2)
+    assert result.returncode != 0
+    assert "sees 0" in result.stderr
+    assert time.monotonic() - started < 60
