@@ -201,6 +201,37 @@ def test_a_killed_preparation_is_done_again_by_the_same_command(
     assert contents(folder) == contents(tmp_path / "datasets" / "fresh")
 
 
+def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path: Path, commands: Commands) -> None:
+    """Even while the workers are at batches that take seconds."""
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(2) + ["x" * 20_000_000] * 4)
+    process = subprocess.Popen(
+        [sys.executable, "-m", MODULE, "--source", "files", "--path", str(path), "--workers", "2", "--out", "stopped"],
+        cwd=ROOT,
+        env=commands.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while len(_children(process.pid)) < 3:  # two workers and the interpreter's resource tracker
+        assert process.poll() is None, "finished before it could be stopped"
+        time.sleep(0.05)
+    time.sleep(1)  # they start and take a batch each
+    os.killpg(process.pid, signal.SIGINT)
+    start = time.monotonic()
+    _, said = process.communicate(timeout=20)
+    assert time.monotonic() - start < 3
+    assert process.returncode == 130
+    assert said.splitlines()[1:] == ["interrupted"]
+    assert not (tmp_path / "datasets" / "stopped").exists()
+
+
+def _children(pid: int) -> list[str]:
+    listing = Path(f"/proc/{pid}/task/{pid}/children")
+    if not listing.exists():
+        pytest.skip("needs /proc to see the workers")
+    return listing.read_text().split()
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
     path.write_text(path.read_text() + "{")

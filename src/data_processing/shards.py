@@ -1,0 +1,257 @@
+"""Datasets on disk: token shards and the manifest that vouches for them. NumPy and the standard library only.
+
+A dataset is a folder holding `manifest.json` and the .npy files it lists, one-dimensional arrays of
+little-endian uint16 token ids. Shard 0 is validation, the rest are training. Files the manifest does
+not list are not part of the dataset.
+
+    manifest = read_manifest(folder)            checks the manifest itself; opens no shard
+    manifest.validation, manifest.train         tuples of Shard(file, split, tokens, documents, text_bytes, sha256)
+    check_shard(folder, shard, n_vocab)         header and size, microseconds; full=True also hash and every id
+    np.load(folder / shard.file, mmap_mode="r") the tokens
+
+`manifest.sha256` identifies the dataset: it covers every shard's hash. The downloader writes with
+`write_shard` and, last of all, `write_manifest`; a folder without a manifest is not a dataset.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from src.utils.errors import StorageError, UserError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+TOKEN_DTYPE = np.dtype("<u2")
+SHARD_NAME = re.compile(r".+_i_(\d{6})_t_(\d+)\.npy")
+
+_PREPARE = "prepare it with: python -m src.data_processing.data_downloader --out"
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of token ids, as the manifest describes it."""
+
+    file: str
+    """Name inside the dataset's folder."""
+    split: str
+    """"validation" or "train"."""
+    tokens: int
+    """Token ids in the file, the end-of-text tokens included."""
+    documents: int
+    """Documents in the file; each one is whole and is preceded by the end-of-text token."""
+    text_bytes: int
+    """UTF-8 bytes of the documents' text."""
+    sha256: str
+    """Of the whole file, its .npy header included."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset's manifest.json says."""
+
+    source: dict[str, Any]
+    """Where the documents came from: name, and versions, files with their hashes, or the revision."""
+    request: dict[str, Any]
+    """The arguments that decide the output."""
+    tokenizer: str
+    tokenizer_sha256: str
+    n_vocab: int
+    end_of_text: int
+    seed: int
+    counts: dict[str, int]
+    """Over all shards documents, tokens and text_bytes; and the documents that were left out for holding nothing but
+    white space (skipped_empty) or of which bytes that are not UTF-8 became U+FFFD (replaced_invalid)."""
+    shards: tuple[Shard, ...]
+    """In index order, the validation shard first."""
+    sha256: str = ""
+    """Of the manifest file, once it is read from one."""
+
+    @property
+    def validation(self) -> tuple[Shard, ...]:
+        return tuple(shard for shard in self.shards if shard.split == "validation")
+
+    @property
+    def train(self) -> tuple[Shard, ...]:
+        return tuple(shard for shard in self.shards if shard.split == "train")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the dataset in `folder`; raises UserError where there is none or it makes no sense."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        what = "the folder has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no folder"
+        raise UserError(f"no dataset at {folder}: {what}; {_PREPARE} {folder}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        content = json.loads(raw)
+        version = content.pop("format")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format {version!r}; this program reads format {FORMAT_VERSION}")
+        shards = tuple(Shard(**entry) for entry in content.pop("shards"))
+        manifest = Manifest(**content, shards=shards, sha256=hashlib.sha256(raw).hexdigest())
+        _check_manifest(manifest)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete the folder and prepare the dataset again") from None
+    return manifest
+
+
+def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) -> None:
+    """Raises UserError with path, expected and actual where the file is not what the manifest says.
+
+    Always: the file exists, its .npy header gives one-dimensional uint16 of `shard.tokens`, and its size
+    fits the header to the byte. With `full`, also every id is below `n_vocab` and the sha256 agrees; this
+    reads the file once, 4 MiB at a time.
+    """
+    path = folder / shard.file
+    try:
+        with open(path, "rb") as file:
+            _check_header(file, path, shard)
+            if full:
+                _check_content(file, path, shard, n_vocab)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: expected a shard of {shard.tokens} tokens") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Names in `folder` that are not part of the dataset, sorted; hidden files don't count."""
+    listed = {MANIFEST, *(shard.file for shard in manifest.shards)}
+    return sorted(name for name in os.listdir(folder) if name not in listed and not name.startswith("."))
+
+
+def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iterable[np.ndarray]) -> tuple[str, str]:
+    """Writes `arrays`, `tokens` ids in all, as one shard; returns its file name and sha256.
+
+    The file gets its name only when it is complete and on the disk. Raises StorageError.
+    """
+    name = f"{prefix}_i_{index:06d}_t_{tokens}.npy"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": TOKEN_DTYPE.str, "fortran_order": False, "shape": (tokens,)})
+    digest = hashlib.sha256(header.getvalue())
+    with replacing(folder / name, expected_bytes=tokens * TOKEN_DTYPE.itemsize) as file:
+        file.write(header.getvalue())
+        for array in arrays:
+            content = array.astype(TOKEN_DTYPE, copy=False).tobytes()
+            file.write(content)
+            digest.update(content)
+        assert file.tell() == header.tell() + tokens * TOKEN_DTYPE.itemsize, "the shard is not as long as announced"
+    return name, digest.hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes manifest.json, which makes `folder` a dataset; `manifest.sha256` is left out. Raises StorageError."""
+    content = {"format": FORMAT_VERSION, **dataclasses.asdict(manifest)}
+    del content["sha256"]
+    with replacing(folder / MANIFEST) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+@contextmanager
+def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
+    """A file to write that takes the name `path` when the block ends well: complete, and on the disk.
+
+    Until then it is `path` with .tmp appended, which a failure removes. An OSError becomes a StorageError.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise storage_error(path, error, expected_bytes) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def storage_error(path: Path, error: OSError, expected_bytes: int = 0) -> StorageError:
+    """`error`, met while writing `path`, in the words a person needs."""
+    message = f"cannot write {path}: {error.strerror or error}"
+    existing = next((folder for folder in path.parents if folder.is_dir()), None)
+    if existing is not None and expected_bytes:
+        message += f"; it needs {expected_bytes} bytes and {shutil.disk_usage(existing).free} are free there"
+    return StorageError(f"{message}; make room, mend the permissions, or choose another folder with --out")
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raises ValueError for a manifest that no preparation writes."""
+    if not manifest.validation or not manifest.train or manifest.shards[0].split != "validation":
+        raise ValueError("it needs a validation shard first, then at least one training shard")
+    for number, shard in enumerate(manifest.shards):
+        name = SHARD_NAME.fullmatch(shard.file)
+        if name is None or Path(shard.file).name != shard.file:
+            raise ValueError(f"{shard.file!r} is not the name of a shard")
+        if (int(name[1]), int(name[2])) != (number, shard.tokens):
+            raise ValueError(f"{shard.file!r} is listed as shard {number} of {shard.tokens} tokens")
+    total = sum(shard.tokens for shard in manifest.shards)
+    if manifest.counts["tokens"] != total:
+        raise ValueError(f"its shards hold {total} tokens, its total says {manifest.counts['tokens']}")
+
+
+def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:
+    size = os.fstat(file.fileno()).st_size
+    try:
+        major, _ = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+    except ValueError as error:
+        found = "an empty file" if size == 0 else f"{size} bytes that are not ({str(error).splitlines()[0]})"
+        raise UserError(f"{path}: expected a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}") from None
+    if dtype != TOKEN_DTYPE:
+        raise UserError(f"{path}: expected dtype {TOKEN_DTYPE}, found {dtype}")
+    if shape != (shard.tokens,):
+        raise UserError(f"{path}: expected shape {(shard.tokens,)}, found {shape}")
+    expected = file.tell() + shard.tokens * TOKEN_DTYPE.itemsize
+    if size != expected:
+        what = "cut short" if size < expected else "followed by bytes that don't belong to it"
+        raise UserError(f"{path}: expected {expected} bytes, found {size}: the array is {what}")
+
+
+def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int) -> None:
+    """`file` stands at the first token, after the header."""
+    header_bytes = file.tell()
+    file.seek(0)
+    digest = hashlib.sha256(file.read(header_bytes))
+    offset = 0
+    for chunk in _chunks(file):
+        digest.update(chunk)
+        ids = np.frombuffer(chunk, TOKEN_DTYPE)
+        if ids.max() >= n_vocab:
+            first = int(np.argmax(ids >= n_vocab))
+            raise UserError(f"{path}: token {offset + first} is {ids[first]}; expected ids below {n_vocab}")
+        offset += ids.size
+    if digest.hexdigest() != shard.sha256:
+        raise UserError(f"{path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk

@@ -1,0 +1,103 @@
+"""A stand-in for HellaSwag that needs no network: which text goes on from here, of four held-out ones?
+
+It asks about the text a model is trained beside, so that a small model can learn to answer, and it is no
+measure of common sense: its results say nothing about HellaSwag and carry a protocol name of their own.
+
+A passage is a context and the ENDING_TOKENS tokens after it. An item is one passage with the endings of three
+others, from other documents. So right and wrong endings are drawn alike: whole words, the same number of
+tokens, single spaces at both cuts. Only the context tells which is right.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from src.data_processing.tokenizer import Tokenizer
+from src.model_assessment.hellaswag_items import Item
+from src.utils.errors import UserError
+
+ENDING_TOKENS = 16
+# As many as there are between whole words; with its ending a passage fits even a model with 80 positions.
+MIN_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS = 40, 64
+CHOICES = 4
+
+# Enough for tens of thousands of passages; a shard can hold a hundred million tokens.
+_MOST_TOKENS = 4_000_000
+
+
+@dataclass(frozen=True)
+class _Passage:
+    document: int
+    """Where its end-of-text token is."""
+    context: str
+    ending: str
+
+
+def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: int) -> list[Item]:
+    """Up to `count` items from `tokens`, uint16 ids of documents that each follow an end-of-text token.
+
+    The same for the same arguments; fewer than `count` where the text holds fewer passages. The right ending's
+    place is uniform, and an item's endings differ. Raises UserError where fewer than four documents are long
+    enough.
+    """
+    passages = _without_repeated_endings(_passages(np.asarray(tokens[:_MOST_TOKENS]), tokenizer))
+    documents = len({passage.document for passage in passages})
+    if documents < CHOICES:
+        raise UserError(
+            f"multiple-choice items need {CHOICES} held-out documents with {MAX_CONTEXT_TOKENS + ENDING_TOKENS} tokens "
+            f"of running text or more; {len(tokens)} tokens hold {documents}. Prepare a dataset of more documents, "
+            "give a HellaSwag file, or turn the evaluation off with --eval.hellaswag-items 0"
+        )
+    rng = np.random.default_rng(seed)
+    document_of = np.array([passage.document for passage in passages])
+    chosen = rng.permutation(len(passages))[:count]
+    return [_item(ind, passages, document_of, int(right), rng) for ind, right in enumerate(chosen)]
+
+
+def _passages(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[_Passage]:
+    """Passages that share no token, in the text's order."""
+    is_cut = _word_cuts(tokens, tokenizer)
+    cuts = np.flatnonzero(is_cut)
+    middles = cuts[cuts < len(tokens) - ENDING_TOKENS]
+    ends = middles + ENDING_TOKENS
+    document_at = np.maximum.accumulate(np.where(tokens == tokenizer.end_of_text, np.arange(len(tokens)), 0))
+    starts = cuts[np.searchsorted(cuts, np.maximum(document_at[middles], middles - MAX_CONTEXT_TOKENS))]
+    good = is_cut[ends] & (middles - starts >= MIN_CONTEXT_TOKENS) & (document_at[middles] == document_at[ends])
+    free_from = 0
+    for start, middle, end in np.stack([starts, middles, ends], axis=1)[good].tolist():
+        if start >= free_from:
+            context, ending = (tokenizer.decode(part.tolist()) for part in (tokens[start:middle], tokens[middle:end]))
+            yield _Passage(int(document_at[start]), context.removeprefix(" "), ending.removeprefix(" "))
+            free_from = end
+
+
+def _word_cuts(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """True, (len(tokens),), where a token begins a word after a single space, which is part of that token."""
+    begins_word = np.zeros(tokenizer.n_vocab, dtype=bool)
+    ends_word = np.zeros(tokenizer.n_vocab, dtype=bool)
+    for token in np.unique(tokens).tolist():
+        text = tokenizer.decode([token])
+        begins_word[token] = len(text) > 1 and text[0] == " " and not text[1].isspace()
+        ends_word[token] = not text[-1].isspace() and token != tokenizer.end_of_text
+    is_cut = begins_word[tokens]
+    is_cut[1:] &= ends_word[tokens[:-1]]
+    is_cut[:1] = False
+    return is_cut
+
+
+def _without_repeated_endings(passages: Iterator[_Passage]) -> list[_Passage]:
+    """Boilerplate that goes on alike in two documents would be right and wrong at once."""
+    first: dict[str, _Passage] = {}
+    for passage in passages:
+        first.setdefault(passage.ending, passage)
+    return list(first.values())
+
+
+def _item(ind: int, passages: list[_Passage], document_of: np.ndarray, right: int, rng: np.random.Generator) -> Item:
+    others = np.flatnonzero(document_of != document_of[right])
+    wrong = rng.choice(others, CHOICES - 1, replace=False)
+    endings = [passages[i].ending for i in wrong]
+    label = int(rng.integers(CHOICES))
+    endings.insert(label, passages[right].ending)
+    return Item(ind, passages[right].context, tuple(endings), label)

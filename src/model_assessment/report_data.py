@@ -1,0 +1,178 @@
+"""A run directory as the report sees it: its settings, how it stands, and what it measured.
+
+Every file may be missing, half written or from a run that still goes on, so nothing here trusts a
+value to be there or to be a number. What a resume undid is left out: a run that went back from step
+180 to step 150 has its lines of steps 151 to 180 twice, and only the later ones count.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.utils.errors import UserError
+
+Record = dict[str, Any]
+
+SESSION_STARTS = ("start", "checkpoints", "resume")  # the events a process may write first; before them it did not run
+
+
+class Series(NamedTuple):
+    """One measured quantity over the run. `values` is NaN where the run wrote none, or one that isn't finite."""
+
+    steps: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+    def finite(self) -> "Series":
+        """The same without its NaN."""
+        known = np.isfinite(self.values)
+        return Series(self.steps[known], self.values[known])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of one run; see `read_run`."""
+
+    name: str
+    settings: dict[str, Any]
+    """config.json: config, derived, versions, machine, dataset, command."""
+    status: dict[str, Any]
+    records: list[Record]
+    """The lines of metrics.jsonl that are in effect, as written."""
+    unreadable_lines: int
+    active_seconds: float
+    """Time between the first and the last line, without the pauses before each start."""
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """The lines of a kind. Events come in the order they happened, all others by step, the last one of each;
+        samples keep every one of a step."""
+        found = [record for record in self.records if record["kind"] == kind]
+        if kind == "event":
+            return found
+        if kind != "sample":
+            found = list({record["step"]: record for record in found}.values())
+        return sorted(found, key=lambda record: record["step"])
+
+    def series(self, kind: str, key: str) -> Series:
+        """A quantity over the steps at which lines of this kind were written."""
+        records = self.of_kind(kind)
+        steps = np.array([record["step"] for record in records], dtype=np.float64)
+        return Series(steps, np.array([number(record.get(key)) for record in records], dtype=np.float64))
+
+    def setting(self, *path: str) -> Any:
+        """A value of config.json, such as `setting("config", "train", "seed")`, or None."""
+        value: Any = self.settings
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps completed, as far as the run wrote them down."""
+        reached = number(self.status.get("step"))
+        return max(*(record["step"] for record in self.records), int(reached) if math.isfinite(reached) else 0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps planned, or None where no file says."""
+        planned = number(self.setting("derived", "total_steps") or self.status.get("total_steps"))
+        return int(planned) if math.isfinite(planned) else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens in one optimizer step, as measured; None where no line tells."""
+        steps, tokens = self.series("train", "tokens_seen").finite()
+        return float(tokens[-1] / steps[-1]) if steps.size and steps[-1] > 0 else None
+
+
+def read_run(directory: Path) -> Run:
+    """The run in `directory`; raises UserError where there is no such folder, or none with metrics in it."""
+    if not directory.is_dir():
+        raise UserError(f"there is no run directory {directory}; give a path, or the name of a run in temp_data/runs")
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{directory} has no metrics.jsonl, so there is nothing to report; is it a run directory?")
+    written, unreadable = _read_lines(path)
+    if not written:
+        raise UserError(f"{path} holds no complete line yet, so there is nothing to report; let the run go on first")
+    settings = _read_object(directory / "config.json")
+    config = settings.get("config")
+    name = config.get("run_name") if isinstance(config, dict) else None
+    return Run(
+        name=str(name or directory.resolve().name),
+        settings=settings,
+        status=_read_object(directory / "status.json"),
+        records=_in_effect(written),
+        unreadable_lines=unreadable,
+        active_seconds=_active_seconds(written),
+    )
+
+
+def number(value: Any) -> float:
+    """`value` as a float; NaN where it is absent, not a number, or infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:  # JSON knows integers of any size
+        return math.nan
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_lines(path: Path) -> tuple[list[Record], int]:
+    """The records in the file, and how many other lines it has; a last line that is cut off is not counted."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records, unreadable = [], 0
+    for index, line in enumerate(lines):
+        record = _record(line)
+        if record:
+            records.append(record)
+        elif line.strip() and index < len(lines) - 1:
+            unreadable += 1
+    return records, unreadable
+
+
+def _record(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    step = number(record.get("step"))
+    return {**record, "step": int(step)} if step >= 0 else None
+
+
+def _in_effect(written: Iterable[Record]) -> list[Record]:
+    kept: list[Record] = []
+    for record in written:
+        if _is_event(record, "resume"):
+            kept = [earlier for earlier in kept if earlier["step"] <= record["step"] or earlier["kind"] == "event"]
+        kept.append(record)
+    return kept
+
+
+def _active_seconds(written: Iterable[Record]) -> float:
+    timed = [record for record in written if math.isfinite(number(record.get("time")))]
+    return sum(
+        max(0.0, later["time"] - earlier["time"])
+        for earlier, later in itertools.pairwise(timed)
+        if not _is_event(later, *SESSION_STARTS)
+    )
+
+
+def _is_event(record: Record, *names: str) -> bool:
+    return record["kind"] == "event" and record.get("name") in names
