@@ -66,6 +66,8 @@ module() { # a module of ours; the folder it runs in must not hold another packa
 
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac; }
 
+CORES=$(getconf _NPROCESSORS_ONLN)
+
 stage "1/5 environment"
 # shellcheck source=src/utils/environment.sh
 . "$ROOT/src/utils/environment.sh"
@@ -82,11 +84,10 @@ if [ "$prepare_data" = yes ]; then
     while IFS= read -r path; do
         [ -z "$path" ] || paths+=("$(absolute "$path")")
     done <<<"${DATA_PATH:-}"
-    if [ ${#paths[@]} -gt 0 ]; then
-        module src.data_processing.data_downloader --source "$DATA_SOURCE" --out "$DATA_DIR" --path "${paths[@]}"
-    else
-        module src.data_processing.data_downloader --source "$DATA_SOURCE" --out "$DATA_DIR"
-    fi
+    preparation=(--source "$DATA_SOURCE" --out "$DATA_DIR")
+    [ ${#paths[@]} -eq 0 ] || preparation+=(--path "${paths[@]}")
+    [ "$DATA_SOURCE" = pydocs ] || preparation+=(--workers "$CORES") # pydocs is too small to gain from more than one
+    module src.data_processing.data_downloader "${preparation[@]}"
     set -- --data.dir "$DATA_DIR" "$@"
 else
     stage "2/5 data: the dataset that --data.dir names, as it is"
@@ -100,7 +101,7 @@ if [ -z "${NPROC:-}" ]; then
 fi
 NNODES=${NNODES:-1}
 # Processes that share a machine share its cores; torchrun would give each of them one.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / NPROC > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC : 1))}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > NPROC ? CORES / NPROC : 1))}
 
 stage "3/5 train: preset $PRESET, run $RUN_NAME, $NPROC process(es) on $NNODES machine(s)"
 if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ]; then

@@ -291,7 +291,7 @@ def _loss_range(curves: list[NDArray[np.float64]], entropy: float) -> tuple[floa
     losses = np.concatenate(curves)
     start = max(values[0] for values in curves if values.size)
     usual = np.quantile(losses, 0.95 if losses.size >= 100 else 1.0)
-    low, high = losses.min(), np.nanmax([entropy, min(usual, start)])
+    low, high = np.nanmin([entropy, losses.min()]), np.nanmax([entropy, min(usual, start)])
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return float(low - margin), float(high + margin)
 

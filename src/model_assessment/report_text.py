@@ -134,9 +134,10 @@ def _model_and_data(run: Run) -> str:
     size += f" ({rest} of them outside the embedding)" if parameters and rest else ""
     data = run.setting("dataset", "name") or run.setting("config", "data", "dir")
     on = f" on {data}" if data else ""
+    source = run.setting("dataset", "source", "name")
     documents, tokens = (compact(run.setting("dataset", key)) for key in ("documents", "tokens"))
     facts = [
-        str(run.setting("dataset", "source") or ""),
+        f"source {source}" if source and source != data else "",
         f"{documents} documents" if documents else "",
         f"{tokens} tokens" if tokens else "",
     ]

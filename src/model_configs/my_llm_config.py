@@ -15,20 +15,20 @@ def debug() -> Config:
         run_name="debug",
         model=ModelConfig(n_ctx=128, n_embd=256, n_head=4, n_layer=4, residual_dropout=0.0, ffn_dropout=0.0),
         data=DataConfig(dir="pydocs"),
-        optim=OptimConfig(max_lr=2e-3, warmup_ratio=0.05),
-        train=TrainConfig(total_tokens=1_024_000, batch_tokens=4_096, micro_batch_size=32, log_every_steps=10),
+        optim=OptimConfig(max_lr=3e-3, warmup_ratio=0.05),
+        train=TrainConfig(total_tokens=491_520, batch_tokens=2_048, micro_batch_size=16, log_every_steps=10),
         eval=EvalConfig(
-            val_every_steps=50,
+            val_every_steps=40,
             val_tokens=16_384,
-            hellaswag_every_steps=125,
+            hellaswag_every_steps=120,
             hellaswag_data="held-out",
             hellaswag_items=100,
-            sample_every_steps=125,
+            sample_every_steps=120,
             sample_prompts=("The function returns", "If the argument is", "This module provides"),
             samples_per_prompt=1,
             sample_tokens=40,
         ),
-        checkpoint=CheckpointConfig(every_steps=50),
+        checkpoint=CheckpointConfig(every_steps=40),
     )
 
 
