@@ -111,7 +111,7 @@ def run_steps(
     derived = describe_run(config, procs, model, precision, manifest, log)
     recorded = procs.from_main(log.recorded())
     accumulation = config.grad_accumulation_steps(procs.world_size)
-    started, first_step = time.perf_counter(), progress.step
+    first_step = progress.step
     log.start_bar(first_step, config.total_steps)
     with TrainingDataLoader(
         training,
@@ -139,6 +139,8 @@ def run_steps(
                 return finish(progress.step, config.total_steps, log)
 
             step_started = time.perf_counter()
+            if progress.step == first_step:
+                started = step_started  # of the pace, which the evaluations before the first step don't count in
             lr = learning_rate(progress.step, config.total_steps, config.warmup_steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from src.utils.root import ROOT
 from tests.conftest import Commands
 
-SETTINGS = (
-    "--model.n-vocab 300 --model.n-ctx 16 --model.n-embd 16 --model.n-head 2 --model.n-layer 2 "
-    "--train.batch-tokens 128 --train.micro-batch-size 2 --train.device cpu --train.precision float32 "
-    "--train.log-every-steps 1 --eval.val-tokens 160 --eval.hellaswag-items 0 --eval.sample-prompts"
-).split()
+SETTINGS = [
+    *("--model.n-vocab", "300", "--model.n-ctx", "16", "--model.n-embd", "16", "--model.n-head", "2"),
+    *("--model.n-layer", "2", "--train.batch-tokens", "128", "--train.micro-batch-size", "2"),
+    *("--train.device", "cpu", "--train.precision", "float32", "--train.log-every-steps", "1"),
+    *("--eval.val-tokens", "160", "--eval.hellaswag-items", "0", "--eval.sample-prompts"),
+]
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_the_seed_decides():
         torch.rand(seed + 1)  # the global generator must not matter
         model = LLM(CONFIG)
         init_weights(model, CONFIG, seed)
-        return model.blocks[2].ffn.out_proj.weight.detach()
+        return model.get_parameter("blocks.2.ffn.out_proj.weight").detach()
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
