@@ -45,6 +45,10 @@ class Processes:
         torch.distributed.all_reduce(sums)
         return sums.tolist()
 
+    def any(self, flag: bool) -> bool:
+        """True where `flag` is true in any process."""
+        return self.sum([float(flag)])[0] > 0
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, in rank order."""
         if self.world_size == 1:

@@ -1,0 +1,69 @@
+"""Time of the head with its loss, forward and backward: ours, torch's plain form, and that compiled.
+
+python -m benchmarks.lm_loss [--tokens N --width N --dtype {bf16,float32}] prints one JSON object. The losses
+are compared, so that all do the same work. Medians of --repeats runs after one warm-up; leave the other cores free.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from src import lm_loss
+from src.utils.hardware import autocast, choose_device, describe_machine
+
+VOCABULARY = 50_257
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lm_loss", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    device = choose_device("auto")
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    torch.manual_seed(0)
+    hidden = torch.randn(args.tokens, args.width, device=device, requires_grad=True)
+    weight = (torch.randn(VOCABULARY, args.width, device=device) * 0.02).requires_grad_()
+    targets = torch.randint(VOCABULARY, (args.tokens,), device=device)
+
+    def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+    def measure(loss_of: Callable[..., torch.Tensor]) -> tuple[float, float]:
+        """Median milliseconds, and the loss."""
+        times = []
+        for _ in range(args.repeats + 1):
+            hidden.grad = weight.grad = None
+            _synchronize(device)
+            started = time.perf_counter()
+            with autocast(device, dtype):
+                loss = loss_of(hidden, weight, targets)
+            loss.backward()
+            _synchronize(device)
+            times.append((time.perf_counter() - started) * 1e3)
+        return statistics.median(times[1:]), loss.item()
+
+    results = {"plain": measure(plain), "compiled": measure(torch.compile(plain))}
+    for rows in (8, 16, 32, 64, 256):
+        lm_loss.ROWS_CPU = lm_loss.ROWS_GPU = rows
+        results[f"ours, {rows} rows"] = measure(lm_loss.linear_cross_entropy)
+    losses = [loss for _, loss in results.values()]
+    assert max(losses) - min(losses) < 1e-3 * losses[0], f"not the same work: {losses}"
+    milliseconds = {name: round(ms, 1) for name, (ms, _) in results.items()}
+    print(json.dumps({"milliseconds": milliseconds, **vars(args), "machine": describe_machine(device)}))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
