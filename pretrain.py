@@ -7,6 +7,7 @@ A run lives in temp_data/runs/RUN_NAME, and the same command goes on where it st
 is the whole run and can be called from Python. Shapes: B sequences, T positions.
 """
 
+import src  # noqa: F401, I001 (before torch: see there)
 import math
 import platform
 import shlex

@@ -1,0 +1,1 @@
+import src  # noqa: F401 (before torch: see there)

@@ -19,7 +19,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from src.utils.disk import free_bytes, sync
 from src.utils.errors import StorageError, UserError
 
 MANIFEST = "manifest.json"
@@ -35,7 +35,7 @@ FORMAT_VERSION = 1
 TOKEN_DTYPE = np.dtype("<u2")
 SHARD_NAME = re.compile(r".+_i_(\d{6})_t_(\d+)\.npy")
 
-_PREPARE = "prepare it with: python -m src.data_processing.data_downloader --out"
+_PREPARE = "prepare it with: python -m src.data_processing.data_downloader --source {pydocs,files,fineweb-edu} --out"
 _CHUNK_BYTES = 4 << 20
 
 
@@ -177,27 +177,17 @@ def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise storage_error(path, error, expected_bytes) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def storage_error(path: Path, error: OSError, expected_bytes: int = 0) -> StorageError:
     """`error`, met while writing `path`, in the words a person needs."""
     message = f"cannot write {path}: {error.strerror or error}"
-    existing = next((folder for folder in path.parents if folder.is_dir()), None)
-    if existing is not None and expected_bytes:
-        message += f"; it needs {expected_bytes} bytes and {shutil.disk_usage(existing).free} are free there"
+    if expected_bytes:
+        message += f"; it needs {expected_bytes} bytes and {free_bytes(path)} are free there"
     return StorageError(f"{message}; make room, mend the permissions, or choose another folder with --out")
 
 

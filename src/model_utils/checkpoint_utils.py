@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from src.utils.disk import free_bytes, sync
 from src.utils.errors import StorageError, UserError
 
 STEP_NAME = re.compile(r"step_(\d{7,})")
@@ -61,19 +62,19 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
         temporary.mkdir(parents=True)
         for name, tensors in parts.items():
             save_file(tensors, temporary / f"{name}.safetensors")
-            _sync(temporary / f"{name}.safetensors")
+            sync(temporary / f"{name}.safetensors")
         _write_json(temporary / "state.json", {"step": step, **state})
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         _write_json(temporary / "manifest.json", {"step": step, "files": files})
-        _sync(temporary)
+        sync(temporary)
         os.rename(temporary, final)
-        _sync(root)
+        sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
         raise StorageError(
             f"the checkpoint of step {step} could not be saved in {root}: {error}. It needs {needed:,} bytes, "
-            f"{_free_bytes(root)} are free; earlier ones are untouched. Make room, then start the same command again"
+            f"{free_bytes(root):,} are free; earlier ones are untouched. Make room, then start the same command again"
         ) from error
     if problem := damage(final):
         raise StorageError(f"the checkpoint just saved does not read back: {problem}; check the disk")
@@ -196,20 +197,4 @@ def _fingerprint(path: Path) -> dict[str, int | str]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _free_bytes(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.is_dir())).free:,}"
-    except OSError:
-        return "an unknown number"
+    sync(path)

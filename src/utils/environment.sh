@@ -1,10 +1,6 @@
 # Sourced by the launchers with ROOT set: choose_python FILE sets PYTHON to an interpreter that has
 # the packages FILE pins: the active environment's if it has them, else that of .venv, made if need be.
 
-# OpenMP threads that wait for each other should soon let go of the core: spinning for long, the default of the
-# library PyTorch is built with, made a training step 8 times slower when another program used one of two cores.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
-
 _python_version_ok() {
     "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
