@@ -36,12 +36,14 @@ from src.model_utils.debugging import count_parameters, flops_per_token, non_fin
 from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
 from src.model_utils.weight_init import init_weights
 from src.params import Config, to_dict
+from src.rope import rope_tables
 from src.utils import hardware
+from src.utils.disk import set_aside
 from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, UserError, exit_with
 from src.utils.handle_ddp import Processes, processes
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
-from src.utils.run_directory import claimed, set_aside
+from src.utils.run_directory import claimed
 from src.utils.stop_signals import stop_on_signals
 
 MAX_SKIPPED_STEPS = 10  # in a row, for a loss or gradient that is not finite
@@ -87,14 +89,13 @@ def train(config: Config, stop: Callable[[], bool] = lambda: False) -> Outcome:
         run_dir = RUNS / config.run_name
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
         log = RunLogger(run_dir, procs.is_main)
+        if strays := stray_files(folder, manifest):
+            log.info(f"warning: {strays}")
+        run = prepare(config, procs, manifest, log)  # a start refused here leaves the run's status as it was
         try:
-            if strays := stray_files(folder, manifest):
-                log.info(f"warning: {strays}")
-            run = prepare(config, procs, manifest, log)
             return run_steps(run, training, assessment, stop)
         except Exception as error:
-            code = getattr(error, "exit_code", None) or 1
-            log.write_json("status.json", {"state": "failed", "exit_code": code, "message": str(error)})
+            write_status(run, "failed", getattr(error, "exit_code", None) or 1, str(error))
             raise
         finally:
             log.close_bar()
@@ -155,10 +156,12 @@ def train_step(run: Run, batches: TrainingDataLoader) -> tuple[float, float, flo
             loss.backward()
         local_loss += loss.detach()
     mean_loss = procs.sum([local_loss.item()])[0] / procs.world_size
-    parameters = run.state.model.parameters()
-    grad_norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad_norm).item()
+    parameters = list(run.state.model.parameters())
+    total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    grad_norm = total_norm.item()
     # Both numbers are the same in every process, so all take the step or all skip it.
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+        nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad_norm, total_norm)
         run.state.optimizer.step()
         progress.add_step(mean_loss, time.perf_counter() - started)
     else:
@@ -177,7 +180,7 @@ def skip_step(run: Run, loss: float, grad_norm: float) -> None:
     if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
         raise NonFiniteError(
             f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite, the last one step "
-            f"{progress.step}. The checkpoints are from before; start again with a lower --optim.max-lr or a longer "
+            f"{progress.step}. None of them changed the weights. Start again with a lower --optim.max-lr or a longer "
             "--optim.warmup-steps under another --run-name"
         )
 
@@ -197,7 +200,8 @@ def save(run: Run) -> None:
     if run.procs.from_main(step_dir(root, step).exists()):
         return
     started = time.perf_counter()
-    path, size = run.state.save(root, run.config, run.manifest.sha256, run.procs)
+    run.log.sync()
+    path, size = run.state.save(root, run.config, run.manifest.sha256, run.precision, run.procs)
     seconds = time.perf_counter() - started
     run.log.metric("checkpoint", step, path=str(path.relative_to(run.log.run_dir)), seconds=seconds, bytes=size)
     run.log.info(f"saved {path.name}: {size / 1e6:.0f} MB in {seconds:.1f} s")
@@ -267,8 +271,8 @@ def open_data(config: Config, folder: Path, manifest: Manifest) -> tuple[WindowD
 
 def prepare(config: Config, procs: Processes, manifest: Manifest, log: RunLogger) -> Run:
     """Model, optimizer and progress, new or from the checkpoint to go on from; config.json is written."""
-    checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, procs, log))
     precision = hardware.choose_precision(config.train.precision, procs.device)
+    checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log))
     if procs.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = LLM(config.model)
@@ -281,6 +285,8 @@ def prepare(config: Config, procs: Processes, manifest: Manifest, log: RunLogger
         seed_random_state(config.train.seed, procs.rank)
     forward: nn.Module = model
     if config.train.compile == "on" or (config.train.compile == "auto" and procs.device.type == "cuda"):
+        # made before compiling, so that the first step need not be compiled again once they are there
+        rope_tables(config.model.n_ctx, config.model.head_dim, config.model.rope_theta, procs.device)
         forward = torch.compile(model)  # type: ignore[assignment]
     if procs.world_size > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
@@ -288,21 +294,30 @@ def prepare(config: Config, procs: Processes, manifest: Manifest, log: RunLogger
     return Run(config, procs, log, manifest, state, forward, precision)
 
 
-def find_checkpoint(config: Config, manifest: Manifest, procs: Processes, log: RunLogger) -> Checkpoint | None:
+def find_checkpoint(
+    config: Config, manifest: Manifest, precision: torch.dtype, procs: Processes, log: RunLogger
+) -> Checkpoint | None:
     """The checkpoint to go on from, the log cut back to it; None for a run that starts at its first step."""
     if config.resume == "never":
-        if moved := set_aside(log.run_dir):
+        if any(log.run_dir.iterdir()):
+            moved = set_aside(log.run_dir)
+            log.run_dir.mkdir()
             log.info(f"starting anew; the old run is kept in {moved}")
         return None
-    checkpoint, notes = resume_point(log.run_dir / "checkpoints", config, manifest.sha256)
+    checkpoint, notes = resume_point(log.run_dir / "checkpoints", config, manifest.sha256, precision)
     step = checkpoint.step if checkpoint else 0
     log.forget_after(step if checkpoint else -1)
     for note in notes:
         log.event("checkpoints", step, note)
     if checkpoint and step < config.total_steps:
-        was = checkpoint.state["world_size"]
-        other = "" if was == procs.world_size else f", now on {procs.world_size} process(es) instead of {was}"
-        log.event("resume", step, f"from {checkpoint.path.name} of {config.total_steps} steps{other}")
+        detail = f"from {checkpoint.path.name} of {config.total_steps} steps"
+        for what, was, now in (
+            ("processes", checkpoint.state["world_size"], procs.world_size),
+            ("micro-batch", checkpoint.state["config"]["train"]["micro_batch_size"], config.train.micro_batch_size),
+        ):
+            if was != now:
+                detail += f"; {what} {now} instead of {was}: the same samples, but not the same bits"
+        log.event("resume", step, detail)
     return checkpoint
 
 

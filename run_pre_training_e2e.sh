@@ -10,8 +10,8 @@
 #   DATA_SOURCE           pydocs, files or fineweb-edu; by preset
 #   DATA_PATH             for files: a file, folder or glob, or several, one a line
 #   DATA_DIR              name or path of the dataset folder; by source
-#   NPROC                 processes on this machine; the number of its GPUs, or 1
-#   NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500     for several machines
+#   NPROC                 processes on this machine; the number of its GPUs for lf_llm_269m, else 1
+#   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     for several machines, after node 0 has prepared the data
 #   PYTHON                the interpreter to start from
 #   TEMP_DATA_DIR         where datasets and runs go instead of temp_data/
 set -euo pipefail
@@ -77,7 +77,10 @@ if [ -n "${TEMP_DATA_DIR:-}" ]; then
     export TEMP_DATA_DIR
 fi
 
-if [ "$prepare_data" = yes ]; then
+if [ "$prepare_data" = yes ] && [ "${NODE_RANK:-0}" != 0 ]; then
+    stage "2/5 data: $DATA_DIR, as node 0 prepared it"
+    set -- --data.dir "$DATA_DIR" "$@"
+elif [ "$prepare_data" = yes ]; then
     stage "2/5 data: $DATA_SOURCE -> $DATA_DIR"
     case "$DATA_DIR" in */*) DATA_DIR=$(absolute "$DATA_DIR") ;; esac
     paths=()
@@ -95,7 +98,8 @@ fi
 
 if [ -z "${NPROC:-}" ]; then
     NPROC=1
-    if command -v nvidia-smi >/dev/null; then
+    # debug and laptop have batches too small to share between many GPUs
+    if [ "$PRESET" != debug ] && [ "$PRESET" != laptop ] && command -v nvidia-smi >/dev/null; then
         NPROC=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
     fi
 fi
@@ -107,9 +111,16 @@ stage "3/5 train: preset $PRESET, run $RUN_NAME, $NPROC process(es) on $NNODES m
 if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ]; then
     command=("$PYTHON" "$ROOT/pretrain.py" "$PRESET" --run-name "$RUN_NAME" "$@")
 else
-    command=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "${NODE_RANK:-0}"
-        --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}"
-        --nproc-per-node "$NPROC" "$ROOT/pretrain.py" "$PRESET" --run-name "$RUN_NAME" "$@")
+    if [ "$NNODES" = 1 ]; then
+        rendezvous=(--standalone) # a free port of its own, so that two runs don't meet
+    else
+        rendezvous=(--nnodes "$NNODES" --node-rank "${NODE_RANK:-0}"
+            --master-addr "${MASTER_ADDR:?names the machine of NODE_RANK=0}" --master-port "${MASTER_PORT:-29500}")
+    fi
+    command=("$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC"
+        "$ROOT/pretrain.py" "$PRESET" --run-name "$RUN_NAME" "$@")
+    # A stopped run finishes its step, or an evaluation, and saves; torchrun would kill it after 30 seconds.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 fi
 # torchrun answers every failure with 1; the processes leave their own exit code here.
 EXIT_CODE_FILE=$(mktemp)

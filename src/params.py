@@ -132,7 +132,8 @@ class TrainConfig:
     batch_tokens: int = 524_288
     """Tokens in one optimizer step, over all processes and accumulation steps."""
     micro_batch_size: int = 16
-    """Sequences in one forward pass of one process; gradient accumulation follows from it."""
+    """Sequences in one forward pass of one process; gradient accumulation follows from it. Changes what dropout
+    draws, and otherwise no result but rounding."""
     seed: int = 42
     """Seeds initial weights, dropout and data order."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
@@ -220,7 +221,8 @@ class Config:
     run_name: str = "run"
     """Folder of the run under temp_data/runs/."""
     resume: str = "auto"
-    """auto: go on from the newest good checkpoint; never: start anew, setting an old run aside; or a step."""
+    """auto: go on from the newest good checkpoint; never: start anew, at every start, setting an old run aside; or
+    the step of a checkpoint, setting later ones aside."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

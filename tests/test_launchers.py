@@ -126,6 +126,25 @@ def test_two_processes_through_the_launcher(texts: Path, tmp_path: Path):
     assert (tmp_path / "data" / "runs" / "pair" / "report.html").is_file()
 
 
+def test_a_mistake_keeps_its_exit_code_through_torchrun(texts: Path, tmp_path: Path):
+    variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "NPROC": "2", "TEMP_DATA_DIR": str(tmp_path / "data")}
+    result = launch(ROOT / "run_pre_training_e2e.sh", "--train.total-step", "2", cwd=tmp_path, **variables)
+    assert result.returncode == 2
+    assert "--train.total-steps" in result.stderr
+
+
+def test_small_presets_take_one_process_however_many_gpus_there_are(tmp_path: Path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\necho called >> '{tmp_path / 'called'}'\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "NPROC": "", "TEMP_DATA_DIR": str(tmp_path)}
+    script = ROOT / "run_pre_training_e2e_debug.sh"
+    result = launch(script, "--data.dir", "nowhere", cwd=tmp_path, **variables)
+    assert "train: preset debug, run debug, 1 process(es)" in result.stderr
+    assert not (tmp_path / "called").exists()
+    assert "no dataset at" in result.stderr
+
+
 @pytest.mark.parametrize("value", ["False", "0", ""])
 def test_debug_mode_off_means_the_full_size(value: str, tmp_path: Path):
     """Which fails here, because the hub cannot be reached: with the sources that work."""

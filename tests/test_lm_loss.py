@@ -50,7 +50,7 @@ def test_no_gradients_are_computed_without_need(monkeypatch: pytest.MonkeyPatch)
     assert scattered
 
 
-def test_compiled_equals_eager(monkeypatch: pytest.MonkeyPatch):
+def test_the_form_for_the_compiler_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch):
     hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(33, 8, requires_grad=True)
     targets = torch.randint(33, (20,))
     eager = linear_cross_entropy(hidden, weight, targets)

@@ -213,3 +213,18 @@ def test_loss_is_cross_entropy_of_the_logits(tiny_config: ModelConfig):
     inputs, targets = windows[:, :-1], windows[:, 1:]
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     assert model(inputs, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_compiled_model_computes_the_same_from_an_empty_cache(tiny_config: ModelConfig):
+    """Traced, not compiled to machine code, which takes no time and no compiler; the tables are made while tracing."""
+    model = LLM(tiny_config)
+    init_weights(model, tiny_config, seed=0)
+    windows = torch.randint(tiny_config.n_vocab, (3, 17))
+    global_cache.clear()
+    torch._dynamo.reset()
+    gradients = []
+    for forward in (torch.compile(model, backend="aot_eager"), model):
+        loss = forward(windows[:, :-1], windows[:, 1:])
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for compiled, eager in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)

@@ -243,8 +243,8 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config
     after = final_tensors(run_dir, step=6)
     weights = [name for name in before if not name.startswith("rank")]
     assert all(torch.equal(before[name], after[name]) for name in weights)
-    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in events if e.get("name") == "skipped step"] == [6, 7, 8]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r.get("name") == "skipped step"] == [6, 7, 8]
     assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 3
 
 
@@ -263,3 +263,34 @@ def test_too_little_validation_data(config: Config, dataset: Callable[..., Path]
     short = dataset(train_tokens=[700], val_tokens=60, n_vocab=300, name="short")
     with pytest.raises(UserError, match=r"the validation part of .* holds 60 tokens: 3 windows"):
         train(replace(config, data=DataConfig(dir=str(short))))
+
+
+def test_a_gradient_that_is_not_finite_is_named(config: Config, monkeypatch: pytest.MonkeyPatch):
+    original = LLM.__init__
+
+    def poisoned(self, *arguments):
+        original(self, *arguments)
+        self.get_parameter("blocks.1.ffn.out_proj.bias").register_hook(lambda gradient: gradient * float("inf"))
+
+    monkeypatch.setattr(LLM, "__init__", poisoned)
+    monkeypatch.setattr(pretrain, "MAX_SKIPPED_STEPS", 1)
+    with pytest.raises(NonFiniteError):
+        train(config)
+    text = (pretrain.RUNS / "whole" / "metrics.jsonl").read_text()
+    assert "not finite in 1 gradients, first blocks.1.ffn.out_proj.bias" in text
+
+
+def test_a_refused_start_leaves_the_status_of_the_run(config: Config):
+    run_dir = train(config).run_dir
+    before = (run_dir / "status.json").read_bytes()
+    with pytest.raises(UserError):
+        train(replace(config, optim=replace(config.optim, max_lr=1e-3)))
+    assert (run_dir / "status.json").read_bytes() == before
+
+
+def test_another_precision_is_refused_and_another_micro_batch_is_noted(config: Config):
+    run_dir = train(config, stop_after(5)).run_dir
+    with pytest.raises(UserError, match=r"train\.precision: checkpoint torch\.float32, now torch\.bfloat16"):
+        train(replace(config, train=replace(config.train, precision="bf16")))
+    assert train(replace(config, train=replace(config.train, micro_batch_size=8))).exit_code == 0
+    assert "micro-batch 8 instead of 4" in (run_dir / "log.txt").read_text()

@@ -93,7 +93,7 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(commands: Com
     assert len(again) == 20
     assert again == pytest.approx(losses(commands, "reference"), rel=1e-5)
     (event,) = [r for r in commands.metrics("one", "event") if r["name"] == "resume"]
-    assert "2 process(es) instead of 1" in event["detail"]
+    assert "processes 2 instead of 1" in event["detail"]
 
 
 def test_a_batch_two_processes_cannot_share(commands: Commands, data: str):
@@ -108,13 +108,37 @@ def test_a_batch_two_processes_cannot_share(commands: Commands, data: str):
     assert not (commands.temp_data / "runs" / "odd").exists()
 
 
-def test_a_failing_process_takes_the_others_with_it(commands: Commands, data: str):
-    """A device that only process 1 lacks: everything ends, and its message is there."""
-    if torch.cuda.is_available():
-        pytest.skip("needs a machine without CUDA")
-    more = ["--run-name", "gone", "--data.dir", data, *SETTINGS, "--train.device", "cuda"]
+FAILING_RUN = """
+import os, sys
+sys.path.insert(0, {root!r})
+import pretrain
+from src.utils.errors import StorageError, exit_with
+
+original = pretrain.train_step
+
+def train_step(run, batches):
+    if os.environ["RANK"] == "1" and run.state.progress.step == 5:
+        raise StorageError("the disk of process 1 is gone")
+    return original(run, batches)
+
+pretrain.train_step = train_step
+sys.argv = ["pretrain.py", *{arguments!r}]
+exit_with(pretrain.main)
+"""
+
+
+def test_one_failing_process_takes_the_other_with_it(commands: Commands, data: str, tmp_path: Path):
+    """In seconds, although the other waits for it in a collective; its message is there and its exit code counts."""
+    arguments = ["debug", "--run-name", "failing", "--data.dir", data, "--train.total-steps", "100000", *SETTINGS]
+    script = tmp_path / "failing_run.py"
+    script.write_text(FAILING_RUN.format(root=str(ROOT), arguments=arguments))
+    code_file = tmp_path / "exit_code"
+    code_file.touch()
+    commands.environment["EXIT_CODE_FILE"] = str(code_file)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     started = time.monotonic()
-    result = commands.pretrain("debug", *more, processes=2)
-    assert result.returncode != 0
-    assert "sees 0" in result.stderr
+    result = commands.run([*launcher, str(script)])
     assert time.monotonic() - started < 60
+    assert result.returncode != 0
+    assert "error (process 1): the disk of process 1 is gone" in result.stderr
+    assert code_file.read_text() == "4"

@@ -107,7 +107,9 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_args()
-    args.out = args.out or _DEFAULT_OUT.get(args.source)
+    if args.out is None and args.source in _DEFAULT_OUT:
+        subset = f"-first-{args.max_documents}-documents" if args.max_documents else ""
+        args.out = _DEFAULT_OUT[args.source] + subset  # a trial must never pass for the whole
     if not args.verify and args.source is None:
         parser.error("--source is needed: fineweb-edu, files or pydocs")
     if args.source == "files" and not args.path and not args.verify:

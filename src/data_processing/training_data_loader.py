@@ -1,10 +1,11 @@
 """Token shards -> batches.
 
-The training tokens are cut into windows of n_ctx + 1 tokens that overlap by one, so that every token
-but a shard's first is predicted once. The order of the windows is a pure function of the seed: epoch
-by epoch, shards in random order, windows of a shard in random order. Sequence number s * batch_size + j
-of that order is sequence j of step s, for any number of processes; a process takes its share of each
-step. All the loader's state is therefore a step number. Shapes: B sequences, T positions.
+The training tokens are cut into windows of n_ctx + 1 tokens that overlap by one, so that a token is predicted
+once an epoch, but for a shard's first and the rest at its end that fills no window. The order of the windows
+is a pure function of the seed: epoch by epoch, shards in random order, windows of a shard in random order.
+Sequence number s * batch_size + j of that order is sequence j of step s, for any number of processes; a
+process takes its share of each step. All the loader's state is therefore a step number.
+Shapes: B sequences, T positions.
 """
 
 import queue

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from src.data_processing.shards import Manifest
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
-from src.model_assessment import held_out_items, hellaswag, sampling, validation
+from src.model_assessment import hellaswag, sampling, validation
 from src.params import Config
 
-SEED = 0  # of samples and of held-out items: the same at every step, so that steps can be compared
+SEED = 0  # of samples: the same at every step, so that steps can be compared
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,15 @@ class Assessment:
         self.config, self.tokenizer = config, tokenizer
         batch_size = config.train.micro_batch_size
         self.windows = WindowDataset(folder, manifest.validation, config.model.n_ctx, config.model.n_vocab, batch_size)
-        self.n_windows = min(max(batch_size, config.eval.val_tokens // config.model.n_ctx), self.windows.n_windows)
+        self.n_windows = min(max(1, config.eval.val_tokens // config.model.n_ctx), self.windows.n_windows)
         self.unigram_entropy = validation.unigram_entropy(self.windows, self.n_windows)
         held_out = manifest.validation[0]
         self.bytes_per_token = held_out.text_bytes / held_out.tokens
-        self.protocol, self.items = self._multiple_choice_items(folder / held_out.file)
+        self.protocol: str = "none"
+        self.items: list[hellaswag.Item] = []
+        if limit := config.eval.hellaswag_items:
+            data = config.eval.hellaswag_data
+            self.protocol, self.items = hellaswag.choose_items(data, limit, folder / held_out.file, tokenizer)
 
     def due(self, step: int) -> list[str]:
         """The kinds of records to make after `step` steps; all of them before the first and after the last step."""
@@ -113,16 +115,3 @@ class Assessment:
             )
             for s in samples
         ]
-
-    def _multiple_choice_items(self, validation_shard: Path) -> tuple[str, list[hellaswag.Item]]:
-        """The protocol's name, and its items: HellaSwag from a file or the hub, or a stand-in from held-out text."""
-        data, limit = self.config.eval.hellaswag_data, self.config.eval.hellaswag_items
-        if limit == 0:
-            return "none", []
-        if data == "held-out":
-            tokens = np.load(validation_shard, mmap_mode="r")
-            items = held_out_items.held_out_items(tokens, self.tokenizer, limit, SEED)
-            return hellaswag.HELD_OUT_PROTOCOL, items
-        if data == "auto":
-            return hellaswag.HELLASWAG_PROTOCOL, hellaswag.fetch_items(limit)
-        return hellaswag.HELLASWAG_PROTOCOL, hellaswag.load_items(Path(data), limit)

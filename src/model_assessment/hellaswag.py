@@ -27,7 +27,7 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
 from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
-from src.model_utils.load_model import LoadedModel, load_model
+from src.model_utils.load_model import load_model
 from src.utils.errors import UserError, exit_with
 from src.utils.root import dataset_dir
 
@@ -57,6 +57,18 @@ class HellaSwagResult:
     protocol: str
     seconds: float
     """Wall time, encoding included."""
+
+
+def choose_items(data: str, limit: int | None, validation_shard: Path, tokenizer: Tokenizer) -> tuple[str, list[Item]]:
+    """The protocol's text and the first `limit` items of `data`.
+
+    "auto" fetches HellaSwag, "held-out" makes a stand-in from the documents of `validation_shard`, the same one
+    every time, and anything else is a file. Raises UserError.
+    """
+    if data == "held-out":
+        tokens = np.load(validation_shard, mmap_mode="r")
+        return HELD_OUT_PROTOCOL, held_out_items(tokens, tokenizer, limit or len(tokens), seed=0)
+    return HELLASWAG_PROTOCOL, fetch_items(limit) if data == "auto" else load_items(Path(data), limit)
 
 
 def evaluate(
@@ -175,7 +187,7 @@ def _mean_log_probs(model: LLM, rows: list[_Row], device: torch.device) -> list[
     targets_N = np.concatenate([row.tokens[-row.scored :] for row in rows])
     scored = torch.from_numpy(np.stack([row_N, position_N, targets_N])).to(device)
 
-    log_probs_N = _log_probs(model, hidden_BTD[scored[0], scored[1]], scored[2]).double().cpu()
+    log_probs_N = _log_probs(model, hidden_BTD[scored[0], scored[1]], scored[2]).cpu().double()
     return [part.mean().item() for part in log_probs_N.split([row.scored for row in rows])]
 
 
@@ -212,7 +224,13 @@ def main() -> int:
         raise UserError(f"--limit is {args.limit}; it must be at least 1")
 
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
-    protocol, items = _choose_items(args.data, args.limit, loaded, tokenizer)
+    folder, limit = dataset_dir(loaded.config.data.dir), args.limit
+    if args.data == "held-out":
+        shard = read_manifest(folder).validation[0]
+        check_shard(folder, shard, loaded.config.model.n_vocab)
+        folder /= shard.file
+        limit = limit or loaded.config.eval.hellaswag_items or 100  # 0 had turned it off while training
+    protocol, items = choose_items(args.data or "auto", limit, folder, tokenizer)
     print(f"{len(items)} items on {loaded.device}: {protocol}", file=sys.stderr)
     with loaded.autocast():
         result = evaluate(
@@ -220,22 +238,6 @@ def main() -> int:
         )
     print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **asdict(result)}))
     return 0
-
-
-def _choose_items(
-    data: str | None, limit: int | None, loaded: LoadedModel, tokenizer: Tokenizer
-) -> tuple[str, list[Item]]:
-    """The protocol's name and its items."""
-    if data is None:
-        return HELLASWAG_PROTOCOL, fetch_items(limit)
-    if data != "held-out":
-        return HELLASWAG_PROTOCOL, load_items(Path(data), limit)
-    folder = dataset_dir(loaded.config.data.dir)
-    shard = read_manifest(folder).validation[0]
-    check_shard(folder, shard, loaded.config.model.n_vocab)
-    tokens = np.load(folder / shard.file, mmap_mode="r")
-    count = limit or loaded.config.eval.hellaswag_items or 100  # 0 had turned it off while training
-    return HELD_OUT_PROTOCOL, held_out_items(tokens, tokenizer, count, seed=0)
 
 
 def _progress_printer(total: int, every_seconds: float = 10.0) -> Callable[[int], None]:

@@ -205,7 +205,8 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.sampling",
-        description="Continue a prompt with a trained model. Prints the texts, then one JSON object as the last line.",
+        description="Continue a prompt with a trained model. Prints the texts, then one JSON object as the last line; "
+        "with --stream the text alone.",
     )
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run (folder or name) or a step_* folder")
     parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
@@ -220,6 +221,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.num_samples < 1:
         raise UserError(f"--num-samples is {args.num_samples}; it must be at least 1")
+    if args.stream and (args.num_samples > 1 or len(args.prompt or []) > 1):
+        raise UserError("--stream shows one continuation of one prompt; leave it out, or ask for one")
     config = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
     prompts = args.prompt if args.prompt is not None else [""]

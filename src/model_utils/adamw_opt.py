@@ -54,5 +54,6 @@ def load_optimizer_tensors(
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         kind, name = key.split(".", 1)
-        state.setdefault(ordered.index(name), {})[kind] = tensor
+        # cloned, because a tensor read from a file on a CPU is a mapping of it, which may be pruned or changed
+        state.setdefault(ordered.index(name), {})[kind] = tensor.clone()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from src.utils.disk import free_bytes, sync
+from src.utils.disk import free_bytes, move, set_aside, sync
 from src.utils.errors import StorageError, UserError
 
 STEP_NAME = re.compile(r"step_(\d{7,})")
@@ -35,15 +35,12 @@ class Checkpoint:
     state: dict[str, Any]
     """The plain data of state.json."""
 
-    def tensors(self, name: str, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-        """The tensors of `name`.safetensors, on `device`; raises UserError where there is no such file."""
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of `name`.safetensors, mapped from the file; raises UserError where it can't be read."""
         try:
-            return load_file(self.path / f"{name}.safetensors", device=str(device))
+            return load_file(self.path / f"{name}.safetensors")
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {self.path / name}.safetensors: {error}") from None
-
-    def has(self, name: str) -> bool:
-        return (self.path / f"{name}.safetensors").is_file()
 
 
 def step_dir(root: Path, step: int) -> Path:
@@ -85,6 +82,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in `path`, a step_* directory, after verifying every file; raises UserError naming the bad one."""
     if problem := damage(path):
         raise UserError(f"cannot use the checkpoint {path}: {problem}")
+    return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(path, int(state["step"]), state)
 
@@ -100,7 +101,7 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
         if problem := damage(step_dir(root, step)):
             rejected.append(f"{step_dir(root, step)}: {problem}")
         else:
-            return open_checkpoint(step_dir(root, step)), rejected
+            return _read(step_dir(root, step)), rejected
     if rejected:
         raise UserError(
             "no checkpoint of this run can be used:\n  - " + "\n  - ".join(rejected) + "\nrestore one from a copy, "
@@ -135,7 +136,7 @@ def prune(root: Path, keep_last: int, keep_every_steps: int) -> None:
         if not (keep_every_steps and step % keep_every_steps == 0):
             # Renamed first: a removal that is interrupted must not look like a damaged checkpoint.
             doomed = step_dir(root, step)
-            removed = doomed.rename(doomed.with_name(f"{doomed.name}.removed-{os.getpid()}"))
+            removed = move(doomed, doomed.with_name(f"{doomed.name}.removed-{os.getpid()}"))
             shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -153,11 +154,7 @@ def set_aside_after(root: Path, step: int) -> list[str]:
     """Renames the checkpoints after `step`, so that a run going on from it can save those steps; returns new names."""
     moved = []
     for later in (s for s in checkpoint_steps(root) if s > step):
-        path = step_dir(root, later)
-        number = 1
-        while (target := path.with_name(f"{path.name}.set-aside-{number}")).exists():
-            number += 1
-        moved.append(path.rename(target).name)
+        moved.append(set_aside(step_dir(root, later)).name)
     return moved
 
 

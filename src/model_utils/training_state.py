@@ -25,11 +25,10 @@ class Progress:
     """Completed steps, the skipped ones included; decides which data come next."""
     skipped_in_a_row: int = 0
     loss_sum: float = 0.0
-    """Over the steps since the last training line, as are the next two."""
+    """Over the steps since the last training line, as are the next two; skipped steps count in none."""
     loss_steps: int = 0
     seconds: float = 0.0
-    train_seconds: float = 0.0
-    """Spent in training steps since the start of the run; evaluations and saves don't count."""
+    """In training steps; evaluations and saves don't count."""
 
     def add_step(self, loss: float, seconds: float) -> None:
         self.step += 1
@@ -37,7 +36,6 @@ class Progress:
         self.loss_sum += loss
         self.loss_steps += 1
         self.seconds += seconds
-        self.train_seconds += seconds
 
     def skip_step(self) -> None:
         self.step += 1
@@ -56,7 +54,9 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     progress: Progress
 
-    def save(self, root: Path, config: Config, dataset_sha256: str, procs: Processes) -> tuple[Path, int]:
+    def save(
+        self, root: Path, config: Config, dataset_sha256: str, precision: torch.dtype, procs: Processes
+    ) -> tuple[Path, int]:
         """Saves a checkpoint and prunes older ones; all processes call it. Returns its path and size in bytes."""
         random_states = procs.gather(_random_state(procs.device))
 
@@ -70,6 +70,7 @@ class TrainingState:
                 "progress": asdict(self.progress),
                 "config": to_dict(config),
                 "dataset_sha256": dataset_sha256,
+                "precision": str(precision),
                 "world_size": procs.world_size,
                 "torch": torch.__version__,
             }
@@ -95,7 +96,9 @@ def seed_random_state(seed: int, rank: int, step: int = 0) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0]) >> 1)
 
 
-def resume_point(root: Path, config: Config, dataset_sha256: str) -> tuple[Checkpoint | None, list[str]]:
+def resume_point(
+    root: Path, config: Config, dataset_sha256: str, precision: torch.dtype
+) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint under `root` to go on from, if any, and what was done on the way, in words.
 
     Raises UserError where the one asked for is damaged or missing, where all are, or where it is of another
@@ -112,7 +115,7 @@ def resume_point(root: Path, config: Config, dataset_sha256: str) -> tuple[Check
             raise UserError(f"--resume {config.resume}: no checkpoint {path}; steps that have one: {steps}")
         checkpoint = checkpoint_utils.open_checkpoint(path)
     if checkpoint is not None:
-        _check_same_run(checkpoint, config, dataset_sha256)
+        _check_same_run(checkpoint, _deciding(config, dataset_sha256, str(precision)))
         for name in checkpoint_utils.set_aside_after(root, checkpoint.step):
             notes.append(f"kept a checkpoint after step {checkpoint.step} as {name}")
     for name in checkpoint_utils.remove_leftovers(root):
@@ -120,10 +123,10 @@ def resume_point(root: Path, config: Config, dataset_sha256: str) -> tuple[Check
     return checkpoint, notes
 
 
-def _check_same_run(checkpoint: Checkpoint, config: Config, dataset_sha256: str) -> None:
+def _check_same_run(checkpoint: Checkpoint, asked: dict[str, Any]) -> None:
     """Raises UserError listing every setting that would change what the rest of the run computes."""
-    saved = _deciding(from_dict(checkpoint.state["config"]), checkpoint.state["dataset_sha256"])
-    asked = _deciding(config, dataset_sha256)
+    state = checkpoint.state
+    saved = _deciding(from_dict(state["config"]), state["dataset_sha256"], state["precision"])
     different = [f"{name}: checkpoint {saved[name]}, now {asked[name]}" for name in asked if saved[name] != asked[name]]
     if different:
         raise UserError(
@@ -133,13 +136,13 @@ def _check_same_run(checkpoint: Checkpoint, config: Config, dataset_sha256: str)
         )
 
 
-def _deciding(config: Config, dataset_sha256: str) -> dict[str, Any]:
+def _deciding(config: Config, dataset_sha256: str, precision: str) -> dict[str, Any]:
     """The settings that decide the losses of a run, by their names on the command line."""
     groups = to_dict(config)
     settings = {f"{group}.{name}": value for group in ("model", "optim") for name, value in groups[group].items()}
     settings |= {f"train.{name}": groups["train"][name] for name in ("seed", "batch_tokens")}
     settings |= {"train.total_steps": config.total_steps, "optim.warmup_steps": config.warmup_steps}
-    return settings | {"data (sha256 of its manifest)": dataset_sha256}
+    return settings | {"data (sha256 of its manifest)": dataset_sha256, "train.precision": precision}
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

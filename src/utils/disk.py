@@ -1,8 +1,10 @@
-"""Making sure that what was written is on the disk."""
+"""Files that stay: on the disk when they should be, and moved out of the way rather than lost."""
 
 import os
 import shutil
 from pathlib import Path
+
+from src.utils.errors import StorageError
 
 
 def sync(path: Path) -> None:
@@ -17,3 +19,19 @@ def sync(path: Path) -> None:
 def free_bytes(path: Path) -> int:
     """Bytes free where `path` lies or would lie."""
     return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())).free
+
+
+def move(path: Path, target: Path) -> Path:
+    """Renames `path`; returns `target`. Raises StorageError."""
+    try:
+        return path.rename(target)
+    except OSError as error:
+        raise StorageError(f"cannot rename {path} to {target.name}: {error.strerror}; mend the permissions") from error
+
+
+def set_aside(path: Path) -> Path:
+    """Renames `path` to its name with .set-aside-N, the first that is free; returns that. Raises StorageError."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.set-aside-{number}")).exists():
+        number += 1
+    return move(path, target)

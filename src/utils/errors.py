@@ -50,6 +50,9 @@ def exit_with(main: Callable[[], int | None]) -> None:
     code: int | None = 1
     try:
         code = main() or EXIT_DONE
+    except SystemExit as exit:  # from a command-line parser
+        _leave_exit_code(exit.code if isinstance(exit.code, int) else 1)
+        raise
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
         print("interrupted", file=sys.stderr)

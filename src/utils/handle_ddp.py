@@ -28,7 +28,6 @@ class Processes:
     """This process among its peers. Every method but `is_main` must be called by all of them together."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
@@ -90,17 +89,21 @@ def processes(device: str) -> Iterator[Processes]:
     """
     rank, local_rank = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
     world_size = _from_environment("WORLD_SIZE", 1)
+    if world_size > 1 and device in ("auto", "mps") and torch.backends.mps.is_available():
+        if device == "mps":
+            raise UserError(f"device mps serves one process, not {world_size}; start one, or use --train.device cpu")
+        device = "cpu"  # no backend connects several processes through MPS
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    try:
-        yield Processes(rank, local_rank, world_size, chosen)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    # Leaving the group waits for the others. After an error they may be stuck in a collective that this process
+    # will never join, so then it just ends, and the launcher ends them.
+    yield Processes(rank, world_size, chosen)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from src.utils.disk import sync
+
 
 class RunLogger:
     """The log of one run directory. In processes other than the main one every method does nothing."""
@@ -46,12 +48,7 @@ class RunLogger:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A whole file of the run directory, replaced at once."""
         if self.is_main:
-            temporary = self.run_dir / f"{name}.tmp"
-            try:
-                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                os.replace(temporary, self.run_dir / name)
-            except OSError as error:
-                self._warn(error)
+            self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def start_bar(self, step: int, total_steps: int) -> None:
         """A progress bar, on a terminal only."""
@@ -77,9 +74,7 @@ class RunLogger:
         if not self.is_main or not (self.run_dir / "metrics.jsonl").exists():
             return
         lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in self._records() if r["step"] <= step]
-        temporary = self.run_dir / "metrics.jsonl.tmp"
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, self.run_dir / "metrics.jsonl")
+        self._replace("metrics.jsonl", "".join(lines))
 
     def _records(self) -> list[dict[str, Any]]:
         records = []
@@ -95,6 +90,22 @@ class RunLogger:
         except FileNotFoundError:
             pass
         return records
+
+    def sync(self) -> None:
+        """Makes metrics.jsonl survive a power cut, as the checkpoint that follows it will."""
+        if self.is_main:
+            try:
+                sync(self.run_dir / "metrics.jsonl")
+            except OSError as error:
+                self._warn(error)
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.run_dir / f"{name}.tmp"
+        try:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+            os.replace(temporary, self.run_dir / name)
+        except OSError as error:
+            self._warn(error)
 
     def _append(self, name: str, line: str) -> None:
         try:

@@ -11,16 +11,16 @@ RUNS = TEMP_DATA / "runs"
 
 
 def dataset_dir(name: str) -> Path:
-    """The dataset folder that `name` means: a bare name lies under temp_data/datasets, a path is a path."""
+    """The dataset folder that `name` means: a bare name lies under temp_data/datasets, ./NAME is a path."""
     return _named_or_path(name, DATASETS)
 
 
 def run_dir(name: str) -> Path:
-    """The run directory that `name` means: a bare name lies under temp_data/runs, a path is a path."""
+    """The run directory that `name` means: a bare name lies under temp_data/runs, ./NAME is a path."""
     return _named_or_path(name, RUNS)
 
 
 def _named_or_path(name: str, home: Path) -> Path:
     path = Path(name).expanduser()
-    bare = path.name == name and not path.is_dir()
+    bare = path.name == name and name != ".."
     return home / name if bare else path.absolute()

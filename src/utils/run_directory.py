@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from src.utils.errors import BusyError, StorageError
@@ -38,19 +38,12 @@ def claimed(run_dir: Path) -> Iterator[None]:
                 f"another process is training in {run_dir}: {file.read() or 'holder unknown'}; "
                 "wait for it, stop it, or choose another --run-name"
             ) from None
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
+        except OSError as error:
+            raise StorageError(
+                f"{lock} cannot be locked: {error.strerror}; use a file system that has locks"
+            ) from error
+        with suppress(OSError):  # a full disk may not hold the name, but the lock holds
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            file.flush()
         yield
-
-
-def set_aside(run_dir: Path) -> Path | None:
-    """Renames an existing run's folder, so that a new run can begin without losing it; returns its new place."""
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        return None
-    number = 1
-    while (target := run_dir.with_name(f"{run_dir.name}.set-aside-{number}")).exists():
-        number += 1
-    run_dir.rename(target)
-    run_dir.mkdir()
-    return target

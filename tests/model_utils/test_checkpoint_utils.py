@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not at all. Kills during a save have drills of their own."""
+"""Checkpoints on disk: whole or not at all."""
 
 import json
 import os

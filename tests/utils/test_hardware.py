@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from src.utils import hardware
+from src.utils.errors import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_precision_follows_what_the_hardware_is_good_at(monkeypatch: pytest.MonkeyPatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert hardware.choose_precision("auto", CPU) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert hardware.choose_precision("auto", CPU) == torch.bfloat16
+    for capability, expected in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert hardware.choose_precision("auto", CUDA) == expected
+    assert hardware.choose_precision("auto", torch.device("mps")) == torch.float32
+    assert hardware.choose_precision("bf16", CPU) == torch.bfloat16
+    assert hardware.choose_precision("float32", CUDA) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peak_rate_by_the_drivers_name(name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert hardware.peak_tflops(CUDA) == tflops
+    assert hardware.peak_tflops(CPU) is None
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert hardware.choose_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"needs CUDA device 2, but PyTorch .* sees 2; start at most 2"):
+        hardware.choose_device("cuda", 2)
+
+
+def test_autocast_is_only_for_low_precision():
+    with hardware.autocast(CPU, torch.float32):
+        assert not torch.is_autocast_enabled("cpu")
+    with hardware.autocast(CPU, torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_the_machine_is_described_in_plain_data():
+    machine = hardware.describe_machine(CPU)
+    assert machine["cores"] >= 1
+    assert machine["memory_gb"] > 0.5
+    assert all(isinstance(value, (str, int, float)) for value in machine.values())
+    assert hardware.memory_gb(CPU) > 0.05

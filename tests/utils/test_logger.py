@@ -1,0 +1,49 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from src.utils.logger import RunLogger
+
+
+def test_records_are_lines_of_json_without_nan(tmp_path: Path):
+    log = RunLogger(tmp_path, is_main=True)
+    log.metric("train", 3, loss=float("nan"), lr=0.5, mfu=None)
+    log.metric("sample", 3, text="ünï\ncode")
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    first, second = map(json.loads, lines)
+    assert (first["kind"], first["step"], first["loss"], first["lr"], first["mfu"]) == ("train", 3, None, 0.5, None)
+    assert second["text"] == "ünï\ncode"
+    assert second["time"] >= first["time"] > 1e9
+
+
+def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    log = RunLogger(tmp_path, is_main=False)
+    log.info("words")
+    log.metric("train", 1, loss=1.0)
+    log.write_json("status.json", {})
+    log.forget_after(0)
+    log.sync()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_going_back_forgets_later_records_and_half_a_line(tmp_path: Path):
+    log = RunLogger(tmp_path, is_main=True)
+    for step in (1, 2, 3):
+        log.metric("train", step, loss=1.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    log.forget_after(2)
+    assert log.recorded() == {("train", 1), ("train", 2)}
+    assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
+
+
+def test_a_log_that_cannot_be_written_is_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("metrics.jsonl", "log.txt", "status.json"):
+        (tmp_path / name).mkdir()  # stops the superuser too
+    log = RunLogger(tmp_path, is_main=True)
+    log.metric("train", 1, loss=1.0)
+    log.info("words")
+    log.write_json("status.json", {"state": "running"})
+    assert capsys.readouterr().err.count("training goes on") == 1
