@@ -1,8 +1,7 @@
 """A run directory as the report sees it: its settings, how it stands, and what it measured.
 
 Every file may be missing, half written or from a run that still goes on, so nothing here trusts a
-value to be there or to be a number. What a resume undid is left out: a run that went back from step
-180 to step 150 has its lines of steps 151 to 180 twice, and only the later ones count.
+value to be there or to be a number.
 """
 
 import itertools
@@ -20,7 +19,7 @@ from src.utils.errors import UserError
 
 Record = dict[str, Any]
 
-SESSION_STARTS = ("start", "checkpoints", "resume")  # the events a process may write first; before them it did not run
+SESSION_STARTS = ("checkpoints", "resume")  # the events a process may write first; before them it did not run
 
 
 class Series(NamedTuple):
@@ -44,7 +43,7 @@ class Run:
     """config.json: config, derived, versions, machine, dataset, command."""
     status: dict[str, Any]
     records: list[Record]
-    """The lines of metrics.jsonl that are in effect, as written."""
+    """The lines of metrics.jsonl, as written."""
     unreadable_lines: int
     active_seconds: float
     """Time between the first and the last line, without the pauses before each start."""
@@ -108,7 +107,7 @@ def read_run(directory: Path) -> Run:
         name=str(name or directory.resolve().name),
         settings=settings,
         status=_read_object(directory / "status.json"),
-        records=_in_effect(written),
+        records=written,
         unreadable_lines=unreadable,
         active_seconds=_active_seconds(written),
     )
@@ -154,15 +153,6 @@ def _record(line: str) -> Record | None:
         return None
     step = number(record.get("step"))
     return {**record, "step": int(step)} if step >= 0 else None
-
-
-def _in_effect(written: Iterable[Record]) -> list[Record]:
-    kept: list[Record] = []
-    for record in written:
-        if _is_event(record, "resume"):
-            kept = [earlier for earlier in kept if earlier["step"] <= record["step"] or earlier["kind"] == "event"]
-        kept.append(record)
-    return kept
 
 
 def _active_seconds(written: Iterable[Record]) -> float:
