@@ -9,6 +9,7 @@ is the whole run and can be called from Python. Shapes: B sequences, T positions
 
 import src  # noqa: F401, I001 (before torch: see there)
 import math
+import os
 import platform
 import shlex
 import sys
@@ -91,6 +92,8 @@ def train(config: Config, stop: Callable[[], bool] = lambda: False) -> Outcome:
         log = RunLogger(run_dir, procs.is_main)
         if strays := stray_files(folder, manifest):
             log.info(f"warning: {strays}")
+        if assessment.note:
+            log.info(f"warning: {assessment.note}")
         run = prepare(config, procs, manifest, log)  # a start refused here leaves the run's status as it was
         try:
             return run_steps(run, training, assessment, stop)
@@ -122,7 +125,8 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
                 if (kind, progress.step) not in recorded and not procs.any(stop()):
                     measure(run, assessment, kind)
             ending = procs.any(stop()) or progress.step == config.total_steps
-            if ending or (progress.step and progress.step % config.checkpoint.every_steps == 0):
+            due = ending or (progress.step and progress.step % config.checkpoint.every_steps == 0)
+            if due and not progress.skipped_in_a_row:  # checkpoints of a failing stretch would push out the good ones
                 save(run)
             if ending:
                 return finish(run)
@@ -178,11 +182,17 @@ def skip_step(run: Run, loss: float, grad_norm: float) -> None:
     where = f"; not finite in {len(bad)} gradients, first {bad[0]}" if bad else ""
     run.log.event("skipped step", progress.step, f"loss {loss}, gradient norm {grad_norm}{where}")
     if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-        raise NonFiniteError(
-            f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite, the last one step "
-            f"{progress.step}. None of them changed the weights. Start again with a lower --optim.max-lr or a longer "
-            "--optim.warmup-steps under another --run-name"
-        )
+        raise non_finite(run)
+
+
+def non_finite(run: Run) -> NonFiniteError:
+    """The error of a run that cannot go on."""
+    progress = run.state.progress
+    return NonFiniteError(
+        f"the last {progress.skipped_in_a_row} step(s), up to step {progress.step}, had a loss or gradient that is not "
+        "finite. They changed no weights, and no checkpoint was saved since the first of them. Start again with a "
+        "lower --optim.max-lr or a longer --optim.warmup-steps under another --run-name"
+    )
 
 
 def measure(run: Run, assessment: Assessment, kind: str) -> None:
@@ -242,10 +252,12 @@ def log_training(run: Run, lr: float, grad_norm: float, seconds_left: float) -> 
 
 
 def finish(run: Run) -> Outcome:
-    """The last words of a run that is done or was asked to stop."""
+    """The last words of a run that is done or was asked to stop; raises NonFiniteError if its last steps failed."""
     step, done = run.state.progress.step, run.state.progress.step == run.config.total_steps
     code = EXIT_DONE if done else EXIT_STOPPED
-    words = f"all {step} steps are done" if done else f"stopped on request after saving step {step}"
+    if done and run.state.progress.skipped_in_a_row:
+        raise non_finite(run)
+    words = f"all {step} steps are done" if done else f"stopped on request after step {step}"
     run.log.info(f"{words}; everything is in {run.log.run_dir}")
     write_status(run, "done" if done else "stopped", code, words)
     return Outcome(run.log.run_dir, step, code)
@@ -336,6 +348,8 @@ def describe_run(
         "flops_per_token": flops_per_token(config.model, parameters),
         "precision": str(precision).removeprefix("torch."),
     }
+    train_tokens = sum(shard.tokens for shard in manifest.train)
+    epochs = config.total_steps * config.train.batch_tokens / train_tokens
     machine = hardware.describe_machine(procs.device)
     packages = ("torch", "numpy", "tiktoken", "safetensors")
     content = {
@@ -354,7 +368,7 @@ def describe_run(
     log.write_json("config.json", content)
     log.info(
         f"run {config.run_name}: {parameters:,} parameters, {config.total_steps} steps of "
-        f"{config.train.batch_tokens:,} tokens from {config.data.dir} ({manifest.counts['tokens']:,} tokens)\n"
+        f"{config.train.batch_tokens:,} tokens: {epochs:.2g} times the {train_tokens:,} of {config.data.dir}\n"
         f"on {procs.world_size} x {machine.get('gpu') or machine['cpu']} ({procs.device.type}), matmuls in "
         f"{derived['precision']}, micro-batch {config.train.micro_batch_size} x {config.model.n_ctx}, "
         f"{derived['grad_accumulation_steps']} accumulation step(s)"
@@ -365,9 +379,18 @@ def main() -> int:
     """The command line: a preset, and overrides of any of its fields."""
     import tyro  # only the command line needs it
 
+    dry_run = "--dry-run" in sys.argv[1:]
+    if dry_run:
+        sys.argv.remove("--dry-run")
     presets = {name: ((preset.__doc__ or "").splitlines()[0], preset()) for name, preset in PRESETS.items()}
-    description = "Train a language model. The same command goes on where an earlier one stopped."
+    description = (
+        "Train a language model. The same command goes on where an earlier one stopped. With --dry-run, only check the "
+        "settings, for as many processes as the environment variable NPROC says."
+    )
     config = tyro.extras.overridable_config_cli(presets, description=description)
+    if dry_run:
+        config.grad_accumulation_steps(int(os.environ.get("NPROC") or 1))
+        return EXIT_DONE
     with stop_on_signals() as stop:
         return train(config, stop).exit_code
 

@@ -32,6 +32,12 @@ case "${DEBUG_MODE:-}" in
         exit 2
         ;;
 esac
+case "${NPROC:-1}" in
+    *[!0-9]* | 0*)
+        echo "error: NPROC is '$NPROC'; it must be a number of processes" >&2
+        exit 2
+        ;;
+esac
 case "$PRESET" in
     debug) DATA_SOURCE=${DATA_SOURCE:-pydocs} ;;
     laptop) DATA_SOURCE=${DATA_SOURCE:-files} ;;
@@ -40,7 +46,11 @@ esac
 case "$DATA_SOURCE" in
     pydocs) DATA_DIR=${DATA_DIR:-pydocs} ;;
     files) DATA_DIR=${DATA_DIR:-my_text} ;;
-    *) DATA_DIR=${DATA_DIR:-fineweb-edu-sample-10BT} ;;
+    fineweb-edu) DATA_DIR=${DATA_DIR:-fineweb-edu-sample-10BT} ;;
+    *)
+        echo "error: DATA_SOURCE is '$DATA_SOURCE'; use pydocs, files or fineweb-edu" >&2
+        exit 2
+        ;;
 esac
 RUN_NAME=${RUN_NAME:-$PRESET}
 
@@ -77,6 +87,21 @@ if [ -n "${TEMP_DATA_DIR:-}" ]; then
     export TEMP_DATA_DIR
 fi
 
+if [ -z "${NPROC:-}" ]; then
+    NPROC=1
+    # debug and laptop have batches too small to share between many GPUs
+    if [ "$PRESET" != debug ] && [ "$PRESET" != laptop ] && command -v nvidia-smi >/dev/null; then
+        NPROC=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    fi
+fi
+NNODES=${NNODES:-1}
+# A misspelt setting should not be found after hours of preparing data.
+NPROC=$((NPROC * NNODES)) "$PYTHON" "$ROOT/pretrain.py" --dry-run "$PRESET" --run-name "$RUN_NAME" "$@"
+if [ "$prepare_data" = yes ] && [ "$DATA_SOURCE" = files ] && [ -z "${DATA_PATH:-}" ]; then
+    echo "error: DATA_PATH is not set; it names your text: a file, folder or pattern, or several, one a line" >&2
+    exit 2
+fi
+
 if [ "$prepare_data" = yes ] && [ "${NODE_RANK:-0}" != 0 ]; then
     stage "2/5 data: $DATA_DIR, as node 0 prepared it"
     set -- --data.dir "$DATA_DIR" "$@"
@@ -96,14 +121,6 @@ else
     stage "2/5 data: the dataset that --data.dir names, as it is"
 fi
 
-if [ -z "${NPROC:-}" ]; then
-    NPROC=1
-    # debug and laptop have batches too small to share between many GPUs
-    if [ "$PRESET" != debug ] && [ "$PRESET" != laptop ] && command -v nvidia-smi >/dev/null; then
-        NPROC=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
-    fi
-fi
-NNODES=${NNODES:-1}
 # Processes that share a machine share its cores; torchrun would give each of them one.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > NPROC ? CORES / NPROC : 1))}
 
@@ -141,7 +158,7 @@ rm -f "$EXIT_CODE_FILE"
 
 if [ "$code" = 0 ]; then
     stage "4/5 a text from the saved model"
-    module src.model_assessment.sampling --checkpoint "$RUN_DIR" --max-new-tokens 60 --temperature 0.8 --top-k 50 |
+    module src.model_assessment.sampling --checkpoint "$RUN_DIR" --prompt "The" --max-new-tokens 60 --temperature 0.8 --top-k 50 |
         sed '$d' # the last line is JSON for programs
 else
     stage "4/5 a text from the saved model: left out, because training ended with exit code $code"

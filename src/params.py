@@ -5,6 +5,7 @@ environment or the command line. The string under each field is its help text on
 """
 
 import dataclasses
+import math
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
@@ -323,9 +324,9 @@ def from_dict(data: dict[str, Any]) -> Config:
 
 def _not_positive(group: Any, prefix: str, names: str) -> list[str]:
     return [
-        f"{prefix}.{name} = {getattr(group, name)} must be above 0"
+        f"{prefix}.{name} = {getattr(group, name)} must be above 0 and finite"
         for name in names.split()
-        if not getattr(group, name) > 0
+        if not 0 < getattr(group, name) < math.inf
     ]
 
 

@@ -159,11 +159,34 @@ def test_debug_mode_off_means_the_full_size(value: str, tmp_path: Path):
 def test_debug_mode_on_and_misspelt(tmp_path: Path):
     script = ROOT / "run_pre_training_e2e.sh"
     result = launch(script, "--model.n-embd", "30", cwd=tmp_path, DEBUG_MODE="True", TEMP_DATA_DIR=str(tmp_path))
-    assert "train: preset debug, run debug" in result.stderr
+    assert "not divisible by model.n_head = 4" in result.stderr  # the debug preset's heads
     assert result.returncode == 2
     result = launch(script, cwd=tmp_path, DEBUG_MODE="yes please")
     assert result.returncode == 2
     assert "DEBUG_MODE is 'yes please'; use True or False" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        (["--train.total-stps", "5"], {}, "--train.total-steps"),
+        ([], {"PRESET": "foo"}, "debug, laptop, lf_llm_269m"),
+        (["--train.micro-batch-size", "3"], {}, "cannot share evenly"),
+        ([], {"NPROC": "0"}, "NPROC is '0'; it must be a number of processes"),
+        ([], {"NPROC": "x"}, "NPROC is 'x'; it must be a number of processes"),
+        ([], {"DATA_SOURCE": "pydoc"}, "DATA_SOURCE is 'pydoc'; use pydocs, files or fineweb-edu"),
+        ([], {"PRESET": "laptop"}, "DATA_PATH is not set"),
+    ],
+)
+def test_a_mistake_is_found_before_data_is_prepared(
+    arguments: list[str], variables: dict[str, str], expected: str, tmp_path: Path
+):
+    variables = {"TEMP_DATA_DIR": str(tmp_path / "data"), **variables}
+    result = launch(ROOT / "run_pre_training_e2e.sh", *arguments, cwd=tmp_path, **variables)
+    assert result.returncode == 2
+    assert expected in " ".join(result.stderr.replace("│", " ").split())
+    assert "2/5 data" not in result.stderr
+    assert not (tmp_path / "data").exists()
 
 
 def test_help_lists_the_variables(tmp_path: Path):

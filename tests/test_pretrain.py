@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import pretrain
 from pretrain import Outcome, train
 from src.model import LLM
+from src.model_utils.adamw_opt import optimizer_tensors
 from src.params import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from src.utils.errors import BusyError, NonFiniteError, UserError
 from src.utils.run_directory import claimed
@@ -225,9 +226,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(config: Config):
     assert any("model.safetensors" in event["detail"] for event in events)
 
 
-def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config, monkeypatch: pytest.MonkeyPatch):
-    run_dir = train(config, stop_after(5)).run_dir
-    before = final_tensors(run_dir, step=5)
+def poison_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every training loss NaN, and leaves evaluations as they are."""
     forward = LLM.forward
 
     def poisoned(self, inputs, targets=None):
@@ -235,17 +235,43 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config
         return loss * float("nan") if self.training else loss
 
     monkeypatch.setattr(LLM, "forward", poisoned)
-    longer = replace(config, checkpoint=CheckpointConfig(every_steps=6))
+
+
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config, monkeypatch: pytest.MonkeyPatch):
+    every_step = replace(config, checkpoint=CheckpointConfig(every_steps=1))
+    run_dir = train(every_step, stop_after(5)).run_dir
+    before = final_tensors(run_dir, step=5)
+    seen: list[dict[str, torch.Tensor]] = []
+    skip_step = pretrain.skip_step
+
+    def spy(run, *arguments):
+        tensors = {f"model/{k}": v.clone() for k, v in run.state.model.state_dict().items()}
+        optimizer = optimizer_tensors(run.state.model, run.state.optimizer)
+        seen.append(tensors | {f"optimizer/{k}": v.clone() for k, v in optimizer.items()})
+        skip_step(run, *arguments)
+
+    monkeypatch.setattr(pretrain, "skip_step", spy)
     monkeypatch.setattr(pretrain, "MAX_SKIPPED_STEPS", 3)
-    with pytest.raises(NonFiniteError, match="3 steps in a row") as caught:
-        train(longer)
+    poison_losses(monkeypatch)
+    with pytest.raises(NonFiniteError, match=r"the last 3 step\(s\), up to step 8") as caught:
+        train(every_step)
     assert caught.value.exit_code == 3
-    after = final_tensors(run_dir, step=6)
-    weights = [name for name in before if not name.startswith("rank")]
-    assert all(torch.equal(before[name], after[name]) for name in weights)
+    assert len(seen) == 3
+    for tensors in seen:
+        assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_0000004", "step_0000005"]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r.get("name") == "skipped step"] == [6, 7, 8]
-    assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 3
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 3, 8)
+
+
+def test_a_run_whose_last_steps_are_not_finite_has_failed(config: Config, monkeypatch: pytest.MonkeyPatch):
+    run_dir = train(config, stop_after(10)).run_dir
+    poison_losses(monkeypatch)
+    with pytest.raises(NonFiniteError, match=r"the last 2 step\(s\), up to step 12"):
+        train(config)
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_0000005", "step_0000010"]
 
 
 def test_two_runs_cannot_share_a_directory(config: Config):

@@ -49,6 +49,8 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
     if os.path.exists(folder / MANIFEST):  # False, where Path.exists raises, for a folder that cannot be searched
         manifest = read_manifest(folder)
         _check_same_request(manifest, request, folder)
+        for shard in manifest.shards:
+            check_shard(folder, shard, manifest.n_vocab)
         _say(f"already prepared: {folder}")
         return manifest
     with claimed(folder):  # before the source is opened, which can be a long download
@@ -69,6 +71,8 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
             shards=shards,
         )
         write_manifest(folder, dataset)
+    if counts["replaced_invalid"]:
+        _say(f"invalid UTF-8 in {counts['replaced_invalid']} document(s) was replaced by the character U+FFFD")
     return read_manifest(folder)
 
 
@@ -101,7 +105,9 @@ def main() -> None:
         manifest = prepare(request, folder, args.workers)
     counts = {name: manifest.counts[name] for name in ("documents", "tokens", "text_bytes")}
     seconds = round(time.monotonic() - start, 3)
-    print(json.dumps({"dataset": str(folder), **counts, "shards": len(manifest.shards), "seconds": seconds}))
+    validation = {"validation_tokens": manifest.validation[0].tokens}
+    shards = {"shards": len(manifest.shards), "seconds": seconds}
+    print(json.dumps({"dataset": str(folder), **counts, **validation, **shards}))
 
 
 def _parse_arguments() -> argparse.Namespace:

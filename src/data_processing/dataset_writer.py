@@ -157,6 +157,11 @@ def _divide(token_counts: np.ndarray, seed: int, tokens_per_shard: int) -> list[
     total = int(ends[-1])
     share = max(total // _VALIDATION_SHARE, min(total // _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS))
     limit = min(tokens_per_shard, share)
+    if token_counts[order[0]] > limit:  # validation must not swallow a long document where a short one will do
+        fitting_numbers = np.flatnonzero(token_counts[order] <= limit)
+        first = int(fitting_numbers[0]) if fitting_numbers.size else int(np.argmin(token_counts[order]))
+        order = np.concatenate((order[first : first + 1], np.delete(order, first)))
+        ends = np.cumsum(token_counts[order])
     cuts = [0]
     while cuts[-1] < n:
         start = int(ends[cuts[-1] - 1]) if cuts[-1] else 0

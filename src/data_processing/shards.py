@@ -35,8 +35,13 @@ FORMAT_VERSION = 1
 TOKEN_DTYPE = np.dtype("<u2")
 SHARD_NAME = re.compile(r".+_i_(\d{6})_t_(\d+)\.npy")
 
-_PREPARE = "prepare it with: python -m src.data_processing.data_downloader --source {pydocs,files,fineweb-edu} --out"
+_COMMAND = "python -m src.data_processing.data_downloader"
+_REDO = "delete the folder and prepare the dataset again"
 _CHUNK_BYTES = 4 << 20
+
+
+class _Damaged(ValueError):
+    """A shard that is not what its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,10 @@ def read_manifest(folder: Path) -> Manifest:
         raw = path.read_bytes()
     except FileNotFoundError:
         what = "the folder has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no folder"
-        raise UserError(f"no dataset at {folder}: {what}; {_PREPARE} {folder}") from None
+        raise UserError(
+            f"no dataset at {folder}: {what}; prepare it with: {_COMMAND} --source pydocs --out "
+            f"'{folder}', or with --source files --path FILES, or with --source fineweb-edu"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     try:
@@ -126,9 +134,11 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
             if full:
                 _check_content(file, path, shard, n_vocab)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: expected a shard of {shard.tokens} tokens") from None
+        raise UserError(f"{path} is missing: expected a shard of {shard.tokens} tokens; {_REDO}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; {_REDO}") from None
+    except _Damaged as damage:
+        raise UserError(f"{damage}; {_REDO}") from None
 
 
 def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
@@ -214,15 +224,15 @@ def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:
         shape, _, dtype = read_header(file)
     except ValueError as error:
         found = "an empty file" if size == 0 else f"{size} bytes that are not ({str(error).splitlines()[0]})"
-        raise UserError(f"{path}: expected a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}") from None
+        raise _Damaged(f"{path}: expected a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}") from None
     if dtype != TOKEN_DTYPE:
-        raise UserError(f"{path}: expected dtype {TOKEN_DTYPE}, found {dtype}")
+        raise _Damaged(f"{path}: expected dtype {TOKEN_DTYPE}, found {dtype}")
     if shape != (shard.tokens,):
-        raise UserError(f"{path}: expected shape {(shard.tokens,)}, found {shape}")
+        raise _Damaged(f"{path}: expected shape {(shard.tokens,)}, found {shape}")
     expected = file.tell() + shard.tokens * TOKEN_DTYPE.itemsize
     if size != expected:
         what = "cut short" if size < expected else "followed by bytes that don't belong to it"
-        raise UserError(f"{path}: expected {expected} bytes, found {size}: the array is {what}")
+        raise _Damaged(f"{path}: expected {expected} bytes, found {size}: the array is {what}")
 
 
 def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int) -> None:
@@ -236,10 +246,10 @@ def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int) -> No
         ids = np.frombuffer(chunk, TOKEN_DTYPE)
         if ids.max() >= n_vocab:
             first = int(np.argmax(ids >= n_vocab))
-            raise UserError(f"{path}: token {offset + first} is {ids[first]}; expected ids below {n_vocab}")
+            raise _Damaged(f"{path}: token {offset + first} is {ids[first]}; expected ids below {n_vocab}")
         offset += ids.size
     if digest.hexdigest() != shard.sha256:
-        raise UserError(f"{path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
+        raise _Damaged(f"{path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:

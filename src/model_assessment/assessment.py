@@ -12,6 +12,7 @@ from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
 from src.model_assessment import hellaswag, sampling, validation
 from src.params import Config
+from src.utils.errors import UserError
 
 SEED = 0  # of samples: the same at every step, so that steps can be compared
 
@@ -36,11 +37,18 @@ class Assessment:
         self.unigram_entropy = validation.unigram_entropy(self.windows, self.n_windows)
         held_out = manifest.validation[0]
         self.bytes_per_token = held_out.text_bytes / held_out.tokens
+        self.note = ""
+        """What could not be prepared and is left out, in words."""
         self.protocol: str = "none"
         self.items: list[hellaswag.Item] = []
         if limit := config.eval.hellaswag_items:
             data = config.eval.hellaswag_data
-            self.protocol, self.items = hellaswag.choose_items(data, limit, folder / held_out.file, tokenizer)
+            try:
+                self.protocol, self.items = hellaswag.choose_items(data, limit, folder / held_out.file, tokenizer)
+            except UserError as error:
+                if data != "held-out":
+                    raise
+                self.note = f"no multiple choice in this run: {error}"  # a small corpus can still be trained on
 
     def due(self, step: int) -> list[str]:
         """The kinds of records to make after `step` steps; all of them before the first and after the last step."""

@@ -88,7 +88,7 @@ def _loss(runs: list[Run]) -> Plot | None:
     _legend(axes, runs)
     alt = [_in_words("Training loss", train, fixed), _in_words("Validation loss", validation, fixed)]
     alt.append(f"The unigram entropy is {fixed(entropy)}." if np.isfinite(entropy) else "")
-    caption = ["A point of the training loss is the mean since the line before.", _median_note(train)]
+    caption = ["A point of the training loss is the mean over the steps since the point before.", _median_note(train)]
     caption.append("Dotted: resumed here." if resumes else "")
     caption.append(_outside_note(np.concatenate(curves), high, fixed))
     return _plot("loss", figure, alt, caption)

@@ -110,17 +110,20 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """What `--checkpoint` means: a step_* directory, or a run directory's newest good checkpoint."""
+def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
+    """What `--checkpoint` means: a step_* directory, or a run directory's newest good checkpoint.
+
+    Also returns what is wrong with newer ones. Raises UserError where there is none that can be used.
+    """
     if STEP_NAME.fullmatch(path.name):
-        return open_checkpoint(path)
+        return open_checkpoint(path), []
     root = path if path.name == "checkpoints" else path / "checkpoints"
     if not root.is_dir():
         raise UserError(f"no checkpoint at {path}: expected a run directory or one of its checkpoints/step_* folders")
-    checkpoint, _ = newest_checkpoint(root)
+    checkpoint, rejected = newest_checkpoint(root)
     if checkpoint is None:
         raise UserError(f"{root} holds no checkpoint yet; train first, or wait for the first save")
-    return checkpoint
+    return checkpoint, rejected
 
 
 def checkpoint_steps(root: Path) -> list[int]:

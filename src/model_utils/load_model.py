@@ -1,5 +1,6 @@
 """From a checkpoint on disk to a model that can be called."""
 
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,9 @@ def load_model(checkpoint: Path, device: str = "auto") -> LoadedModel:
 
     A bare name means a run under temp_data/runs. Raises UserError for one that is missing or damaged.
     """
-    found = find_checkpoint(run_dir(str(checkpoint)))
+    found, rejected = find_checkpoint(run_dir(str(checkpoint)))
+    for reason in rejected:
+        print(f"warning: passed over a damaged checkpoint: {reason}", file=sys.stderr)
     config = from_dict(found.state["config"])
     chosen = choose_device(device)
     with torch.device("meta"):

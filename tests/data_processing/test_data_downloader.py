@@ -144,6 +144,7 @@ def test_the_result_is_one_json_object_and_a_second_start_is_quick(tmp_path: Pat
             "documents": 100,
             "tokens": manifest.counts["tokens"],
             "text_bytes": manifest.counts["text_bytes"],
+            "validation_tokens": manifest.validation[0].tokens,
             "shards": 2,
         }
     assert second.stderr == f"already prepared: {tmp_path / 'datasets' / 'mine'}\n"
@@ -400,3 +401,27 @@ def test_shared_prose_round_trips(shared: Path, tmp_path: Path) -> None:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     assert sorted(all_decoded(tmp_path / "out")) == sorted(texts)
+
+
+def test_a_long_document_is_not_validation_where_a_short_one_will_do(tmp_path: Path) -> None:
+    """Whatever the order in which the seed shuffles them."""
+    for seed in range(4):
+        folder = tmp_path / f"texts {seed}"
+        folder.mkdir()
+        (folder / "long.txt").write_text("word " * 20_000)
+        (folder / "short.txt").write_text("other " * 500)
+        manifest = prepare(request(folder, seed=seed), tmp_path / f"out {seed}", 1)
+        assert manifest.validation[0].tokens < 1_000
+        assert manifest.train[0].tokens > 19_000
+
+
+def test_a_damaged_dataset_is_not_called_prepared(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    manifest = prepare(request(path), tmp_path / "out", 1)
+    shard = tmp_path / "out" / manifest.train[0].file
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cut short; delete the folder and prepare the dataset again"):
+        prepare(request(path), tmp_path / "out", 1)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"is missing: .* delete the folder"):
+        prepare(request(path), tmp_path / "out", 1)

@@ -139,8 +139,8 @@ def test_later_checkpoints_are_set_aside_not_lost(root: Path):
 def test_finding_by_run_and_by_step(root: Path):
     for step in (1, 2):
         ck.save_checkpoint(root, step, PARTS, {})
-    assert ck.find_checkpoint(root.parent).step == 2
-    assert ck.find_checkpoint(root / "step_0000001").step == 1
+    assert ck.find_checkpoint(root.parent)[0].step == 2
+    assert ck.find_checkpoint(root / "step_0000001")[0].step == 1
     with pytest.raises(UserError, match="no checkpoint at"):
         ck.find_checkpoint(root.parent / "elsewhere")
 

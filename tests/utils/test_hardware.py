@@ -40,7 +40,7 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert hardware.choose_device("auto", 1) == torch.device("cuda", 1)
-    with pytest.raises(UserError, match=r"needs CUDA device 2, but PyTorch .* sees 2; start at most 2"):
+    with pytest.raises(UserError, match=r"needs CUDA device 2, but PyTorch .* sees 2 of them; start at most 2"):
         hardware.choose_device("cuda", 2)
 
 
