@@ -95,6 +95,7 @@ def train(config: Config, stop: Callable[[], bool] = lambda: False) -> Outcome:
         if assessment.note:
             log.info(f"warning: {assessment.note}")
         run = prepare(config, procs, manifest, log)  # a start refused here leaves the run's status as it was
+        write_status(run, "running", None, "")
         try:
             return run_steps(run, training, assessment, stop)
         except Exception as error:
