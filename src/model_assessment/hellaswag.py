@@ -27,7 +27,7 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
 from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
-from src.model_utils.load_model import load_model
+from src.model_utils.load_model import LoadedModel, load_model
 from src.utils.errors import UserError, exit_with
 from src.utils.root import dataset_dir
 
@@ -59,13 +59,16 @@ class HellaSwagResult:
     """Wall time, encoding included."""
 
 
-def choose_items(data: str, limit: int | None, validation_shard: Path, tokenizer: Tokenizer) -> tuple[str, list[Item]]:
+def choose_items(
+    data: str, limit: int | None, validation_shard: Path | None, tokenizer: Tokenizer
+) -> tuple[str, list[Item]]:
     """The protocol's text and the first `limit` items of `data`.
 
     "auto" fetches HellaSwag, "held-out" makes a stand-in from the documents of `validation_shard`, the same one
     every time, and anything else is a file. Raises UserError.
     """
     if data == "held-out":
+        assert validation_shard is not None, "held-out items need held-out text"
         tokens = np.load(validation_shard, mmap_mode="r")
         return HELD_OUT_PROTOCOL, held_out_items(tokens, tokenizer, limit or len(tokens), seed=0)
     return HELLASWAG_PROTOCOL, fetch_items(limit) if data == "auto" else load_items(Path(data), limit)
@@ -224,13 +227,11 @@ def main() -> int:
         raise UserError(f"--limit is {args.limit}; it must be at least 1")
 
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
-    folder, limit = dataset_dir(loaded.config.data.dir), args.limit
+    limit, validation_shard = args.limit, None
     if args.data == "held-out":
-        shard = read_manifest(folder).validation[0]
-        check_shard(folder, shard, loaded.config.model.n_vocab)
-        folder /= shard.file
+        validation_shard = _validation_shard(loaded)
         limit = limit or loaded.config.eval.hellaswag_items or 100  # 0 had turned it off while training
-    protocol, items = choose_items(args.data or "auto", limit, folder, tokenizer)
+    protocol, items = choose_items(args.data or "auto", limit, validation_shard, tokenizer)
     print(f"{len(items)} items on {loaded.device}: {protocol}", file=sys.stderr)
     with loaded.autocast():
         result = evaluate(
@@ -238,6 +239,19 @@ def main() -> int:
         )
     print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **asdict(result)}))
     return 0
+
+
+def _validation_shard(loaded: LoadedModel) -> Path:
+    """The held-out text of the dataset the model was trained on; raises UserError if another has its place now."""
+    folder = dataset_dir(loaded.config.data.dir)
+    manifest = read_manifest(folder)
+    if manifest.sha256 != loaded.dataset_sha256:
+        raise UserError(
+            f"{folder} is not the dataset that {loaded.path} was trained on, so its validation text may have been "
+            "trained on; put the dataset back, or give HellaSwag with --data FILE"
+        )
+    check_shard(folder, manifest.validation[0], loaded.config.model.n_vocab)
+    return folder / manifest.validation[0].file
 
 
 def _progress_printer(total: int, every_seconds: float = 10.0) -> Callable[[int], None]:

@@ -24,6 +24,8 @@ class LoadedModel:
     path: Path
     """The step_* directory it was read from."""
     step: int
+    dataset_sha256: str
+    """Of the manifest of the data it was trained on; empty if the checkpoint does not say."""
     device: torch.device
     precision: torch.dtype
     """What its matmuls should run in on this machine: bfloat16 or float32."""
@@ -41,13 +43,23 @@ def load_model(checkpoint: Path, device: str = "auto") -> LoadedModel:
     found, rejected = find_checkpoint(run_dir(str(checkpoint)))
     for reason in rejected:
         print(f"warning: passed over a damaged checkpoint: {reason}", file=sys.stderr)
+    if "config" not in found.state:
+        raise UserError(f"{found.path / 'state.json'} holds no config; was it saved by another program?")
     config = from_dict(found.state["config"])
     chosen = choose_device(device)
     with torch.device("meta"):
         model = LLM(config.model)
     load_weights(model, found, assign=True)
     precision = choose_precision(config.train.precision, chosen)
-    return LoadedModel(model.to(chosen).eval(), config, found.path, found.step, chosen, precision)
+    return LoadedModel(
+        model=model.to(chosen).eval(),
+        config=config,
+        path=found.path,
+        step=found.step,
+        dataset_sha256=found.state.get("dataset_sha256", ""),
+        device=chosen,
+        precision=precision,
+    )
 
 
 def load_weights(model: LLM, checkpoint: Checkpoint, assign: bool = False) -> None:

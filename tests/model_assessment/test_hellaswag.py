@@ -322,7 +322,10 @@ def checkpoint(tmp_path: Path) -> Path:
         eval=EvalConfig(hellaswag_items=8),
     )
     root = tmp_path / "runs" / "tiny" / "checkpoints"
-    save_checkpoint(root, 3, {"model": model.state_dict()}, {"config": to_dict(config)})
+    write_prose(tmp_path / "datasets" / "prose")
+    trained_on = shards.read_manifest(tmp_path / "datasets" / "prose").sha256
+    state = {"config": to_dict(config), "dataset_sha256": trained_on}
+    save_checkpoint(root, 3, {"model": model.state_dict()}, state)
     return step_dir(root, 3)
 
 
@@ -359,7 +362,6 @@ def test_the_command_measures_a_checkpoint(commands: Commands, checkpoint: Path)
 
 
 def test_the_command_never_calls_the_stand_in_hellaswag(commands: Commands, checkpoint: Path) -> None:
-    write_prose(commands.temp_data / "datasets" / "prose")
     done = commands.module(COMMAND, "--checkpoint", str(checkpoint), "--data", "held-out")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -371,6 +373,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(commands: Commands, che
     """The environment of `commands` has a hub that does not answer."""
     data = commands.temp_data / "bad.jsonl"
     data.write_text('{"ind": 1}\n')
+    (commands.temp_data / "datasets" / "prose").rename(commands.temp_data / "elsewhere")
     for arguments, words in (
         (["--data", str(data)], f"error: {data}, line 1: found no ctx, no endings, no label; needed"),
         (["--data", "held-out"], "no dataset at"),
@@ -381,3 +384,12 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(commands: Commands, che
         assert words in done.stderr
         assert "Traceback" not in done.stderr
         assert done.stdout == ""
+
+
+def test_held_out_text_of_other_data_is_refused(commands: Commands, checkpoint: Path) -> None:
+    """It may hold what the model was trained on."""
+    manifest = commands.temp_data / "datasets" / "prose" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
+    done = commands.module(COMMAND, "--checkpoint", str(checkpoint), "--data", "held-out")
+    assert done.returncode == 2
+    assert "is not the dataset that" in done.stderr
