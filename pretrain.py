@@ -9,7 +9,6 @@ is the whole run and can be called from Python. Shapes: B sequences, T positions
 
 import src  # noqa: F401, I001 (before torch: see there)
 import math
-import os
 import platform
 import shlex
 import sys
@@ -41,7 +40,7 @@ from src.rope import rope_tables
 from src.utils import hardware
 from src.utils.disk import set_aside
 from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, UserError, exit_with
-from src.utils.handle_ddp import Processes, processes
+from src.utils.handle_ddp import Processes, processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
 from src.utils.run_directory import claimed
@@ -58,7 +57,7 @@ class Outcome:
     step: int
     """Completed optimizer steps."""
     exit_code: int
-    """0 if every step is done, 143 if the run was asked to stop and saved before it did."""
+    """0 if every step is done, 143 if the run was asked to stop; it saved, unless its last steps were skipped."""
 
 
 @dataclass(frozen=True)
@@ -386,11 +385,11 @@ def main() -> int:
     presets = {name: ((preset.__doc__ or "").splitlines()[0], preset()) for name, preset in PRESETS.items()}
     description = (
         "Train a language model. The same command goes on where an earlier one stopped. With --dry-run, only check the "
-        "settings, for as many processes as the environment variable NPROC says."
+        "settings, for as many processes as the environment variable WORLD_SIZE says."
     )
     config = tyro.extras.overridable_config_cli(presets, description=description)
     if dry_run:
-        config.grad_accumulation_steps(int(os.environ.get("NPROC") or 1))
+        config.grad_accumulation_steps(world_size())
         return EXIT_DONE
     with stop_on_signals() as stop:
         return train(config, stop).exit_code

@@ -96,7 +96,7 @@ if [ -z "${NPROC:-}" ]; then
 fi
 NNODES=${NNODES:-1}
 # A misspelt setting should not be found after hours of preparing data.
-NPROC=$((NPROC * NNODES)) "$PYTHON" "$ROOT/pretrain.py" --dry-run "$PRESET" --run-name "$RUN_NAME" "$@"
+WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" "$ROOT/pretrain.py" --dry-run "$PRESET" --run-name "$RUN_NAME" "$@"
 if [ "$prepare_data" = yes ] && [ "$DATA_SOURCE" = files ] && [ -z "${DATA_PATH:-}" ]; then
     echo "error: DATA_PATH is not set; it names your text: a file, folder or pattern, or several, one a line" >&2
     exit 2

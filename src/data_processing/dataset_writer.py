@@ -5,7 +5,6 @@ the documents' lengths alone, so every document is equally likely to be anywhere
 has, and memory holds some 40 bytes a document, never the tokens.
 """
 
-import fcntl
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ import numpy as np
 
 from src.data_processing.encoding import EncodedBatch
 from src.data_processing.shards import MANIFEST, SHARD_NAME, TOKEN_DTYPE, Shard, storage_error, write_shard
+from src.utils.disk import try_lock
 from src.utils.errors import BusyError, UserError
 from src.utils.rand_idx_seq_gen import permutation
 
@@ -45,10 +45,8 @@ def claimed(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise storage_error(folder, error) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"another process is preparing {folder}; wait for it, or choose another --out") from None
+        if not try_lock(lock):
+            raise BusyError(f"another process is preparing {folder}; wait for it, or choose another --out")
         try:
             _start_clean(folder, interrupted)
             try:

@@ -1,8 +1,10 @@
 """Files that stay: on the disk when they should be, and moved out of the way rather than lost."""
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
 from src.utils.errors import StorageError
 
@@ -35,3 +37,17 @@ def set_aside(path: Path) -> Path:
     while (target := path.with_name(f"{path.name}.set-aside-{number}")).exists():
         number += 1
     return move(path, target)
+
+
+def try_lock(file: IO) -> bool:
+    """Locks an open file until it is closed or the process dies; False if another process holds it.
+
+    Raises StorageError where the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise StorageError(f"cannot lock {file.name}: {error.strerror}; use a file system that has locks") from error
+    return True

@@ -87,23 +87,27 @@ def processes(device: str) -> Iterator[Processes]:
 
     `device` is auto, cpu, cuda or mps. Raises UserError for a device that isn't there.
     """
-    rank, local_rank = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
-    world_size = _from_environment("WORLD_SIZE", 1)
-    if world_size > 1 and device in ("auto", "mps") and torch.backends.mps.is_available():
+    rank, local_rank, n_processes = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0), world_size()
+    if n_processes > 1 and device in ("auto", "mps") and torch.backends.mps.is_available():
         if device == "mps":
-            raise UserError(f"device mps serves one process, not {world_size}; start one, or use --train.device cpu")
+            raise UserError(f"device mps serves one process, not {n_processes}; start one, or use --train.device cpu")
         device = "cpu"  # no backend connects several processes through MPS
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world_size > 1:
+    if n_processes > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     # Leaving the group waits for the others. After an error they may be stuck in a collective that this process
     # will never join, so then it just ends, and the launcher ends them.
-    yield Processes(rank, world_size, chosen)
+    yield Processes(rank, n_processes, chosen)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def world_size() -> int:
+    """How many processes the environment says there are; one without torchrun."""
+    return _from_environment("WORLD_SIZE", 1)
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -1,6 +1,5 @@
 """A run's folder: claimed by one process at a time, never overwritten."""
 
-import fcntl
 import json
 import os
 import socket
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from src.utils.disk import try_lock
 from src.utils.errors import BusyError, StorageError
 
 
@@ -30,18 +30,12 @@ def claimed(run_dir: Path) -> Iterator[None]:
             f"cannot write in {run_dir}: {error.strerror or error}; mend its permissions or free space"
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             file.seek(0)
             raise BusyError(
                 f"another process is training in {run_dir}: {file.read() or 'holder unknown'}; "
                 "wait for it, stop it, or choose another --run-name"
-            ) from None
-        except OSError as error:
-            raise StorageError(
-                f"{lock} cannot be locked: {error.strerror}; use a file system that has locks"
-            ) from error
+            )
         with suppress(OSError):  # a full disk may not hold the name, but the lock holds
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
