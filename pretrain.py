@@ -359,7 +359,7 @@ def describe_run(
         "machine": machine,
         "dataset": {
             "name": config.data.dir,
-            "source": manifest.source,
+            "sources": manifest.sources,
             **manifest.counts,
             "manifest_sha256": manifest.sha256,
         },

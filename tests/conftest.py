@@ -50,23 +50,27 @@ def write_dataset(folder: Path, train_tokens: list[int], val_tokens: int, n_voca
         ids[::50] = n_vocab - 1
         name, sha256 = shards.write_shard(folder, "random", index, tokens, [ids])
         split = "validation" if index == 0 else "train"
-        listed.append(shards.Shard(name, split, tokens, len(ids[::50]), tokens * 4, sha256))
-    counts = {"documents": sum(s.documents for s in listed), "tokens": sum(s.tokens for s in listed)}
-    counts |= {"text_bytes": sum(s.text_bytes for s in listed), "skipped_empty": 0, "replaced_invalid": 0}
-    manifest = shards.Manifest(
-        source={"name": "random"},
-        request={"source": "random", "seed": seed},
+        listed.append(shards.Shard(name, split, tokens, len(ids[::50]), tokens * 4, sha256, "0" * 32, "f" * 32))
+    shards.write_manifest(folder, manifest_of(listed, n_vocab))
+    return folder
+
+
+def manifest_of(listed: list[shards.Shard], n_vocab: int = 50_257) -> shards.Manifest:
+    """A manifest that lists these shards, of documents of 32 to 63 tokens."""
+    totals = {name: sum(getattr(shard, name) for shard in listed) for name in ("documents", "tokens", "text_bytes")}
+    left_out = {"skipped_empty": 0, "dropped_duplicates": 0, "replaced_invalid": 0}
+    return shards.Manifest(
+        sources=[{"name": "random", **totals, "share": 1.0}],
+        request={"source": ["random"]},
         tokenizer="r50k_base",
         tokenizer_sha256="0" * 64,
         n_vocab=n_vocab,
         end_of_text=n_vocab - 1,
-        seed=seed,
-        counts=counts,
+        seed=0,
+        counts={**totals, "documents_read": totals["documents"], **left_out},
+        document_lengths=[0] * 5 + [totals["documents"]],
         shards=tuple(listed),
-        sha256="",
     )
-    shards.write_manifest(folder, manifest)
-    return folder
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_debug_from_another_folder_with_a_misleading_pythonpath(elsewhere: Path,
     assert (run / "report.html").is_file()
     manifest = json.loads((elsewhere / "temp_data" / "datasets" / "pydocs" / "manifest.json").read_text())
     assert manifest["counts"]["tokens"] > 300_000
-    assert manifest["source"]["packages"]["python"]
+    assert manifest["sources"][0]["packages"]["python"]
 
     before = (run / "metrics.jsonl").read_bytes()
     again = launch(script, "--train.total-steps", "4", *SMALL, cwd=tmp_path / "working", **variables)

@@ -60,7 +60,7 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
         batches = _reported(encode_all(texts, workers))
         shards, counts = write_shards(batches, folder, request.source, request.seed, request.tokens_per_shard)
         dataset = Manifest(
-            source=source.details,
+            sources=[source.details],
             request=asdict(request),
             tokenizer=Tokenizer.name,
             tokenizer_sha256=Tokenizer.sha256,
@@ -68,6 +68,7 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
             end_of_text=Tokenizer.end_of_text,
             seed=request.seed,
             counts=counts,
+            document_lengths=[],
             shards=shards,
         )
         write_manifest(folder, dataset)
@@ -216,7 +217,7 @@ def _changed_files(manifest: Manifest, paths: list[str]) -> list[str]:
         now = {str(path): path.stat().st_size for path in text_sources.find_files(paths)[0]}
     except (UserError, OSError):
         return []  # gone since; the dataset stands without them
-    then = {entry["path"]: entry["bytes"] for entry in manifest.source["files"]}
+    then = {entry["path"]: entry["bytes"] for entry in manifest.sources[0]["files"]}
     changed = sorted({path for path, _ in then.items() ^ now.items()})
     return [f"{path} has {then.get(path, 'no')} bytes there, {now.get(path, 'no')} now" for path in changed]
 

@@ -77,7 +77,7 @@ def write_shards(
         arrays = _read_spilled(folder / _SPILL, first_tokens[documents], token_counts)
         file, sha256 = write_shard(folder, prefix, index, tokens, arrays)
         split = "train" if index else "validation"
-        shards.append(Shard(file, split, tokens, len(documents), text_bytes, sha256))
+        shards.append(Shard(file, split, tokens, len(documents), text_bytes, sha256, "", ""))
     (folder / _SPILL).unlink()
     counts = {
         "documents": len(corpus.token_counts),

@@ -31,7 +31,7 @@ from src.utils.disk import free_bytes, sync
 from src.utils.errors import StorageError, UserError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKEN_DTYPE = np.dtype("<u2")
 SHARD_NAME = re.compile(r".+_i_(\d{6})_t_(\d+)\.npy")
 
@@ -60,14 +60,20 @@ class Shard:
     """UTF-8 bytes of the documents' text."""
     sha256: str
     """Of the whole file, its .npy header included."""
+    first_key: str
+    """Documents lie in the order of their keys, 32 hexadecimal digits that follow from the seed and the text; the
+    shard holds every document of the dataset from this key ..."""
+    last_key: str
+    """... to this one."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a dataset's manifest.json says."""
 
-    source: dict[str, Any]
-    """Where the documents came from: name, and versions, files with their hashes, or the revision."""
+    sources: list[dict[str, Any]]
+    """Where the documents came from, one entry a source: its name, package versions, files with hashes, or the
+    hub's revision; its documents, tokens and text_bytes, and its share of the tokens."""
     request: dict[str, Any]
     """The arguments that decide the output."""
     tokenizer: str
@@ -76,8 +82,11 @@ class Manifest:
     end_of_text: int
     seed: int
     counts: dict[str, int]
-    """Over all shards documents, tokens and text_bytes; and the documents that were left out for holding nothing but
-    white space (skipped_empty) or of which bytes that are not UTF-8 became U+FFFD (replaced_invalid)."""
+    """Over all shards documents, tokens and text_bytes. Of the documents_read, some were left out for holding nothing
+    but white space (skipped_empty) or for repeating another exactly (dropped_duplicates, only on request); of others,
+    bytes that are not UTF-8 became U+FFFD (replaced_invalid)."""
+    document_lengths: list[int]
+    """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens, the end-of-text token included."""
     shards: tuple[Shard, ...]
     """In index order, the validation shard first."""
     sha256: str = ""
@@ -109,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(raw)
         version = content.pop("format")
         if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format {version!r}; this program reads format {FORMAT_VERSION}")
+            raise UserError(f"{path} has format {version!r}; this program reads format {FORMAT_VERSION}; {_REDO}")
         shards = tuple(Shard(**entry) for entry in content.pop("shards"))
         manifest = Manifest(**content, shards=shards, sha256=hashlib.sha256(raw).hexdigest())
         _check_manifest(manifest)

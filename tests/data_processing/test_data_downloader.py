@@ -78,7 +78,7 @@ def test_pydocs_command(tmp_path: Path, commands: Commands) -> None:
     done = commands.module(MODULE, "--source", "pydocs", "--max-documents", "60")
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "datasets" / "pydocs-first-60-documents")
-    assert manifest.source["name"] == "pydocs"
+    assert manifest.sources[0]["name"] == "pydocs"
     assert manifest.counts["documents"] == 60
     assert manifest.shards[0].file == f"pydocs_i_000000_t_{manifest.shards[0].tokens}.npy"
 
@@ -218,7 +218,7 @@ def test_fineweb_edu_from_a_hub(tmp_path: Path, commands: Commands) -> None:
         part = commands.module(MODULE, "--source", "fineweb-edu", "--max-documents", "40", "--out", "part")
     assert (whole.returncode, part.returncode) == (0, 0), whole.stderr + part.stderr
     manifest = read_manifest(tmp_path / "datasets" / "fineweb-edu-sample-10BT")
-    assert manifest.source == {
+    assert manifest.sources[0] == {
         "name": "fineweb-edu",
         "repository": FINEWEB_EDU[0],
         "config": FINEWEB_EDU[1],

@@ -20,6 +20,7 @@ from src.data_processing.shards import (
 )
 from src.data_processing.shards import Shard as ShardEntry
 from src.utils.errors import StorageError, UserError
+from tests.conftest import manifest_of
 
 N_VOCAB = 50_257
 
@@ -30,19 +31,9 @@ def make_dataset(folder: Path) -> Manifest:
     for index, tokens in enumerate((100, 3_000_000, 50)):
         ids = np.random.default_rng(index).integers(0, N_VOCAB, tokens).astype(np.uint16)
         file, sha256 = write_shard(folder, "test", index, tokens, np.array_split(ids, 3))
-        shards.append(ShardEntry(file, "train" if index else "validation", tokens, 2, 400, sha256))
-    manifest = Manifest(
-        source={"name": "test"},
-        request={"source": "test"},
-        tokenizer="r50k_base",
-        tokenizer_sha256="00",
-        n_vocab=N_VOCAB,
-        end_of_text=N_VOCAB - 1,
-        seed=1,
-        counts={"documents": 6, "tokens": 3_000_150, "text_bytes": 1200, "skipped_empty": 0, "replaced_invalid": 0},
-        shards=tuple(shards),
-    )
-    write_manifest(folder, manifest)
+        split = "train" if index else "validation"
+        shards.append(ShardEntry(file, split, tokens, 2, 400, sha256, "0" * 32, "f" * 32))
+    write_manifest(folder, manifest_of(shards))
     return read_manifest(folder)
 
 
@@ -148,7 +139,7 @@ def test_no_dataset_says_how_to_make_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "has format 2; this program reads format 1"),
+        ({"format": 1}, "has format 1; this program reads format 2; delete the folder"),
         ({"shards": []}, "needs a validation shard first"),
         ({"counts": {"tokens": 1}}, "hold 3000150 tokens, its total says 1"),
         ({"surprise": 1}, "damaged.*surprise"),

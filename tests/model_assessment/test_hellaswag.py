@@ -28,7 +28,7 @@ from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
 from src.model_utils.checkpoint_utils import save_checkpoint, step_dir
 from src.params import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig, to_dict
 from src.utils.errors import UserError
-from tests.conftest import Commands
+from tests.conftest import Commands, manifest_of
 
 COMMAND = "src.model_assessment.hellaswag"
 encode = load_tokenizer().encode
@@ -339,12 +339,9 @@ def write_prose(folder: Path) -> None:
     listed = []
     for index, split in enumerate(("validation", "train")):
         name, sha256 = shards.write_shard(folder, "prose", index, len(ids), [ids])
-        listed.append(shards.Shard(name, split, len(ids), len(texts), sum(map(len, texts)), sha256))
-    counts = {"documents": 16, "tokens": 2 * len(ids), "text_bytes": 0, "skipped_empty": 0, "replaced_invalid": 0}
-    manifest = shards.Manifest(
-        {"name": "prose"}, {}, "r50k_base", "0" * 64, 50_257, 50_256, 0, counts, tuple(listed), sha256=""
-    )
-    shards.write_manifest(folder, manifest)
+        size = sum(map(len, texts))
+        listed.append(shards.Shard(name, split, len(ids), len(texts), size, sha256, "0" * 32, "f" * 32))
+    shards.write_manifest(folder, manifest_of(listed))
 
 
 def test_the_command_measures_a_checkpoint(commands: Commands, checkpoint: Path) -> None:
