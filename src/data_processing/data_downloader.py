@@ -7,91 +7,18 @@ python -m src.data_processing.data_downloader --verify --out my_text
 """
 
 import argparse
-import itertools
 import json
 import os
-import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from src.data_processing import text_sources
-from src.data_processing.dataset_writer import claimed, write_shards
-from src.data_processing.encoding import EncodedBatch, encode_all
-from src.data_processing.shards import MANIFEST, Manifest, check_shard, read_manifest, unlisted_files, write_manifest
-from src.data_processing.tokenizer import Tokenizer
-from src.utils.errors import UserError, exit_with
+from src.data_processing.preparation import Request, prepare
+from src.data_processing.repair import repair, verify
+from src.utils.cores import available_cores
+from src.utils.errors import exit_with
 from src.utils.root import dataset_dir
 
 _DEFAULT_OUT = {"pydocs": "pydocs", "fineweb-edu": "fineweb-edu-sample-10BT"}
-_REPORT_EVERY_S = 10.0
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments that decide a dataset's content."""
-
-    source: str
-    paths: list[str]
-    text_field: str
-    tokens_per_shard: int
-    seed: int
-    max_documents: int | None
-
-
-def prepare(request: Request, folder: Path, workers: int) -> Manifest:
-    """The dataset that `request` describes, in `folder`: the one that is there, or a new one.
-
-    Raises UserError, StorageError, or BusyError where another process prepares the same folder.
-    """
-    if os.path.exists(folder / MANIFEST):  # False, where Path.exists raises, for a folder that cannot be searched
-        manifest = read_manifest(folder)
-        _check_same_request(manifest, request, folder)
-        for shard in manifest.shards:
-            check_shard(folder, shard, manifest.n_vocab)
-        _say(f"already prepared: {folder}")
-        return manifest
-    with claimed(folder):  # before the source is opened, which can be a long download
-        _say(f"preparing {folder} from {request.source}")
-        source = _open_source(request)
-        texts = itertools.islice(source.texts, request.max_documents)
-        batches = _reported(encode_all(texts, workers))
-        shards, counts = write_shards(batches, folder, request.source, request.seed, request.tokens_per_shard)
-        dataset = Manifest(
-            sources=[source.details],
-            request=asdict(request),
-            tokenizer=Tokenizer.name,
-            tokenizer_sha256=Tokenizer.sha256,
-            n_vocab=Tokenizer.n_vocab,
-            end_of_text=Tokenizer.end_of_text,
-            seed=request.seed,
-            counts=counts,
-            document_lengths=[],
-            shards=shards,
-        )
-        write_manifest(folder, dataset)
-    if counts["replaced_invalid"]:
-        _say(f"invalid UTF-8 in {counts['replaced_invalid']} document(s) was replaced by the character U+FFFD")
-    return read_manifest(folder)
-
-
-def verify(folder: Path) -> Manifest:
-    """The manifest of the dataset in `folder`, after reading every byte of it; raises UserError naming each fault."""
-    manifest = read_manifest(folder)
-    faults = []
-    for shard in manifest.shards:
-        try:
-            check_shard(folder, shard, manifest.n_vocab, full=True)
-        except UserError as fault:
-            faults.append(str(fault))
-    if faults:
-        raise UserError("\n".join([f"{len(faults)} of {len(manifest.shards)} shards are not as prepared:", *faults]))
-    if strays := unlisted_files(folder, manifest):
-        _say(f"ignored in {folder}, not part of the dataset: {', '.join(strays)}")
-    _say(f"verified: {folder}")
-    return manifest
 
 
 def main() -> None:
@@ -100,9 +27,19 @@ def main() -> None:
     folder = dataset_dir(args.out)
     if args.verify:
         manifest = verify(folder)
+    elif args.repair:
+        manifest = repair(folder, args.workers)
     else:
-        paths = [os.path.abspath(os.path.expanduser(path)) for path in args.path]
-        request = Request(args.source, paths, args.text_field, args.tokens_per_shard, args.seed, args.max_documents)
+        request = Request(
+            source=args.source,
+            paths=[os.path.abspath(os.path.expanduser(path)) for path in args.path],
+            text_field=args.text_field,
+            tokens_per_shard=args.tokens_per_shard,
+            seed=args.seed,
+            max_documents=args.max_documents,
+            max_tokens=args.max_tokens,
+            drop_duplicates=args.drop_duplicates,
+        )
         manifest = prepare(request, folder, args.workers)
     counts = {name: manifest.counts[name] for name in ("documents", "tokens", "text_bytes")}
     seconds = round(time.monotonic() - start, 3)
@@ -114,15 +51,19 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_args()
-    if args.out is None and args.source in _DEFAULT_OUT:
-        subset = f"-first-{args.max_documents}-documents" if args.max_documents else ""
-        args.out = _DEFAULT_OUT[args.source] + subset  # a trial must never pass for the whole
-    if not args.verify and args.source is None:
+    looks = args.verify or args.repair
+    if args.source is None and not looks:
         parser.error("--source is needed: fineweb-edu, files or pydocs")
-    if args.source == "files" and not args.path and not args.verify:
+    if args.source and args.out is None and "files" not in args.source:
+        args.out = "+".join(_DEFAULT_OUT[source] for source in args.source)
+        for limit, unit in ((args.max_tokens, "tokens"), (args.max_documents, "documents")):
+            args.out += f"-first-{limit}-{unit}" if limit else ""  # a trial must never pass for the whole
+    if args.source and "files" in args.source and not args.path and not looks:
         parser.error("--source files needs --path FILE_OR_GLOB ...")
-    if args.source != "files" and args.path:
+    if args.path and "files" not in (args.source or ()):
         parser.error("--path is for --source files")
+    if args.source and len(set(args.source)) < len(args.source):
+        parser.error("--source names one source twice; several paths go behind one --path")
     if args.out is None:
         parser.error("--out DIR is needed: a name for the dataset, or a folder")
     return args
@@ -138,9 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--source",
+        nargs="+",
         choices=("fineweb-edu", "files", "pydocs"),
         help="fineweb-edu: 10B tokens of educational web pages from the Hugging Face hub (some 28 GB); "
-        "files: your own; pydocs: the documentation that comes with Python, NumPy and PyTorch, offline in seconds",
+        "files: your own; pydocs: the documentation that comes with Python, NumPy and PyTorch, offline in seconds; "
+        "several are mixed, and the manifest has their shares",
     )
     parser.add_argument(
         "--path",
@@ -148,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE_OR_GLOB",
         help="for --source files: files, folders (searched to any depth) or patterns; "
-        ".txt and .md are one document each, .jsonl, .jsonl.gz and .parquet one document a line or row",
+        ".txt and .md are one document each; .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow one a line or row",
     )
     parser.add_argument(
         "--out",
@@ -159,9 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers",
         type=_at_least(1),
-        default=1,
+        default=available_cores(),
         metavar="N",
-        help="processes that tokenise; the result is the same for any number (default: 1)",
+        help="processes that tokenise; the result is the same for any number (default: one a core, %(default)s here)",
     )
     parser.add_argument(
         "--tokens-per-shard",
@@ -175,12 +118,25 @@ def _parser() -> argparse.ArgumentParser:
         "--text-field",
         default="text",
         metavar="NAME",
-        help="field or column of .jsonl and .parquet files that holds the text (default: text)",
+        help="field or column that holds the text, for files of lines or rows (default: text)",
     )
     parser.add_argument(
-        "--max-documents", type=_at_least(1), metavar="N", help="stop reading after this many (default: read all)"
+        "--max-tokens",
+        type=_at_least(1),
+        metavar="N",
+        help="read no more documents than make up this many tokens (default: read all)",
     )
-    parser.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
+    parser.add_argument(
+        "--max-documents", type=_at_least(1), metavar="N", help="read no more than this many (default: read all)"
+    )
+    parser.add_argument(
+        "--drop-duplicates", action="store_true", help="keep one of documents that are equal to the byte"
+    )
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
+    modes.add_argument(
+        "--repair", action="store_true", help="make the damaged shards of --out anew from their source, and exit"
+    )
     return parser
 
 
@@ -192,67 +148,6 @@ def _at_least(minimum: int) -> Any:
         return value
 
     return number
-
-
-def _check_same_request(manifest: Manifest, request: Request, folder: Path) -> None:
-    """Raises UserError where the dataset in `folder` was asked for differently, or its files have changed since."""
-    there, asked = manifest.request, asdict(request)
-    differences = [
-        f"{name} is {there.get(name)!r} there, {value!r} asked"
-        for name, value in asked.items()
-        if there.get(name) != value
-    ]
-    if not differences and request.source == "files":
-        differences = _changed_files(manifest, request.paths)
-    if differences:
-        raise UserError(
-            f"{folder} holds another dataset: {'; '.join(differences)}; "
-            "choose another --out, or delete that folder to prepare it anew"
-        )
-
-
-def _changed_files(manifest: Manifest, paths: list[str]) -> list[str]:
-    """What differs between the files of the dataset and those that `paths` lead to now, by name and size."""
-    try:
-        now = {str(path): path.stat().st_size for path in text_sources.find_files(paths)[0]}
-    except (UserError, OSError):
-        return []  # gone since; the dataset stands without them
-    then = {entry["path"]: entry["bytes"] for entry in manifest.sources[0]["files"]}
-    changed = sorted({path for path, _ in then.items() ^ now.items()})
-    return [f"{path} has {then.get(path, 'no')} bytes there, {now.get(path, 'no')} now" for path in changed]
-
-
-def _open_source(request: Request) -> text_sources.Source:
-    if request.source == "pydocs":
-        return text_sources.pydocs()
-    if request.source == "files":
-        return text_sources.files(request.paths, request.text_field)
-    return text_sources.fineweb_edu(request.seed, request.max_documents)
-
-
-def _reported(batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
-    """Passes `batches` on and tells stderr how far they are: a bar on a terminal, else a line now and then."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(desc="tokenising", unit=" tokens", unit_scale=True) as bar:
-            for batch in batches:
-                yield batch
-                bar.update(batch.tokens.size)
-        return
-    documents = tokens = 0
-    start = last = time.monotonic()
-    for batch in batches:
-        yield batch
-        documents += batch.token_counts.size
-        tokens += batch.tokens.size
-        if (now := time.monotonic()) - last >= _REPORT_EVERY_S:
-            _say(f"{documents:,} documents, {tokens:,} tokens, {tokens / (now - start):,.0f} tokens/s")
-            last = now
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

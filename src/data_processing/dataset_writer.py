@@ -1,177 +1,225 @@
-"""Encoded documents -> a dataset's shards: shuffled, split and written, in a folder held for the purpose.
+"""Sorted documents -> a dataset's shards: split and written, in a folder held for the purpose.
 
-Tokens go to one file on disk as the documents come. Order, split and shards then follow from the seed and
-the documents' lengths alone, so every document is equally likely to be anywhere, whatever order its source
-has, and memory holds some 40 bytes a document, never the tokens.
+The documents' keys decide the order, so every document is equally likely to be anywhere, whatever order its
+source has, and equal documents lie side by side, never on both sides of the split into validation and training.
 """
 
-import os
+import json
+import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from src.data_processing.encoding import EncodedBatch
-from src.data_processing.shards import MANIFEST, SHARD_NAME, TOKEN_DTYPE, Shard, storage_error, write_shard
+from src.data_processing.document_sort import SortedDocuments
+from src.data_processing.shards import SHARD_NAME, Shard, replacing, storage_error, write_shard
 from src.utils.disk import try_lock
 from src.utils.errors import BusyError, UserError
-from src.utils.rand_idx_seq_gen import permutation
 
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE = 20
 _SMALL_VALIDATION_SHARE = 4
 _USEFUL_VALIDATION_TOKENS = 16_384
 
-_MARKER = ".preparing"  # there while a preparation goes on, which also locks it, and after one was killed
-_SPILL = "tokens.tmp"
+WORK = ".preparing"  # there while a preparation goes on, and after one was stopped
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Holds `folder`, made if need be and rid of what a killed preparation left, until the block ends.
+def claimed(folder: Path, keep_unfinished: bool = True) -> Iterator[Path]:
+    """Holds `folder`, made if need be, until the block ends; gives the folder inside it for unfinished work.
 
-    Where the block fails, what it wrote is removed. Raises StorageError where the folder cannot be written,
-    BusyError where another process holds it, UserError where it holds shards of unknown origin.
+    That is deleted when the block ends well. Where it fails, work that is worth going on with stays, unless
+    `keep_unfinished` is False. Raises StorageError where the folder cannot be written, and BusyError where another
+    process holds it.
     """
-    marker = folder / _MARKER
+    work = folder / WORK
     try:
         made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        interrupted = marker.exists()
-        lock = open(marker, "wb")  # noqa: SIM115 (held open as long as the lock)
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "wb")  # noqa: SIM115 (held open as long as the lock)
     except OSError as error:
         raise storage_error(folder, error) from error
     with lock:
-        if not try_lock(lock):
+        if not try_lock(lock) or not work.exists():
             raise BusyError(f"another process is preparing {folder}; wait for it, or choose another --out")
         try:
-            _start_clean(folder, interrupted)
-            try:
-                yield
-            except BaseException:
-                _remove_unfinished(folder)
-                raise
-        finally:
-            marker.unlink(missing_ok=True)
-            if made and not any(folder.iterdir()):
-                folder.rmdir()
+            yield work
+        except BaseException:
+            if not (keep_unfinished and _is_begun(work)):
+                shutil.rmtree(work)
+                if made and not any(folder.iterdir()):
+                    folder.rmdir()
+            raise
+        shutil.rmtree(work)
 
 
-def write_shards(
-    batches: Iterable[EncodedBatch], folder: Path, prefix: str, seed: int, tokens_per_shard: int
-) -> tuple[tuple[Shard, ...], dict[str, int]]:
-    """Writes the documents of `batches` as shards into `folder`; returns the shards and the manifest's counts.
+def _is_begun(work: Path) -> bool:
+    """Whether `work` holds anything that took time to make."""
+    return any(path.name.startswith(("run_000000.json", "downloads")) for path in work.iterdir())
 
-    A shard holds whole documents, at most `tokens_per_shard` tokens of them, or a single longer one. Raises
-    UserError where there are too few documents, and StorageError.
-    """
-    corpus = _spill(batches, folder / _SPILL)
-    first_tokens = np.cumsum(corpus.token_counts) - corpus.token_counts
-    shards = []
-    for index, documents in enumerate(_divide(corpus.token_counts, seed, tokens_per_shard)):
-        token_counts = corpus.token_counts[documents]
-        tokens, text_bytes = int(token_counts.sum()), int(corpus.text_bytes[documents].sum())
-        arrays = _read_spilled(folder / _SPILL, first_tokens[documents], token_counts)
-        file, sha256 = write_shard(folder, prefix, index, tokens, arrays)
-        split = "train" if index else "validation"
-        shards.append(Shard(file, split, tokens, len(documents), text_bytes, sha256, "", ""))
-    (folder / _SPILL).unlink()
-    counts = {
-        "documents": len(corpus.token_counts),
-        "tokens": int(corpus.token_counts.sum()),
-        "text_bytes": int(corpus.text_bytes.sum()),
-        "skipped_empty": corpus.skipped_empty,
-        "replaced_invalid": corpus.replaced_invalid,
-    }
-    return tuple(shards), counts
+
+def start_over(folder: Path, work: Path) -> None:
+    """Removes what an earlier preparation left, but not shards whose origin is unknown: UserError for those."""
+    begun_here = (work / "plan.json").exists()
+    shards = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name.removesuffix(".tmp"))]
+    if shards and not begun_here:
+        raise UserError(
+            f"{folder} holds {len(shards)} shards without a manifest, such as {min(shards).name}, whose preparation "
+            "is unknown; move them away or choose another --out"
+        )
+    for path in shards:
+        path.unlink()
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
 
 
 @dataclass(frozen=True)
-class _Corpus:
-    """What is known of the documents in the spill file, in its order."""
+class ShardPlan:
+    """The documents of a shard, by their numbers in the order of the keys."""
 
-    token_counts: np.ndarray
-    text_bytes: np.ndarray
-    skipped_empty: int
-    replaced_invalid: int
-
-
-def _start_clean(folder: Path, interrupted: bool) -> None:
-    if (folder / MANIFEST).exists():
-        raise BusyError(f"another process has just prepared {folder}; start again to use it")
-    if interrupted:
-        print(f"cleaning up an interrupted preparation in {folder}", file=sys.stderr)
-        _remove_unfinished(folder)
-    shards = [name for name in os.listdir(folder) if SHARD_NAME.fullmatch(name)]
-    if shards:
-        raise UserError(
-            f"{folder} holds {len(shards)} shards without a manifest, such as {min(shards)}, whose preparation is "
-            "unknown; move them away or choose another --out"
-        )
+    ranges: tuple[tuple[int, int], ...]
+    """From and to, usually one; two around the validation documents."""
+    tokens: int
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name == _SPILL or SHARD_NAME.fullmatch(path.name.removesuffix(".tmp")):
-            path.unlink()
-    (folder / f"{MANIFEST}.tmp").unlink(missing_ok=True)
-
-
-def _spill(batches: Iterable[EncodedBatch], path: Path) -> _Corpus:
-    """Appends all tokens to `path`, one document after another."""
-    token_counts, text_bytes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    skipped_empty = replaced_invalid = 0
-    for batch in batches:
-        _append(path, batch.tokens.astype(TOKEN_DTYPE, copy=False))
-        token_counts.append(batch.token_counts)
-        text_bytes.append(batch.text_bytes)
-        skipped_empty += batch.skipped_empty
-        replaced_invalid += batch.replaced_invalid
-    return _Corpus(np.concatenate(token_counts), np.concatenate(text_bytes), skipped_empty, replaced_invalid)
-
-
-def _append(path: Path, tokens: np.ndarray) -> None:
-    try:
-        with open(path, "ab") as file:
-            file.write(tokens.tobytes())
-    except OSError as error:
-        raise storage_error(path, error) from error
-
-
-def _divide(token_counts: np.ndarray, seed: int, tokens_per_shard: int) -> list[np.ndarray]:
-    """The documents of each shard, by number, shuffled; validation first. Raises UserError for fewer than two."""
-    n = len(token_counts)
-    if n < 2:
-        raise UserError(
-            f"found {'no document' if n == 0 else 'one document'} that isn't empty; at least two are needed, one to "
-            "validate and one to train, because documents are not split: give more files, or divide a long text into "
-            "the lines of a .jsonl file"
-        )
-    order = permutation(n, seed)
-    ends = np.cumsum(token_counts[order])
-    total = int(ends[-1])
+def plan_shards(documents: SortedDocuments, tokens_per_shard: int) -> list[ShardPlan]:
+    """Divides the documents; validation first. A shard holds whole documents, at most `tokens_per_shard` tokens of
+    them, or a single longer one. Raises UserError where there are fewer than two different documents.
+    """
+    total = sum(int(records["tokens"].sum(dtype=np.int64)) for records in documents)
     share = max(total // _VALIDATION_SHARE, min(total // _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS))
+    # Validation must not swallow a long document where a short one will do, so it begins with one that fits.
     limit = min(tokens_per_shard, share)
-    if token_counts[order[0]] > limit:  # validation must not swallow a long document where a short one will do
-        fitting_numbers = np.flatnonzero(token_counts[order] <= limit)
-        first = int(fitting_numbers[0]) if fitting_numbers.size else int(np.argmin(token_counts[order]))
-        order = np.concatenate((order[first : first + 1], np.delete(order, first)))
-        ends = np.cumsum(token_counts[order])
-    cuts = [0]
-    while cuts[-1] < n:
-        start = int(ends[cuts[-1] - 1]) if cuts[-1] else 0
-        fitting = int(np.searchsorted(ends, start + limit, side="right"))
-        cuts.append(max(fitting, cuts[-1] + 1))
-        limit = tokens_per_shard
-    return np.split(order, cuts[1:-1])
+    begin = _first_fitting(documents, limit)
+    validation = next(_cut(documents, limit, begin))
+    plans = [validation]
+    [(begin, end)] = validation.ranges
+    for plan in _cut(documents, tokens_per_shard, 0, leave_out=(begin, end)):
+        plans.append(plan)
+    return plans
 
 
-def _read_spilled(path: Path, first_tokens: np.ndarray, token_counts: np.ndarray) -> Iterator[np.ndarray]:
-    """The documents that begin at `first_tokens` of the spill file."""
-    with open(path, "rb") as file:
-        for first, count in zip(first_tokens, token_counts, strict=True):
-            file.seek(int(first) * TOKEN_DTYPE.itemsize)
-            yield np.frombuffer(file.read(int(count) * TOKEN_DTYPE.itemsize), TOKEN_DTYPE)
+def write_shards(
+    documents: SortedDocuments, plans: Sequence[ShardPlan], folder: Path, prefix: str, journal: Path
+) -> tuple[Shard, ...]:
+    """Writes the planned shards into `folder`, but not those that `journal` lists from an earlier start.
+
+    Tokens that no later shard needs are deleted on the way. Raises StorageError.
+    """
+    shards = _read_journal(journal, folder)
+    for index, plan in enumerate(plans):
+        if index >= len(shards):
+            shards.append(write_planned(documents, plan, folder, prefix, index))
+            with replacing(journal) as file:
+                file.write(json.dumps([asdict(shard) for shard in shards]).encode())
+        if index:
+            documents.forget(plan.ranges[0][0], plan.ranges[-1][1])
+    return tuple(shards)
+
+
+def write_planned(documents: SortedDocuments, plan: ShardPlan, folder: Path, prefix: str, index: int) -> Shard:
+    """Writes shard `index`."""
+    records = [documents.records[begin:end] for begin, end in plan.ranges]
+    arrays = (tokens for begin, end in plan.ranges for tokens in documents.tokens(begin, end))
+    file, sha256 = write_shard(folder, prefix, index, plan.tokens, arrays)
+    return Shard(
+        file,
+        "train" if index else "validation",
+        plan.tokens,
+        sum(map(len, records)),
+        sum(int(part["text_bytes"].sum(dtype=np.int64)) for part in records),
+        sha256,
+        first_key=key_text(records[0][0]),
+        last_key=key_text(records[-1][-1]),
+    )
+
+
+def key_text(record: np.void) -> str:
+    """The key of a document's record, as the manifest has it."""
+    high, low = record["key"]
+    return f"{int(high):016x}{int(low):016x}"
+
+
+def _first_fitting(documents: SortedDocuments, limit: int) -> int:
+    """The first document that fits into `limit` tokens together with those equal to it, or else the shortest."""
+    shortest, shortest_at, units, at = None, 0, 0, 0
+    for records in documents:
+        starts, tokens = _equal_documents(records)
+        units += len(starts)
+        fitting = np.flatnonzero(tokens <= limit)
+        if fitting.size:
+            return at + int(starts[fitting[0]])
+        if tokens.size and (shortest is None or tokens.min() < shortest):
+            shortest, shortest_at = tokens.min(), at + int(starts[np.argmin(tokens)])
+        at += len(records)
+    if units < 2:
+        found = "no document" if units == 0 else "one document"
+        raise UserError(
+            f"found {found} that isn't empty, repetitions not counted; at least two are needed, one to validate and "
+            "one to train, because documents are not split: give more files, or divide a long text into the lines of "
+            "a .jsonl file"
+        )
+    return shortest_at
+
+
+def _cut(
+    documents: SortedDocuments, limit: int, begin: int, leave_out: tuple[int, int] = (0, 0)
+) -> Iterator[ShardPlan]:
+    """Shards of at most `limit` tokens, from document `begin` on. Equal documents stay together."""
+    ranges: list[tuple[int, int]] = []
+    room, at = limit, 0
+    for records in documents:
+        starts, tokens = _equal_documents(records)
+        starts, ends = starts + at, np.append(starts[1:], len(records)) + at
+        at += len(records)
+        used = (starts >= begin) & ((starts < leave_out[0]) | (starts >= leave_out[1]))
+        starts, ends, tokens = starts[used], ends[used], tokens[used]
+        total = np.cumsum(tokens)
+        unit = 0
+        while unit < len(starts):
+            fitting = int(np.searchsorted(total, (total[unit - 1] if unit else 0) + room, side="right"))
+            if fitting == unit and ranges:
+                yield ShardPlan(tuple(ranges), limit - room)
+                ranges, room = [], limit
+                continue
+            fitting = max(fitting, unit + 1)
+            ranges = _extended(ranges, starts[unit:fitting], ends[unit:fitting])
+            room -= int(tokens[unit:fitting].sum())
+            unit = fitting
+    if ranges:
+        yield ShardPlan(tuple(ranges), limit - room)
+
+
+def _extended(ranges: list[tuple[int, int]], starts: np.ndarray, ends: np.ndarray) -> list[tuple[int, int]]:
+    """`ranges` with more documents, of which there may be a gap somewhere."""
+    gaps = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+    for part_starts, part_ends in zip(np.split(starts, gaps), np.split(ends, gaps), strict=True):
+        begin, end = int(part_starts[0]), int(part_ends[-1])
+        if ranges and ranges[-1][1] == begin:
+            begin = ranges.pop()[0]
+        ranges = [*ranges, (begin, end)]
+    return ranges
+
+
+def _equal_documents(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each new key begins, and the tokens of all documents that have it."""
+    if not len(records):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    keys = records["key"]
+    starts = np.flatnonzero(np.concatenate(([True], (keys[1:] != keys[:-1]).any(axis=1))))
+    return starts, np.add.reduceat(records["tokens"].astype(np.int64), starts)
+
+
+def _read_journal(journal: Path, folder: Path) -> list[Shard]:
+    """The shards that an earlier start wrote."""
+    if not journal.exists():
+        return []
+    shards = [Shard(**entry) for entry in json.loads(journal.read_bytes())]
+    print(f"going on after {len(shards)} shard(s) that are in {folder}", file=sys.stderr)
+    return shards

@@ -1,23 +1,32 @@
-"""Texts -> token ids, in order, by any number of processes."""
+"""Documents -> token ids, in order, by any number of processes."""
 
+import hashlib
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
+from typing import TypeVar
 
 import numpy as np
 
+from src.data_processing.file_formats import Documents
 from src.data_processing.tokenizer import load_tokenizer, replace_surrogates
 from src.utils.errors import UserError
 
-# Some 250,000 tokens: long enough to hide the cost of passing it between processes.
-_BATCH_CHARS = 1_000_000
+KEY_BYTES = 16
+# Fewer batches than this aren't worth the start of processes, some 0.5 s.
+_WORTH_PROCESSES = 5
+
+KeyRange = tuple[bytes, bytes]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,31 +39,111 @@ class EncodedBatch:
     """Tokens of each document, its end-of-text token included; int64."""
     text_bytes: np.ndarray
     """UTF-8 bytes of each document; int64."""
+    keys: np.ndarray
+    """Of each document, see `document_key`, as two numbers; uint64 of shape (documents, 2)."""
+    numbers: np.ndarray
+    """Which of the batch's non-empty documents each one is; int64. Not all are there where only some were wanted."""
+    documents: int
+    """Documents of the batch that aren't empty."""
     skipped_empty: int
     """Documents left out because they are empty or all white space."""
     replaced_invalid: int
     """Documents in which what is not UTF-8 became U+FFFD."""
 
+    def first(self, documents: int) -> "EncodedBatch":
+        """The batch without what comes after its first `documents` non-empty documents."""
+        kept = int(np.searchsorted(self.numbers, documents))
+        return EncodedBatch(
+            self.tokens[: int(self.token_counts[:kept].sum())],
+            self.token_counts[:kept],
+            self.text_bytes[:kept],
+            self.keys[:kept],
+            self.numbers[:kept],
+            min(documents, self.documents),
+            self.skipped_empty,
+            self.replaced_invalid,
+        )
 
-def encode_all(texts: Iterable[str], workers: int) -> Iterator[EncodedBatch]:
-    """Encodes `texts` in their order; the batches are the same for any number of processes.
 
-    At most 2 * workers + 1 batches are held at a time. Raises UserError where a process was killed.
+def encode_all(
+    batches: Iterable[tuple[T, Documents]], workers: int, seed: int, wanted: Sequence[KeyRange] | None = None
+) -> Iterator[tuple[T, EncodedBatch]]:
+    """Encodes batches in their order, each with the label it came with; the same for any number of processes.
+
+    With `wanted`, only documents whose key is in one of the ranges, ends included. At most 2 * workers + 1 batches
+    are held at a time. Raises UserError where a process was killed, and what reading the batches raises.
     """
-    batches = _batched(texts)
-    if workers == 1:
-        yield from map(encode_batch, batches)
-        return
+    encode = partial(encode_batch, seed=seed, wanted=wanted)
+    batches = iter(batches)
+    head = list(islice(batches, _WORTH_PROCESSES))
+    if workers == 1 or len(head) < _WORTH_PROCESSES:
+        yield from ((label, encode(documents)) for label, documents in chain(head, batches))
+    else:
+        yield from _encode_in_processes(chain(head, batches), workers, encode)
+
+
+def encode_batch(documents: Documents, seed: int, wanted: Sequence[KeyRange] | None = None) -> EncodedBatch:
+    """Encodes documents, replacing lone surrogates by U+FFFD and leaving out what is empty."""
+    tokenizer = load_tokenizer()
+    mark = np.array([tokenizer.end_of_text], np.uint16)
+    arrays: list[np.ndarray] = []
+    text_bytes: list[int] = []
+    keys: list[bytes] = []
+    numbers: list[int] = []
+    read = full = replaced = 0
+    for text in documents.texts():
+        read += 1
+        if not text or text.isspace():
+            continue
+        full += 1
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
+            text = replace_surrogates(text)
+            data = text.encode()
+            replaced += 1
+        key = document_key(data, seed)
+        if wanted is not None and not any(first <= key <= last for first, last in wanted):
+            continue
+        arrays += [mark, tokenizer.encode_to_numpy(text)]
+        text_bytes.append(len(data))
+        keys.append(key)
+        numbers.append(full - 1)
+    return EncodedBatch(
+        tokens=np.concatenate(arrays) if arrays else np.empty(0, np.uint16),
+        token_counts=np.array([1 + ids.size for ids in arrays[1::2]], np.int64),
+        text_bytes=np.array(text_bytes, np.int64),
+        keys=np.frombuffer(b"".join(keys), ">u8").astype(np.uint64).reshape(-1, 2),
+        numbers=np.array(numbers, np.int64),
+        documents=full,
+        skipped_empty=read - full,
+        replaced_invalid=replaced,
+    )
+
+
+def document_key(data: bytes, seed: int) -> bytes:
+    """The document's place in the dataset's order: 16 bytes that look random and follow from its UTF-8 and the seed.
+
+    Equal documents have the same key; different ones do not (a chance of 1e-24 for ten million documents).
+    """
+    return hashlib.blake2b(data, digest_size=KEY_BYTES, key=str(seed).encode()).digest()
+
+
+def _encode_in_processes(
+    batches: Iterable[tuple[T, Documents]], workers: int, encode: Callable[[Documents], EncodedBatch]
+) -> Iterator[tuple[T, EncodedBatch]]:
     # Not forked: the sources may have started threads, and a fork copies the locks they hold.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
-        pending: deque[Future[EncodedBatch]] = deque()
-        for batch in batches:
-            pending.append(pool.submit(encode_batch, batch))
+        pending: deque[tuple[T, Future[EncodedBatch]]] = deque()
+        for label, documents in batches:
+            pending.append((label, pool.submit(encode, documents)))
             if len(pending) > 2 * workers:
-                yield pending.popleft().result()
+                label, batch = pending.popleft()
+                yield label, batch.result()
         while pending:
-            yield pending.popleft().result()
+            label, batch = pending.popleft()
+            yield label, batch.result()
     except BrokenProcessPool:
         raise UserError("a worker process was killed, most likely for lack of memory; use fewer --workers") from None
     except BaseException:
@@ -63,44 +152,6 @@ def encode_all(texts: Iterable[str], workers: int) -> Iterator[EncodedBatch]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def encode_batch(texts: list[str]) -> EncodedBatch:
-    """Encodes `texts`, replacing lone surrogates by U+FFFD and leaving out what is empty."""
-    tokenizer = load_tokenizer()
-    mark = np.array([tokenizer.end_of_text], np.uint16)
-    arrays: list[np.ndarray] = []
-    text_bytes: list[int] = []
-    replaced = 0
-    for text in filter(str.strip, texts):
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:
-            text = replace_surrogates(text)
-            size = len(text.encode())
-            replaced += 1
-        arrays += [mark, tokenizer.encode_to_numpy(text)]
-        text_bytes.append(size)
-    return EncodedBatch(
-        tokens=np.concatenate(arrays) if arrays else np.empty(0, np.uint16),
-        token_counts=np.array([1 + ids.size for ids in arrays[1::2]], np.int64),
-        text_bytes=np.array(text_bytes, np.int64),
-        skipped_empty=len(texts) - len(text_bytes),
-        replaced_invalid=replaced,
-    )
-
-
-def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    chars = 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
-        if chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
 
 
 def _start_worker() -> None:

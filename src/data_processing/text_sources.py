@@ -1,87 +1,116 @@
-"""Where documents come from: iterators of texts, nothing else.
+"""Where documents come from. A source hands out batches of them, the same ones in the same order every time.
 
-Bytes that are not UTF-8 arrive as lone surrogates (PEP 383), so that whoever writes the text can replace and
-count them. Packages that only one source needs are imported by that source.
+A source is made of units, such as files, and each unit of batches, so that a preparation that was stopped can go
+on behind any batch without reading what lies before its unit.
 """
 
 import glob
-import gzip
 import hashlib
-import itertools
-import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from src.data_processing import python_docs
+from src.data_processing.file_formats import (
+    BATCH_BYTES,
+    EXTENSIONS,
+    TEXT_EXTENSIONS,
+    Documents,
+    Texts,
+    read_batches,
+    read_text,
+)
 from src.utils.errors import UserError
 
-EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
-FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
-_HUB_TIMEOUT_S = 10
-_OTHER_SOURCES = (
-    "use text of your own with --source files --path FILE_OR_FOLDER, "
-    "or the documentation on this machine with --source pydocs"
-)
+# One text tokenised by r50k_base has some 4 to 4.6 bytes a token; compressed text is 3 times as dense, roughly.
+_BYTES_PER_TOKEN = 4
+_COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
 
 
-@dataclass(frozen=True)
 class Source:
-    """Texts, and what identifies them."""
+    """Documents in units. Subclasses say what `batches` gives."""
 
-    details: dict[str, Any]
-    """For the manifest: the source's name, and package versions, files with their hashes, or the hub's revision."""
-    texts: Iterator[str]
-    """The documents, empty ones included, in an order that is the same every time. Can be read once."""
+    def __init__(self, details: dict[str, Any], unit_bytes: Sequence[int], estimated_tokens: int) -> None:
+        self.details = details
+        """For the manifest: the name, and package versions, files with their hashes, or the hub's revision."""
+        self.unit_bytes = unit_bytes
+        """The size of each unit where it is read from, to tell how far a preparation is."""
+        self.estimated_tokens = estimated_tokens
+        """Roughly, to tell how much disk is needed."""
+
+    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+        """The batches of a unit but the first `skip`, each with the share of the unit that is read after it.
+
+        Raises UserError for what is wrong with the source, StorageError where it needs disk and has none.
+        """
+        raise NotImplementedError
+
+    download_bytes = 0
+    """Disk that downloads take while they go on."""
+    estimate_is_sure = False
+    """Whether a disk that is too small by the estimate is reason enough not to begin."""
+
+    def release(self, unit: int) -> None:
+        """The units before `unit` will not be asked for again, not even by a later process."""
+
+    def status(self) -> str:
+        """What there is to say beside progress, or nothing."""
+        return ""
+
+    def close(self) -> None:
+        """Ends what goes on in the background."""
 
 
-def pydocs() -> Source:
+class PythonDocs(Source):
     """The documentation that comes with Python, NumPy and PyTorch, as installed here."""
-    return Source({"name": "pydocs", "packages": python_docs.package_versions()}, python_docs.documents())
+
+    def __init__(self) -> None:
+        details = {"name": "pydocs", "packages": python_docs.package_versions()}
+        super().__init__(details, [11_000_000], estimated_tokens=2_500_000)
+
+    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+        batches = _batched(python_docs.documents())
+        return ((Texts(texts), 0.0) for texts in islice(batches, skip, None))
 
 
-def files(paths: Sequence[str], text_field: str) -> Source:
-    """Documents of the files that `find_files` finds, in order.
+class Files(Source):
+    """The documents of one path of the user's: a file, or the files of a folder or a pattern, in order."""
 
-    A .txt or .md file is one document; .jsonl, .jsonl.gz and .parquet hold one a line or row, in the field
-    `text_field`. Raises UserError, while iterating for what lies inside the files.
-    """
-    found, skipped = find_files(paths)
-    return Source(
-        {"name": "files", "files": [_describe(path) for path in found], "skipped_files": skipped},
-        itertools.chain.from_iterable(_read(path, text_field) for path in found),
-    )
+    def __init__(self, path: str, files: Sequence[Path], skipped_files: int, text_field: str) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing runs beside other threads
+            described = list(threads.map(_describe, files))
+        details = {"name": "files", "path": path, "files": described, "skipped_files": skipped_files}
+        sizes = {file: entry["bytes"] for file, entry in zip(files, described, strict=True)}
+        self._units = _units_of(files, sizes)
+        self._text_field = text_field
+        text_bytes = sum(size * _COMPRESSION.get(file.suffix.lower(), 1) for file, size in sizes.items())
+        super().__init__(
+            details, [sum(sizes[file] for file in unit) for unit in self._units], text_bytes // _BYTES_PER_TOKEN
+        )
+
+    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+        files = self._units[unit]
+        try:
+            if len(files) == 1:
+                yield from read_batches(files[0], self._text_field, skip)
+            elif not skip:
+                yield Texts([read_text(file) for file in files]), 1.0
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename or files[0]}: {error.strerror}") from None
 
 
-def fineweb_edu(seed: int, max_documents: int | None) -> Source:
-    """FineWeb-Edu's sample-10BT from the Hugging Face hub, or from the mirror that HF_ENDPOINT names.
-
-    The whole sample is downloaded, some 28 GB, and kept in the hub's cache, unpacked as well. With `max_documents`
-    little more is fetched than needed, through a shuffled buffer, so that the documents aren't all of one crawl.
-    Raises UserError where the hub cannot be reached.
-    """
-    try:
-        import datasets
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise UserError(
-            f"--source fineweb-edu needs the package datasets ({error}); run: pip install datasets"
-        ) from None
-    repository, sample = FINEWEB_EDU
-    try:
-        revision = HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT_S).sha
-        streaming = max_documents is not None
-        rows = datasets.load_dataset(repository, sample, split="train", revision=revision, streaming=streaming)
-    except Exception as error:
-        raise _hub_error(error) from error
-    rows = rows.select_columns(["text"])
-    if streaming:
-        rows = rows.shuffle(seed=seed, buffer_size=10_000)
-    details = {"name": "fineweb-edu", "repository": repository, "config": sample, "revision": revision}
-    return Source(details, _hub_texts(rows))
+def open_files(paths: Sequence[str], text_field: str) -> list[Files]:
+    """A source for each of `paths`; a file that several of them lead to belongs to the first. Raises UserError."""
+    sources, seen = [], set[Path]()
+    for path in paths:
+        found, skipped = find_files([path])
+        if new := [file for file in found if file not in seen]:
+            sources.append(Files(path, new, skipped, text_field))
+            seen.update(new)
+    return sources
 
 
 def find_files(paths: Sequence[str]) -> tuple[list[Path], int]:
@@ -100,15 +129,19 @@ def find_files(paths: Sequence[str]) -> tuple[list[Path], int]:
         known = 0
         for match in map(Path, matches):
             inside = list(_files_below(match)) if match.is_dir() else [match]
-            readable = [path.absolute() for path in inside if path.name.endswith(EXTENSIONS)]
+            readable = [path.absolute() for path in inside if _is_readable(path)]
             if match.is_file() and not readable:
                 raise UserError(f"--path {match}: expected a file ending in {', '.join(EXTENSIONS)}")
             known += len(readable)
             found.update(readable)
-            skipped.update(path for path in inside if not path.name.endswith(EXTENSIONS))
+            skipped.update(path for path in inside if not _is_readable(path))
         if not known:
             raise UserError(f"--path {given} holds no file ending in {', '.join(EXTENSIONS)}")
     return sorted(found), len(skipped)
+
+
+def _is_readable(path: Path) -> bool:
+    return path.name.lower().endswith(EXTENSIONS)
 
 
 def _files_below(root: Path) -> Iterator[Path]:
@@ -129,85 +162,29 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"path": str(path), "bytes": size, "sha256": digest.hexdigest()}
 
 
-def _read(path: Path, text_field: str) -> Iterator[str]:
-    if path.name.endswith((".txt", ".md")):
-        yield path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    elif path.name.endswith(".parquet"):
-        yield from _read_parquet(path, text_field)
-    else:
-        # Only "\n" ends a line: json takes care of the rest, and of no other line ends inside a text.
-        opened: IO[str] = (gzip.open if path.name.endswith(".gz") else open)(
-            path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n"
-        )
-        with opened as lines:
-            try:
-                yield from _read_json_lines(lines, path, text_field)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{path} is cut short or not gzip ({error}); fetch it again or leave it out") from None
+def _units_of(files: Sequence[Path], sizes: dict[Path, int]) -> list[list[Path]]:
+    """Each file alone, but neighbouring files of one document together up to a batch's size."""
+    units: list[list[Path]] = []
+    room = 0
+    for file in files:
+        is_text = file.name.lower().endswith(TEXT_EXTENSIONS)
+        if is_text and sizes[file] <= room:
+            units[-1].append(file)
+        else:
+            units.append([file])
+            room = BATCH_BYTES
+        room = room - sizes[file] if is_text else 0
+    return units
 
 
-def _read_json_lines(lines: IO[str], path: Path, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error}); every line must be one JSON object") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}: {line.strip()[:60]}")
-        if text_field not in row:
-            raise _missing_field(where, text_field, list(row))
-        text = "" if row[text_field] is None else row[text_field]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: field {text_field!r} must hold text, found {json.dumps(text)[:60]}")
-        yield text
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f"reading {path} needs the package pyarrow; run: pip install pyarrow") from None
-    try:
-        file = pq.ParquetFile(path)
-        if text_field not in file.schema_arrow.names:
-            raise _missing_field(str(path), text_field, file.schema_arrow.names)
-        kind = file.schema_arrow.field(text_field).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UserError(f"{path}: column {text_field!r} must hold text, found type {kind}")
-        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-            # As bytes, because pyarrow refuses to hand over text that is not UTF-8.
-            for value in batch.column(0).cast(pa.large_binary()):
-                yield (value.as_py() or b"").decode("utf-8", errors="surrogateescape")
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a sound parquet file ({error}); fetch it again or leave it out") from None
-
-
-def _missing_field(where: str, text_field: str, fields: list[str]) -> UserError:
-    named = ", ".join(fields) or "none"
-    return UserError(f"{where}: no field {text_field!r}; fields found: {named}; choose one with --text-field NAME")
-
-
-def _hub_texts(rows: Any) -> Iterator[str]:
-    """The texts of a `datasets` dataset; a download that fails on the way is a UserError."""
-    iterator = iter(rows)
-    while True:
-        try:
-            row = next(iterator, None)
-        except Exception as error:
-            raise _hub_error(error) from error
-        if row is None:
-            return
-        yield row["text"] or ""
-
-
-def _hub_error(error: Exception) -> UserError:
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    reason = f"{type(error).__name__}: {str(error).strip() or 'no details'}".splitlines()[0][:200]
-    return UserError(
-        f"cannot get {FINEWEB_EDU[0]} ({FINEWEB_EDU[1]}) from {endpoint} ({reason}); check the connection, "
-        f"name a mirror in HF_ENDPOINT, or {_OTHER_SOURCES}"
-    )
+def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= BATCH_BYTES:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from src.utils.cores import available_cores
 from src.utils.errors import UserError
 
 # Dense bf16 TFLOP/s from the makers' data sheets, by a part of the name that the driver reports.
@@ -79,7 +80,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "threads": torch.get_num_threads(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from src.data_processing.data_downloader import Request
+from src.data_processing.preparation import Request
 from src.data_processing.shards import read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 
@@ -29,12 +29,11 @@ def write_json_lines(path: Path, texts: list[str]) -> Path:
 
 def request(path: Path, **changes: Any) -> Request:
     settings: dict[str, Any] = {
-        "source": "files",
+        "source": ["files"],
         "paths": [str(path)],
         "text_field": "text",
         "tokens_per_shard": 100_000_000,
         "seed": 42,
-        "max_documents": None,
     }
     return Request(**(settings | changes))
 

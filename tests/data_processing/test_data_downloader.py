@@ -5,7 +5,6 @@ import io
 import json
 import os
 import time
-from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.data_processing import data_downloader
-from src.data_processing.data_downloader import prepare, verify
-from src.data_processing.encoding import encode_all
+from src.data_processing.preparation import prepare
+from src.data_processing.repair import verify
 from src.data_processing.shards import check_shard, read_manifest
-from src.data_processing.text_sources import FINEWEB_EDU
 from src.utils.errors import UserError
 from tests.conftest import Commands
 from tests.data_processing import stand_in_hub
@@ -29,6 +26,8 @@ from tests.data_processing.documents import (
     some_texts,
     write_json_lines,
 )
+
+FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
 
 
 def test_bytes_are_the_same_for_any_number_of_workers(tmp_path: Path, commands: Commands) -> None:
@@ -90,11 +89,22 @@ def test_another_request_is_refused_naming_the_difference(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="seed is 42 there, 43 asked; choose another --out"):
         prepare(request(path, seed=43), tmp_path / "out", 1)
     write_json_lines(path, some_texts(11))
-    with pytest.raises(UserError, match=rf"{path} has \d+ bytes there, \d+ now"):
+    with pytest.raises(UserError, match=rf"{path} has \d+ bytes there, \d+ now; choose"):
         prepare(request(path), tmp_path / "out", 1)
     path.unlink()
     assert prepare(request(path), tmp_path / "out", 1).counts["documents"] == 10
     assert contents(tmp_path / "out") == before
+
+
+def test_a_file_more_or_less_is_another_request(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in "ab":
+        write_json_lines(folder / f"{name}.jsonl", some_texts(10))
+    prepare(request(folder), tmp_path / "out", 1)
+    (folder / "a.jsonl").rename(folder / "c.jsonl")
+    with pytest.raises(UserError, match=rf"{folder}/a.jsonl is gone; {folder}/c.jsonl is new"):
+        prepare(request(folder), tmp_path / "out", 1)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +146,7 @@ def test_errors_through_the_command(
 def test_help_explains_the_sources(commands: Commands) -> None:
     done = commands.module(MODULE, "--help")
     assert done.returncode == 0
-    for word in ("fineweb-edu", "pydocs", ".parquet", "--verify", "Exit codes"):
+    for word in ("fineweb-edu", "pydocs", ".parquet", "--verify", "--repair", "Exit codes"):
         assert word in done.stdout
 
 
@@ -163,31 +173,6 @@ def test_verify_names_every_fault(tmp_path: Path, commands: Commands) -> None:
     check_shard(folder, manifest.shards[0], manifest.n_vocab, full=True)
     with pytest.raises(UserError, match="2 of"):
         verify(folder)
-
-
-def test_memory_does_not_grow_with_the_corpus() -> None:
-    """Batches are encoded as they are asked for, not before."""
-    taken = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal taken
-        for _ in range(100):
-            taken += 1
-            yield "word " * 200_000
-
-    for workers in (1, 2):
-        taken = 0
-        batches = encode_all(texts(), workers)
-        assert isinstance(batches, Generator)
-        next(batches)
-        assert taken <= 2 * workers + 2
-        batches.close()
-
-
-def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(data_downloader, "_REPORT_EVERY_S", 0.0)
-    list(data_downloader._reported(encode_all(["one two", "three"], 1)))
-    assert capfd.readouterr().err.startswith("2 documents, 5 tokens, ")
 
 
 def test_an_unreachable_hub_is_said_soon(commands: Commands) -> None:

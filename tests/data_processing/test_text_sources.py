@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from src.data_processing import python_docs
-from src.data_processing.text_sources import files, find_files, fineweb_edu, pydocs
+from src.data_processing.text_sources import PythonDocs, Source, find_files, open_files
 from src.utils.errors import UserError
 
 
 def texts_of(*paths: Path | str, text_field: str = "text") -> list[str]:
-    return list(files([str(path) for path in paths], text_field).texts)
+    return [text for source in open_files([str(path) for path in paths], text_field) for text in texts_in(source)]
+
+
+def texts_in(source: Source) -> list[str]:
+    units = range(len(source.unit_bytes))
+    return [text for unit in units for documents, _ in source.batches(unit, 0) for text in documents.texts()]
 
 
 def json_lines(*rows: Any) -> str:
@@ -52,8 +56,9 @@ def test_files_are_sorted_found_once_and_described(tmp_path: Path) -> None:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
-    source = files([str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "b.txt")], "text")
-    assert list(source.texts) == ["a.txt", "b.txt", "deep/er/c.txt"]
+    sources = open_files([str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "b.txt")], "text")
+    assert [texts_in(source) for source in sources] == [["a.txt", "b.txt", "deep/er/c.txt"]]
+    [source] = sources
     assert source.details["skipped_files"] == 1
     assert source.details["files"][0] == {
         "path": str(tmp_path / "a.txt"),
@@ -74,7 +79,10 @@ def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
     [
         ("absent.txt", "absent.txt does not exist"),
         ("*.jsonl", r"\*.jsonl matches nothing"),
-        ("picture.png", "picture.png: expected a file ending in .txt, .md, .jsonl, .jsonl.gz, .parquet"),
+        (
+            "picture.png",
+            "picture.png: expected a file ending in .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow",
+        ),
         ("empty", "empty holds no file ending in"),
     ],
 )
@@ -128,7 +136,7 @@ def test_a_parquet_column_that_is_missing_or_no_text(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def documentation() -> list[str]:
-    return list(pydocs().texts)
+    return texts_in(PythonDocs())
 
 
 def test_pydocs_is_enough_prose_to_train_on(documentation: list[str]) -> None:
@@ -155,8 +163,11 @@ def test_pydocs_is_the_same_twice_and_says_its_versions(documentation: list[str]
 
     import numpy as np
 
-    assert list(itertools.islice(pydocs().texts, 300)) == documentation[:300]
-    packages = pydocs().details["packages"]
+    first, _ = next(PythonDocs().batches(0, 0))
+    texts = list(first.texts())
+    assert texts == documentation[: len(texts)]
+    assert len(texts) > 100
+    packages = PythonDocs().details["packages"]
     assert packages["python"] == platform.python_version()
     assert packages["numpy"] == np.__version__
 
@@ -180,9 +191,3 @@ def h():
     assert list(python_docs._module_text(tmp_path / "mod.py", tmp_path, set())) == [text + "\n"]
     (tmp_path / "broken.py").write_text("def (")
     assert list(python_docs._module_text(tmp_path / "broken.py", tmp_path, set())) == []
-
-
-def test_fineweb_edu_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        fineweb_edu(seed=0, max_documents=None)

@@ -1,0 +1,208 @@
+"""Files of text -> batches of documents, about 1 MiB each, in a form that is cheap to hand to another process.
+
+What is costly, taking JSON or Arrow apart, happens where `texts()` is called. Bytes that are not UTF-8 arrive as
+lone surrogates (PEP 383), so that whoever writes the text can replace and count them.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from src.utils.errors import UserError
+
+EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
+TEXT_EXTENSIONS = (".txt", ".md")
+BATCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents as they are."""
+
+    documents: list[str]
+
+    def texts(self) -> Iterator[str]:
+        return iter(self.documents)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """JSON objects, one a line."""
+
+    path: Path
+    first_line: int
+    data: bytes
+    text_field: str
+
+    def texts(self) -> Iterator[str]:
+        """Raises UserError for a line that is no object with text in `text_field`."""
+        # Only "\n" ends a line: json takes care of the rest, and of no other line ends inside a text.
+        for number, line in enumerate(self.data.split(b"\n"), start=self.first_line):
+            if line.strip():
+                yield _text_of(line.decode("utf-8", "surrogateescape"), f"{self.path}, line {number}", self.text_field)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of an Arrow table, of a string or binary type."""
+
+    values: Any
+
+    def texts(self) -> Iterator[str]:
+        import pyarrow as pa
+
+        # As bytes, because pyarrow refuses to hand over text that is not UTF-8.
+        for value in self.values.cast(pa.large_binary()).to_pylist():
+            yield (value or b"").decode("utf-8", "surrogateescape")
+
+
+Documents = Texts | Lines | Column
+
+
+def read_batches(path: Path, text_field: str, skip: int = 0) -> Iterator[tuple[Documents, float]]:
+    """The documents of one file without the first `skip` batches, each batch with the share of the file read so far.
+
+    A .txt or .md file is one document; the others hold one a line or row, in the field `text_field`. The batches
+    are the same every time. Raises UserError for a file that is damaged or has no such field.
+    """
+    name = path.name.lower()
+    if name.endswith(TEXT_EXTENSIONS):
+        batches: Iterator[tuple[Documents, float]] = iter([(Texts([read_text(path)]), 1.0)])
+        return islice(batches, skip, None)
+    if name.endswith(".parquet"):
+        return _read_parquet(path, text_field, skip)
+    batches = _read_arrow(path, text_field) if name.endswith(".arrow") else _read_lines(path, text_field)
+    return islice(batches, skip, None)
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def column_of(schema: Any, text_field: str, path: Path | str) -> None:
+    """Raises UserError where the Arrow `schema` of `path` has no column `text_field` of text."""
+    import pyarrow as pa
+
+    if text_field not in schema.names:
+        raise _missing_field(str(path), text_field, schema.names)
+    kind = schema.field(text_field).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(f"{path}: column {text_field!r} must hold text, found type {kind}")
+
+
+def _read_lines(path: Path, text_field: str) -> Iterator[tuple[Lines, float]]:
+    size = max(1, path.stat().st_size)
+    with open(path, "rb") as file, _decompressed(file, path) as stream:
+        try:
+            line_number, chunks = 1, list[bytes]()
+            while chunk := stream.read(BATCH_BYTES):
+                if line_number == 1 and not chunks:
+                    chunk = chunk.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+                head, newline, tail = chunk.rpartition(b"\n")
+                if newline:
+                    data = b"".join([*chunks, head, newline])
+                    yield Lines(path, line_number, data, text_field), file.tell() / size
+                    line_number += data.count(b"\n")
+                    chunks = []
+                chunks.append(tail)
+            if any(chunks):
+                yield Lines(path, line_number, b"".join(chunks), text_field), 1.0
+        except (EOFError, zlib.error, OSError) as error:
+            how = path.name.rpartition(".")[2]
+            raise UserError(f"{path} is cut short or not {how} ({error}); fetch it again or leave it out") from None
+
+
+def _decompressed(file: IO[bytes], path: Path) -> AbstractContextManager[Any]:
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(file)
+    if path.name.lower().endswith(".zst"):
+        return _pyarrow(path).input_stream(file, compression="zstd")
+    return nullcontext(file)
+
+
+def _text_of(line: str, where: str, text_field: str) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); every line must be one JSON object") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}: {line.strip()[:60]}")
+    if text_field not in row:
+        raise _missing_field(where, text_field, list(row))
+    text = "" if row[text_field] is None else row[text_field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {text_field!r} must hold text, found {json.dumps(text)[:60]}")
+    return text
+
+
+def _read_parquet(path: Path, text_field: str, skip: int) -> Iterator[tuple[Column, float]]:
+    pa = _pyarrow(path)
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        column_of(file.schema_arrow, text_field, path)
+        rows_read = 0
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            rows = _rows_per_batch(group.num_rows, group.total_byte_size)
+            batches = -(-group.num_rows // rows)
+            if skip >= batches:  # without reading it
+                skip -= batches
+                rows_read += group.num_rows
+                continue
+            for batch in file.iter_batches(rows, row_groups=[number], columns=[text_field]):
+                rows_read += batch.num_rows
+                if skip:
+                    skip -= 1
+                    continue
+                yield Column(batch.column(0)), rows_read / file.metadata.num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not a sound parquet file ({error}); fetch it again or leave it out") from None
+
+
+def _read_arrow(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
+    """Both forms of Arrow's IPC format: a file, and a stream as the package datasets writes it."""
+    pa = _pyarrow(path)
+    size = max(1, path.stat().st_size)
+    try:
+        with pa.memory_map(str(path)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            column_of(reader.schema, text_field, path)
+            tables = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
+            read = 0
+            for table in tables:
+                values = table.column(text_field)
+                rows = _rows_per_batch(len(values), values.nbytes)
+                read += table.nbytes
+                for first in range(0, len(values), rows):
+                    # A slice is pickled with the whole column's buffers, so it is copied out of them.
+                    yield Column(pa.concat_arrays([values.slice(first, rows)])), min(1.0, read / size)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not a sound Arrow file ({error}); fetch it again or leave it out") from None
+
+
+def _rows_per_batch(rows: int, n_bytes: int) -> int:
+    return max(1, min(rows, rows * BATCH_BYTES // max(1, n_bytes)))
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ImportError:
+        raise UserError(f"reading {path} needs the package pyarrow; run: pip install pyarrow") from None
+    return pyarrow
+
+
+def _missing_field(where: str, text_field: str, fields: list[str]) -> UserError:
+    named = ", ".join(fields) or "none"
+    return UserError(f"{where}: no field {text_field!r}; fields found: {named}; choose one with --text-field NAME")

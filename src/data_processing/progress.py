@@ -1,0 +1,70 @@
+"""How far a preparation is: a line on stderr now and then, also while it waits for a download."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+_EVERY_S = 10.0
+_EVERY_S_ON_A_TERMINAL = 1.0
+
+
+class Progress:
+    """Writes a line from a thread of its own until the `with` block ends; on a terminal, the same line again."""
+
+    def __init__(self, status: Callable[[], str]) -> None:
+        """`status`: what to add, such as how far a download is; or nothing."""
+        self._status = status
+        self._start = time.monotonic()
+        self._first_share: float | None = None
+        self._share, self._documents, self._tokens, self._earlier_tokens = 0.0, 0, 0, 0
+        self._ended = threading.Event()
+        self._terminal = sys.stderr.isatty()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def begin(self, share: float, documents: int, tokens: int) -> None:
+        """Says where an earlier start came to; `share` is that of the whole, 0 to 1."""
+        self._first_share = self._share = share
+        self._documents, self._tokens, self._earlier_tokens = documents, tokens, tokens
+
+    def update(self, share: float, documents: int, tokens: int) -> None:
+        """`share` of the whole is done; `documents` and `tokens` came to it since the last call."""
+        self._share = share
+        self._documents += documents
+        self._tokens += tokens
+
+    def line(self) -> str:
+        elapsed = max(1e-9, time.monotonic() - self._start)
+        parts = [
+            f"{self._share:.0%}",
+            f"{self._documents:,} documents",
+            f"{self._tokens:,} tokens",
+            f"{(self._tokens - self._earlier_tokens) / elapsed:,.0f} tokens/s",
+        ]
+        done = self._share - (self._first_share or 0.0)
+        if done > 0.002 and elapsed > 2:
+            parts.append(f"about {_duration(elapsed * (1 - self._share) / done)} left")
+        return ", ".join([*parts, *filter(None, [self._status()])])
+
+    def __enter__(self) -> "Progress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def _run(self) -> None:
+        begin, end = ("\r", "\x1b[K") if self._terminal else ("", "\n")
+        while not self._ended.wait(_EVERY_S_ON_A_TERMINAL if self._terminal else _EVERY_S):
+            print(begin + self.line(), end=end, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,136 @@
+"""A dataset is checked, and its damaged shards are made anew from the sources."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.data_processing.dataset_writer import ShardPlan, claimed, start_over, write_planned
+from src.data_processing.document_sort import SortedDocuments, sort_documents
+from src.data_processing.encoding import KeyRange
+from src.data_processing.preparation import Request, encode_sources, open_sources
+from src.data_processing.shards import SHARD_NAME, Manifest, Shard, check_shard, read_manifest, unlisted_files
+from src.utils.disk import sync
+from src.utils.errors import UserError
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of the dataset in `folder`, after reading every byte of it; raises UserError naming each fault."""
+    manifest = read_manifest(folder)
+    if faults := _faults(folder, manifest):
+        listed = "\n".join(faults.values())
+        raise UserError(
+            f"{len(faults)} of {len(manifest.shards)} shards are not as prepared:\n{listed}\n"
+            "--repair makes them anew from the source"
+        )
+    if strays := unlisted_files(folder, manifest):
+        _say(f"ignored in {folder}, not part of the dataset: {', '.join(strays)}")
+    _say(f"verified: {folder}")
+    return manifest
+
+
+def repair(folder: Path, workers: int) -> Manifest:
+    """Makes the damaged shards of a dataset anew; the others stay as they are.
+
+    Raises UserError where the sources are not what they were, StorageError, or BusyError.
+    """
+    manifest = read_manifest(folder)
+    faults = _faults(folder, manifest)
+    if not faults:
+        _say(f"nothing to repair: {folder}")
+        return manifest
+    _say("\n".join(faults.values()))
+    with ExitStack() as stack:
+        work = stack.enter_context(claimed(folder, keep_unfinished=False))
+        start_over(work, work)
+        documents = _read_again(manifest, [manifest.shards[index] for index in faults], work, workers, stack)
+        for index in faults:
+            _write_again(manifest, index, documents, work)
+        for index in faults:  # all or none
+            os.replace(work / manifest.shards[index].file, folder / manifest.shards[index].file)
+        sync(folder)
+    _say(f"repaired {len(faults)} of {len(manifest.shards)} shards in {folder}")
+    return manifest
+
+
+def _faults(folder: Path, manifest: Manifest) -> dict[int, str]:
+    """What is wrong with the shards that are not as prepared, by their number."""
+    faults = {}
+    for index, shard in enumerate(manifest.shards):
+        try:
+            check_shard(folder, shard, manifest.n_vocab, full=True)
+        except UserError as fault:
+            faults[index] = str(fault)
+    return faults
+
+
+def _read_again(
+    manifest: Manifest, shards: Sequence[Shard], work: Path, workers: int, stack: ExitStack
+) -> SortedDocuments:
+    """The documents in the key ranges of `shards`, from the sources."""
+    request = Request(**manifest.request)
+    sources = open_sources(request, manifest.sources, stack)
+    for now, then in zip((source.details for source in sources), manifest.sources, strict=True):
+        if changed := [name for name in now if now[name] != then.get(name)]:
+            raise UserError(
+                f"cannot repair from {then['name']}, which is not what it was: {_difference(now, then, changed[0])}; "
+                "bring it back as it was, or delete the folder and prepare the dataset again"
+            )
+    # What a limit in tokens let through is known in documents, and these can be counted without their tokens.
+    read = manifest.counts["documents"] + manifest.counts["dropped_duplicates"]
+    request = replace(request, max_tokens=None, max_documents=read)
+    encode_sources(sources, request, work, workers, wanted=[_key_range(shard) for shard in shards])
+    return sort_documents(work, request.drop_duplicates)
+
+
+def _write_again(manifest: Manifest, index: int, documents: SortedDocuments, work: Path) -> None:
+    """Writes shard `index` into `work`; raises UserError where it does not come out as it was."""
+    shard = manifest.shards[index]
+    ranges = [_numbers(_key_range(shard), documents)]
+    if index:  # the validation documents lie among those of training
+        begin, end = _numbers(_key_range(manifest.shards[0]), documents)
+        ranges = [(ranges[0][0], min(begin, ranges[0][1])), (max(end, ranges[0][0]), ranges[0][1])]
+    ranges = [(begin, end) for begin, end in ranges if begin < end]
+    tokens = sum(int(documents.records["tokens"][begin:end].sum()) for begin, end in ranges)
+    name = SHARD_NAME.fullmatch(shard.file)
+    assert name is not None, "read_manifest has checked this"
+    again = None
+    if tokens == shard.tokens:
+        prefix = shard.file[: name.start(1) - len("_i_")]
+        again = write_planned(documents, ShardPlan(tuple(ranges), tokens), work, prefix, index)
+    if again != shard:
+        found = f"{tokens} tokens" if again is None else f"sha256 {again.sha256}"
+        raise UserError(
+            f"cannot repair {shard.file}: from the sources it would have {found}, expected {shard.tokens} tokens with "
+            f"sha256 {shard.sha256}; delete the folder and prepare the dataset again"
+        )
+
+
+def _numbers(keys: KeyRange, documents: SortedDocuments) -> tuple[int, int]:
+    """From and to, of the documents in a range of keys."""
+    high, low = documents.records["key"][:, 0], documents.records["key"][:, 1]
+    ends = [tuple(np.frombuffer(key, ">u8").astype(np.uint64)) for key in keys]
+    before = (high < ends[0][0]) | ((high == ends[0][0]) & (low < ends[0][1]))
+    after = (high > ends[1][0]) | ((high == ends[1][0]) & (low > ends[1][1]))
+    return int(before.sum()), len(high) - int(after.sum())
+
+
+def _key_range(shard: Shard) -> KeyRange:
+    return bytes.fromhex(shard.first_key), bytes.fromhex(shard.last_key)
+
+
+def _difference(now: dict[str, Any], then: dict[str, Any], name: str) -> str:
+    if name != "files":
+        return f"{name} is {now[name]!r} now, {then.get(name)!r} then"
+    here, there = ({entry["path"]: entry["sha256"] for entry in details.get("files", ())} for details in (now, then))
+    path = min(path for path, _ in here.items() ^ there.items())
+    return f"{path} has changed" if path in here and path in there else f"{path} is {'new' if path in here else 'gone'}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

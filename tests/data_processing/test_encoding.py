@@ -1,0 +1,80 @@
+"""Documents become ids in their order, whoever encodes them, and no more of them are held than needed."""
+
+import hashlib
+from collections.abc import Iterator
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from src.data_processing.encoding import EncodedBatch, encode_all, encode_batch
+from src.data_processing.file_formats import Texts
+from src.data_processing.tokenizer import load_tokenizer
+from tests.data_processing.documents import some_texts
+
+
+def test_a_batch_holds_ids_lengths_and_keys() -> None:
+    texts = ["one two", "", " \n", "caf\udce9", "three"]
+    batch = encode_batch(Texts(texts), seed=7)
+    clean = ["one two", "caf\ufffd", "three"]
+    ids = [[50256, *load_tokenizer().encode(text)] for text in clean]
+    assert batch.tokens.tolist() == list(chain.from_iterable(ids))
+    assert batch.tokens.dtype == np.uint16
+    assert batch.token_counts.tolist() == [len(i) for i in ids]
+    assert batch.text_bytes.tolist() == [7, 6, 5]
+    assert (batch.documents, batch.skipped_empty, batch.replaced_invalid) == (3, 2, 1)
+    expected = [hashlib.blake2b(text.encode(), digest_size=16, key=b"7").digest() for text in clean]
+    assert [bytes(key.astype(">u8")) for key in batch.keys] == expected
+
+
+def test_the_first_documents_of_a_batch() -> None:
+    batch = encode_batch(Texts(some_texts(10)), seed=0)
+    same(batch.first(4), encode_batch(Texts(some_texts(10)[:4]), seed=0))
+    assert batch.first(0).tokens.size == batch.first(0).documents == 0
+
+
+def test_only_wanted_keys_are_encoded_but_all_documents_are_counted() -> None:
+    texts = some_texts(40)
+    whole = encode_batch(Texts(texts), seed=0)
+    keys = sorted(bytes(key.astype(">u8")) for key in whole.keys)
+    part = encode_batch(Texts(texts), seed=0, wanted=[(keys[3], keys[5]), (keys[9], keys[9])])
+    assert sorted(bytes(key.astype(">u8")) for key in part.keys) == [*keys[3:6], keys[9]]
+    assert part.documents == 40
+    assert [texts[number] for number in part.numbers] == load_tokenizer().decode(part.tokens.tolist()).split(
+        "<|endoftext|>"
+    )[1:]
+    assert len(part.first(20).token_counts) == sum(number < 20 for number in part.numbers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_labels_and_order_are_kept(workers: int) -> None:
+    lists = [some_texts(30, seed=number) for number in range(20)]
+    found = list(encode_all(enumerate(map(Texts, lists)), workers, seed=0))
+    assert [label for label, _ in found] == list(range(20))
+    for (_, batch), texts in zip(found, lists, strict=True):
+        same(batch, encode_batch(Texts(texts), seed=0))
+
+
+def test_memory_does_not_grow_with_the_corpus() -> None:
+    """Batches are read as they are asked for, not before."""
+    taken = 0
+
+    def batches() -> Iterator[tuple[int, Texts]]:
+        nonlocal taken
+        for number in range(100):
+            taken += 1
+            yield number, Texts(["word " * 200_000])
+
+    for workers in (1, 2):
+        taken = 0
+        encoded = iter(encode_all(batches(), workers, seed=0))
+        next(encoded)
+        assert taken <= 6
+        next(encoded)
+        assert taken <= 7
+        encoded.close()  # type: ignore[attr-defined]
+
+
+def same(found: EncodedBatch, expected: EncodedBatch) -> None:
+    for name, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(found, name), value)

@@ -1,0 +1,113 @@
+"""Every kind of file gives its documents in batches, and any batch can be the first."""
+
+import gzip
+import pickle
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from src.data_processing.file_formats import BATCH_BYTES, Lines, read_batches
+from src.data_processing.text_sources import open_files
+from src.utils.errors import UserError
+from tests.data_processing.documents import some_texts, write_json_lines
+
+TEXTS = ["short", "", *some_texts(4_000, words=250), "y" * 3_000_000, "last"]
+
+
+def lines(path: Path) -> None:
+    write_json_lines(path, TEXTS)
+
+
+def gz(path: Path) -> None:
+    """Two members in a row, as `cat a.gz b.gz` makes them."""
+    data = write_json_lines(path, TEXTS).read_bytes()
+    path.write_bytes(gzip.compress(data[:100_000], 1) + gzip.compress(data[100_000:], 1))
+
+
+def zst(path: Path) -> None:
+    data = write_json_lines(path, TEXTS).read_bytes()
+    frames = [pa.compress(part, "zstd", asbytes=True) for part in (data[:100_000], data[100_000:])]
+    path.write_bytes(b"".join(frames))
+
+
+def parquet(path: Path) -> None:
+    pq.write_table(pa.table({"text": TEXTS, "n": list(range(len(TEXTS)))}), path, row_group_size=1_500)
+
+
+def parquet_of_small_groups(path: Path) -> None:
+    pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=100)
+
+
+def arrow_file(path: Path) -> None:
+    table = pa.table({"text": TEXTS})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2_500)
+
+
+def arrow_stream(path: Path) -> None:
+    table = pa.table({"text": pa.array(TEXTS, pa.large_string())})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", lines),
+        ("a.JSONL.GZ", gz),
+        ("a.jsonl.zst", zst),
+        ("a.parquet", parquet),
+        ("b.parquet", parquet_of_small_groups),
+        ("a.arrow", arrow_file),
+        ("b.arrow", arrow_stream),
+    ],
+)
+def test_batches_of_about_a_mebibyte_from_any_of_them_on(
+    tmp_path: Path, name: str, write: Callable[[Path], None]
+) -> None:
+    path = tmp_path / name
+    write(path)
+    batches = list(read_batches(path, "text"))
+    texts = [list(documents.texts()) for documents, _ in batches]
+    assert list(chain.from_iterable(texts)) == TEXTS
+    assert len(batches) >= 4
+    ordinary = [len(pickle.dumps(documents)) for documents, _ in batches]
+    assert sorted(ordinary)[-2] < 3 * BATCH_BYTES, "only the batch with the long document is long"
+    shares = [share for _, share in batches]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < shares[-1] <= 1
+    for skip in (1, len(batches) - 1, len(batches)):
+        assert [list(documents.texts()) for documents, _ in read_batches(path, "text", skip)] == texts[skip:]
+
+
+def test_lines_keep_their_numbers_over_batches(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10_000, words=60))
+    with open(path, "a") as file:
+        file.write("oops\n")
+    *_, (last, _) = read_batches(path, "text")
+    assert isinstance(last, Lines)
+    with pytest.raises(UserError, match="line 10001: not JSON"):
+        list(last.texts())
+
+
+def test_a_file_that_is_no_arrow_or_zstd_file_is_named(tmp_path: Path) -> None:
+    for name in ("a.arrow", "a.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"nothing of the kind" * 10)
+        with pytest.raises(UserError, match=str(tmp_path / name)):
+            list(read_batches(tmp_path / name, "text"))
+
+
+def test_small_text_files_share_a_unit_and_large_ones_do_not(tmp_path: Path) -> None:
+    for number in range(300):
+        (tmp_path / f"{number:03}.txt").write_text(f"document {number} " * 1_500)
+    (tmp_path / "150.txt").write_text("long " * 300_000)
+    [source] = open_files([str(tmp_path)], "text")
+    assert 6 <= len(source.unit_bytes) <= 8
+    assert sum(source.unit_bytes) == sum(path.stat().st_size for path in tmp_path.iterdir())
+    units = [list(source.batches(unit, 0)) for unit in range(len(source.unit_bytes))]
+    texts = [text for batches in units for documents, _ in batches for text in documents.texts()]
+    assert texts == [path.read_text() for path in sorted(tmp_path.iterdir())]
