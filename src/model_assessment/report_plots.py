@@ -1,49 +1,24 @@
-"""The report's pictures: each shows one thing of a run, and a second run in grey where two are compared.
+"""The report's pictures: each shows one thing of a run, and a second run in grey where two are compared."""
 
-Drawn through matplotlib's objects alone: no pyplot, no global state, no display.
-"""
-
-import io
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from src.model_assessment.report_data import Run, Series, number
 from src.model_assessment.report_text import CHANCE, fixed, percent, protocols
+from src.utils.plot_style import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE, STYLE, as_png, new_figure, plain
 
 Words = Callable[[float], str]
 
 NAMES = ("loss", "loss_second_half", "multiple_choice", "learning_rate", "gradient_norm", "speed")
 
-BLUE, ORANGE, GREEN = "#1f5fbf", "#c8500a", "#2a7d4f"
-LIGHT_GREY, GREY = "#a3a8b0", "#5b616b"  # the run compared with, and lines to measure by
-SIZE_INCHES, DOTS_PER_INCH = (6.4, 3.9), 180  # to be read at half a desk's width, and on a phone
 MANY_POINTS = 1_000  # from here on a noisy curve is drawn faintly, and its running median over it
-STYLE: dict[Any, Any] = {
-    "font.size": 11.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e8eb",
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#8b919a",
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 12.5,
-    "axes.titlepad": 10,
-    "legend.edgecolor": "none",
-    "legend.fontsize": 10.5,
-    "figure.constrained_layout.w_pad": 0.12,
-    "figure.constrained_layout.h_pad": 0.12,
-    "text.parse_math": False,  # a run's name may hold dollar signs
-}
 
 
 class Plot(NamedTuple):
@@ -200,8 +175,7 @@ def _speed(runs: list[Run]) -> Plot | None:
 
 def _figure(title: str, units: list[str], runs: list[Run]) -> tuple[Figure, list[Axes]]:
     """A figure with one panel for each unit, one above the other, over a common x axis."""
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     panels = list(figure.subplots(len(units), 1, sharex=True, squeeze=False)[:, 0])
     panels[0].set_title(title)
     for axes, unit in zip(panels, units, strict=True):
@@ -239,9 +213,7 @@ def _cast(runs: list[Run], color: str, other_color: str) -> list[tuple[Run, str,
     """The runs with their colors and names, "" for one alone; the one compared with first, so that it lies behind."""
     if len(runs) == 1:
         return [(runs[0], color, "")]
-    names = [run.name.encode("ascii", "replace").decode() for run in runs]  # the font hasn't every script
-    short = [name if len(name) <= 24 else name[:23] + "…" for name in names]
-    return [(runs[1], other_color, short[1]), (runs[0], color, short[0])]
+    return [(runs[1], other_color, plain(runs[1].name, 24)), (runs[0], color, plain(runs[0].name, 24))]
 
 
 def _label(what: str, name: str) -> str:
@@ -330,8 +302,6 @@ def _in_words(what: str, curve: Series, words: Words) -> str:
 
 
 def _plot(name: str, figure: Figure, alt: list[str], caption: list[str]) -> Plot:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=DOTS_PER_INCH)
     title = figure.axes[0].get_title(loc="left")
     words = [" ".join(sentence for sentence in sentences if sentence) for sentences in (alt, caption)]
-    return Plot(name, png.getvalue(), f"{title}, line chart. {words[0]}", words[1])
+    return Plot(name, as_png(figure), f"{title}, line chart. {words[0]}", words[1])

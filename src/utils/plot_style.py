@@ -1,0 +1,54 @@
+"""One look for every picture the project draws. Drawn through matplotlib's objects alone: no pyplot, no display.
+
+with matplotlib.rc_context(STYLE):
+    figure = new_figure()
+    ...
+    png = as_png(figure)
+"""
+
+import io
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN = "#1f5fbf", "#c8500a", "#2a7d4f"
+LIGHT_GREY, GREY = "#a3a8b0", "#5b616b"  # what is compared with, and lines to measure by
+STYLE: dict[Any, Any] = {
+    "font.size": 11.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e8eb",
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#8b919a",
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 12.5,
+    "axes.titlepad": 10,
+    "legend.edgecolor": "none",
+    "legend.fontsize": 10.5,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.12,
+    "text.parse_math": False,  # a name may hold dollar signs
+}
+_SIZE_INCHES, _DOTS_PER_INCH = (6.4, 3.9), 180  # to be read at half a desk's width, and on a phone
+
+
+def new_figure() -> Figure:
+    """An empty figure."""
+    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def as_png(figure: Figure) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
+    return png.getvalue()
+
+
+def plain(name: str, max_chars: int) -> str:
+    """`name` for a picture: short, and in ASCII, because the font hasn't every script."""
+    ascii_name = name.encode("ascii", "replace").decode()
+    return ascii_name if len(ascii_name) <= max_chars else ascii_name[: max_chars - 1] + "…"
