@@ -3,7 +3,7 @@
 python -m src.data_processing.data_downloader --source pydocs
 python -m src.data_processing.data_downloader --source files --path my_texts --out my_text
 python -m src.data_processing.data_downloader --source fineweb-edu --workers 16
-python -m src.data_processing.data_downloader --verify --out my_text
+python -m src.data_processing.data_downloader --verify --out my_text     (or --repair, or --inspect)
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import time
 from typing import Any
 
+from src.data_processing.inspection import inspect
 from src.data_processing.preparation import Request, prepare
 from src.data_processing.repair import repair, verify
 from src.utils.cores import available_cores
@@ -25,6 +26,11 @@ def main() -> None:
     args = _parse_arguments()
     start = time.monotonic()
     folder = dataset_dir(args.out)
+    if args.inspect:
+        found = inspect(folder)
+        print(found.page)
+        print(json.dumps(found.figures))
+        return
     if args.verify:
         manifest = verify(folder)
     elif args.repair:
@@ -51,7 +57,7 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_args()
-    looks = args.verify or args.repair
+    looks = args.verify or args.repair or args.inspect
     if args.source is None and not looks:
         parser.error("--source is needed: fineweb-edu, files or pydocs")
     if args.source and args.out is None and "files" not in args.source:
@@ -136,6 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
     modes.add_argument(
         "--repair", action="store_true", help="make the damaged shards of --out anew from their source, and exit"
+    )
+    modes.add_argument(
+        "--inspect", action="store_true", help="show what the dataset in --out holds, samples included, and exit"
     )
     return parser
 

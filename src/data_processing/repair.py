@@ -14,7 +14,7 @@ from src.data_processing.dataset_writer import ShardPlan, claimed, start_over, w
 from src.data_processing.document_sort import SortedDocuments, sort_documents
 from src.data_processing.encoding import KeyRange
 from src.data_processing.preparation import Request, encode_sources, open_sources
-from src.data_processing.shards import SHARD_NAME, Manifest, Shard, check_shard, read_manifest, unlisted_files
+from src.data_processing.shards import SHARD_NAME, Manifest, Shard, find_fault, read_manifest, unlisted_files
 from src.utils.disk import sync
 from src.utils.errors import UserError
 
@@ -26,7 +26,7 @@ def verify(folder: Path) -> Manifest:
         listed = "\n".join(faults.values())
         raise UserError(
             f"{len(faults)} of {len(manifest.shards)} shards are not as prepared:\n{listed}\n"
-            "--repair makes them anew from the source"
+            f"make them anew from the source with --repair --out '{folder}'"
         )
     if strays := unlisted_files(folder, manifest):
         _say(f"ignored in {folder}, not part of the dataset: {', '.join(strays)}")
@@ -60,13 +60,10 @@ def repair(folder: Path, workers: int) -> Manifest:
 
 def _faults(folder: Path, manifest: Manifest) -> dict[int, str]:
     """What is wrong with the shards that are not as prepared, by their number."""
-    faults = {}
-    for index, shard in enumerate(manifest.shards):
-        try:
-            check_shard(folder, shard, manifest.n_vocab, full=True)
-        except UserError as fault:
-            faults[index] = str(fault)
-    return faults
+    found = (
+        (index, find_fault(folder, shard, manifest.n_vocab, full=True)) for index, shard in enumerate(manifest.shards)
+    )
+    return {index: fault for index, fault in found if fault is not None}
 
 
 def _read_again(

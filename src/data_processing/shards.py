@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete the folder and prepare the dataset again") from None
+        raise UserError(f"{path} is damaged ({error}); {_REDO}") from None
     return manifest
 
 
@@ -136,6 +136,12 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
     fits the header to the byte. With `full`, also every id is below `n_vocab` and the sha256 agrees; this
     reads the file once, 4 MiB at a time.
     """
+    if fault := find_fault(folder, shard, n_vocab, full):
+        raise UserError(f"{fault}; repair it with: {_COMMAND} --repair --out '{folder}'")
+
+
+def find_fault(folder: Path, shard: Shard, n_vocab: int, full: bool) -> str | None:
+    """What `check_shard` would object to, or None."""
     path = folder / shard.file
     try:
         with open(path, "rb") as file:
@@ -143,11 +149,12 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
             if full:
                 _check_content(file, path, shard, n_vocab)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: expected a shard of {shard.tokens} tokens; {_REDO}") from None
+        return f"{path} is missing: expected a shard of {shard.tokens} tokens"
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {_REDO}") from None
+        return f"cannot read {path}: {error.strerror}"
     except _Damaged as damage:
-        raise UserError(f"{damage}; {_REDO}") from None
+        return str(damage)
+    return None
 
 
 def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:

@@ -229,8 +229,8 @@ def test_a_damaged_dataset_is_not_called_prepared(tmp_path: Path) -> None:
     manifest = prepare(request(path), tmp_path / "out", 1)
     shard = tmp_path / "out" / manifest.train[0].file
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match="cut short; delete the folder and prepare the dataset again"):
+    with pytest.raises(UserError, match=rf"cut short; repair it with: .* --repair --out '{tmp_path / 'out'}'"):
         prepare(request(path), tmp_path / "out", 1)
     shard.unlink()
-    with pytest.raises(UserError, match=r"is missing: .* delete the folder"):
+    with pytest.raises(UserError, match=r"is missing: .*; repair it with"):
         prepare(request(path), tmp_path / "out", 1)
