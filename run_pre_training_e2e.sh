@@ -9,6 +9,7 @@
 #   RUN_NAME=$PRESET      folder of the run under temp_data/runs
 #   DATA_SOURCE           pydocs, files or fineweb-edu; by preset
 #   DATA_PATH             for files: a file, folder or glob, or several, one a line
+#   DATA_MAX_TOKENS       no more data than this many tokens, in a dataset folder of its own; all
 #   DATA_DIR              name or path of the dataset folder; by source
 #   NPROC                 processes on this machine; the number of its GPUs for lf_llm_269m, else 1
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     for several machines, after node 0 has prepared the data
@@ -44,14 +45,16 @@ case "$PRESET" in
     *) DATA_SOURCE=${DATA_SOURCE:-fineweb-edu} ;;
 esac
 case "$DATA_SOURCE" in
-    pydocs) DATA_DIR=${DATA_DIR:-pydocs} ;;
-    files) DATA_DIR=${DATA_DIR:-my_text} ;;
-    fineweb-edu) DATA_DIR=${DATA_DIR:-fineweb-edu-sample-10BT} ;;
+    pydocs) data_name=pydocs ;;
+    files) data_name=my_text ;;
+    fineweb-edu) data_name=fineweb-edu-sample-10BT ;;
     *)
         echo "error: DATA_SOURCE is '$DATA_SOURCE'; use pydocs, files or fineweb-edu" >&2
         exit 2
         ;;
 esac
+[ -z "${DATA_MAX_TOKENS:-}" ] || data_name=$data_name-first-$DATA_MAX_TOKENS-tokens
+DATA_DIR=${DATA_DIR:-$data_name}
 RUN_NAME=${RUN_NAME:-$PRESET}
 
 # Overrides win over the variables, and the stages around training must know them.
@@ -114,7 +117,7 @@ elif [ "$prepare_data" = yes ]; then
     done <<<"${DATA_PATH:-}"
     preparation=(--source "$DATA_SOURCE" --out "$DATA_DIR")
     [ ${#paths[@]} -eq 0 ] || preparation+=(--path "${paths[@]}")
-    [ "$DATA_SOURCE" = pydocs ] || preparation+=(--workers "$CORES") # pydocs is too small to gain from more than one
+    [ -z "${DATA_MAX_TOKENS:-}" ] || preparation+=(--max-tokens "$DATA_MAX_TOKENS")
     module src.data_processing.data_downloader "${preparation[@]}"
     set -- --data.dir "$DATA_DIR" "$@"
 else

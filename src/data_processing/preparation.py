@@ -39,7 +39,7 @@ from src.data_processing.shards import (
 )
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import Tokenizer
-from src.utils.disk import free_bytes
+from src.utils.disk import free_bytes, size_text
 from src.utils.errors import BusyError, StorageError, UserError
 
 # Changes where batches come to be divided differently: then unfinished work is begun anew.
@@ -264,7 +264,7 @@ def _check_disk(sources: Sequence[Source], request: Request, work: Path) -> None
     needed = tokens * TOKEN_DTYPE.itemsize * 9 // 8 + sum(source.download_bytes for source in sources)
     needed -= sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     free = free_bytes(work)
-    line = f"some {max(0, needed) / 1e9:.1f} GB of disk needed, {free / 1e9:.1f} GB free at {work.parent}"
+    line = f"some {size_text(max(0, needed))} of disk needed, {size_text(free)} free at {work.parent}"
     if needed > free and all(source.estimate_is_sure for source in sources):
         raise StorageError(f"{line}; make room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens")
     if needed > free or needed > 1e9:

@@ -69,11 +69,12 @@ class PythonDocs(Source):
 
     def __init__(self) -> None:
         details = {"name": "pydocs", "packages": python_docs.package_versions()}
-        super().__init__(details, [11_000_000], estimated_tokens=2_500_000)
+        super().__init__(details, [7_500_000], estimated_tokens=2_500_000)
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
-        batches = _batched(python_docs.documents())
-        return ((Texts(texts), 0.0) for texts in islice(batches, skip, None))
+        batches = enumerate(_batched(python_docs.documents()), start=1)
+        for number, texts in islice(batches, skip, None):
+            yield Texts(texts), min(1.0, number * BATCH_BYTES / self.unit_bytes[0])
 
 
 class Files(Source):

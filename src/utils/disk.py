@@ -23,6 +23,15 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())).free
 
 
+def size_text(n_bytes: float) -> str:
+    """`n_bytes` in a unit that suits it, such as 2.1 GB (10^9 bytes)."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1_000:
+            return f"{n_bytes:.{0 if unit == 'bytes' else 1}f} {unit}"
+        n_bytes /= 1_000
+    return f"{n_bytes:.1f} TB"
+
+
 def move(path: Path, target: Path) -> Path:
     """Renames `path`; returns `target`. Raises StorageError."""
     try:

@@ -1,0 +1,167 @@
+"""Preparing data and reading it again: rates and memory, as one JSON object.
+
+python -m benchmarks.data [--path FILES ...] [--megabytes 300] [--workers 1 2] [--repeats 5]
+
+The corpus is a file of JSON lines in a temporary folder: documents of paragraphs drawn at random from the texts at
+--path, or from the documentation that Python brings, so that no two are equal. tiktoken's `encode_ordinary` alone, on
+texts in memory and one core, is measured in turn with the whole command: process start, reading, tokenising,
+sorting, writing and fsync. Linux only, for the memory. Leave the machine alone meanwhile.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.loader import loader_figures
+from benchmarks.synthetic_dataset import make_sparse_dataset
+from src.data_processing.text_sources import PythonDocs, open_files
+from src.utils import hardware
+from src.utils.cores import available_cores
+from src.utils.root import ROOT
+
+_TIKTOKEN_ALONE = """
+import gzip, itertools, json, sys, time
+sys.path.insert(0, sys.argv[2])
+from src.data_processing.tokenizer import load_tokenizer
+encoding = load_tokenizer()._encoding
+with open(sys.argv[1]) as file:
+    texts = [json.loads(line)["text"] for line in itertools.islice(file, int(sys.argv[3]))]
+start = time.perf_counter()
+tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
+print(tokens / (time.perf_counter() - start))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
+    parser.add_argument("--path", nargs="+", default=[], help="files of text (default: Python's documentation)")
+    parser.add_argument("--megabytes", type=int, default=300, help="size of the corpus (default: 300)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        corpus = folder / "corpus.jsonl"
+        documents = write_corpus(corpus, paragraphs(args.path), args.megabytes * 1_000_000)
+        alone, prepared = [], {workers: [] for workers in args.workers}
+        for _ in range(args.repeats):  # in turn, so that a noisy machine is noisy for all of them
+            alone.append(tiktoken_alone(corpus, documents // 8))
+            for workers, runs in prepared.items():
+                runs.append(prepare(corpus, folder, workers))
+        make_sparse_dataset(folder / "sparse")
+        figures = {
+            "corpus_megabytes": args.megabytes,
+            "tiktoken_tokens_per_second": statistics.median(alone),
+            "prepare": [summary(runs, workers, statistics.median(alone)) for workers, runs in prepared.items()],
+            "loader": loader_figures(folder / "sparse", 2048),
+            "machine": hardware.describe_machine(torch.device("cpu")),
+        }
+    print(json.dumps(figures))
+
+
+def paragraphs(paths: list[str]) -> list[str]:
+    """The paragraphs of all documents that lie at `paths`."""
+    sources = open_files(paths, "text") if paths else [PythonDocs()]
+    texts = (
+        text
+        for source in sources
+        for unit in range(len(source.unit_bytes))
+        for documents, _ in source.batches(unit, 0)
+        for text in documents.texts()
+    )
+    return [paragraph for text in texts for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def write_corpus(path: Path, pieces: list[str], size: int) -> int:
+    """Writes documents of about 5 kB until there are `size` bytes of text; returns how many."""
+    chooser = random.Random(0)
+    documents = written = 0
+    with open(path, "w") as file:
+        while written < size:
+            text = ""
+            while len(text) < 5_000:
+                text += chooser.choice(pieces) + "\n\n"
+            file.write(json.dumps({"text": text}) + "\n")
+            written += len(text.encode())
+            documents += 1
+    return documents
+
+
+def tiktoken_alone(corpus: Path, documents: int) -> float:
+    """Tokens a second of `encode_ordinary` on one core, over the first `documents` texts."""
+    command = [sys.executable, "-c", _TIKTOKEN_ALONE, str(corpus), str(ROOT), str(documents)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def prepare(corpus: Path, folder: Path, workers: int) -> dict[str, float]:
+    """The command as a user types it; seconds from start to end, and the most memory that its processes held."""
+    out = folder / f"out {time.monotonic_ns()}"
+    command = [sys.executable, "-m", "src.data_processing.data_downloader", "--source", "files", "--path", str(corpus)]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "--out", str(out), "--workers", str(workers)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    memory = max(resident_mb(process.pid) for _ in until_ended(process))
+    seconds = time.perf_counter() - start
+    assert process.stdout is not None, "it was asked for"
+    tokens = json.loads(process.stdout.read())["tokens"]
+    subprocess.run(["rm", "-r", str(out)], check=True)
+    return {"tokens_per_second": tokens / seconds, "seconds": seconds, "peak_mb": memory}
+
+
+def until_ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    while True:
+        yield
+        try:
+            process.wait(0.1)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def resident_mb(pid: int) -> float:
+    """What a process and its children hold; pages that they share count each time."""
+    total = 0.0
+    for path in [Path(f"/proc/{pid}"), *_children(pid)]:
+        try:
+            lines = (path / "status").read_text().splitlines()
+        except OSError:
+            continue  # it has just ended
+        total += sum(float(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmRSS"))
+    return total
+
+
+def _children(pid: int) -> list[Path]:
+    try:
+        return [Path(f"/proc/{child}") for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def summary(runs: list[dict[str, float]], workers: int, alone: float) -> dict[str, float]:
+    rate = statistics.median(run["tokens_per_second"] for run in runs)
+    cores = min(workers, available_cores())
+    return {
+        "workers": workers,
+        "tokens_per_second": rate,
+        "of_tiktoken_alone_times_cores": rate / (alone * cores),
+        "seconds": statistics.median(run["seconds"] for run in runs),
+        "peak_mb_of_all_processes": max(run["peak_mb"] for run in runs),
+    }
+
+
+if __name__ == "__main__":
+    main()
