@@ -1,11 +1,19 @@
 """Token shards -> batches.
 
 The training tokens are cut into windows of n_ctx + 1 tokens that overlap by one, so that a token is predicted
-once an epoch, but for a shard's first and the rest at its end that fills no window. The order of the windows
-is a pure function of the seed: epoch by epoch, shards in random order, windows of a shard in random order.
-Sequence number s * batch_size + j of that order is sequence j of step s, for any number of processes; a
-process takes its share of each step. All the loader's state is therefore a step number.
-Shapes: B sequences, T positions.
+once an epoch, but for a shard's first and the rest at its end that fills no window. Consecutive windows of a
+shard, GROUP_TOKENS // n_ctx of them (fewer at its end), form a group, which is read from the disk in one piece:
+so reads are long and forward, and of a dataset of any size a process holds one group.
+
+The order of the windows is a pure function of the seed. Number the groups shard by shard, as the manifest lists
+them, and let permutation(n, seed, ...) be that of src/utils/rand_idx_seq_gen.py: epoch e visits the groups in
+the order permutation(groups, seed, e, 0), and the windows of group g in the order permutation(windows of g,
+seed, e, 1 + g). Sequence number s * batch_size + j of that order, counted over all epochs, is sequence j of
+step s, for any number of processes; a process takes its share of each step. All the loader's state is therefore
+a step number, and going on from one costs two permutations, whatever the step.
+
+Windows are shuffled within 8M tokens, not over all of them: documents already lie in random order in a dataset.
+One of no more tokens is a single group. Shapes: B sequences, T positions.
 """
 
 import queue
@@ -17,20 +25,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src.data_processing.shards import Manifest, Shard, check_shard, unlisted_files
-from src.utils.errors import UserError
+from src.data_processing.shards import TOKEN_DTYPE, Manifest, Shard, check_shard, unlisted_files
+from src.utils.errors import StorageError, UserError
 from src.utils.rand_idx_seq_gen import permutation
+
+# 16 MiB: long enough that a disk's seek or a network's round trip costs next to nothing. Changes the order.
+GROUP_TOKENS = 1 << 23
 
 
 class WindowDataset:
-    """The windows of some shards of a dataset, memory-mapped. Raises UserError for a damaged or too small one."""
+    """The windows of some shards of a dataset, read when asked for; no file stays open.
+
+    Raises UserError for a dataset that is damaged or too small, and StorageError where a later read fails.
+    """
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...], n_ctx: int, n_vocab: int, at_least: int) -> None:
         """`at_least`: the windows its user needs; `n_vocab`: the ids a model can take."""
         for shard in shards:
             check_shard(folder, shard, n_vocab)
         self.n_ctx = n_ctx
+        self.paths = [folder / shard.file for shard in shards]
+        token_bytes = [shard.tokens * TOKEN_DTYPE.itemsize for shard in shards]
+        self._header_bytes = [path.stat().st_size - size for path, size in zip(self.paths, token_bytes, strict=True)]
         self.windows_per_shard = np.array([max(0, shard.tokens - 1) // n_ctx for shard in shards])
+        self._ends = np.cumsum(self.windows_per_shard)
         self.n_windows = int(self.windows_per_shard.sum())
         if self.n_windows < at_least:
             have = sum(shard.tokens for shard in shards)
@@ -40,48 +58,61 @@ class WindowDataset:
                 f"{n_ctx + 1}. One batch takes {at_least} windows, about {at_least * n_ctx} tokens. "
                 "Add text, or make the batch or model.n_ctx smaller"
             )
-        self._shards = [np.load(folder / shard.file, mmap_mode="r") for shard in shards]
 
     def __getitem__(self, number: int) -> np.ndarray:
         """Window `number` in reading order over all shards: n_ctx + 1 token ids, uint16."""
-        ends = np.cumsum(self.windows_per_shard)
-        shard = int(np.searchsorted(ends, number, side="right"))
-        return self.window(shard, number - int(ends[shard] - self.windows_per_shard[shard]))
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        tokens = np.empty(self.n_ctx + 1, TOKEN_DTYPE)
+        self.read(shard, number - int(self._ends[shard] - self.windows_per_shard[shard]), tokens)
+        return tokens
 
-    def window(self, shard: int, index: int) -> np.ndarray:
-        """Window `index` of shard `shard`: n_ctx + 1 token ids, uint16."""
-        start = index * self.n_ctx
-        return self._shards[shard][start : start + self.n_ctx + 1]
+    def read(self, shard: int, first: int, tokens: np.ndarray) -> None:
+        """Fills `tokens`, uint16, with the token ids of shard `shard` from the start of its window `first` on."""
+        path, offset = self.paths[shard], self._header_bytes[shard] + first * self.n_ctx * TOKEN_DTYPE.itemsize
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                found = file.readinto(tokens.data)
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror or error}; put it back and start again") from error
+        if found < tokens.nbytes:
+            what = f"expected {tokens.nbytes} bytes from byte {offset} on, found {found}"
+            raise StorageError(f"{path} became shorter while it was in use: {what}; prepare the dataset again")
 
 
 class SampleOrder:
     """Which window each sequence number of a training run is."""
 
-    def __init__(self, windows_per_shard: np.ndarray, seed: int) -> None:
-        self.windows_per_shard = windows_per_shard
+    def __init__(self, windows_per_shard: np.ndarray, windows_per_group: int, seed: int) -> None:
         self.epoch_length = int(windows_per_shard.sum())
         self.seed = seed
+        self.groups = [
+            (shard, first, min(windows_per_group, windows - first))
+            for shard, windows in enumerate(windows_per_shard.tolist())
+            for first in range(0, windows, windows_per_group)
+        ]
+        """Shard, first window and number of windows of each group."""
 
-        # An epoch walks through one shard after the other, so only the current ones' orders are kept.
-        self._shard_order = lru_cache(maxsize=2)(self._make_shard_order)
+        # An epoch walks through one group after the other, so only the current ones' orders are kept.
+        self._group_order = lru_cache(maxsize=2)(self._make_group_order)
         self._window_order = lru_cache(maxsize=2)(self._make_window_order)
 
     def __getitem__(self, number: int) -> tuple[int, int]:
-        """Shard and window of sequence `number`, counted from the start of the run over all epochs."""
+        """Group of sequence `number`, counted from the start of the run over all epochs, and its window there."""
         epoch, position = divmod(number, self.epoch_length)
-        shards, ends = self._shard_order(epoch)
-        turn = int(np.searchsorted(ends, position, side="right"))
-        shard = int(shards[turn])
-        first = int(ends[turn]) - int(self.windows_per_shard[shard])
-        return shard, int(self._window_order(epoch, shard)[position - first])
+        groups, starts = self._group_order(epoch)
+        turn = int(np.searchsorted(starts, position, side="right")) - 1
+        group = int(groups[turn])
+        return group, int(self._window_order(epoch, group)[position - starts[turn]])
 
-    def _make_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of shards, and the position at which each one's turn ends."""
-        shards = permutation(len(self.windows_per_shard), self.seed, epoch, 0)
-        return shards, np.cumsum(self.windows_per_shard[shards])
+    def _make_group_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of groups, and the position at which each one's turn starts."""
+        groups = permutation(len(self.groups), self.seed, epoch, 0)
+        sizes = np.array([windows for _, _, windows in self.groups])[groups]
+        return groups, np.cumsum(sizes) - sizes
 
-    def _make_window_order(self, epoch: int, shard: int) -> np.ndarray:
-        return permutation(int(self.windows_per_shard[shard]), self.seed, epoch, 1 + shard)
+    def _make_window_order(self, epoch: int, group: int) -> np.ndarray:
+        return permutation(self.groups[group][2], self.seed, epoch, 1 + group)
 
 
 class TrainingDataLoader:
@@ -104,7 +135,9 @@ class TrainingDataLoader:
     ) -> None:
         assert batch_size % (micro_batch_size * world_size) == 0, "Config.grad_accumulation_steps has checked this"
         self.dataset = dataset
-        self.order = SampleOrder(dataset.windows_per_shard, seed)
+        self.order = SampleOrder(dataset.windows_per_shard, max(1, GROUP_TOKENS // dataset.n_ctx), seed)
+        most_windows = max(windows for _, _, windows in self.order.groups)
+        self._group, self._tokens = -1, np.empty(most_windows * dataset.n_ctx + 1, TOKEN_DTYPE)
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.world_size, self.device = rank, world_size, device
         self._ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(maxsize=4)
@@ -147,10 +180,18 @@ class TrainingDataLoader:
             self._put(error)
 
     def _micro_batch(self, numbers: range) -> torch.Tensor:
-        windows = np.stack([self.dataset.window(*self.order[number]) for number in numbers])
-        batch = torch.from_numpy(windows.astype(np.int64))
         # from pinned memory the copy to the GPU runs while the GPU computes
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+        pinned = self.device.type == "cuda"
+        n_ctx = self.dataset.n_ctx
+        batch = torch.empty(len(numbers), n_ctx + 1, dtype=torch.int64, pin_memory=pinned)
+        for row, number in zip(batch.numpy(), numbers, strict=True):
+            group, window = self.order[number]
+            if group != self._group:
+                shard, first, windows = self.order.groups[group]
+                self.dataset.read(shard, first, self._tokens[: windows * n_ctx + 1])
+                self._group = group
+            row[:] = self._tokens[window * n_ctx : (window + 1) * n_ctx + 1]
+        return batch
 
     def _put(self, item: torch.Tensor | BaseException) -> None:
         while not self._closed.is_set():

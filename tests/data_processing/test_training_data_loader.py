@@ -1,5 +1,6 @@
 """Which tokens a step trains on."""
 
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -8,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from src.data_processing import training_data_loader
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import SampleOrder, TrainingDataLoader, WindowDataset, stray_files
-from src.utils.errors import UserError
+from src.utils.errors import StorageError, UserError
+from src.utils.rand_idx_seq_gen import permutation
 
 N_CTX = 16
 
 
 @pytest.fixture
-def windows(dataset: Callable[..., Path]) -> WindowDataset:
+def windows(dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> WindowDataset:
+    """31, 20 and 50 windows in groups of 10, so 4 + 2 + 5 groups."""
+    monkeypatch.setattr(training_data_loader, "GROUP_TOKENS", 10 * N_CTX)
     folder = dataset(train_tokens=[500, 333, 801])
     return WindowDataset(folder, read_manifest(folder).train, N_CTX, 50_257, at_least=4)
 
@@ -42,31 +47,65 @@ def test_targets_are_the_next_tokens(windows: WindowDataset):
         torch.testing.assert_close(inputs[:, 1:], targets[:, :-1])
 
 
-def test_windows_hold_the_shards_tokens(windows: WindowDataset, dataset: Callable[..., Path]):
+def test_windows_hold_the_shards_tokens(windows: WindowDataset):
     """Every window is found at its place in its file, read anew with numpy."""
-    files = [np.load(shard.filename) for shard in windows._shards]
-    assert windows.n_windows == 499 // 16 + 332 // 16 + 800 // 16
-    for shard, file in enumerate(files):
-        for index in range(windows.windows_per_shard[shard]):
-            np.testing.assert_array_equal(windows.window(shard, index), file[index * 16 : index * 16 + 17])
-    np.testing.assert_array_equal(windows[31], windows.window(1, 0))
+    files = [np.load(path) for path in windows.paths]
+    places = [(shard, start) for shard, file in enumerate(files) for start in range(0, len(file) - 16, 16)]
+    assert windows.n_windows == len(places) == 499 // 16 + 332 // 16 + 800 // 16
+    for number, (shard, start) in enumerate(places):
+        np.testing.assert_array_equal(windows[number], files[shard][start : start + 17])
 
 
 def test_an_epoch_holds_every_window_once_and_the_next_is_shuffled_anew(windows: WindowDataset):
-    order = SampleOrder(windows.windows_per_shard, seed=7)
-    n = windows.n_windows
-    first = [order[i] for i in range(n)]
-    second = [order[i] for i in range(n, 2 * n)]
-    assert sorted(first) == sorted(second) == [(s, w) for s in range(3) for w in range(windows.windows_per_shard[s])]
-    assert first != second
+    order = SampleOrder(windows.windows_per_shard, 10, seed=7)
+    first = [order[i] for i in range(101)]
+    second = [order[i] for i in range(101, 202)]
+    assert [group for group, _ in first] != [group for group, _ in second]
+    places = [(shard, start + window) for group, window in first for shard, start, _ in [order.groups[group]]]
+    assert sorted(places) == [(shard, i) for shard, n in enumerate((31, 20, 50)) for i in range(n)]
+    assert sorted(first) == sorted(second)
+
+
+def test_the_order_is_the_one_that_is_documented(windows: WindowDataset):
+    """Against the definition in the module's docstring, written out: a change of order is a change of every run."""
+    groups = [(0, 10), (10, 10), (20, 10), (30, 1), (31, 10), (41, 10), *((start, 10) for start in range(51, 101, 10))]
+    expected = [
+        groups[g][0] + w
+        for epoch in range(2)
+        for g in permutation(len(groups), 7, epoch, 0)
+        for w in permutation(groups[g][1], 7, epoch, 1 + int(g))
+    ]
+    delivered = torch.cat([inputs for inputs, _ in batches(windows, 25)]).numpy()
+    np.testing.assert_array_equal(delivered, [windows[number][:-1] for number in expected[:200]])
+
+
+def test_an_epoch_reads_every_group_once_and_in_one_piece(windows: WindowDataset, monkeypatch: pytest.MonkeyPatch):
+    reads: list[tuple[int, ...]] = []
+    read = windows.read
+
+    def spy(shard: int, first: int, tokens: np.ndarray) -> None:
+        reads.append((shard, first, (len(tokens) - 1) // N_CTX))
+        read(shard, first, tokens)
+
+    monkeypatch.setattr(windows, "read", spy)
+    batches(windows, 13)  # 104 windows, past the epoch's 101
+    order = SampleOrder(windows.windows_per_shard, 10, seed=7)
+    assert len(order.groups) == 11
+    assert sorted(reads[:11]) == order.groups
+
+
+def test_a_dataset_of_one_group_is_shuffled_as_a_whole():
+    order = SampleOrder(np.array([1000]), 1000, seed=7)
+    jumps = np.abs(np.diff([order[i][1] for i in range(1000)]))
+    assert jumps.mean() == pytest.approx(1000 / 3, rel=0.1)  # the mean distance of two random places
 
 
 def test_order_is_a_pure_function_of_seed_and_number(windows: WindowDataset):
-    order, again = (SampleOrder(windows.windows_per_shard, seed=7) for _ in range(2))
+    order, again, other = (SampleOrder(windows.windows_per_shard, 10, seed) for seed in (7, 7, 8))
     numbers = np.random.default_rng(0).permutation(400)
     jumping = {int(i): again[int(i)] for i in numbers}
     assert [order[i] for i in range(400)] == [jumping[i] for i in range(400)]
-    assert [order[i] for i in range(50)] != [SampleOrder(windows.windows_per_shard, seed=8)[i] for i in range(50)]
+    assert [order[i] for i in range(50)] != [other[i] for i in range(50)]
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(2, 2), (4, 1), (1, 8), (8, 1)])
@@ -88,13 +127,15 @@ def test_starting_at_a_step_gives_what_an_uninterrupted_reader_gets(windows: Win
         torch.testing.assert_close(targets, expected_targets)
 
 
-def test_an_error_while_reading_reaches_the_caller(windows: WindowDataset, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: int) -> np.ndarray:
-        raise OSError("the disk went away")
-
-    monkeypatch.setattr(windows, "window", fail)
-    with pytest.raises(OSError, match="the disk went away"):
-        batches(windows, 1)
+def test_a_shard_that_goes_away_while_it_is_trained_on(windows: WindowDataset):
+    os.truncate(windows.paths[2], windows.paths[2].stat().st_size - 1)
+    with pytest.raises(
+        StorageError, match=rf"{windows.paths[2]} became shorter.* expected 322 bytes from .* found 321"
+    ):
+        batches(windows, 15)
+    windows.paths[2].unlink()
+    with pytest.raises(StorageError, match=rf"cannot read {windows.paths[2]}: No such file"):
+        batches(windows, 15)
 
 
 def test_too_little_data_for_one_batch(dataset: Callable[..., Path]):

@@ -3,6 +3,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def windows(dataset: Callable[..., Path], tiny_config: ModelConfig) -> WindowDat
 def test_loss_is_the_mean_over_the_first_windows(windows: WindowDataset, tiny_config: ModelConfig):
     model = LLM(tiny_config).train()
     result = validate(model, windows, n_windows=7, batch_size=3, bytes_per_token=4.0)
-    tokens = torch.tensor(windows._shards[0][: 7 * 16 + 1].astype("int64"))
+    tokens = torch.tensor(np.load(windows.paths[0])[: 7 * 16 + 1].astype("int64"))
     with torch.no_grad():
         losses = [
             F.cross_entropy(model.eval()(tokens[None, i : i + 16])[0], tokens[i + 1 : i + 17], reduction="sum").item()
@@ -70,7 +71,7 @@ def test_the_model_goes_back_to_training(windows: WindowDataset, tiny_config: Mo
 
 
 def test_unigram_entropy_is_the_best_loss_without_context(windows: WindowDataset):
-    counts = Counter(windows._shards[0][1 : 7 * 16 + 1].tolist())
+    counts = Counter(np.load(windows.paths[0])[1 : 7 * 16 + 1].tolist())
     total = sum(counts.values())
     expected = -sum(c / total * math.log(c / total) for c in counts.values())
     assert unigram_entropy(windows, 7) == pytest.approx(expected, rel=1e-12)

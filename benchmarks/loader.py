@@ -1,0 +1,109 @@
+"""The training data loader on 10B tokens: memory, first batch, resume, speed, reads, as one JSON object.
+
+python -m benchmarks.loader [--data DIR] [--n-ctx 2048 256] [--seconds 3]
+
+Without --data it reads a sparse dataset of 10B tokens that it makes in a temporary folder: that measures the program,
+not a disk. Linux only, for the memory and the reads. Each n_ctx is measured in a process of its own.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from benchmarks.synthetic_dataset import make_sparse_dataset
+from src.data_processing.shards import read_manifest
+from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
+from src.utils import hardware
+
+BATCH_TOKENS = 524_288  # of one step of lf_llm_269m
+LATE_STEP = 1_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder of a dataset (default: a sparse one of 10B tokens)")
+    parser.add_argument("--n-ctx", type=int, nargs="+", default=[2048, 256])
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long batches are taken for each n_ctx")
+    args = parser.parse_args()
+    with ExitStack() as stack:
+        folder = args.data
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sparse"
+            make_sparse_dataset(folder)
+        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1))
+        figures = [pool.apply(loader_figures, (folder, n_ctx, args.seconds)) for n_ctx in args.n_ctx]
+    print(json.dumps({"loader": figures, "machine": hardware.describe_machine(torch.device("cpu"))}))
+
+
+def loader_figures(
+    folder: Path, n_ctx: int, seconds: float = 3.0, micro_batch_tokens: int = 32_768
+) -> dict[str, float]:
+    """What one process of one sees, from opening the dataset on; to be called in a process that has done nothing yet.
+
+    Memory is the most that is resident while batches are taken, above what the imports left, in MB.
+    """
+    resident = [_resident_mb()]
+    started = time.perf_counter()
+    manifest = read_manifest(folder)
+    micro_batch_size = micro_batch_tokens // n_ctx
+    dataset = WindowDataset(folder, manifest.train, n_ctx, manifest.n_vocab, at_least=micro_batch_size)
+
+    def open_at(step: int) -> TrainingDataLoader:
+        return TrainingDataLoader(
+            dataset,
+            seed=42,
+            batch_size=BATCH_TOKENS // n_ctx,
+            micro_batch_size=micro_batch_size,
+            rank=0,
+            world_size=1,
+            device=torch.device("cpu"),
+            first_step=step,
+        )
+
+    with open_at(0) as loader:
+        next(loader)
+        first_batch_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    with open_at(LATE_STEP) as loader:
+        next(loader)
+        resume_seconds = time.perf_counter() - started
+
+    reads_before, delivered, started = _counters("/proc/self/io"), 0, time.perf_counter()
+    with open_at(0) as loader:
+        while (elapsed := time.perf_counter() - started) < seconds:
+            for inputs, _ in itertools.islice(loader, 500):
+                delivered += inputs.numel()
+            resident.append(_resident_mb())
+    reads = {name: count - reads_before[name] for name, count in _counters("/proc/self/io").items()}
+    return {
+        "dataset_tokens": sum(shard.tokens for shard in manifest.train),
+        "n_ctx": n_ctx,
+        "first_batch_seconds": first_batch_seconds,
+        f"resume_at_{LATE_STEP}_seconds": resume_seconds,
+        "tokens_per_second": delivered / elapsed,
+        "bytes_read_per_token": reads["rchar"] / delivered,
+        "mean_read_kb": reads["rchar"] / reads["syscr"] / 1e3,
+        **{f"{name}_mb_above_imports": max(x[name] for x in resident) - resident[0][name] for name in resident[0]},
+    }
+
+
+def _resident_mb() -> dict[str, float]:
+    status = _counters("/proc/self/status")
+    return {name: status[name] * 1024 / 1e6 for name in ("VmRSS", "RssAnon", "RssFile")}
+
+
+def _counters(path: str) -> dict[str, int]:
+    """The lines `name: number` of a file that the kernel writes."""
+    pairs = (line.split()[:2] for line in Path(path).read_text().splitlines() if len(line.split()) > 1)
+    return {name.rstrip(":"): int(value) for name, value in pairs if value.isdecimal()}
+
+
+if __name__ == "__main__":
+    main()
