@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from src.data_processing.shards import Manifest, read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset, stray_files
+from src.data_processing.verification import ensure_verified
 from src.model import LLM
 from src.model_assessment.assessment import Assessment
 from src.model_configs.my_llm_config import PRESETS
@@ -84,8 +86,11 @@ def train(config: Config, stop: Callable[[], bool] = lambda: False) -> Outcome:
         procs = stack.enter_context(processes(config.train.device))
         config.grad_accumulation_steps(procs.world_size)  # refused before anything is touched
         folder = dataset_dir(config.data.dir)
-        manifest = read_manifest(folder)
-        training, assessment = open_data(config, folder, manifest)
+        manifest = procs.together(lambda: read_manifest(folder))
+        say = partial(print, file=sys.stderr, flush=True)
+        # before anything reads a token; on each machine, because its disk may be its own
+        procs.together(lambda: ensure_verified(folder, manifest, say) if procs.is_machines_first else None)
+        training, assessment = procs.together(lambda: open_data(config, folder, manifest))
         run_dir = RUNS / config.run_name
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
         log = RunLogger(run_dir, procs.is_main)

@@ -14,7 +14,7 @@ from src.data_processing.dataset_writer import ShardPlan, claimed, start_over, w
 from src.data_processing.document_sort import SortedDocuments, sort_documents
 from src.data_processing.encoding import KeyRange
 from src.data_processing.preparation import Request, encode_sources, open_sources
-from src.data_processing.shards import SHARD_NAME, Manifest, Shard, find_fault, read_manifest, unlisted_files
+from src.data_processing.shards import SHARD_NAME, Manifest, Shard, shard_fault, read_manifest, unlisted_files
 from src.utils.disk import sync
 from src.utils.errors import UserError
 
@@ -61,7 +61,7 @@ def repair(folder: Path, workers: int) -> Manifest:
 def _faults(folder: Path, manifest: Manifest) -> dict[int, str]:
     """What is wrong with the shards that are not as prepared, by their number."""
     found = (
-        (index, find_fault(folder, shard, manifest.n_vocab, full=True)) for index, shard in enumerate(manifest.shards)
+        (index, shard_fault(folder, shard, manifest.n_vocab, full=True)) for index, shard in enumerate(manifest.shards)
     )
     return {index: fault for index, fault in found if fault is not None}
 

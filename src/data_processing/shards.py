@@ -136,12 +136,12 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
     fits the header to the byte. With `full`, also every id is below `n_vocab` and the sha256 agrees; this
     reads the file once, 4 MiB at a time.
     """
-    if fault := find_fault(folder, shard, n_vocab, full):
+    if fault := shard_fault(folder, shard, n_vocab, full):
         raise UserError(f"{fault}; repair it with: {_COMMAND} --repair --out '{folder}'")
 
 
-def find_fault(folder: Path, shard: Shard, n_vocab: int, full: bool) -> str | None:
-    """What `check_shard` would object to, or None."""
+def shard_fault(folder: Path, shard: Shard, n_vocab: int, full: bool = False) -> str | None:
+    """What `check_shard` finds wrong with the file, with path, expected and actual; None if nothing."""
     path = folder / shard.file
     try:
         with open(path, "rb") as file:

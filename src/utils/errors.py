@@ -38,10 +38,10 @@ class BusyError(RuntimeError):
 
 
 class PeerError(RuntimeError):
-    """The main process failed and says why itself; the others end as it does, in silence where it is foreseen."""
+    """Another process failed and says why itself; this one ends as it does, in silence where it is foreseen."""
 
     def __init__(self, message: str, exit_code: int | None) -> None:
-        super().__init__(f"the main process failed: {message}")
+        super().__init__(f"another process failed: {message}")
         self.exit_code = exit_code
 
 

@@ -1,7 +1,7 @@
 """The processes of a run: their start and end, who is who, and decisions that all of them share.
 
 One process needs no launcher. Under torchrun, RANK is this process among all of them and decides the
-data; LOCAL_RANK is its place on this machine and decides nothing but the device.
+data; LOCAL_RANK is its place on this machine and decides the device, and who reads what only the machine has.
 """
 
 import os
@@ -25,9 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its peers. Every method but `is_main` must be called by all of them together."""
+    """This process among its peers. Every method must be called by all of them together."""
 
     rank: int
+    local_rank: int
     world_size: int
     device: torch.device
 
@@ -35,6 +36,11 @@ class Processes:
     def is_main(self) -> bool:
         """True in exactly one process of the run, the one that writes files."""
         return self.rank == 0
+
+    @property
+    def is_machines_first(self) -> bool:
+        """True in one process of each machine, the one that looks after what may be the machine's own: its disks."""
+        return self.local_rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value added up over all processes, in float64."""
@@ -66,18 +72,25 @@ class Processes:
 
     def main_only(self, action: Callable[[], T]) -> T:
         """Runs `action` in the main process; all get its result. If it fails, all of them raise."""
+        return cast(T, self.from_main(self.together(lambda: action() if self.is_main else None)))
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` in every process. If it fails in any, all raise: an error that several have met, in one only.
+
+        The others, and those where it went well, raise a PeerError that ends them in the same way.
+        """
         result, error = None, None
-        if self.is_main:
-            try:
-                result = action()
-            except Exception as raised:
-                error = raised
+        try:
+            result = action()
+        except Exception as raised:
+            error = raised
         failure = None if error is None else (str(error), getattr(error, "exit_code", None))
-        result, failure = self.from_main((result, failure))
-        if error is not None:
+        failures = self.gather(failure)
+        if error is not None and failure not in failures[: self.rank]:
             raise error
-        if failure is not None:
-            raise PeerError(*failure)
+        for foreign in failures:
+            if foreign is not None:
+                raise PeerError(*foreign)
         return cast(T, result)
 
 
@@ -100,7 +113,7 @@ def processes(device: str) -> Iterator[Processes]:
         torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     # Leaving the group waits for the others. After an error they may be stuck in a collective that this process
     # will never join, so then it just ends, and the launcher ends them.
-    yield Processes(rank, n_processes, chosen)
+    yield Processes(rank, local_rank, n_processes, chosen)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
