@@ -1,6 +1,9 @@
 """Which tokens a step trains on."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,6 +17,7 @@ from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import SampleOrder, TrainingDataLoader, WindowDataset, stray_files
 from src.utils.errors import StorageError, UserError
 from src.utils.rand_idx_seq_gen import permutation
+from src.utils.root import ROOT
 
 N_CTX = 16
 
@@ -150,3 +154,15 @@ def test_a_stray_file_is_mentioned_and_ignored(dataset: Callable[..., Path]):
     (folder / "notes.npy").write_bytes(b"not tokens")
     assert "notes.npy" in (stray_files(folder, read_manifest(folder)) or "")
     assert WindowDataset(folder, read_manifest(folder).train, N_CTX, 50_257, at_least=4).n_windows == 24
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ten_billion_tokens_take_little_memory_and_are_read_once():
+    """By the benchmark, in a process of its own; speed depends on the machine and is not judged here."""
+    command = [sys.executable, "-m", "benchmarks.loader", "--n-ctx", "256", "--seconds", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    (figures,) = json.loads(result.stdout)["loader"]
+    assert figures["dataset_tokens"] == 9_900_000_000
+    assert 16 < figures["VmRSS_mb_above_imports"] < 100
+    assert 2.0 <= figures["bytes_read_per_token"] < 3.2  # two bytes a token, and a group that was just begun
+    assert figures["mean_read_kb"] > 1_000
