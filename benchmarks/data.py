@@ -52,7 +52,8 @@ def main() -> None:
         folder = Path(scratch)
         corpus = folder / "corpus.jsonl"
         documents = write_corpus(corpus, paragraphs(args.path), args.megabytes * 1_000_000)
-        alone, prepared = [], {workers: [] for workers in args.workers}
+        alone: list[float] = []
+        prepared: dict[int, list[dict[str, float]]] = {workers: [] for workers in args.workers}
         for _ in range(args.repeats):  # in turn, so that a noisy machine is noisy for all of them
             alone.append(tiktoken_alone(corpus, documents // 8))
             for workers, runs in prepared.items():

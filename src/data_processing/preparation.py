@@ -39,6 +39,7 @@ from src.data_processing.shards import (
 )
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import Tokenizer
+from src.data_processing.verification import stamp
 from src.utils.disk import free_bytes, size_text
 from src.utils.errors import BusyError, StorageError, UserError
 
@@ -104,6 +105,7 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
             shards=shards,
         )
         write_manifest(folder, manifest)
+        stamp(folder, manifest)
     if counts["replaced_invalid"]:
         _say(f"invalid UTF-8 in {counts['replaced_invalid']} document(s) was replaced by the character U+FFFD")
     return read_manifest(folder)

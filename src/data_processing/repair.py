@@ -14,7 +14,8 @@ from src.data_processing.dataset_writer import ShardPlan, claimed, start_over, w
 from src.data_processing.document_sort import SortedDocuments, sort_documents
 from src.data_processing.encoding import KeyRange
 from src.data_processing.preparation import Request, encode_sources, open_sources
-from src.data_processing.shards import SHARD_NAME, Manifest, Shard, shard_fault, read_manifest, unlisted_files
+from src.data_processing.shards import SHARD_NAME, Manifest, Shard, read_manifest, unlisted_files
+from src.data_processing.verification import ensure_verified, find_faults, stamp
 from src.utils.disk import sync
 from src.utils.errors import UserError
 
@@ -22,12 +23,7 @@ from src.utils.errors import UserError
 def verify(folder: Path) -> Manifest:
     """The manifest of the dataset in `folder`, after reading every byte of it; raises UserError naming each fault."""
     manifest = read_manifest(folder)
-    if faults := _faults(folder, manifest):
-        listed = "\n".join(faults.values())
-        raise UserError(
-            f"{len(faults)} of {len(manifest.shards)} shards are not as prepared:\n{listed}\n"
-            f"make them anew from the source with --repair --out '{folder}'"
-        )
+    ensure_verified(folder, manifest, _say, trust_stamp=False)
     if strays := unlisted_files(folder, manifest):
         _say(f"ignored in {folder}, not part of the dataset: {', '.join(strays)}")
     _say(f"verified: {folder}")
@@ -40,7 +36,7 @@ def repair(folder: Path, workers: int) -> Manifest:
     Raises UserError where the sources are not what they were, StorageError, or BusyError.
     """
     manifest = read_manifest(folder)
-    faults = _faults(folder, manifest)
+    faults = find_faults(folder, manifest, _say, trust_stamp=False)
     if not faults:
         _say(f"nothing to repair: {folder}")
         return manifest
@@ -54,16 +50,9 @@ def repair(folder: Path, workers: int) -> Manifest:
         for index in faults:  # all or none
             os.replace(work / manifest.shards[index].file, folder / manifest.shards[index].file)
         sync(folder)
+    stamp(folder, manifest)
     _say(f"repaired {len(faults)} of {len(manifest.shards)} shards in {folder}")
     return manifest
-
-
-def _faults(folder: Path, manifest: Manifest) -> dict[int, str]:
-    """What is wrong with the shards that are not as prepared, by their number."""
-    found = (
-        (index, shard_fault(folder, shard, manifest.n_vocab, full=True)) for index, shard in enumerate(manifest.shards)
-    )
-    return {index: fault for index, fault in found if fault is not None}
 
 
 def _read_again(

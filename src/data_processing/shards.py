@@ -36,6 +36,7 @@ TOKEN_DTYPE = np.dtype("<u2")
 SHARD_NAME = re.compile(r".+_i_(\d{6})_t_(\d+)\.npy")
 
 _COMMAND = "python -m src.data_processing.data_downloader"
+REPAIR = f"{_COMMAND} --repair --out"
 _REDO = "delete the folder and prepare the dataset again"
 _CHUNK_BYTES = 4 << 20
 
@@ -137,7 +138,7 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
     reads the file once, 4 MiB at a time.
     """
     if fault := shard_fault(folder, shard, n_vocab, full):
-        raise UserError(f"{fault}; repair it with: {_COMMAND} --repair --out '{folder}'")
+        raise UserError(f"{fault}; repair it with: {REPAIR} '{folder}'")
 
 
 def shard_fault(folder: Path, shard: Shard, n_vocab: int, full: bool = False) -> str | None:

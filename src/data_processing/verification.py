@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from src.data_processing.shards import Manifest, Shard, shard_fault
+from src.data_processing.shards import REPAIR, Manifest, Shard, shard_fault
+from src.utils.cores import available_cores
 from src.utils.errors import StorageError, UserError
 
 STAMP = ".verified.json"
@@ -23,20 +24,32 @@ REPORT_EVERY_S = 5.0
 MAX_THREADS = 8  # a core hashes more than 1 GB/s, so these are ahead of most disks
 
 
-def ensure_verified(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
-    """Reads the shards that the stamp does not vouch for, and stamps the sound ones; others are read again.
+def ensure_verified(folder: Path, manifest: Manifest, say: Callable[[str], None], trust_stamp: bool = True) -> None:
+    """Raises UserError naming every fault that `find_faults` finds."""
+    if faults := find_faults(folder, manifest, say, trust_stamp):
+        found = "\n".join(f"  {fault}" for fault in faults.values())
+        raise UserError(
+            f"{len(faults)} of {len(manifest.shards)} shards of {folder} are not as prepared:\n{found}\n"
+            f"put back the files as they were, or make them anew with: {REPAIR} '{folder}'"
+        )
 
-    Raises UserError naming every fault, with path, expected and actual. `say` gets a line of progress every few
-    seconds, and one where the stamp cannot be written, which only makes the next start slower.
+
+def find_faults(
+    folder: Path, manifest: Manifest, say: Callable[[str], None], trust_stamp: bool = True
+) -> dict[int, str]:
+    """What is wrong with each shard that is not as prepared, with path, expected and actual, by its number.
+
+    Reads the shards that the stamp does not vouch for, and stamps the sound ones. `say` gets a line of progress every
+    few seconds, and one where the stamp cannot be written, which only makes the next start slower.
     """
-    stamped = _read_stamp(folder)
+    stamped = _read_stamp(folder) if trust_stamp else {}
     known = {file: entry for file, entry in _entries(folder, manifest).items() if stamped.get(file) == entry}
-    unread = [shard for shard in manifest.shards if shard.file not in known]
+    unread = [number for number, shard in enumerate(manifest.shards) if shard.file not in known]
     if not unread:
-        return
-    faults: dict[str, str] = {}
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        jobs = {pool.submit(_verify, folder, shard, manifest.n_vocab): shard.file for shard in unread}
+        return {}
+    faults: dict[int, str] = {}
+    with ThreadPoolExecutor(min(MAX_THREADS, available_cores())) as pool:
+        jobs = {pool.submit(_verify, folder, manifest.shards[number], manifest.n_vocab): number for number in unread}
         last = time.monotonic()
         try:
             for done, job in enumerate(as_completed(jobs), start=1):
@@ -44,7 +57,7 @@ def ensure_verified(folder: Path, manifest: Manifest, say: Callable[[str], None]
                 if fault:
                     faults[jobs[job]] = fault
                 else:
-                    known[jobs[job]] = entry
+                    known[manifest.shards[jobs[job]].file] = entry
                 if time.monotonic() - last >= REPORT_EVERY_S:
                     last = time.monotonic()
                     say(f"verifying {folder}: {done} of {len(unread)} shards read")
@@ -56,12 +69,7 @@ def ensure_verified(folder: Path, manifest: Manifest, say: Callable[[str], None]
         _write_stamp(folder, known)
     except StorageError as error:
         say(f"the next start will read the dataset again: {error}")
-    if faults:
-        found = "\n".join(f"  {faults[shard.file]}" for shard in manifest.shards if shard.file in faults)
-        raise UserError(
-            f"{len(faults)} of {len(manifest.shards)} shards of {folder} are not as prepared:\n{found}\n"
-            "Put back the files as they were, or delete the folder and prepare the dataset again"
-        )
+    return dict(sorted(faults.items()))
 
 
 def stamp(folder: Path, manifest: Manifest) -> None:

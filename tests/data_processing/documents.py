@@ -10,6 +10,7 @@ import numpy as np
 from src.data_processing.preparation import Request
 from src.data_processing.shards import read_manifest
 from src.data_processing.tokenizer import load_tokenizer
+from src.data_processing.verification import STAMP
 
 MODULE = "src.data_processing.data_downloader"
 
@@ -51,4 +52,5 @@ def all_decoded(folder: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The folder's files, but for the stamp, which holds times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != STAMP}
