@@ -6,7 +6,6 @@ renames, reads everything back, and only then removes older checkpoints. A direc
 name is never written again. Nothing here is unpickled.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from src.utils.disk import free_bytes, move, set_aside, sync
+from src.utils.disk import fingerprint, free_bytes, move, set_aside, sync
 from src.utils.errors import StorageError, UserError
 
 STEP_NAME = re.compile(r"step_(\d{7,})")
@@ -61,7 +60,7 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
             save_file(tensors, temporary / f"{name}.safetensors")
             sync(temporary / f"{name}.safetensors")
         _write_json(temporary / "state.json", {"step": step, **state})
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        files = {path.name: fingerprint(path) for path in sorted(temporary.iterdir())}
         _write_json(temporary / "manifest.json", {"step": step, "files": files})
         sync(temporary)
         os.rename(temporary, final)
@@ -177,7 +176,7 @@ def damage(path: Path) -> str | None:
         if Path(name).name != name:
             return f"manifest.json lists {name!r}, which is not in this folder"
         try:
-            found = _fingerprint(path / name)
+            found = fingerprint(path / name)
         except OSError as error:
             return f"{name}: {error.strerror}"
         if found["bytes"] != size:
@@ -185,14 +184,6 @@ def damage(path: Path) -> str | None:
         if found["sha256"] != sha256:
             return f"{name} has sha256 {found['sha256']}, expected {sha256}: its content changed"
     return None
-
-
-def _fingerprint(path: Path) -> dict[str, int | str]:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

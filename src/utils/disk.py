@@ -1,6 +1,7 @@
 """Files that stay: on the disk when they should be, and moved out of the way rather than lost."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -30,6 +31,13 @@ def size_text(n_bytes: float) -> str:
             return f"{n_bytes:.{0 if unit == 'bytes' else 1}f} {unit}"
         n_bytes /= 1_000
     return f"{n_bytes:.1f} TB"
+def fingerprint(path: Path) -> dict[str, int | str]:
+    """A file's size and hash, as {"bytes": ..., "sha256": ...}. Raises OSError."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def move(path: Path, target: Path) -> Path:

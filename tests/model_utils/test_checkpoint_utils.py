@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from src.model_utils import checkpoint_utils as ck
+from src.utils.disk import fingerprint
 from src.utils.errors import StorageError, UserError
 
 PARTS = {
@@ -156,7 +157,7 @@ def test_a_pickle_under_a_safetensors_name_is_not_run(root: Path, tmp_path: Path
     path = root / "step_0000001"
     torch.save({"w": Attack()}, path / "model.safetensors")
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = ck._fingerprint(path / "model.safetensors")
+    manifest["files"]["model.safetensors"] = fingerprint(path / "model.safetensors")
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"cannot read .*model"):
         ck.open_checkpoint(path).tensors("model")
