@@ -1,51 +1,135 @@
-"""The part of the Hugging Face hub that `load_dataset` needs, on loopback: one dataset, one revision."""
+"""The part of the Hugging Face hub that its clients need, on loopback: one dataset, one revision, and faults.
+
+As on the real one, a parquet file is stored with LFS: its sha256 is in the listing, and the request for it is
+redirected to another origin, the storage, which answers ranges and must not see the token.
+"""
 
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 REVISION = "f" * 40
+_PIECE_BYTES = 1 << 14
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the first `times` requests for the bytes of a file. One of these, at the storage:"""
+
+    times: int
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    stall_after: int = -1
+    """Bytes of the body, after which nothing more comes."""
+    cut_after: int = -1
+    """Bytes of the body, after which the connection is closed."""
+    wrong: bool = False
+    """The body has the right length and another content."""
+    whole: bool = False
+    """The range asked for is ignored."""
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    range: str | None
+    with_token: bool
+    body_bytes: int = 0
+
+
+@dataclass
+class Hub:
+    """A hub that is being served, with all that it was asked."""
+
+    repository: str
+    files: dict[str, bytes]
+    faults: dict[str, Fault]
+    token: str | None
+    """Needed for everything, if there is one: the dataset is gated."""
+    piece_s: float
+    """Seconds for every 16 KiB of a body."""
+    address: str = ""
+    requests: list[Request] = field(default_factory=list)
+    closing: threading.Event = field(default_factory=threading.Event)
+
+    def stored(self, path: str) -> list[Request]:
+        """The requests that reached the storage for a file's bytes."""
+        return [request for request in self.requests if request.path == f"/storage/{path}"]
+
+    def bytes_sent(self, path: str = "") -> int:
+        """Of the bodies of the file at `path`, or of all files in storage."""
+        return sum(r.body_bytes for r in self.requests if r.path.startswith(f"/storage/{path}"))
 
 
 @contextmanager
-def serving(repository: str, files: dict[str, bytes]) -> Iterator[str]:
-    """Serves `files` as the dataset `repository` at the address this yields, for HF_ENDPOINT."""
-    handler = type("Handler", (_Handler,), {"repository": repository, "files": files})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def hub(
+    repository: str,
+    files: dict[str, bytes],
+    faults: dict[str, Fault] | None = None,
+    token: str | None = None,
+    piece_s: float = 0.0,
+) -> Iterator[Hub]:
+    """Serves `files` as the dataset `repository` at the address in the hub this yields, for HF_ENDPOINT."""
+    served = Hub(repository, files, faults or {}, token, piece_s)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": served}))
+    served.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield served
     finally:
+        served.closing.set()
         server.shutdown()
         server.server_close()
 
 
+@contextmanager
+def serving(repository: str, files: dict[str, bytes]) -> Iterator[str]:
+    """The address of a hub without faults."""
+    with hub(repository, files) as served:
+        yield served.address
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    repository: str
-    files: dict[str, bytes]
+    hub: Hub
+    request_log: Request
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        path, api = unquote(url.path), f"/api/datasets/{self.repository}"
-        resolve = f"/datasets/{self.repository}/resolve/{REVISION}/"
-        if path in (api, f"{api}/revision/{REVISION}", f"{api}/revision/main"):
-            siblings = [{"rfilename": name} for name in self.files]
+        path, api = unquote(url.path), f"/api/datasets/{self.hub.repository}"
+        resolve = f"/datasets/{self.hub.repository}/resolve/"
+        token = self.headers.get("Authorization")
+        self.request_log = Request(self.command, path, self.headers.get("Range"), token is not None)
+        self.hub.requests.append(self.request_log)
+        name = path.removeprefix(resolve).removeprefix("main/").removeprefix(f"{REVISION}/")
+        if path.startswith("/storage/"):
+            self.send_stored(path.removeprefix("/storage/"))
+        elif self.hub.token and token != f"Bearer {self.hub.token}":
+            self.reply(401, {"error": "Access to this dataset is restricted."}, {"X-Error-Code": "GatedRepo"})
+        elif path in (api, f"{api}/revision/{REVISION}", f"{api}/revision/main"):
+            siblings = [{"rfilename": name} for name in self.hub.files]
             self.reply(
-                200, {"_id": "0", "id": self.repository, "sha": REVISION, "private": False, "siblings": siblings}
+                200, {"_id": "0", "id": self.hub.repository, "sha": REVISION, "private": False, "siblings": siblings}
             )
+        elif path.startswith(f"{api}/revision/"):
+            self.reply(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
         elif path.startswith(f"{api}/tree/{REVISION}"):
             folder = path.removeprefix(f"{api}/tree/{REVISION}").strip("/")
             self.reply(200, self.tree(folder, "true" in parse_qs(url.query).get("recursive", [""])[0].lower()))
-        elif path.removeprefix(resolve) in self.files:
-            self.send_file(self.files[path.removeprefix(resolve)])
-        else:
+        elif name not in self.hub.files:
             self.reply(404, {"error": "not found"}, {"X-Error-Code": "EntryNotFound"})
+        elif name.endswith(".parquet"):
+            self.redirect_to_storage(name)
+        else:
+            self.send_content(self.hub.files[name])
 
     do_HEAD = do_GET
 
@@ -58,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
         entries: dict[str, dict[str, Any]] = {}
         inside = f"{folder}/" if folder else ""
-        for name, content in self.files.items():
+        for name, content in self.hub.files.items():
             if name.startswith(inside):
                 parts = name.removeprefix(inside).split("/")
                 for depth in range(1, len(parts)) if recursive else range(1, len(parts))[:1]:
@@ -67,30 +151,72 @@ class _Handler(BaseHTTPRequestHandler):
                 if recursive or len(parts) == 1:
                     oid = hashlib.sha1(content).hexdigest()
                     entries[name] = {"type": "file", "path": name, "oid": oid, "size": len(content)}
+                    if name.endswith(".parquet"):
+                        lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+                        entries[name]["lfs"] = lfs
         return list(entries.values())
 
-    def send_file(self, content: bytes) -> None:
+    def redirect_to_storage(self, name: str) -> None:
+        content = self.hub.files[name]
         headers = {
-            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            # Another host name, hence another origin, of this same server.
+            "Location": f"{self.hub.address.replace('127.0.0.1', 'localhost')}/storage/{quote(name)}",
             "X-Repo-Commit": REVISION,
-            "Accept-Ranges": "bytes",
+            "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Linked-Size": str(len(content)),
         }
-        if asked := self.headers.get("Range"):
+        self.reply(302, b"Found. Redirecting", headers)
+
+    def send_stored(self, name: str) -> None:
+        fault = self.hub.faults.get(name, Fault(0))
+        if fault.times <= 0 or self.command == "HEAD":
+            self.send_content(self.hub.files[name])
+            return
+        fault.times -= 1
+        if fault.status:
+            self.reply(fault.status, {"error": "as the test wants it"}, fault.headers)
+        else:
+            self.send_content(self.hub.files[name], fault)
+
+    def send_content(self, content: bytes, fault: Fault | None = None) -> None:
+        fault = fault or Fault(0)
+        etag = hashlib.sha256(content).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": REVISION, "Accept-Ranges": "bytes"}
+        status = 200
+        body = bytes(len(content)) if fault.wrong else content
+        if (asked := self.headers.get("Range")) and not fault.whole:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             end = min(int(last or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{end}/{len(content)}"
-            self.reply(206, content[int(first) : end + 1], headers)
-        else:
-            self.reply(200, content, headers)
+            status, body = 206, body[int(first) : end + 1]
+        self.reply(status, body, headers, fault)
 
-    def reply(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+    def reply(
+        self, status: int, content: Any, headers: dict[str, str] | None = None, fault: Fault | None = None
+    ) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        if self.command == "HEAD":
+            return
+        stop = max(fault.stall_after, fault.cut_after) if fault else -1
+        self.send_body(data[:stop] if stop >= 0 else data)
+        if stop >= 0:
+            self.close_connection = True
+            if fault and fault.stall_after >= 0:
+                self.hub.closing.wait(30)
+
+    def send_body(self, data: bytes) -> None:
+        try:
+            for start in range(0, len(data), _PIECE_BYTES):
+                piece = data[start : start + _PIECE_BYTES]
+                self.wfile.write(piece)
+                self.request_log.body_bytes += len(piece)
+                time.sleep(self.hub.piece_s)
+        except ConnectionError:  # the client is gone
+            self.close_connection = True
 
     def log_message(self, *args: Any) -> None:
         pass
