@@ -1,0 +1,183 @@
+"""The files of a hub listing on this disk, whole and verified, a few at a time.
+
+A file grows under a name that ends in .partial, at which a later start goes on. It gets its own name once its
+size and sha256 agree, so a file with its own name is never verified again. A file that the user's Hugging Face
+cache holds is verified and used where it lies.
+"""
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from huggingface_hub import try_to_load_from_cache
+
+from src.data_processing.hub_files import BadAnswerError, HubFile, HubListing, persist, read_range
+from src.utils.disk import fingerprint, free_bytes, move, sync
+from src.utils.errors import StorageError
+from src.utils.read_ahead import ReadAhead
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far all files of a listing are, those of earlier starts included."""
+
+    bytes_there: int
+    bytes_total: int
+    files_there: int
+    bytes_per_s: float
+    """Fetched since the last time this was asked for."""
+
+
+class Downloads:
+    """Fetches the files of `listing` from number `first` on into `folder`/downloads, inside a `with` block.
+
+    At most `parallel` files are being fetched or waiting for `done_with`. One process at a time may do so in a folder.
+    """
+
+    def __init__(self, listing: HubListing, folder: Path, first: int = 0, parallel: int = 4) -> None:
+        self._listing = listing
+        self._first = first
+        self._folder = folder / "downloads" / listing.revision
+        self._ahead = ReadAhead(self._fetch, first, len(listing.files), parallel)
+        # Of each file; a thread changes the entries of its own file only.
+        self._bytes_there = [file.bytes if n < first else self._on_disk(n) for n, file in enumerate(listing.files)]
+        self._finished = [n < first for n in range(len(listing.files))]
+        self._last_asked = (time.monotonic(), sum(self._bytes_there))
+
+    def __enter__(self) -> "Downloads":
+        """Raises StorageError."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _storage_error(self._folder, error) from error
+        for number in range(self._first):  # left by a start that was killed before it could delete them
+            self._delete(number)
+        self._ahead.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ahead.__exit__(kind, error, traceback)
+
+    def path(self, number: int) -> Path:
+        """Where file `number` lies, once it does, whole and verified. Raises UserError and StorageError.
+
+        A caller asks for files in order, and is done with all but `parallel` - 1 of those before.
+        """
+        return self._ahead.result(number)
+
+    def done_with(self, number: int) -> None:
+        """Deletes file `number`, unless it lies in the user's own cache, and lets the next download start.
+
+        Raises StorageError.
+        """
+        self._delete(number)
+        self._ahead.release(number)
+
+    def progress(self) -> Progress:
+        now, there = time.monotonic(), sum(self._bytes_there)
+        then, before = self._last_asked
+        self._last_asked = (now, there)
+        total = sum(file.bytes for file in self._listing.files)
+        rate = max(0, there - before) / max(now - then, 1e-9)
+        return Progress(there, total, sum(self._finished), rate)
+
+    def _target(self, number: int) -> Path:
+        return self._folder / self._listing.files[number].path.replace("/", "--")
+
+    def _partial(self, number: int) -> Path:
+        return self._target(number).with_name(self._target(number).name + ".partial")
+
+    def _delete(self, number: int) -> None:
+        for path in (self._target(number), self._partial(number)):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise _storage_error(path, error) from error
+
+    def _on_disk(self, number: int) -> int:
+        paths = (self._target(number), self._partial(number))
+        return next((path.stat().st_size for path in paths if path.is_file()), 0)
+
+    def _fetch(self, number: int, stopping: threading.Event) -> Path:
+        file, path = self._listing.files[number], self._target(number)
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            path = self._in_user_cache(file) or self._download(number, stopping)
+        self._bytes_there[number] = file.bytes
+        self._finished[number] = True
+        return path
+
+    def _in_user_cache(self, file: HubFile) -> Path | None:
+        listing = self._listing
+        found = try_to_load_from_cache(listing.repository, file.path, revision=listing.revision, repo_type="dataset")
+        try:
+            return Path(found) if isinstance(found, str) and _difference(Path(found), file) is None else None
+        except OSError:  # it cannot be read
+            return None
+
+    def _download(self, number: int, stopping: threading.Event) -> Path:
+        partial = self._partial(number)
+        persist(
+            self._listing.files[number].path,
+            self._listing.repository,
+            lambda: self._attempt(number, stopping),
+            stopping=stopping,
+            bytes_there=lambda: self._bytes_there[number],
+        )
+        try:
+            sync(partial)
+            target = move(partial, self._target(number))
+            sync(self._folder)
+        except OSError as error:
+            raise _storage_error(partial, error) from error
+        return target
+
+    def _attempt(self, number: int, stopping: threading.Event) -> None:
+        """Makes the partial file of `number` whole, from where it is; raises BadAnswerError where it is wrong then."""
+        file, partial = self._listing.files[number], self._partial(number)
+        if not partial.is_file() or partial.stat().st_size < file.bytes:
+            self._append(number, stopping)
+        if difference := _difference(partial, file):
+            partial.unlink()
+            self._bytes_there[number] = 0
+            raise BadAnswerError(difference)
+
+    def _append(self, number: int, stopping: threading.Event) -> None:
+        file, partial = self._listing.files[number], self._partial(number)
+        try:
+            output = open(partial, "ab", buffering=0)  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise _storage_error(partial, error) from error
+        with output:
+            self._bytes_there[number] = there = output.tell()
+            for chunk in read_range(self._listing, file, there, file.bytes):
+                if stopping.is_set():
+                    raise BadAnswerError("stopped")
+                rest = memoryview(chunk)
+                try:
+                    while rest:
+                        rest = rest[output.write(rest) :]
+                except OSError as error:
+                    raise _storage_error(partial, error, file.bytes - output.tell()) from error
+                self._bytes_there[number] += len(chunk)
+
+
+def _difference(path: Path, file: HubFile) -> str | None:
+    """How the content at `path` differs from what the listing promises, or None."""
+    if (size := path.stat().st_size) != file.bytes:
+        return f"{size} bytes came, {file.bytes} are listed"
+    if file.sha256 is not None and (found := fingerprint(path)["sha256"]) != file.sha256:
+        return f"the content's sha256 is {found}, {file.sha256} is listed"
+    return None
+
+
+def _storage_error(path: Path, error: OSError, missing_bytes: int = 0) -> StorageError:
+    needed = f"; {missing_bytes:,} bytes more are needed, {free_bytes(path):,} are free" if missing_bytes else ""
+    return StorageError(
+        f"cannot write {path}: {os.strerror(error.errno) if error.errno else error}{needed}; "
+        "make room or mend the permissions; the same command goes on from here"
+    )
