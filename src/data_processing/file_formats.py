@@ -85,15 +85,15 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
 
 
-def column_of(schema: Any, text_field: str, path: Path | str) -> None:
-    """Raises UserError where the Arrow `schema` of `path` has no column `text_field` of text."""
+def check_column(schema: Any, text_field: str, where: Path | str) -> None:
+    """Raises UserError where the Arrow `schema` of `where` has no column `text_field` of text."""
     import pyarrow as pa
 
     if text_field not in schema.names:
-        raise _missing_field(str(path), text_field, schema.names)
+        raise _missing_field(str(where), text_field, schema.names)
     kind = schema.field(text_field).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path}: column {text_field!r} must hold text, found type {kind}")
+        raise UserError(f"{where}: column {text_field!r} must hold text, found type {kind}")
 
 
 def _read_lines(path: Path, text_field: str) -> Iterator[tuple[Lines, float]]:
@@ -147,7 +147,7 @@ def _read_parquet(path: Path, text_field: str, skip: int) -> Iterator[tuple[Colu
 
     try:
         file = pq.ParquetFile(path)
-        column_of(file.schema_arrow, text_field, path)
+        check_column(file.schema_arrow, text_field, path)
         rows_read = 0
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
@@ -176,7 +176,7 @@ def _read_arrow(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-            column_of(reader.schema, text_field, path)
+            check_column(reader.schema, text_field, path)
             tables = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
             read = 0
             for table in tables:

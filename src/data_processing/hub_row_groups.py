@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from src.data_processing.file_formats import check_column
 from src.data_processing.hub_files import BadAnswerError, HubListing, persist, read_range
-from src.utils.errors import UserError
 from src.utils.rand_idx_seq_gen import permutation
 from src.utils.read_ahead import ReadAhead
 
@@ -31,7 +31,7 @@ def remote_row_groups(listing: HubListing, column: str, seed: int, first: int = 
         path = listing.files[number].path
         what = f"the footer of {path}"
         found = _decoded(what, listing, stopping, lambda: pq.read_metadata(RemoteFile(listing, number)))
-        _check_column(found.schema.to_arrow_schema(), column, f"{listing.repository}: {path}")
+        check_column(found.schema.to_arrow_schema(), column, f"{listing.repository}: {path}")
         return found
 
     with ReadAhead(footer, 0, len(listing.files), _AHEAD) as ahead:
@@ -96,11 +96,3 @@ def _decoded(what: str, listing: HubListing, stopping: threading.Event, read: Ca
             raise BadAnswerError(f"what came is not sound parquet: {error}") from error
 
     return persist(what, listing.repository, attempt, stopping=stopping)
-
-
-def _check_column(schema: pa.Schema, column: str, where: str) -> None:
-    if column not in schema.names:
-        raise UserError(f"{where}: no column {column!r}; columns found: {', '.join(schema.names)}")
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{where}: column {column!r} must hold text, found type {kind}")

@@ -104,24 +104,34 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
             document_lengths=lengths,
             shards=shards,
         )
-        write_manifest(folder, manifest)
         stamp(folder, manifest)
+        write_manifest(folder, manifest)
     if counts["replaced_invalid"]:
         _say(f"invalid UTF-8 in {counts['replaced_invalid']} document(s) was replaced by the character U+FFFD")
     return read_manifest(folder)
 
 
-def open_sources(request: Request, pinned: Sequence[dict[str, Any]] | None, stack: ExitStack) -> list[Source]:
-    """The sources of a request, in order; with `pinned`, details from an earlier time, the hub's files of that time.
+def open_sources(request: Request, pinned: Sequence[dict[str, Any]], work: Path, stack: ExitStack) -> list[Source]:
+    """The sources of a request, in order; the hub's files as they were at the time of the details `pinned`, if any.
 
-    They are closed by `stack`. Raises UserError.
+    Downloads go to `work`. `stack` closes the sources. Raises UserError.
     """
     sources: list[Source] = []
     for name in request.source:
         if name == "pydocs":
             sources.append(text_sources.PythonDocs())
-        else:
+        elif name == "files":
             sources += text_sources.open_files(request.paths, request.text_field)
+        else:
+            try:
+                from src.data_processing.hub_sources import fineweb_edu
+            except ImportError as error:  # these packages are for the hub alone
+                raise UserError(
+                    f"--source fineweb-edu needs a package more ({error}); run: pip install -r requirements.txt"
+                ) from None
+            details = next((entry for entry in pinned if entry["name"] == name), None)
+            is_part = request.max_tokens is not None or request.max_documents is not None
+            sources.append(fineweb_edu(details, request.seed if is_part else None, work))
         stack.callback(sources[-1].close)
     return sources
 
@@ -178,7 +188,7 @@ def _begin(request: Request, folder: Path, work: Path, workers: int, stack: Exit
         _say(f"going on with {folder}: all documents are tokenised")
         return saved["sources"]
     _say(f"preparing {folder} from {', '.join(request.source)}")
-    sources = open_sources(request, saved["sources"] if goes_on else None, stack)
+    sources = open_sources(request, saved["sources"] if goes_on else [], work, stack)
     details = [source.details for source in sources]
     if goes_on and saved["sources"] == details:
         _say(f"going on after {sum(state['tokens'] for state in states):,} tokens that are there")

@@ -60,7 +60,7 @@ def _read_again(
 ) -> SortedDocuments:
     """The documents in the key ranges of `shards`, from the sources."""
     request = Request(**manifest.request)
-    sources = open_sources(request, manifest.sources, stack)
+    sources = open_sources(request, manifest.sources, work, stack)
     for now, then in zip((source.details for source in sources), manifest.sources, strict=True):
         if changed := [name for name in now if now[name] != then.get(name)]:
             raise UserError(

@@ -5,7 +5,6 @@ on behind any batch without reading what lies before its unit.
 """
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from src.data_processing.file_formats import (
     read_batches,
     read_text,
 )
+from src.utils.disk import fingerprint
 from src.utils.errors import UserError
 
 # One text tokenised by r50k_base has some 4 to 4.6 bytes a token; compressed text is 3 times as dense, roughly.
@@ -152,15 +152,10 @@ def _files_below(root: Path) -> Iterator[Path]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-                size += len(chunk)
+        return {"path": str(path), **fingerprint(path)}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; mend its permissions or leave it out") from None
-    return {"path": str(path), "bytes": size, "sha256": digest.hexdigest()}
 
 
 def _units_of(files: Sequence[Path], sizes: dict[Path, int]) -> list[list[Path]]:

@@ -115,7 +115,7 @@ def _read_stamp(folder: Path) -> dict[str, Any]:
 
 def _write_stamp(folder: Path, entries: dict[str, Any]) -> None:
     """Replaces the stamp at once. Not synced: a stamp that a power cut damages counts as absent."""
-    temporary = folder / f"{STAMP}.{os.getpid()}"  # another run may write one at the same time
+    temporary = folder / f"{STAMP}.tmp"
     try:
         temporary.write_text(json.dumps({"format": STAMP_FORMAT, "shards": entries}, indent=1) + "\n")
         os.replace(temporary, folder / STAMP)

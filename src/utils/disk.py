@@ -31,6 +31,8 @@ def size_text(n_bytes: float) -> str:
             return f"{n_bytes:.{0 if unit == 'bytes' else 1}f} {unit}"
         n_bytes /= 1_000
     return f"{n_bytes:.1f} TB"
+
+
 def fingerprint(path: Path) -> dict[str, int | str]:
     """A file's size and hash, as {"bytes": ..., "sha256": ...}. Raises OSError."""
     with open(path, "rb") as file:

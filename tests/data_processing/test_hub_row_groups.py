@@ -99,7 +99,7 @@ def test_faults_that_pass(rows: Callable[..., tuple[list[tuple[int, int]], str]]
 @pytest.mark.parametrize(
     ("column", "times", "message"),
     [
-        ("body", 0, "000_00000.parquet: no column 'body'; columns found: id, text, score"),
+        ("body", 0, "000_00000.parquet: no field 'body'; fields found: id, text, score"),
         ("score", 0, "000_00000.parquet: column 'score' must hold text, found type double"),
         ("text", 99, "cannot get the footer of sample/10BT/000_00000.parquet of org/data from"),
     ],

@@ -25,7 +25,7 @@ def test_every_one_is_named_before_anything_is_trained(commands: Commands, data:
     assert f"{too_long}: expected 1128 bytes, found 1130: the array is followed by bytes" in message
     assert f"{too_short}: expected 1528 bytes, found 1527: the array is cut short" in message
     assert f"{empty}: expected a .npy file of 900 uint16 tokens, found an empty file" in message
-    assert "prepare the dataset again" in message
+    assert "--repair --out" in message
     assert not (commands.temp_data / "runs").exists()
 
 
