@@ -1,18 +1,17 @@
 """Documents -> token ids, in order, by any number of processes."""
 
 import hashlib
-import os
+import queue
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from multiprocessing import active_children, get_context, parent_process
-from multiprocessing.connection import wait
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +25,7 @@ KEY_BYTES = 16
 _WORTH_PROCESSES = 5
 
 KeyRange = tuple[bytes, bytes]
+Encode = Callable[[Documents], "EncodedBatch"]
 T = TypeVar("T")
 
 
@@ -130,38 +130,74 @@ def document_key(data: bytes, seed: int) -> bytes:
 
 
 def _encode_in_processes(
-    batches: Iterable[tuple[T, Documents]], workers: int, encode: Callable[[Documents], EncodedBatch]
+    batches: Iterable[tuple[T, Documents]], n_workers: int, encode: Encode
 ) -> Iterator[tuple[T, EncodedBatch]]:
-    # Not forked: the sources may have started threads, and a fork copies the locks they hold.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+    workers = [_Worker(encode) for _ in range(n_workers)]
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def encode_elsewhere(documents: Documents) -> EncodedBatch:
+        worker = idle.get()
+        try:
+            return worker.encode(documents)
+        finally:
+            idle.put(worker)
+
+    threads = ThreadPoolExecutor(n_workers)  # each waits for one process at a time
     try:
         pending: deque[tuple[T, Future[EncodedBatch]]] = deque()
         for label, documents in batches:
-            pending.append((label, pool.submit(encode, documents)))
-            if len(pending) > 2 * workers:
+            pending.append((label, threads.submit(encode_elsewhere, documents)))
+            if len(pending) > 2 * n_workers:
                 label, batch = pending.popleft()
                 yield label, batch.result()
         while pending:
             label, batch = pending.popleft()
             yield label, batch.result()
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, most likely for lack of memory; use fewer --workers") from None
-    except BaseException:
-        for child in active_children():  # or leaving would wait for the batches they are at
-            child.terminate()
-        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.end()
+        threads.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """Leaves Ctrl-C to the main process, and ends this one when the main process is gone, even by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+class _Worker:
+    """A process that encodes. Not concurrent.futures': its pool can wait for ever for workers that were ended."""
+
+    def __init__(self, encode: Encode) -> None:
+        # Not forked: the sources may have started threads, and a fork copies the locks they hold.
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, encode), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def encode(self, documents: Documents) -> EncodedBatch:
+        """Raises UserError where the process was killed, and what encoding raises."""
+        try:
+            self._connection.send(documents)
+            outcome = self._connection.recv()
+        except (EOFError, OSError):
+            raise UserError(
+                "a worker process was killed, most likely for lack of memory; use fewer --workers"
+            ) from None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def end(self) -> None:
+        self._process.kill()  # whatever batch it is at
+        self._process.join()
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None, "not a worker"
-    wait([parent.sentinel])
-    os._exit(1)
+def _serve(connection: Connection, encode: Encode) -> None:
+    """Encodes what comes, until the other end is gone, and be it by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    with suppress(EOFError, OSError):
+        while True:
+            documents = connection.recv()
+            try:
+                outcome: EncodedBatch | Exception = encode(documents)
+            except Exception as error:
+                outcome = error
+            connection.send(outcome)

@@ -1,6 +1,7 @@
 """Documents become ids in their order, whoever encodes them, and no more of them are held than needed."""
 
 import hashlib
+import multiprocessing
 from collections.abc import Iterator
 from itertools import chain
 
@@ -10,6 +11,7 @@ import pytest
 from src.data_processing.encoding import EncodedBatch, encode_all, encode_batch
 from src.data_processing.file_formats import Texts
 from src.data_processing.tokenizer import load_tokenizer
+from src.utils.errors import UserError
 from tests.data_processing.documents import some_texts
 
 
@@ -73,6 +75,16 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
         next(encoded)
         assert taken <= 7
         encoded.close()  # type: ignore[attr-defined]
+
+
+def test_a_killed_worker_is_an_error_and_no_hang() -> None:
+    encoded = encode_all(((number, Texts(some_texts(200))) for number in range(100)), workers=2, seed=0)
+    next(encoded)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(UserError, match="a worker process was killed, most likely for lack of memory"):
+        list(encoded)
+    assert multiprocessing.active_children() == []
 
 
 def same(found: EncodedBatch, expected: EncodedBatch) -> None:
