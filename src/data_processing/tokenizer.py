@@ -42,12 +42,9 @@ _MAX_CHARS = 100_000
 _WINDOW = 4_096  # bytes of a long piece encoded together: the merges slow down with more, the overlap tells with fewer
 _OVERLAP = 16  # tokens at a window's end that are encoded again with what follows
 
-# No piece goes on from another character to a space or newline, and the pattern never looks back.
-# (Python's \s holds every character that the pattern's \s does.)
-_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
-# The other places where a piece ends whatever surrounds it, in classes of characters (see `_classes`): a letter,
-# number or other character before one of another class, except that 's is one piece; and before the last of several
-# white-space characters, which the pattern leaves to what follows.
+# Where a piece ends whatever surrounds it, in classes of characters (see `_classes`), for the pattern never looks back:
+# at a letter, number or other character before one of another class, except that 's is one piece; and before the last
+# of several white-space characters, which the pattern leaves to what follows.
 _PIECE_END = re.compile(rb".*(?:L(?=[^L])|N(?=[^N])|O(?=[^OL])|S(?=S[^S]))", re.DOTALL)
 # The pieces that letters can follow, where a piece begins: white space other than a space, and a contraction.
 _CONTRACTION = re.compile(r"[^\S \x1c-\x1f]?'(?:[sdmt]|ll|ve|re)")
@@ -193,10 +190,11 @@ def _safe_cut(text: str, start: int) -> int:
 
     Returns `start` where there is none: then there is a long piece.
     """
-    if found := _WORD_END.match(text, start, start + _MAX_CHARS):
-        return found.end()
-    found_class = _PIECE_END.match(_classes(text[start : start + _MAX_CHARS]))
-    return start + found_class.end() if found_class else start
+    space = text.rfind(" ", start + 1, start + _MAX_CHARS)
+    if space > 0 and not text[space - 1].isspace():
+        return space  # as nearly always, and found the soonest
+    found = _PIECE_END.match(_classes(text[start : start + _MAX_CHARS]))
+    return start + found.end() if found else start
 
 
 def _long_piece(text: str, start: int) -> tuple[int, int]:
@@ -233,11 +231,12 @@ def _class_of_code_points() -> np.ndarray:
 
     Other libraries' differ for thousands of characters, because each follows another version of Unicode.
     """
-    every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    code_points = np.r_[:0xD800, 0xE000:0x110000].astype("<u4")  # all but the surrogates
+    characters = code_points.tobytes().decode("utf-32-le")
     single_bytes = {bytes([byte]): byte for byte in range(256)}
     classes = np.full(0x110000, ord("O"), np.uint8)
     for name, pattern in [("L", r"\p{L}"), ("N", r"\p{N}"), ("S", r"\s")]:
         matcher = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=single_bytes, special_tokens={})
-        members = bytes(matcher.encode_ordinary(every)).decode()
+        members = bytes(matcher.encode_ordinary(characters)).decode()
         classes[np.frombuffer(members.encode("utf-32-le"), "<u4")] = ord(name)
     return classes
