@@ -364,7 +364,10 @@ def describe_run(
         "machine": machine,
         "dataset": {
             "name": config.data.dir,
-            "sources": manifest.sources,
+            "sources": [
+                {name: value for name, value in source.items() if not name.endswith("files")}
+                for source in manifest.sources
+            ],
             **manifest.counts,
             "manifest_sha256": manifest.sha256,
         },

@@ -279,7 +279,7 @@ def _check_disk(sources: Sequence[Source], request: Request, work: Path) -> None
     line = f"some {size_text(max(0, needed))} of disk needed, {size_text(free)} free at {work.parent}"
     if needed > free and all(source.estimate_is_sure for source in sources):
         raise StorageError(f"{line}; make room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens")
-    if needed > free or needed > 1e9:
+    if needed > free or needed > 1e8:
         _say(f"warning: {line}" if needed > free else line)
 
 

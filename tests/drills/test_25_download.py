@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from src.data_processing.preparation import prepare
 from src.data_processing.shards import read_manifest
 from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.data_processing.documents import all_decoded, contents, some_texts
+from tests.data_processing.documents import all_decoded, contents, request, some_texts
 from tests.data_processing.stand_in_hub import Fault, Hub, hub
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
@@ -59,6 +60,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     assert sorted(all_decoded(folder)) == sorted(TEXTS)
     assert served.bytes_sent() == sum(map(len, FILES.values()))
     assert not (commands.temp_data / "hf" / "hub").exists(), "no second copy in the user's cache"
+    files = commands.temp_data / "files"
+    files.mkdir()
+    for path, content in FILES.items():
+        (files / Path(path).name).write_bytes(content)
+    same = prepare(request(files), commands.temp_data / "from files", 1)
+    assert [shard.sha256 for shard in same.shards] == [shard.sha256 for shard in read_manifest(folder).shards]
     return contents(folder)
 
 
