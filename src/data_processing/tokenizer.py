@@ -46,7 +46,8 @@ _OVERLAP = 16  # tokens at a window's end that are encoded again with what follo
 # at a letter, number or other character before one of another class, except that 's is one piece; and before the last
 # of several white-space characters, which the pattern leaves to what follows.
 _PIECE_END = re.compile(rb".*(?:L(?=[^L])|N(?=[^N])|O(?=[^OL])|S(?=S[^S]))", re.DOTALL)
-# The pieces that letters can follow, where a piece begins: white space other than a space, and a contraction.
+# A contraction, a piece though letters follow, and before it the white space that is a piece: any but a space.
+# (Python's \s holds 1C to 1F besides what the pattern's \s does.)
 _CONTRACTION = re.compile(r"[^\S \x1c-\x1f]?'(?:[sdmt]|ll|ve|re)")
 
 
@@ -54,7 +55,7 @@ class Tokenizer:
     """Text to token ids and back. The text `<|endoftext|>` is text; only `end_of_text` is the control token.
 
     Ids equal tiktoken's `encode_ordinary`; for a text that tiktoken cannot take, they are what its pattern and ranks
-    define. Time grows linearly with the text.
+    define. Time grows linearly with the text, and memory beyond the text's and the ids' own stays small.
     """
 
     name = "r50k_base"
@@ -186,9 +187,9 @@ def _hash_of(ranks: dict[bytes, int]) -> str:
 
 
 def _safe_cut(text: str, start: int) -> int:
-    """The last place less than _MAX_CHARS after `start`, where a piece begins, to cut without changing an id.
+    """The last place less than _MAX_CHARS after `start` to cut without changing an id, or `start`: there is none.
 
-    Returns `start` where there is none: then there is a long piece.
+    A piece begins at `start`.
     """
     space = text.rfind(" ", start + 1, start + _MAX_CHARS)
     if space > 0 and not text[space - 1].isspace():
@@ -198,10 +199,10 @@ def _safe_cut(text: str, start: int) -> int:
 
 
 def _long_piece(text: str, start: int) -> tuple[int, int]:
-    """Begin and end of the piece that takes all from `start` to beyond _MAX_CHARS, or all but a little before it.
+    """Begin and end of the last piece that begins less than _MAX_CHARS after `start`, where there is no safe cut.
 
-    There is no safe cut, so what comes before its run of one class is at most one white-space character and a run of
-    other characters.
+    It is a run of characters of one class, perhaps with a space in front. Before it are at most one white-space
+    character and, where it is letters, a run of other characters or a contraction.
     """
     end = start + _MAX_CHARS
     classes = _classes(text[start:end])
@@ -217,7 +218,7 @@ def _long_piece(text: str, start: int) -> tuple[int, int]:
         end -= 1
     if contraction := _CONTRACTION.match(text, start):
         return contraction.end(), end
-    return run - (text[start:run][-1:] == " "), end
+    return run - text.endswith(" ", start, run), end
 
 
 def _classes(text: str) -> bytes:
