@@ -12,7 +12,6 @@ import os
 import time
 from typing import Any
 
-from src.data_processing.inspection import inspect
 from src.data_processing.preparation import Request, prepare
 from src.data_processing.repair import repair, verify
 from src.utils.cores import available_cores
@@ -27,6 +26,8 @@ def main() -> None:
     start = time.monotonic()
     folder = dataset_dir(args.out)
     if args.inspect:
+        from src.data_processing.inspection import inspect  # matplotlib takes its time
+
         found = inspect(folder)
         print(found.page)
         print(json.dumps(found.figures))

@@ -176,7 +176,7 @@ def _group_of(records: np.ndarray) -> np.ndarray:
 
 def _write(path: Path, tokens: np.ndarray) -> None:
     with open(path, "wb") as file:
-        file.write(tokens.astype(TOKEN_DTYPE, copy=False).tobytes())
+        file.write(memoryview(tokens.astype(TOKEN_DTYPE, copy=False)))
         file.flush()
         os.fsync(file.fileno())
 

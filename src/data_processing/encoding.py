@@ -23,6 +23,8 @@ from src.utils.errors import UserError
 KEY_BYTES = 16
 # Fewer batches than this aren't worth the start of processes, some 0.5 s.
 _WORTH_PROCESSES = 5
+# Batches for each worker that are read or encoded, to keep all busy while a run is written.
+_AHEAD = 8
 
 KeyRange = tuple[bytes, bytes]
 Encode = Callable[[Documents], "EncodedBatch"]
@@ -70,7 +72,7 @@ def encode_all(
 ) -> Iterator[tuple[T, EncodedBatch]]:
     """Encodes batches in their order, each with the label it came with; the same for any number of processes.
 
-    With `wanted`, only documents whose key is in one of the ranges, ends included. At most 2 * workers + 1 batches
+    With `wanted`, only documents whose key is in one of the ranges, ends included. At most 8 * workers + 1 batches
     are held at a time. Raises UserError where a process was killed, and what reading the batches raises.
     """
     encode = partial(encode_batch, seed=seed, wanted=wanted)
@@ -149,7 +151,7 @@ def _encode_in_processes(
         pending: deque[tuple[T, Future[EncodedBatch]]] = deque()
         for label, documents in batches:
             pending.append((label, threads.submit(encode_elsewhere, documents)))
-            if len(pending) > 2 * n_workers:
+            if len(pending) > _AHEAD * n_workers:
                 label, batch = pending.popleft()
                 yield label, batch.result()
         while pending:

@@ -20,6 +20,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,10 +176,20 @@ def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iter
     digest = hashlib.sha256(header.getvalue())
     with replacing(folder / name, expected_bytes=tokens * TOKEN_DTYPE.itemsize) as file:
         file.write(header.getvalue())
-        for array in arrays:
-            content = array.astype(TOKEN_DTYPE, copy=False).tobytes()
+
+        def put(array: np.ndarray) -> None:
+            content = memoryview(np.ascontiguousarray(array, TOKEN_DTYPE)).cast("B")
             file.write(content)
             digest.update(content)
+
+        with ThreadPoolExecutor(1) as beside:  # while the next array is made
+            last: Future[None] | None = None
+            for array in arrays:
+                if last is not None:
+                    last.result()
+                last = beside.submit(put, array)
+            if last is not None:
+                last.result()
         assert file.tell() == header.tell() + tokens * TOKEN_DTYPE.itemsize, "the shard is not as long as announced"
     return name, digest.hexdigest()
 
