@@ -176,7 +176,7 @@ def _group_of(records: np.ndarray) -> np.ndarray:
 
 def _write(path: Path, tokens: np.ndarray) -> None:
     with open(path, "wb") as file:
-        file.write(memoryview(tokens.astype(TOKEN_DTYPE, copy=False)))
+        file.write(tokens.astype(TOKEN_DTYPE, copy=False).data)
         file.flush()
         os.fsync(file.fileno())
 

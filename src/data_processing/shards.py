@@ -178,7 +178,7 @@ def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iter
         file.write(header.getvalue())
 
         def put(array: np.ndarray) -> None:
-            content = memoryview(np.ascontiguousarray(array, TOKEN_DTYPE)).cast("B")
+            content = np.ascontiguousarray(array, TOKEN_DTYPE).data.cast("B")
             file.write(content)
             digest.update(content)
 

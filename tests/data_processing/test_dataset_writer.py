@@ -131,7 +131,7 @@ def test_other_sources_begin_anew(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path: Path, commands: Commands) -> None:
     """Even while the workers are at batches that take seconds."""
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(2) + ["x" * 20_000_000] * 4)
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(2) + [random_letters(20_000_000)] * 6)
     process = subprocess.Popen(
         [sys.executable, "-m", MODULE, "--source", "files", "--path", str(path), "--workers", "2", "--out", "stopped"],
         cwd=ROOT,
@@ -151,6 +151,11 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path: Path, commands:
     assert process.returncode == 130
     assert said.splitlines()[-1] == "interrupted"
     assert not (tmp_path / "datasets" / "stopped").exists()
+
+
+def random_letters(count: int) -> str:
+    """A word that takes seconds to encode."""
+    return np.random.default_rng(0).integers(97, 123, count).astype(np.uint8).tobytes().decode()
 
 
 def _children(pid: int) -> list[str]:

@@ -71,9 +71,10 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
         taken = 0
         encoded = iter(encode_all(batches(), workers, seed=0))
         next(encoded)
-        assert taken <= 6
+        held = 5 if workers == 1 else 8 * workers + 1
+        assert taken <= held
         next(encoded)
-        assert taken <= 7
+        assert taken <= held + 1
         encoded.close()  # type: ignore[attr-defined]
 
 
