@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -87,9 +86,8 @@ def train(config: Config, stop: Callable[[], bool] = lambda: False) -> Outcome:
         config.grad_accumulation_steps(procs.world_size)  # refused before anything is touched
         folder = dataset_dir(config.data.dir)
         manifest = procs.together(lambda: read_manifest(folder))
-        say = partial(print, file=sys.stderr, flush=True)
         # before anything reads a token; on each machine, because its disk may be its own
-        procs.together(lambda: ensure_verified(folder, manifest, say) if procs.is_machines_first else None)
+        procs.together(lambda: ensure_verified(folder, manifest) if procs.is_machines_first else None)
         training, assessment = procs.together(lambda: open_data(config, folder, manifest))
         run_dir = RUNS / config.run_name
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
@@ -364,10 +362,7 @@ def describe_run(
         "machine": machine,
         "dataset": {
             "name": config.data.dir,
-            "sources": [
-                {name: value for name, value in source.items() if not name.endswith("files")}
-                for source in manifest.sources
-            ],
+            "sources": manifest.origins,
             **manifest.counts,
             "manifest_sha256": manifest.sha256,
         },

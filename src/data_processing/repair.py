@@ -23,7 +23,7 @@ from src.utils.errors import UserError
 def verify(folder: Path) -> Manifest:
     """The manifest of the dataset in `folder`, after reading every byte of it; raises UserError naming each fault."""
     manifest = read_manifest(folder)
-    ensure_verified(folder, manifest, _say, trust_stamp=False)
+    ensure_verified(folder, manifest, trust_stamp=False)
     if strays := unlisted_files(folder, manifest):
         _say(f"ignored in {folder}, not part of the dataset: {', '.join(strays)}")
     _say(f"verified: {folder}")
@@ -36,7 +36,7 @@ def repair(folder: Path, workers: int) -> Manifest:
     Raises UserError where the sources are not what they were, StorageError, or BusyError.
     """
     manifest = read_manifest(folder)
-    faults = find_faults(folder, manifest, _say, trust_stamp=False)
+    faults = find_faults(folder, manifest, trust_stamp=False)
     if not faults:
         _say(f"nothing to repair: {folder}")
         return manifest

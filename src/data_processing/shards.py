@@ -95,6 +95,11 @@ class Manifest:
     """Of the manifest file, once it is read from one."""
 
     @property
+    def origins(self) -> list[dict[str, Any]]:
+        """The sources without their lists of files, which can be long."""
+        return [{name: value for name, value in s.items() if not name.endswith("files")} for s in self.sources]
+
+    @property
     def validation(self) -> tuple[Shard, ...]:
         return tuple(shard for shard in self.shards if shard.split == "validation")
 

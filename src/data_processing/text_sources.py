@@ -6,6 +6,7 @@ on behind any batch without reading what lies before its unit.
 
 import glob
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -30,8 +31,8 @@ _BYTES_PER_TOKEN = 4
 _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
 
 
-class Source:
-    """Documents in units. Subclasses say what `batches` gives."""
+class Source(ABC):
+    """Documents in units, such as files."""
 
     def __init__(self, details: dict[str, Any], unit_bytes: Sequence[int], estimated_tokens: int) -> None:
         self.details = details
@@ -41,26 +42,26 @@ class Source:
         self.estimated_tokens = estimated_tokens
         """Roughly, to tell how much disk is needed."""
 
+    @abstractmethod
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         """The batches of a unit but the first `skip`, each with the share of the unit that is read after it.
 
         Raises UserError for what is wrong with the source, StorageError where it needs disk and has none.
         """
-        raise NotImplementedError
 
     download_bytes = 0
     """Disk that downloads take while they go on."""
     estimate_is_sure = False
     """Whether a disk that is too small by the estimate is reason enough not to begin."""
 
-    def release(self, unit: int) -> None:
+    def release(self, unit: int) -> None:  # noqa: B027 (most sources have nothing to give back)
         """The units before `unit` will not be asked for again, not even by a later process."""
 
     def status(self) -> str:
         """What there is to say beside progress, or nothing."""
         return ""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Ends what goes on in the background."""
 
 

@@ -7,8 +7,8 @@ a file, setting its times and renaming another over it all change its inode or i
 
 import json
 import os
+import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
@@ -24,9 +24,9 @@ REPORT_EVERY_S = 5.0
 MAX_THREADS = 8  # a core hashes more than 1 GB/s, so these are ahead of most disks
 
 
-def ensure_verified(folder: Path, manifest: Manifest, say: Callable[[str], None], trust_stamp: bool = True) -> None:
+def ensure_verified(folder: Path, manifest: Manifest, trust_stamp: bool = True) -> None:
     """Raises UserError naming every fault that `find_faults` finds."""
-    if faults := find_faults(folder, manifest, say, trust_stamp):
+    if faults := find_faults(folder, manifest, trust_stamp):
         found = "\n".join(f"  {fault}" for fault in faults.values())
         raise UserError(
             f"{len(faults)} of {len(manifest.shards)} shards of {folder} are not as prepared:\n{found}\n"
@@ -34,12 +34,10 @@ def ensure_verified(folder: Path, manifest: Manifest, say: Callable[[str], None]
         )
 
 
-def find_faults(
-    folder: Path, manifest: Manifest, say: Callable[[str], None], trust_stamp: bool = True
-) -> dict[int, str]:
+def find_faults(folder: Path, manifest: Manifest, trust_stamp: bool = True) -> dict[int, str]:
     """What is wrong with each shard that is not as prepared, with path, expected and actual, by its number.
 
-    Reads the shards that the stamp does not vouch for, and stamps the sound ones. `say` gets a line of progress every
+    Reads the shards that the stamp does not vouch for, and stamps the sound ones. stderr gets a line of progress every
     few seconds, and one where the stamp cannot be written, which only makes the next start slower.
     """
     stamped = _read_stamp(folder) if trust_stamp else {}
@@ -60,7 +58,7 @@ def find_faults(
                     known[manifest.shards[jobs[job]].file] = entry
                 if time.monotonic() - last >= REPORT_EVERY_S:
                     last = time.monotonic()
-                    say(f"verifying {folder}: {done} of {len(unread)} shards read")
+                    _say(f"verifying {folder}: {done} of {len(unread)} shards read")
                     with suppress(StorageError):  # said at the end
                         _write_stamp(folder, known)  # a start that is cut off here is not begun again
         finally:
@@ -68,7 +66,7 @@ def find_faults(
     try:
         _write_stamp(folder, known)
     except StorageError as error:
-        say(f"the next start will read the dataset again: {error}")
+        _say(f"the next start will read the dataset again: {error}")
     return dict(sorted(faults.items()))
 
 
@@ -123,3 +121,7 @@ def _write_stamp(folder: Path, entries: dict[str, Any]) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise StorageError(f"cannot write {folder / STAMP}: {error.strerror or error}") from error
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

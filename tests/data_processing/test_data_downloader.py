@@ -31,25 +31,6 @@ from tests.data_processing.documents import (
 FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
 
 
-def test_bytes_are_the_same_for_any_number_of_workers(tmp_path: Path, commands: Commands) -> None:
-    hard = ["", " \n", "x" * 1_500_000, "a\n" * 600_000, "<|endoftext|>", "caf\u00e9 \ufffd"]
-    write_json_lines(tmp_path / "a.jsonl", some_texts(6_000) + hard)
-    (tmp_path / "b.txt").write_bytes(b"caf\xe9 \xff\xfe")
-    (tmp_path / "c.txt").write_bytes(bytes(range(256)) * 100)
-    common = ["--source", "files", "--path", str(tmp_path / "*.*"), "--tokens-per-shard", "100000"]
-    for out, workers in (("one", "1"), ("two", "2"), ("again", "2")):
-        done = commands.module(MODULE, *common, "--out", out, "--workers", workers)
-        assert done.returncode == 0, done.stderr
-    one, two, again = (contents(tmp_path / "datasets" / out) for out in ("one", "two", "again"))
-    assert one == two == again
-    manifest = read_manifest(tmp_path / "datasets" / "one")
-    assert manifest.counts["skipped_empty"] == 2
-    assert manifest.counts["replaced_invalid"] == 2
-    assert manifest.counts["documents"] == 6_006
-    documents = all_decoded(tmp_path / "datasets" / "one")
-    assert {"caf\ufffd \ufffd\ufffd", "<|endoftext|>", "x" * 1_500_000} < set(documents)
-
-
 def test_the_result_is_one_json_object_and_a_second_start_is_quick(tmp_path: Path, commands: Commands) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(100))
     arguments = ["--source", "files", "--path", str(path), "--out", "mine"]

@@ -1,5 +1,7 @@
 """Every byte is read before it is trusted, and a file that was not touched since is not read again."""
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -35,9 +37,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def verified(folder: Path) -> list[str]:
     """What is said by a verification that finds nothing wrong."""
-    said: list[str] = []
-    ensure_verified(folder, read_manifest(folder), said.append)
-    return said
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        ensure_verified(folder, read_manifest(folder))
+    return said.getvalue().splitlines()
 
 
 def change_a_token(path: Path, token: int = 7) -> None:
@@ -138,12 +140,14 @@ def test_what_was_read_before_an_interruption_stays_read(
 ):
     monkeypatch.setattr(verification, "REPORT_EVERY_S", 0.0)
 
-    def interrupt(line: str) -> None:
-        if "2 of 3" in line:
-            raise KeyboardInterrupt
+    class Interrupting(io.StringIO):
+        def write(self, text: str) -> int:
+            if "2 of 3" in text:
+                raise KeyboardInterrupt
+            return len(text)
 
-    with pytest.raises(KeyboardInterrupt):
-        ensure_verified(folder, read_manifest(folder), interrupt)
+    with contextlib.redirect_stderr(Interrupting()), pytest.raises(KeyboardInterrupt):
+        ensure_verified(folder, read_manifest(folder))
     reads.clear()
     assert verified(folder)[0] == f"verifying {folder}: 1 of 2 shards read"
     assert len(reads) == 2
