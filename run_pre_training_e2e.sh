@@ -53,7 +53,7 @@ case "$DATA_SOURCE" in
         exit 2
         ;;
 esac
-[ -z "${DATA_MAX_TOKENS:-}" ] || data_name=$data_name-first-$DATA_MAX_TOKENS-tokens
+[ -z "${DATA_MAX_TOKENS:-}" ] || data_name=$data_name-max-$DATA_MAX_TOKENS-tokens
 DATA_DIR=${DATA_DIR:-$data_name}
 RUN_NAME=${RUN_NAME:-$PRESET}
 

@@ -64,7 +64,7 @@ def _parse_arguments() -> argparse.Namespace:
     if args.source and args.out is None and "files" not in args.source:
         args.out = "+".join(_DEFAULT_OUT[source] for source in args.source)
         for limit, unit in ((args.max_tokens, "tokens"), (args.max_documents, "documents")):
-            args.out += f"-first-{limit}-{unit}" if limit else ""  # a trial must never pass for the whole
+            args.out += f"-max-{limit}-{unit}" if limit else ""  # a trial must never pass for the whole
     if args.source and "files" in args.source and not args.path and not looks:
         parser.error("--source files needs --path FILE_OR_GLOB ...")
     if args.path and "files" not in (args.source or ()):
@@ -82,8 +82,42 @@ def _parser() -> argparse.ArgumentParser:
         description="Turns documents into token shards for training: shuffled, tokenised with r50k_base, split into "
         "validation (shard 0) and training (the rest), with a manifest that says where they came from.",
         epilog="The result is one JSON object, the last line of stdout. Exit codes: 0 done, 2 bad input, 4 storage, "
-        "5 another process is preparing the folder. A preparation that was stopped is begun again by the same command.",
+        "5 another process is preparing the folder. A preparation that was stopped goes on by the same command.",
     )
+    _add_source_arguments(parser)
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder of the dataset; a bare name means temp_data/datasets/NAME "
+        "(default: pydocs or fineweb-edu-sample-10BT; needed for --source files)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=_number_from(1),
+        default=available_cores(),
+        metavar="N",
+        help="processes that tokenise; the result is the same for any number (default: one a core, %(default)s here)",
+    )
+    parser.add_argument(
+        "--tokens-per-shard",
+        type=_number_from(1),
+        default=100_000_000,
+        metavar="N",
+        help="a shard holds at most this many tokens, or one longer document (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=_number_from(0), default=42, metavar="N", help="of the shuffle (default: 42)")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
+    modes.add_argument(
+        "--repair", action="store_true", help="make the damaged shards of --out anew from their source, and exit"
+    )
+    modes.add_argument(
+        "--inspect", action="store_true", help="show what the dataset in --out holds, samples included, and exit"
+    )
+    return parser
+
+
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         nargs="+",
@@ -101,27 +135,6 @@ def _parser() -> argparse.ArgumentParser:
         ".txt and .md are one document each; .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow one a line or row",
     )
     parser.add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder of the dataset; a bare name means temp_data/datasets/NAME "
-        "(default: pydocs or fineweb-edu-sample-10BT; needed for --source files)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=_at_least(1),
-        default=available_cores(),
-        metavar="N",
-        help="processes that tokenise; the result is the same for any number (default: one a core, %(default)s here)",
-    )
-    parser.add_argument(
-        "--tokens-per-shard",
-        type=_at_least(1),
-        default=100_000_000,
-        metavar="N",
-        help="a shard holds at most this many tokens, or one longer document (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=_at_least(0), default=42, metavar="N", help="of the shuffle (default: 42)")
-    parser.add_argument(
         "--text-field",
         default="text",
         metavar="NAME",
@@ -129,32 +142,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-tokens",
-        type=_at_least(1),
+        type=_number_from(1),
         metavar="N",
         help="read no more documents than make up this many tokens (default: read all)",
     )
     parser.add_argument(
-        "--max-documents", type=_at_least(1), metavar="N", help="read no more than this many (default: read all)"
+        "--max-documents", type=_number_from(1), metavar="N", help="read no more than this many (default: read all)"
     )
     parser.add_argument(
         "--drop-duplicates", action="store_true", help="keep one of documents that are equal to the byte"
     )
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
-    modes.add_argument(
-        "--repair", action="store_true", help="make the damaged shards of --out anew from their source, and exit"
-    )
-    modes.add_argument(
-        "--inspect", action="store_true", help="show what the dataset in --out holds, samples included, and exit"
-    )
-    return parser
 
 
-def _at_least(minimum: int) -> Any:
+def _number_from(minimum: int) -> Any:
     def number(text: str) -> int:
         value = int(text.replace("_", ""))
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
+        if not minimum <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is {'below ' + str(minimum) if value < minimum else 'too large'}")
         return value
 
     return number

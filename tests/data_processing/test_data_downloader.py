@@ -58,7 +58,7 @@ def test_the_result_is_one_json_object_and_a_second_start_is_quick(tmp_path: Pat
 def test_pydocs_command(tmp_path: Path, commands: Commands) -> None:
     done = commands.module(MODULE, "--source", "pydocs", "--max-documents", "60")
     assert done.returncode == 0, done.stderr
-    manifest = read_manifest(tmp_path / "datasets" / "pydocs-first-60-documents")
+    manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-60-documents")
     assert manifest.sources[0]["name"] == "pydocs"
     assert manifest.counts["documents"] == 60
     assert manifest.shards[0].file == f"pydocs_i_000000_t_{manifest.shards[0].tokens}.npy"

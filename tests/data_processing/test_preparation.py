@@ -67,7 +67,7 @@ def test_limits_keep_the_first_documents(tmp_path: Path, files: int) -> None:
 def test_a_trial_has_a_folder_of_its_own(tmp_path: Path, commands: Commands) -> None:
     done = commands.module(MODULE, "--source", "pydocs", "--max-tokens", "50_000")
     assert done.returncode == 0, done.stderr
-    manifest = read_manifest(tmp_path / "datasets" / "pydocs-first-50000-tokens")
+    manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-50000-tokens")
     assert 40_000 < manifest.counts["tokens"] <= 50_000
     assert json.loads(done.stdout)["tokens"] == manifest.counts["tokens"]
 
