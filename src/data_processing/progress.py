@@ -1,5 +1,6 @@
 """How far a preparation is: a line on stderr now and then, also while it waits for a download."""
 
+import shutil
 import sys
 import threading
 import time
@@ -59,7 +60,10 @@ class Progress:
     def _run(self) -> None:
         begin, end = ("\r", "\x1b[K") if self._terminal else ("", "\n")
         while not self._ended.wait(_EVERY_S_ON_A_TERMINAL if self._terminal else _EVERY_S):
-            print(begin + self.line(), end=end, file=sys.stderr, flush=True)
+            line = self.line()
+            if self._terminal:  # a line that is wrapped cannot be written over
+                line = line[: shutil.get_terminal_size().columns - 1]
+            print(begin + line, end=end, file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:
