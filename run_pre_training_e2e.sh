@@ -7,7 +7,7 @@
 # Variables, with their defaults:
 #   PRESET=lf_llm_269m    debug, laptop or lf_llm_269m; DEBUG_MODE=True means PRESET=debug
 #   RUN_NAME=$PRESET      folder of the run under temp_data/runs
-#   DATA_SOURCE           pydocs, files or fineweb-edu; by preset
+#   DATA_SOURCE           pydocs, files or fineweb-edu; files where DATA_PATH is set, else by preset
 #   DATA_PATH             for files: a file, folder or glob, or several, one a line
 #   DATA_MAX_TOKENS       no more data than this many tokens, in a dataset folder of its own; all
 #   DATA_DIR              name or path of the dataset folder; by source
@@ -39,6 +39,13 @@ case "${NPROC:-1}" in
         exit 2
         ;;
 esac
+[ -z "${DATA_PATH:-}" ] || DATA_SOURCE=${DATA_SOURCE:-files}
+case "${DATA_MAX_TOKENS:-1}" in
+    *[!0-9_]* | 0*)
+        echo "error: DATA_MAX_TOKENS is '$DATA_MAX_TOKENS'; it must be a number of tokens, such as 10_000_000" >&2
+        exit 2
+        ;;
+esac
 case "$PRESET" in
     debug) DATA_SOURCE=${DATA_SOURCE:-pydocs} ;;
     laptop) DATA_SOURCE=${DATA_SOURCE:-files} ;;
@@ -53,7 +60,7 @@ case "$DATA_SOURCE" in
         exit 2
         ;;
 esac
-[ -z "${DATA_MAX_TOKENS:-}" ] || data_name=$data_name-max-$DATA_MAX_TOKENS-tokens
+[ -z "${DATA_MAX_TOKENS:-}" ] || data_name=$data_name-max-${DATA_MAX_TOKENS//_/}-tokens
 DATA_DIR=${DATA_DIR:-$data_name}
 RUN_NAME=${RUN_NAME:-$PRESET}
 

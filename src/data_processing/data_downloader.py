@@ -12,8 +12,9 @@ import os
 import time
 from typing import Any
 
-from src.data_processing.preparation import Request, prepare
+from src.data_processing.preparation import prepare
 from src.data_processing.repair import repair, verify
+from src.data_processing.source_runs import Request
 from src.utils.cores import available_cores
 from src.utils.errors import exit_with
 from src.utils.root import dataset_dir
@@ -71,7 +72,9 @@ def _parse_arguments() -> argparse.Namespace:
         parser.error("--path is for --source files")
     if args.source and len(set(args.source)) < len(args.source):
         parser.error("--source names one source twice; several paths go behind one --path")
-    if args.out is None:
+    if "" in args.path:
+        parser.error("--path is empty; perhaps a variable that is not set")
+    if not args.out:
         parser.error("--out DIR is needed: a name for the dataset, or a folder")
     return args
 
@@ -82,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Turns documents into token shards for training: shuffled, tokenised with r50k_base, split into "
         "validation (shard 0) and training (the rest), with a manifest that says where they came from.",
         epilog="The result is one JSON object, the last line of stdout. Exit codes: 0 done, 2 bad input, 4 storage, "
-        "5 another process is preparing the folder. A preparation that was stopped goes on by the same command.",
+        "5 another process is preparing the folder, 130 Ctrl-C. A preparation that was stopped goes on by the same "
+        "command, from the last 32M tokens that were done.",
     )
     _add_source_arguments(parser)
     parser.add_argument(
@@ -121,6 +125,7 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         nargs="+",
+        action="extend",
         choices=("fineweb-edu", "files", "pydocs"),
         help="fineweb-edu: 10B tokens of educational web pages from the Hugging Face hub (some 28 GB); "
         "files: your own; pydocs: the documentation that comes with Python, NumPy and PyTorch, offline in seconds; "
@@ -129,6 +134,7 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--path",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE_OR_GLOB",
         help="for --source files: files, folders (searched to any depth) or patterns; "
@@ -144,10 +150,14 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         type=_number_from(1),
         metavar="N",
-        help="read no more documents than make up this many tokens (default: read all)",
+        help="take no more documents than make up this many tokens: the first of the sources in their order, but of "
+        "fineweb-edu a random part (default: all)",
     )
     parser.add_argument(
-        "--max-documents", type=_number_from(1), metavar="N", help="read no more than this many (default: read all)"
+        "--max-documents",
+        type=_number_from(1),
+        metavar="N",
+        help="take no more than this many, likewise (default: all)",
     )
     parser.add_argument(
         "--drop-duplicates", action="store_true", help="keep one of documents that are equal to the byte"

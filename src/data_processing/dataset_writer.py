@@ -5,25 +5,28 @@ source has, and equal documents lie side by side, never on both sides of the spl
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from src.data_processing.document_sort import SortedDocuments
 from src.data_processing.shards import SHARD_NAME, Shard, replacing, storage_error, write_shard
 from src.utils.disk import try_lock
-from src.utils.errors import BusyError, UserError
+from src.utils.errors import BusyError, StorageError, UserError
 
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE = 20
 _SMALL_VALIDATION_SHARE = 4
 _USEFUL_VALIDATION_TOKENS = 16_384
 
+PLAN = "plan.json"
 WORK = ".preparing"  # there while a preparation goes on, and after one was stopped
 
 
@@ -43,7 +46,7 @@ def claimed(folder: Path, keep_unfinished: bool = True) -> Iterator[Path]:
     except OSError as error:
         raise storage_error(folder, error) from error
     with lock:
-        if not try_lock(lock) or not work.exists():
+        if not try_lock(lock) or not _is_there(lock, work / "lock"):  # its last holder may have deleted it
             raise BusyError(f"another process is preparing {folder}; wait for it, or choose another --out")
         try:
             yield work
@@ -61,22 +64,45 @@ def _is_begun(work: Path) -> bool:
     return any(path.name.startswith(("run_000000.json", "downloads")) for path in work.iterdir())
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the unfinished work beside a finished dataset: its process was stopped between its last two steps."""
+    if (folder / WORK).exists():
+        with suppress(BusyError, StorageError), claimed(folder):
+            pass
+
+
 def start_over(folder: Path, work: Path) -> None:
     """Removes what an earlier preparation left, but not shards whose origin is unknown: UserError for those."""
-    begun_here = (work / "plan.json").exists()
+    plan = work / PLAN
     shards = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name.removesuffix(".tmp"))]
-    if shards and not begun_here:
+    if plan.exists():
+        with replacing(plan) as file:  # or, after a kill further down, that plan would be gone on with
+            file.write(b"{}")
+    elif shards:
         raise UserError(
             f"{folder} holds {len(shards)} shards without a manifest, such as {min(shards).name}, whose preparation "
             "is unknown; move them away or choose another --out"
         )
     for path in shards:
         path.unlink()
+    empty(work, keep=(plan.name,))
+
+
+def empty(work: Path, keep: Sequence[str] = ()) -> None:
+    """Deletes what is in the folder for unfinished work, but the lock."""
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != "lock":
+        elif path.name not in ("lock", *keep):
             path.unlink()
+
+
+def _is_there(lock: IO, path: Path) -> bool:
+    """Whether the open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -90,7 +116,7 @@ class ShardPlan:
 
 def plan_shards(documents: SortedDocuments, tokens_per_shard: int) -> list[ShardPlan]:
     """Divides the documents; validation first. A shard holds whole documents, at most `tokens_per_shard` tokens of
-    them, or a single longer one. Raises UserError where there are fewer than two different documents.
+    them, or a longer one with those equal to it. Raises UserError where there are fewer than two different documents.
     """
     total = sum(int(records["tokens"].sum(dtype=np.int64)) for records in documents)
     share = max(total // _VALIDATION_SHARE, min(total // _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS))
@@ -112,7 +138,9 @@ def write_shards(
 
     Tokens that no later shard needs are deleted on the way. Raises StorageError.
     """
-    shards = _read_journal(journal, folder)
+    shards = read_journal(journal)
+    if shards:
+        print(f"going on after {len(shards)} shard(s) that are in {folder}", file=sys.stderr)
     for index, plan in enumerate(plans):
         if index >= len(shards):
             shards.append(write_planned(documents, plan, folder, prefix, index))
@@ -121,6 +149,11 @@ def write_shards(
         if index:
             documents.forget(plan.ranges[0][0], plan.ranges[-1][1])
     return tuple(shards)
+
+
+def read_journal(journal: Path) -> list[Shard]:
+    """The shards that an earlier start wrote."""
+    return [Shard(**entry) for entry in json.loads(journal.read_bytes())] if journal.exists() else []
 
 
 def write_planned(documents: SortedDocuments, plan: ShardPlan, folder: Path, prefix: str, index: int) -> Shard:
@@ -184,7 +217,7 @@ def _cut(
         unit = 0
         while unit < len(starts):
             fitting = int(np.searchsorted(total, (total[unit - 1] if unit else 0) + room, side="right"))
-            if fitting == unit and ranges:
+            if fitting <= unit and ranges:
                 yield ShardPlan(tuple(ranges), limit - room)
                 ranges, room = [], limit
                 continue
@@ -214,12 +247,3 @@ def _equal_documents(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys = records["key"]
     starts = np.flatnonzero(np.concatenate(([True], (keys[1:] != keys[:-1]).any(axis=1))))
     return starts, np.add.reduceat(records["tokens"].astype(np.int64), starts)
-
-
-def _read_journal(journal: Path, folder: Path) -> list[Shard]:
-    """The shards that an earlier start wrote."""
-    if not journal.exists():
-        return []
-    shards = [Shard(**entry) for entry in json.loads(journal.read_bytes())]
-    print(f"going on after {len(shards)} shard(s) that are in {folder}", file=sys.stderr)
-    return shards

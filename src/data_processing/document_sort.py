@@ -4,12 +4,15 @@ They are collected into runs of some 32M tokens, each sorted and then left as it
 
     run_000007.tokens_0 ... _f    token ids, uint16, one file for each value of the keys' first four bits
     run_000007.documents.npy      RECORD of each document, sorted by key
-    run_000007.json               what the caller wants to remember; written last, so the run counts only with it
+    run_000007.json               the hashes of the others, and what the caller wants to remember; written last, so
+                                  the run counts only with it
 
 In the end the records of all runs are merged, and tokens are read run by run in long stretches. Memory holds one
-run, later one slice of the documents, whatever the size of the corpus.
+run, later one slice of the documents, whatever the size of the corpus; but documents that are equal share a slice.
 """
 
+import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +25,7 @@ import numpy as np
 
 from src.data_processing.encoding import EncodedBatch
 from src.data_processing.shards import TOKEN_DTYPE, replacing, storage_error
+from src.utils.disk import fingerprint
 
 RUN_TOKENS, RUN_DOCUMENTS = 1 << 25, 1 << 18
 _SLICE_DOCUMENTS = 1 << 20
@@ -34,7 +38,7 @@ RECORD = np.dtype(
         ("first", "<u8"),  # its first token in its file
         ("tokens", "<u4"),
         ("text_bytes", "<u8"),
-        ("source", "<u2"),
+        ("source", "<u4"),
         ("run", "<u4"),
     ]
 )
@@ -48,30 +52,39 @@ def write_run(folder: Path, number: int, batches: Sequence[tuple[int, EncodedBat
     order = _key_order(records["key"])
     records = records[order]
     starts = np.searchsorted(_group_of(records), np.arange(_GROUPS + 1))
+    hashes: dict[str, str] = {}
+    for group, (begin, end) in enumerate(pairwise(starts)):
+        if begin < end:
+            records["first"][begin:end] = np.cumsum(records["tokens"][begin:end]) - records["tokens"][begin:end]
+            tokens = np.concatenate([documents[document] for document in order[begin:end]])
+            path = _path(folder, number, f"tokens_{group:x}")
+            hashes[path.name] = _write(path, tokens.astype(TOKEN_DTYPE, copy=False).data)
     path = _path(folder, number, "documents.npy")
-    try:
-        for group, (begin, end) in enumerate(pairwise(starts)):
-            if begin < end:
-                records["first"][begin:end] = np.cumsum(records["tokens"][begin:end]) - records["tokens"][begin:end]
-                path = _path(folder, number, f"tokens_{group:x}")
-                _write(path, np.concatenate([documents[document] for document in order[begin:end]]))
-        path = _path(folder, number, "documents.npy")
-        with open(path, "wb") as file:
-            np.save(file, records)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise storage_error(path, error) from error
+    content = io.BytesIO()
+    np.save(content, records)
+    hashes[path.name] = _write(path, content.getbuffer())
     with replacing(_path(folder, number, "json")) as file:
-        file.write(json.dumps(state).encode())
+        file.write(json.dumps({**state, "sha256": hashes}).encode())
 
 
 def read_states(folder: Path) -> list[dict[str, Any]]:
-    """What was remembered with each whole run in `folder`, in their order."""
+    """What was remembered with each whole run in `folder`, in their order. Raises ValueError for a damaged one."""
     states: list[dict[str, Any]] = []
     while (path := _path(folder, len(states), "json")).exists():
         states.append(json.loads(path.read_bytes()))
     return states
+
+
+def find_damage(folder: Path, tokens_may_be_gone: bool) -> Path | None:
+    """The first file of the runs in `folder` that is not as it was written; token files are deleted in the end."""
+    for state in read_states(folder):
+        for name, sha256 in state["sha256"].items():
+            path = folder / name
+            if tokens_may_be_gone and not path.exists() and not name.endswith(".npy"):
+                continue
+            if not path.exists() or fingerprint(path)["sha256"] != sha256:
+                return path
+    return None
 
 
 @dataclass(frozen=True)
@@ -174,11 +187,16 @@ def _group_of(records: np.ndarray) -> np.ndarray:
     return records["key"][:, 0] >> np.uint64(60)
 
 
-def _write(path: Path, tokens: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        file.write(tokens.astype(TOKEN_DTYPE, copy=False).data)
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: Path, content: memoryview) -> str:
+    """Writes a file, waits until it is on the disk, and returns its sha256. Raises StorageError."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise storage_error(path, error) from error
+    return hashlib.sha256(content).hexdigest()
 
 
 def _path(folder: Path, run: int, kind: str) -> Path:

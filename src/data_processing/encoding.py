@@ -23,8 +23,6 @@ from src.utils.errors import UserError
 KEY_BYTES = 16
 # Fewer batches than this aren't worth the start of processes, some 0.5 s.
 _WORTH_PROCESSES = 5
-# Batches for each worker that are read or encoded, to keep all busy while a run is written.
-_AHEAD = 8
 
 KeyRange = tuple[bytes, bytes]
 Encode = Callable[[Documents], "EncodedBatch"]
@@ -45,12 +43,18 @@ class EncodedBatch:
     """Of each document, see `document_key`, as two numbers; uint64 of shape (documents, 2)."""
     numbers: np.ndarray
     """Which of the batch's non-empty documents each one is; int64. Not all are there where only some were wanted."""
+    empty_before: np.ndarray
+    """How many documents before each one were left out because they are empty or all white space; int64."""
+    is_invalid: np.ndarray
+    """Whether what is not UTF-8 in it became U+FFFD; bool."""
     documents: int
     """Documents of the batch that aren't empty."""
     skipped_empty: int
-    """Documents left out because they are empty or all white space."""
-    replaced_invalid: int
-    """Documents in which what is not UTF-8 became U+FFFD."""
+    """Documents of the batch that are."""
+
+    @property
+    def replaced_invalid(self) -> int:
+        return int(self.is_invalid.sum())
 
     def first(self, documents: int) -> "EncodedBatch":
         """The batch without what comes after its first `documents` non-empty documents."""
@@ -61,19 +65,24 @@ class EncodedBatch:
             self.text_bytes[:kept],
             self.keys[:kept],
             self.numbers[:kept],
+            self.empty_before[:kept],
+            self.is_invalid[:kept],
             min(documents, self.documents),
-            self.skipped_empty,
-            self.replaced_invalid,
+            int(self.empty_before[kept - 1]) if kept else 0,
         )
 
 
 def encode_all(
-    batches: Iterable[tuple[T, Documents]], workers: int, seed: int, wanted: Sequence[KeyRange] | None = None
+    batches: Iterable[tuple[T, Documents]],
+    workers: int,
+    seed: int,
+    wanted: Sequence[KeyRange] | None = None,
+    ahead: int = _WORTH_PROCESSES,
 ) -> Iterator[tuple[T, EncodedBatch]]:
     """Encodes batches in their order, each with the label it came with; the same for any number of processes.
 
-    With `wanted`, only documents whose key is in one of the ranges, ends included. At most 8 * workers + 1 batches
-    are held at a time. Raises UserError where a process was killed, and what reading the batches raises.
+    With `wanted`, only documents whose key is in one of the ranges, ends included. Up to `ahead` batches, or 5, are
+    read before the first of them is given. Raises UserError where a process was killed, and what reading raises.
     """
     encode = partial(encode_batch, seed=seed, wanted=wanted)
     batches = iter(batches)
@@ -81,7 +90,7 @@ def encode_all(
     if workers == 1 or len(head) < _WORTH_PROCESSES:
         yield from ((label, encode(documents)) for label, documents in chain(head, batches))
     else:
-        yield from _encode_in_processes(chain(head, batches), workers, encode)
+        yield from _encode_in_processes(chain(head, batches), workers, encode, ahead)
 
 
 def encode_batch(documents: Documents, seed: int, wanted: Sequence[KeyRange] | None = None) -> EncodedBatch:
@@ -92,18 +101,21 @@ def encode_batch(documents: Documents, seed: int, wanted: Sequence[KeyRange] | N
     text_bytes: list[int] = []
     keys: list[bytes] = []
     numbers: list[int] = []
-    read = full = replaced = 0
+    empty_before: list[int] = []
+    is_invalid: list[bool] = []
+    read = full = 0
     for text in documents.texts():
         read += 1
         if not text or text.isspace():
             continue
         full += 1
+        invalid = False
         try:
             data = text.encode()
         except UnicodeEncodeError:
             text = replace_surrogates(text)
             data = text.encode()
-            replaced += 1
+            invalid = True
         key = document_key(data, seed)
         if wanted is not None and not any(first <= key <= last for first, last in wanted):
             continue
@@ -111,15 +123,18 @@ def encode_batch(documents: Documents, seed: int, wanted: Sequence[KeyRange] | N
         text_bytes.append(len(data))
         keys.append(key)
         numbers.append(full - 1)
+        empty_before.append(read - full)
+        is_invalid.append(invalid)
     return EncodedBatch(
         tokens=np.concatenate(arrays) if arrays else np.empty(0, np.uint16),
         token_counts=np.array([1 + ids.size for ids in arrays[1::2]], np.int64),
         text_bytes=np.array(text_bytes, np.int64),
         keys=np.frombuffer(b"".join(keys), ">u8").astype(np.uint64).reshape(-1, 2),
         numbers=np.array(numbers, np.int64),
+        empty_before=np.array(empty_before, np.int64),
+        is_invalid=np.array(is_invalid, bool),
         documents=full,
         skipped_empty=read - full,
-        replaced_invalid=replaced,
     )
 
 
@@ -132,7 +147,7 @@ def document_key(data: bytes, seed: int) -> bytes:
 
 
 def _encode_in_processes(
-    batches: Iterable[tuple[T, Documents]], n_workers: int, encode: Encode
+    batches: Iterable[tuple[T, Documents]], n_workers: int, encode: Encode, ahead: int
 ) -> Iterator[tuple[T, EncodedBatch]]:
     workers = [_Worker(encode) for _ in range(n_workers)]
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -151,7 +166,7 @@ def _encode_in_processes(
         pending: deque[tuple[T, Future[EncodedBatch]]] = deque()
         for label, documents in batches:
             pending.append((label, threads.submit(encode_elsewhere, documents)))
-            if len(pending) > _AHEAD * n_workers:
+            if len(pending) >= ahead:
                 label, batch = pending.popleft()
                 yield label, batch.result()
         while pending:

@@ -50,7 +50,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of an Arrow table, of a string or binary type."""
+    """A column of text of an Arrow table."""
 
     values: Any
 
@@ -91,6 +91,10 @@ def check_column(schema: Any, text_field: str, where: Path | str) -> None:
 
     if text_field not in schema.names:
         raise _missing_field(str(where), text_field, schema.names)
+    if schema.names.count(text_field) > 1:
+        raise UserError(
+            f"{where}: {schema.names.count(text_field)} columns are named {text_field!r}; rename all but one"
+        )
     kind = schema.field(text_field).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"{where}: column {text_field!r} must hold text, found type {kind}")
@@ -129,7 +133,7 @@ def _decompressed(file: IO[bytes], path: Path) -> AbstractContextManager[Any]:
 def _text_of(line: str, where: str, text_field: str) -> str:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         raise UserError(f"{where}: not JSON ({error}); every line must be one JSON object") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}: {line.strip()[:60]}")
@@ -163,7 +167,7 @@ def _read_parquet(path: Path, text_field: str, skip: int) -> Iterator[tuple[Colu
                     skip -= 1
                     continue
                 yield Column(batch.column(0)), rows_read / file.metadata.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a sound parquet file ({error}); fetch it again or leave it out") from None
 
 
@@ -186,7 +190,7 @@ def _read_arrow(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
                 for first in range(0, len(values), rows):
                     # A slice is pickled with the whole column's buffers, so it is copied out of them.
                     yield Column(pa.concat_arrays([values.slice(first, rows)])), min(1.0, read / size)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a sound Arrow file ({error}); fetch it again or leave it out") from None
 
 

@@ -66,7 +66,7 @@ class Downloads:
     def path(self, number: int) -> Path:
         """Where file `number` lies, once it does, whole and verified. Raises UserError and StorageError.
 
-        A caller asks for files in order, and is done with all but `parallel` - 1 of those before.
+        A caller asks for files in order. Asking for more than `parallel` before it is done with any takes their disk.
         """
         return self._ahead.result(number)
 

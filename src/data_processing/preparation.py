@@ -7,27 +7,30 @@ that was stopped goes on behind the last whole run, or the last shard, and ends 
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from src.data_processing import text_sources
-from src.data_processing.dataset_writer import WORK, claimed, plan_shards, start_over, write_shards
+from src.data_processing.dataset_writer import (
+    PLAN,
+    claimed,
+    plan_shards,
+    read_journal,
+    remove_leftovers,
+    start_over,
+    write_shards,
+)
 from src.data_processing.document_sort import (
-    RUN_DOCUMENTS,
-    RUN_TOKENS,
     SortedDocuments,
+    find_damage,
     read_states,
     sort_documents,
-    write_run,
 )
-from src.data_processing.encoding import EncodedBatch, KeyRange, encode_all
-from src.data_processing.file_formats import Documents
-from src.data_processing.progress import Progress
 from src.data_processing.shards import (
     MANIFEST,
     TOKEN_DTYPE,
@@ -35,40 +38,18 @@ from src.data_processing.shards import (
     check_shard,
     read_manifest,
     replacing,
+    shard_fault,
     write_manifest,
 )
+from src.data_processing.source_runs import Request, encode_sources, open_sources
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import Tokenizer
-from src.data_processing.verification import stamp
-from src.utils.disk import free_bytes, size_text
-from src.utils.errors import BusyError, StorageError, UserError
+from src.utils.disk import fingerprint, free_bytes, size_text
+from src.utils.errors import StorageError, UserError
 
 # Changes where batches come to be divided differently: then unfinished work is begun anew.
 _WORK_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments that decide a dataset's content."""
-
-    source: list[str]
-    """Of pydocs, files and fineweb-edu."""
-    paths: list[str]
-    text_field: str
-    tokens_per_shard: int
-    seed: int
-    max_documents: int | None = None
-    max_tokens: int | None = None
-    drop_duplicates: bool = False
-
-
-class _Place(NamedTuple):
-    """Where the next batch is found, and the share of its unit that lies before it."""
-
-    source: int
-    unit: int
-    batch: int
-    share: float
+_JOURNAL = "shards.json"
 
 
 def prepare(request: Request, folder: Path, workers: int) -> Manifest:
@@ -86,12 +67,13 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
         documents = sort_documents(work, request.drop_duplicates)
         try:
             plans = plan_shards(documents, request.tokens_per_shard)
-        except UserError:  # nothing to go on with
+        except UserError as error:  # nothing to go on with
             start_over(folder, work)
-            raise
+            limited = request.max_tokens is not None or request.max_documents is not None
+            raise UserError(f"{error}; or raise the limit" if limited else str(error)) from None
         _say(f"writing {len(plans)} shards")
         counts, sources, lengths = _statistics(documents, details, read_states(work))
-        shards = write_shards(documents, plans, folder, "+".join(request.source), work / "shards.json")
+        shards = write_shards(documents, plans, folder, "+".join(request.source), work / _JOURNAL)
         manifest = Manifest(
             sources=sources,
             request=asdict(request),
@@ -104,65 +86,10 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
             document_lengths=lengths,
             shards=shards,
         )
-        stamp(folder, manifest)
         write_manifest(folder, manifest)
     if counts["replaced_invalid"]:
         _say(f"invalid UTF-8 in {counts['replaced_invalid']} document(s) was replaced by the character U+FFFD")
     return read_manifest(folder)
-
-
-def open_sources(request: Request, pinned: Sequence[dict[str, Any]], work: Path, stack: ExitStack) -> list[Source]:
-    """The sources of a request, in order; the hub's files as they were at the time of the details `pinned`, if any.
-
-    Downloads go to `work`. `stack` closes the sources. Raises UserError.
-    """
-    sources: list[Source] = []
-    for name in request.source:
-        if name == "pydocs":
-            sources.append(text_sources.PythonDocs())
-        elif name == "files":
-            sources += text_sources.open_files(request.paths, request.text_field)
-        else:
-            try:
-                from src.data_processing.hub_sources import fineweb_edu
-            except ImportError as error:  # these packages are for the hub alone
-                raise UserError(
-                    f"--source fineweb-edu needs a package more ({error}); run: pip install -r requirements.txt"
-                ) from None
-            details = next((entry for entry in pinned if entry["name"] == name), None)
-            is_part = request.max_tokens is not None or request.max_documents is not None
-            sources.append(fineweb_edu(details, request.seed if is_part else None, work))
-        stack.callback(sources[-1].close)
-    return sources
-
-
-def encode_sources(
-    sources: Sequence[Source], request: Request, work: Path, workers: int, wanted: Sequence[KeyRange] | None = None
-) -> None:
-    """Encodes the documents into runs in `work`, from where the runs that are there end, up to the request's limits.
-
-    With `wanted`, only documents whose keys are in one of these ranges. Raises what reading and writing raise.
-    """
-    states = read_states(work)
-    start = place = _Place(*states[-1]["next"]) if states else _Place(0, 0, 0, 0.0)
-    count = _Count(request, sum(state["read"] for state in states), sum(state["tokens"] for state in states))
-    run: list[tuple[int, EncodedBatch]] = []
-    with Progress(lambda: ", ".join(filter(None, (source.status() for source in sources)))) as progress:
-        progress.begin(_share(sources, place, count), count.documents, count.tokens)
-        for place, batch in encode_all(_batches(sources, start), workers, request.seed, wanted):
-            batch = count.add(batch)
-            run.append((place.source, batch))
-            progress.update(_share(sources, place, count), batch.documents, batch.tokens.size)
-            if count.is_reached:
-                break
-            tokens, documents = sum(b.tokens.size for _, b in run), sum(len(b.token_counts) for _, b in run)
-            if tokens >= RUN_TOKENS or documents >= RUN_DOCUMENTS:
-                _write_run(work, run, place, complete=False)
-                for source in sources[: place.source]:
-                    source.release(len(source.unit_bytes))
-                sources[place.source].release(place.unit)
-                run = []
-        _write_run(work, run, place, complete=True)
 
 
 def _existing(request: Request, folder: Path) -> Manifest:
@@ -170,9 +97,7 @@ def _existing(request: Request, folder: Path) -> Manifest:
     _check_same_request(manifest, request, folder)
     for shard in manifest.shards:
         check_shard(folder, shard, manifest.n_vocab)
-    if (folder / WORK).exists():  # stopped between its last two steps
-        with suppress(BusyError, StorageError), claimed(folder):
-            pass
+    remove_leftovers(folder)
     _say(f"already prepared: {folder}")
     return manifest
 
@@ -180,11 +105,10 @@ def _existing(request: Request, folder: Path) -> Manifest:
 def _begin(request: Request, folder: Path, work: Path, workers: int, stack: ExitStack) -> list[dict[str, Any]]:
     """Encodes all documents into `work`, or those that are missing there; returns the sources' details."""
     plan = {"version": _WORK_VERSION, "request": asdict(request)}
-    path = work / "plan.json"
-    saved = json.loads(path.read_bytes()) if path.exists() else {}
+    saved = _read_plan(folder, work)
     goes_on = {name: saved.get(name) for name in plan} == plan
-    states = read_states(work)
-    if goes_on and states and states[-1]["complete"]:
+    states = read_states(work) if goes_on else []
+    if states and states[-1]["complete"]:
         _say(f"going on with {folder}: all documents are tokenised")
         return saved["sources"]
     _say(f"preparing {folder} from {', '.join(request.source)}")
@@ -194,75 +118,30 @@ def _begin(request: Request, folder: Path, work: Path, workers: int, stack: Exit
         _say(f"going on after {sum(state['tokens'] for state in states):,} tokens that are there")
     else:
         if saved:
-            _say("the sources or the request have changed since this was begun: starting over")
+            _say("not what was begun here: starting over")
         start_over(folder, work)
-        with replacing(path) as file:
+        with replacing(work / PLAN) as file:
             file.write(json.dumps(plan | {"sources": details}).encode())
     _check_disk(sources, request, work)
     encode_sources(sources, request, work, workers)
     return details
 
 
-def _batches(sources: Sequence[Source], start: _Place) -> Iterator[tuple[_Place, Documents]]:
-    """All batches from `start` on, each with the place behind it."""
-    for number, source in enumerate(sources):
-        for unit in range(len(source.unit_bytes)):
-            if (number, unit) < start[:2]:
-                continue
-            skip = start.batch if (number, unit) == start[:2] else 0
-            for batch, (documents, share) in enumerate(source.batches(unit, skip), start=skip + 1):
-                yield _Place(number, unit, batch, share), documents
-
-
-class _Count:
-    """What was read so far, and how much more the request allows."""
-
-    def __init__(self, request: Request, documents: int, tokens: int) -> None:
-        self.documents, self.tokens = documents, tokens
-        self.max_documents, self.max_tokens = request.max_documents, request.max_tokens
-        self.is_reached = False
-
-    def add(self, batch: EncodedBatch) -> EncodedBatch:
-        """The part of `batch` that fits; after it the limit is reached, if there was more."""
-        allowed = batch.documents
-        if self.max_documents is not None:
-            allowed = min(allowed, self.max_documents - self.documents)
-        if self.max_tokens is not None:
-            ends = np.cumsum(batch.token_counts)
-            allowed = min(allowed, int(np.searchsorted(ends, self.max_tokens - self.tokens, side="right")))
-        self.is_reached = allowed < batch.documents
-        if self.is_reached:
-            batch = batch.first(allowed)
-        self.documents += batch.documents
-        self.tokens += batch.tokens.size
-        return batch
-
-    @property
-    def share(self) -> float:
-        """Of what the request allows."""
-        of_documents = self.documents / self.max_documents if self.max_documents else 0.0
-        return max(of_documents, self.tokens / self.max_tokens if self.max_tokens else 0.0)
-
-
-def _write_run(work: Path, run: list[tuple[int, EncodedBatch]], place: _Place, complete: bool) -> None:
-    state = {
-        "next": place,
-        "complete": complete,
-        "tokens": sum(batch.tokens.size for _, batch in run),
-        "read": sum(batch.documents for _, batch in run),
-        "skipped_empty": sum(batch.skipped_empty for _, batch in run),
-        "replaced_invalid": sum(batch.replaced_invalid for _, batch in run),
-    }
-    write_run(work, len(read_states(work)), run, state)
-
-
-def _share(sources: Sequence[Source], place: _Place, count: _Count) -> float:
-    """Of the whole, how much is done."""
-    before = sum(sum(source.unit_bytes) for source in sources[: place.source])
-    here = sources[place.source].unit_bytes
-    done = before + sum(here[: place.unit]) + place.share * sum(here[place.unit : place.unit + 1])
-    total = sum(sum(source.unit_bytes) for source in sources)
-    return min(1.0, max(done / max(1, total), count.share))
+def _read_plan(folder: Path, work: Path) -> dict[str, Any]:
+    """What an earlier start set out to do; nothing where there was none, or what it left is damaged."""
+    if not (work / PLAN).exists():
+        return {}
+    journal = work / _JOURNAL
+    try:
+        plan = json.loads((work / PLAN).read_bytes())
+        faults = (shard_fault(folder, shard, Tokenizer.n_vocab, full=True) for shard in read_journal(journal))
+        damage = next(filter(None, faults), None) or find_damage(work, tokens_may_be_gone=journal.exists())
+    except (ValueError, KeyError, TypeError) as error:
+        damage = f"{work}: {error}"
+    if damage is None:
+        return plan
+    _say(f"what was there is damaged ({damage})")
+    return {"version": "damaged"}
 
 
 def _check_disk(sources: Sequence[Source], request: Request, work: Path) -> None:
@@ -320,30 +199,33 @@ def _check_same_request(manifest: Manifest, request: Request, folder: Path) -> N
         if there.get(name) != value
     ]
     if not differences and "files" in request.source:
-        differences = _changed_files(manifest, request.paths)
+        differences = _changed_files(manifest, request.paths, (folder / MANIFEST).stat().st_mtime)
     if differences:
         raise UserError(
             f"{folder} holds another dataset: {'; '.join(differences)}; "
-            "choose another --out, or delete that folder to prepare it anew"
+            "choose another --out (DATA_DIR for the launcher), or delete that folder to prepare it anew"
         )
 
 
-def _changed_files(manifest: Manifest, paths: list[str]) -> list[str]:
-    """What differs between the files of the dataset and those that `paths` lead to now, by name and size."""
+def _changed_files(manifest: Manifest, paths: list[str], prepared: float) -> list[str]:
+    """What differs between the files of the dataset and those that `paths` lead to now.
+
+    By name and size; by content where a file was written to since the time `prepared`.
+    """
     try:
-        now = {str(path): path.stat().st_size for path in text_sources.find_files(paths)[0]}
+        now = {str(path): path.stat() for path in text_sources.find_files(paths)[0]}
     except (UserError, OSError):
         return []  # gone since; the dataset stands without them
-    then = {entry["path"]: entry["bytes"] for source in manifest.sources for entry in source.get("files", ())}
-    changes = []
-    for path in sorted({path for path, _ in then.items() ^ now.items()}):
-        if path not in then:
-            changes.append(f"{path} is new")
-        elif path not in now:
+    then = {entry["path"]: entry for source in manifest.sources for entry in source.get("files", ())}
+    changes = [f"{path} is new" for path in now if path not in then]
+    for path, entry in then.items():
+        if path not in now:
             changes.append(f"{path} is gone")
-        else:
-            changes.append(f"{path} has {then[path]} bytes there, {now[path]} now")
-    return changes
+        elif now[path].st_size != entry["bytes"]:
+            changes.append(f"{path} has {entry['bytes']} bytes there, {now[path].st_size} now")
+        elif now[path].st_mtime > prepared and fingerprint(Path(path))["sha256"] != entry["sha256"]:
+            changes.append(f"{path} has other content")
+    return sorted(changes)
 
 
 def _say(line: str) -> None:

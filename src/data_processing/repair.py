@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from src.data_processing.dataset_writer import ShardPlan, claimed, start_over, write_planned
+from src.data_processing.dataset_writer import ShardPlan, claimed, empty, remove_leftovers, write_planned
 from src.data_processing.document_sort import SortedDocuments, sort_documents
 from src.data_processing.encoding import KeyRange
-from src.data_processing.preparation import Request, encode_sources, open_sources
 from src.data_processing.shards import SHARD_NAME, Manifest, Shard, read_manifest, unlisted_files
-from src.data_processing.verification import ensure_verified, find_faults, stamp
+from src.data_processing.source_runs import Request, encode_sources, open_sources
+from src.data_processing.verification import ensure_verified, find_faults
 from src.utils.disk import sync
 from src.utils.errors import UserError
 
@@ -38,19 +38,19 @@ def repair(folder: Path, workers: int) -> Manifest:
     manifest = read_manifest(folder)
     faults = find_faults(folder, manifest, trust_stamp=False)
     if not faults:
+        remove_leftovers(folder)
         _say(f"nothing to repair: {folder}")
         return manifest
     _say("\n".join(faults.values()))
     with ExitStack() as stack:
         work = stack.enter_context(claimed(folder, keep_unfinished=False))
-        start_over(work, work)
+        empty(work)  # of an earlier repair
         documents = _read_again(manifest, [manifest.shards[index] for index in faults], work, workers, stack)
         for index in faults:
             _write_again(manifest, index, documents, work)
         for index in faults:  # all or none
             os.replace(work / manifest.shards[index].file, folder / manifest.shards[index].file)
         sync(folder)
-    stamp(folder, manifest)
     _say(f"repaired {len(faults)} of {len(manifest.shards)} shards in {folder}")
     return manifest
 
@@ -60,7 +60,12 @@ def _read_again(
 ) -> SortedDocuments:
     """The documents in the key ranges of `shards`, from the sources."""
     request = Request(**manifest.request)
-    sources = open_sources(request, manifest.sources, work, stack)
+    try:
+        sources = open_sources(request, manifest.sources, work, stack)
+    except UserError as error:
+        raise UserError(f"cannot repair: {error}") from None
+    if len(sources) != len(manifest.sources):
+        raise UserError(f"cannot repair: there were {len(manifest.sources)} sources then, {len(sources)} are found now")
     for now, then in zip((source.details for source in sources), manifest.sources, strict=True):
         if changed := [name for name in now if now[name] != then.get(name)]:
             raise UserError(

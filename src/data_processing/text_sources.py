@@ -6,6 +6,7 @@ on behind any batch without reading what lies before its unit.
 
 import glob
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from src.data_processing.file_formats import (
     read_batches,
     read_text,
 )
+from src.utils.cores import available_cores
 from src.utils.disk import fingerprint
 from src.utils.errors import UserError
 
@@ -81,10 +83,10 @@ class PythonDocs(Source):
 class Files(Source):
     """The documents of one path of the user's: a file, or the files of a folder or a pattern, in order."""
 
-    def __init__(self, path: str, files: Sequence[Path], skipped_files: int, text_field: str) -> None:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing runs beside other threads
+    def __init__(self, path: str, files: Sequence[Path], text_field: str) -> None:
+        with ThreadPoolExecutor(available_cores()) as threads:  # hashing runs beside other threads
             described = list(threads.map(_describe, files))
-        details = {"name": "files", "path": path, "files": described, "skipped_files": skipped_files}
+        details = {"name": "files", "path": path, "files": described}
         sizes = {file: entry["bytes"] for file, entry in zip(files, described, strict=True)}
         self._units = _units_of(files, sizes)
         self._text_field = text_field
@@ -105,21 +107,30 @@ class Files(Source):
 
 
 def open_files(paths: Sequence[str], text_field: str) -> list[Files]:
-    """A source for each of `paths`; a file that several of them lead to belongs to the first. Raises UserError."""
+    """A source for each of `paths`; a file that several of them lead to belongs to the first. Raises UserError.
+
+    Text files that are named themselves, such as by a shell's *.txt, are one source together.
+    """
+    texts = [path for path in paths if path.lower().endswith(TEXT_EXTENSIONS) and os.path.isfile(path)]
     sources, seen = [], set[Path]()
-    for path in paths:
-        found, skipped = find_files([path])
+    for group in [*([path] for path in paths if path not in texts), *([texts] if texts else [])]:
+        found, skipped = find_files(group)
+        name = group[0] if len(group) == 1 else f"{len(group)} text files from {group[0]} on"
+        if skipped:
+            what = f"{len(skipped)} file(s) of {name} that end in none of {', '.join(EXTENSIONS)}"
+            print(f"left out {what}, such as {skipped[0].name}", file=sys.stderr, flush=True)
         if new := [file for file in found if file not in seen]:
-            sources.append(Files(path, new, skipped, text_field))
+            sources.append(Files(name, new, text_field))
             seen.update(new)
     return sources
 
 
-def find_files(paths: Sequence[str]) -> tuple[list[Path], int]:
-    """The files that `paths` name, sorted and each once, and how many others their folders hold.
+def find_files(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """The files that `paths` name, sorted and each once, and what else lies there, of other kinds.
 
-    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count.
-    Raises UserError for a path that leads to no file and for a file of an unknown kind that is named itself.
+    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count, and
+    links stand for what they lead to. Raises UserError for a path that leads to no file, for a file of an unknown
+    kind that is named itself, and for a folder that cannot be read.
     """
     found: set[Path] = set()
     skipped: set[Path] = set()
@@ -128,27 +139,33 @@ def find_files(paths: Sequence[str]) -> tuple[list[Path], int]:
         if not matches:
             what = "matches nothing" if glob.has_magic(given) else "does not exist"
             raise UserError(f"--path {given} {what} (seen from {Path.cwd()}); name a file, a folder or a pattern")
-        known = 0
-        for match in map(Path, matches):
-            inside = list(_files_below(match)) if match.is_dir() else [match]
-            readable = [path.absolute() for path in inside if _is_readable(path)]
-            if match.is_file() and not readable:
-                raise UserError(f"--path {match}: expected a file ending in {', '.join(EXTENSIONS)}")
-            known += len(readable)
-            found.update(readable)
-            skipped.update(path for path in inside if not _is_readable(path))
-        if not known:
-            raise UserError(f"--path {given} holds no file ending in {', '.join(EXTENSIONS)}")
-    return sorted(found), len(skipped)
-
-
-def _is_readable(path: Path) -> bool:
-    return path.name.lower().endswith(EXTENSIONS)
+        inside = {path for match in map(Path, matches) for path in (_files_below(match) if match.is_dir() else [match])}
+        readable = {path.resolve() for path in inside if path.name.lower().endswith(EXTENSIONS) and path.is_file()}
+        if not readable:
+            is_file = not os.path.isdir(given) and matches == [given]
+            what = "expected a file ending in" if is_file else "it holds no file ending in"
+            raise UserError(f"--path {given}: {what} {', '.join(EXTENSIONS)}")
+        found.update(readable)
+        skipped.update({path.resolve() for path in inside} - readable)
+    return sorted(found), sorted(skipped)
 
 
 def _files_below(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    """All files in a folder and in those below it, also where links lead, but each folder once."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"cannot read the folder {error.filename}: {error.strerror}; mend its permissions or leave it out"
+        )
+
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
@@ -162,15 +179,15 @@ def _describe(path: Path) -> dict[str, Any]:
 def _units_of(files: Sequence[Path], sizes: dict[Path, int]) -> list[list[Path]]:
     """Each file alone, but neighbouring files of one document together up to a batch's size."""
     units: list[list[Path]] = []
-    room = 0
+    room = -1  # in the last unit, for further files of one document
     for file in files:
         is_text = file.name.lower().endswith(TEXT_EXTENSIONS)
         if is_text and sizes[file] <= room:
             units[-1].append(file)
+            room -= sizes[file]
         else:
             units.append([file])
-            room = BATCH_BYTES
-        room = room - sizes[file] if is_text else 0
+            room = max(0, BATCH_BYTES - sizes[file]) if is_text else -1
     return units
 
 

@@ -70,11 +70,6 @@ def find_faults(folder: Path, manifest: Manifest, trust_stamp: bool = True) -> d
     return dict(sorted(faults.items()))
 
 
-def stamp(folder: Path, manifest: Manifest) -> None:
-    """Vouches for the whole dataset as it lies in `folder`, just written or just read. Raises StorageError."""
-    _write_stamp(folder, _entries(folder, manifest))
-
-
 def _verify(folder: Path, shard: Shard, n_vocab: int) -> tuple[dict[str, Any] | None, str | None]:
     """The shard's entry, as it was before its content was read, and what is wrong with it."""
     return _entry(folder, shard, n_vocab), shard_fault(folder, shard, n_vocab, full=True)

@@ -14,7 +14,8 @@ _LEAVE_S = 1.0
 class ReadAhead(Generic[T]):
     """`fetch(number, stopping)` for `first` <= number < `end`, begun in order before the results are asked for.
 
-    At most `parallel` numbers are under way or waiting to be released, which bounds what they hold. The threads
+    At most `parallel` numbers are under way or waiting to be released, which bounds what they hold, unless one further
+    on is asked for. The threads
     work inside a `with` block. Leaving it sets the event `stopping`, for `fetch` to heed where it takes long, and
     waits a second at most: the threads are daemons, and one that hangs in a request keeps no process alive.
     """
@@ -22,6 +23,7 @@ class ReadAhead(Generic[T]):
     def __init__(self, fetch: Callable[[int, threading.Event], T], first: int, end: int, parallel: int) -> None:
         self._fetch = fetch
         self._first = self._next = first
+        self._asked = first - 1  # the highest number that somebody waits for
         self._end = end
         self._parallel = parallel
         self._held: dict[int, tuple[Any, BaseException | None] | None] = {}  # None while under way
@@ -56,9 +58,10 @@ class ReadAhead(Generic[T]):
     def result(self, number: int) -> T:
         """Waits for the result of `number`; raises what `fetch` raised for it."""
         with self._changed:
+            self._asked = max(self._asked, number)
+            self._changed.notify_all()
             while (outcome := self._held.get(number)) is None:
-                to_come = self._next <= number < self._end and len(self._held) < self._parallel
-                assert number in self._held or to_come, f"{number} was released, or too many before it were not"
+                assert number in self._held or self._next <= number < self._end, f"{number} was released"
                 self._changed.wait()
         value, error = outcome
         if error is not None:
@@ -85,7 +88,12 @@ class ReadAhead(Generic[T]):
         """The next number, once there is room for it; None where there is no more to do."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._stopping.is_set() or self._next >= self._end or len(self._held) < self._parallel
+                lambda: (
+                    self._stopping.is_set()
+                    or self._next >= self._end
+                    or self._next <= self._asked
+                    or len(self._held) < self._parallel
+                )
             )
             if self._stopping.is_set() or self._next >= self._end:
                 return None

@@ -1,8 +1,10 @@
 """Prepares a dataset again and again, each time killed at the next point where it touches the disk, then goes on.
 
-    python -m tests.data_processing.crash_sweep FILE OUT
+    python -m tests.data_processing.crash_sweep FILE OUT {same,other,repair}
 
-Prints how many points there were. Each preparation is a forked process, because what a kill leaves must not be
+`same`: the preparation is killed and started again. `other`: it is killed half-way, one with another seed takes the
+folder over and is killed at each point, then the first is started again. `repair`: a repair is killed and started
+again. Prints how many points there were. Each preparation is a forked process, because what a kill leaves must not be
 tidied up by the one that was killed.
 """
 
@@ -12,12 +14,15 @@ import os
 import pathlib
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from src.data_processing import preparation
+from src.data_processing import source_runs
 from src.data_processing.preparation import prepare
+from src.data_processing.repair import repair
+from src.data_processing.shards import read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 from tests.data_processing.documents import contents, request
 
@@ -34,34 +39,54 @@ def dying(call: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
     return counted
 
 
-def prepared_until(point: int, path: Path, out: Path) -> int:
-    """How a process ends that is killed at disk operation number `point`, if it comes so far."""
+def ends(point: int, action: Callable[[], Any]) -> int:
+    """How a process ends that does `action` and is killed at disk operation number `point`, if it comes so far."""
     child = os.fork()
     if child == 0:
         left = [point]
         for owner, name in ((os, "fsync"), (os, "replace"), (pathlib.Path, "unlink"), (os, "rmdir"), (os, "unlink")):
             setattr(owner, name, dying(getattr(owner, name), left))
-        with contextlib.redirect_stderr(io.StringIO()):
-            prepare(request(path, tokens_per_shard=6_000, drop_duplicates=True), out, 1)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
         os._exit(DONE)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(path: Path, out: Path) -> None:
-    preparation.RUN_TOKENS = 4_000
+def main(path: Path, out: Path, kind: str) -> None:
+    source_runs.RUN_TOKENS = 4_000
     load_tokenizer()
-    assert prepared_until(sys.maxsize, path, out) == DONE
+
+    def prepared(seed: int = 42) -> None:
+        prepare(request(path, tokens_per_shard=6_000, drop_duplicates=True, seed=seed), out, 1)
+
+    assert ends(sys.maxsize, prepared) == DONE
     expected = contents(out)
+    shard = read_manifest(out).train[0].file
     point = 0
     while True:
-        shutil.rmtree(out)
-        if prepared_until(point, path, out) == DONE:
-            break
-        assert prepared_until(sys.maxsize, path, out) == DONE, f"did not go on after a kill at operation {point}"
+        if kind == "repair":
+            (out / shard).unlink()
+            end = ends(point, lambda: repair(out, 1))
+            assert ends(sys.maxsize, lambda: repair(out, 1)) == DONE, f"no repair after a kill at operation {point}"
+        else:
+            shutil.rmtree(out)
+            if kind == "other":
+                assert ends(100, prepared) == KILLED
+            end = ends(point, lambda: prepared(43 if kind == "other" else 42))
+            if kind == "other" and (out / "manifest.json").exists():
+                break  # the folder is the other's
+            assert ends(sys.maxsize, prepared) == DONE, f"did not go on after a kill at operation {point}"
         assert contents(out) == expected, f"other bytes after a kill at operation {point}"
+        if end == DONE:
+            break
+        assert end == KILLED
         point += 1
     print(point)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from src.data_processing.preparation import Request
 from src.data_processing.shards import read_manifest
+from src.data_processing.source_runs import Request
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.verification import STAMP
 

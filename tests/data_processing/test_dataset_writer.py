@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.data_processing import preparation
+from src.data_processing import preparation, source_runs
 from src.data_processing.preparation import prepare
 from src.data_processing.shards import read_manifest
 from src.data_processing.tokenizer import load_tokenizer
@@ -67,7 +67,7 @@ def test_seeds_decide_the_order(tmp_path: Path) -> None:
 
 
 SMALL_RUNS = (
-    "import sys; from src.data_processing import preparation; preparation.RUN_TOKENS = 100_000; "
+    "import sys; from src.data_processing import source_runs; source_runs.RUN_TOKENS = 100_000; "
     "from src.data_processing.data_downloader import main; main()"
 )
 
@@ -101,14 +101,17 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path, commands: Com
     assert contents(folder) == contents(tmp_path / "datasets" / "fresh")
 
 
-def test_a_kill_at_any_disk_operation_changes_nothing(tmp_path: Path, commands: Commands) -> None:
+@pytest.mark.parametrize(("kind", "points"), [("same", 60), ("other", 60), ("repair", 20)])
+def test_a_kill_at_any_disk_operation_changes_nothing(
+    tmp_path: Path, commands: Commands, kind: str, points: int
+) -> None:
     texts = some_texts(180) + some_texts(20)
     path = write_json_lines(tmp_path / "a.jsonl", texts[:100])
     (tmp_path / "b.txt").write_text(texts[120])
     write_json_lines(tmp_path / "c.jsonl", texts[100:])
-    done = commands.module("tests.data_processing.crash_sweep", str(path.parent / "*.*"), str(tmp_path / "out"))
+    done = commands.module("tests.data_processing.crash_sweep", str(path.parent / "*.*"), str(tmp_path / "out"), kind)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 60
+    assert int(done.stdout) > points
 
 
 def test_other_sources_begin_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -126,7 +129,7 @@ def test_other_sources_begin_anew(tmp_path: Path, capfd: pytest.CaptureFixture[s
     )
     manifest = prepare(request(changed), tmp_path / "out", 1)
     assert manifest.counts["documents"] == 41
-    assert "have changed since this was begun: starting over" in capfd.readouterr().err
+    assert "not what was begun here: starting over" in capfd.readouterr().err
 
 
 def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path: Path, commands: Commands) -> None:
@@ -189,7 +192,7 @@ def test_a_full_disk_is_a_storage_error_and_the_work_goes_on_later(
     for part in range(5):
         write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
     path = tmp_path / "*.jsonl"
-    monkeypatch.setattr(preparation, "RUN_TOKENS", 4_000)
+    monkeypatch.setattr(source_runs, "RUN_TOKENS", 4_000)
     real, left = os.fsync, 40
 
     def full(descriptor: int) -> None:
@@ -206,6 +209,42 @@ def test_a_full_disk_is_a_storage_error_and_the_work_goes_on_later(
     prepare(request(path), tmp_path / "out", 1)
     prepare(request(path), tmp_path / "fresh", 1)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("damaged", ["run_000000.tokens_3", "run_000001.documents.npy", "run_000001.json", "plan.json"])
+def test_damaged_unfinished_work_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], damaged: str
+) -> None:
+    for part in range(5):
+        write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
+    path = tmp_path / "*.jsonl"
+    monkeypatch.setattr(source_runs, "RUN_TOKENS", 4_000)
+    monkeypatch.setattr(preparation, "plan_shards", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(request(path), tmp_path / "out", 1)
+    monkeypatch.undo()
+    victim = tmp_path / "out" / ".preparing" / damaged
+    content = bytearray(victim.read_bytes())
+    content[40] ^= 1
+    victim.write_bytes(content)
+    prepare(request(path), tmp_path / "out", 1)
+    assert "starting over" in capfd.readouterr().err
+    prepare(request(path), tmp_path / "fresh", 1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_shard_that_begins_with_a_long_document_takes_no_more(tmp_path: Path) -> None:
+    """For any number of tokens a shard may hold; and validation never takes all."""
+    texts = some_texts(30, words=500) + some_texts(3, words=9_000, seed=1)
+    path = write_json_lines(tmp_path / "a.jsonl", texts)
+    for limit in (1, 400, 700, 3_000, 20_000):
+        manifest = prepare(request(path, tokens_per_shard=limit), tmp_path / str(limit), 1)
+        for shard in manifest.shards:
+            assert shard.tokens <= limit or shard.documents == 1
+    for seed in range(30):
+        few = request(write_json_lines(tmp_path / "few.jsonl", texts[-2:]), seed=seed)
+        manifest = prepare(few, tmp_path / f"few {seed}", 1)
+        assert [shard.documents for shard in manifest.shards] == [1, 1]
 
 
 def test_equal_documents_are_never_on_both_sides(tmp_path: Path) -> None:

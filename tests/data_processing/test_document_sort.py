@@ -15,7 +15,9 @@ def some_batch(documents: int, rng: np.random.Generator, keys: np.ndarray | None
     if keys is None:
         keys = rng.integers(0, 2**64, (documents, 2), dtype=np.uint64, endpoint=False)
     tokens = rng.integers(0, 50_000, counts.sum()).astype(np.uint16)
-    return EncodedBatch(tokens, counts, counts * 4, keys, np.arange(documents), documents, 0, 0)
+    return EncodedBatch(
+        tokens, counts, counts * 4, keys, np.arange(documents), np.zeros(documents), np.zeros(documents), documents, 0
+    )
 
 
 def as_documents(batch: EncodedBatch) -> list[tuple[int, int, list[int]]]:
@@ -35,7 +37,7 @@ def test_documents_come_back_sorted_by_key(tmp_path: Path) -> None:
     batches = [some_batch(size, rng) for size in (700, 1, 30, 1_000)]
     write_run(tmp_path, 0, [(0, batches[0]), (1, batches[1])], {"n": 1})
     write_run(tmp_path, 1, [(1, batches[2]), (0, batches[3])], {"n": 2})
-    assert read_states(tmp_path) == [{"n": 1}, {"n": 2}]
+    assert [state["n"] for state in read_states(tmp_path)] == [1, 2]
     found = sort_documents(tmp_path, drop_duplicates=False)
     expected = sorted(document for batch in batches for document in as_documents(batch))
     assert [tuple(key) for key in found.records["key"].tolist()] == [document[:2] for document in expected]

@@ -10,7 +10,7 @@ from src.data_processing.preparation import prepare
 from src.data_processing.shards import read_manifest
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import load_tokenizer
-from src.utils.errors import StorageError
+from src.utils.errors import StorageError, UserError
 from tests.conftest import Commands
 from tests.data_processing.documents import MODULE, all_decoded, request, some_texts, write_json_lines
 
@@ -64,6 +64,19 @@ def test_limits_keep_the_first_documents(tmp_path: Path, files: int) -> None:
     assert both.counts["documents"] == 200
 
 
+def test_what_lies_behind_a_limit_is_not_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": " "}\n{"text": "t\xffo"}\n{"text": ""}\n{"text": "thr\xffe"}\n')
+    counts = prepare(request(path, max_documents=2), tmp_path / "out", 1).counts
+    assert (counts["documents_read"], counts["skipped_empty"], counts["replaced_invalid"]) == (3, 1, 1)
+
+
+def test_a_limit_that_leaves_too_little_is_named(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    with pytest.raises(UserError, match=r"at least two are needed.*; or raise the limit"):
+        prepare(request(path, max_documents=1), tmp_path / "out", 1)
+
+
 def test_a_trial_has_a_folder_of_its_own(tmp_path: Path, commands: Commands) -> None:
     done = commands.module(MODULE, "--source", "pydocs", "--max-tokens", "50_000")
     assert done.returncode == 0, done.stderr
@@ -76,7 +89,7 @@ def test_too_small_a_disk_is_said_beforehand(tmp_path: Path, monkeypatch, capfd:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(100))
     monkeypatch.setattr(preparation, "free_bytes", lambda _: 1_000)
     prepare(request(path), tmp_path / "out", 1)  # the estimate for files is a guess
-    assert "warning: some 18.8 kB of disk needed, 1.0 kB free at" in capfd.readouterr().err
+    assert "warning: some 18.9 kB of disk needed, 1.0 kB free at" in capfd.readouterr().err
     monkeypatch.setattr(Source, "estimate_is_sure", True)
     with pytest.raises(StorageError, match=r"kB free at .*; make room, .* or use --max-tokens"):
         prepare(request(path), tmp_path / "other", 1)

@@ -67,6 +67,16 @@ def test_a_source_that_has_changed_cannot_mend(tmp_path: Path) -> None:
     assert contents(folder) == before
 
 
+def test_another_number_of_sources_cannot_mend(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    asked = request(tmp_path, paths=[str(tmp_path / "*.jsonl"), str(tmp_path)])
+    shard = tmp_path / "out" / prepare(asked, tmp_path / "out", 1).train[0].file
+    shard.unlink()
+    (tmp_path / "b.txt").write_text("new")
+    with pytest.raises(UserError, match="there were 1 sources then, 2 are found now"):
+        repair(tmp_path / "out", 1)
+
+
 def test_the_command(tmp_path: Path, commands: Commands) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
     folder = tmp_path / "datasets" / "mine"

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,36 @@ def test_files_are_sorted_found_once_and_described(tmp_path: Path) -> None:
     sources = open_files([str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "b.txt")], "text")
     assert [texts_in(source) for source in sources] == [["a.txt", "b.txt", "deep/er/c.txt"]]
     [source] = sources
-    assert source.details["skipped_files"] == 1
     assert source.details["files"][0] == {
         "path": str(tmp_path / "a.txt"),
         "bytes": 5,
         "sha256": hashlib.sha256(b"a.txt").hexdigest(),
     }
+
+
+def test_empty_text_files_beside_others_are_empty_documents(tmp_path: Path) -> None:
+    for name in ("a.txt", "c.md", "e.txt", "f.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "b.jsonl").write_text(json_lines({"text": "one"}, {"text": "two"}))
+    pq.write_table(pa.table({"text": ["three"]}), tmp_path / "d.parquet")
+    assert texts_of(tmp_path) == ["", "one", "two", "", "three", "", ""]
+    assert texts_of(tmp_path / "a.txt") == [""]
+
+
+def test_what_else_lies_there_is_said_and_links_are_followed_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "picture.png").touch()
+    os.mkfifo(folder / "pipe.txt")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("two")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "round").symlink_to(folder)
+    assert texts_of(folder) == texts_of(folder / "*") == ["one", "two"]
+    assert f"left out 2 file(s) of {folder} that end in none of .txt" in capfd.readouterr().err
 
 
 def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
@@ -83,7 +108,7 @@ def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
             "picture.png",
             "picture.png: expected a file ending in .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow",
         ),
-        ("empty", "empty holds no file ending in"),
+        ("empty", "empty: it holds no file ending in"),
     ],
 )
 def test_a_path_that_leads_nowhere(tmp_path: Path, path: str, message: str) -> None:

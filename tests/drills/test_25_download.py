@@ -18,15 +18,15 @@ from src.data_processing.preparation import prepare
 from src.data_processing.shards import read_manifest
 from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.data_processing.documents import all_decoded, contents, request, some_texts
+from tests.data_processing.documents import all_decoded, contents, request, some_texts, write_json_lines
 from tests.data_processing.stand_in_hub import Fault, Hub, hub
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
 TEXTS = some_texts(1_200, words=300)
 # Waits of a few hundredths of a second instead of seconds, and runs of 50,000 tokens instead of 32M.
 COMMAND = (
-    "from src.data_processing import data_downloader, hub_files, preparation; from src.utils.errors import exit_with; "
-    "hub_files.BASE_DELAY_S = 0.05; preparation.RUN_TOKENS = 50_000; exit_with(data_downloader.main)"
+    "from src.data_processing import data_downloader, hub_files, source_runs; from src.utils.errors import exit_with; "
+    "hub_files.BASE_DELAY_S = 0.05; source_runs.RUN_TOKENS = 50_000; exit_with(data_downloader.main)"
 )
 
 
@@ -162,6 +162,48 @@ def test_a_part_costs_a_part_and_is_the_same_twice(tmp_path: Path, commands: Com
     ]
     assert sum(per_file) == manifest.counts["documents"]
     assert sum(count > 0 for count in per_file) >= 2, "of several files"
+
+
+def test_more_files_than_are_held_at_once_in_one_run(
+    tmp_path: Path, commands: Commands, undisturbed: dict[str, bytes]
+) -> None:
+    """With runs of the usual size all files fit into one; a repair keeps little of each."""
+    usual = [part.replace("source_runs.RUN_TOKENS = 50_000; ", "") for part in arguments("web")]
+    with hub(REPOSITORY, FILES) as served:
+        reach(commands, served)
+        done = commands.run(usual)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / "datasets" / "web"
+        assert contents(folder) == undisturbed
+        (folder / read_manifest(folder).validation[0].file).unlink()
+        done = commands.run([*usual[:3], "--repair", "--out", "web"])
+        assert done.returncode == 0, done.stderr
+    assert contents(folder) == undisturbed
+
+
+def test_going_on_behind_the_hub(tmp_path: Path, commands: Commands) -> None:
+    """A kill in the second source, when the files of the first are not needed any more."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for number in range(40):
+        write_json_lines(notes / f"{number:02}.jsonl", some_texts(400, words=100, seed=number))
+    with hub(REPOSITORY, FILES) as served:
+        reach(commands, served)
+        for out in ("killed", "whole"):
+            command = arguments(out)
+            command[command.index("fineweb-edu") :] = ["fineweb-edu", "files", "--path", str(notes), "--out", out]
+            if out == "killed":
+                process = subprocess.Popen(command, cwd=ROOT, env=commands.environment, stderr=subprocess.DEVNULL)
+                work = tmp_path / "datasets" / out / ".preparing"
+                while not any('"next": [1, ' in path.read_text() for path in work.glob("run_*.json")):
+                    assert process.poll() is None, "finished before it could be killed"
+                    time.sleep(0.002)
+                process.kill()
+                process.wait()
+            done = commands.run(command)
+            assert done.returncode == 0, done.stderr
+    killed, whole = (contents(tmp_path / "datasets" / out) for out in ("killed", "whole"))
+    assert killed == whole
 
 
 def test_a_repair_uses_the_revision_of_then(tmp_path: Path, commands: Commands) -> None:
