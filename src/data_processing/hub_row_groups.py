@@ -1,7 +1,7 @@
 """Row groups of the parquet files of a hub listing, one column of them, without fetching the files.
 
 For a sample of a large dataset: the row groups of all files in one shuffled order, each fetched by its byte range.
-Threads fetch bytes and nothing else: pyarrow in a thread that is left behind would abort the process when it exits.
+Threads fetch bytes and nothing else, because pyarrow in a thread that is left behind can abort the process.
 """
 
 import io
@@ -51,7 +51,8 @@ def remote_row_groups(listing: HubListing, column: str, seed: int, first: int = 
             number, group = place(position)
 
             def decode(part: "_Part", number: int = number, group: int = group) -> pa.Array:
-                file = pq.ParquetFile(part, metadata=footers[number])
+                # Not buffered ahead: that reads in threads of pyarrow's, which abort the process if it exits meanwhile.
+                file = pq.ParquetFile(part, metadata=footers[number], pre_buffer=False)
                 return file.read_row_group(group, columns=[column], use_threads=False).column(0).combine_chunks()
 
             yield _decoded(part, listing, decode)

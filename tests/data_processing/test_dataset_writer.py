@@ -134,7 +134,7 @@ def test_other_sources_begin_anew(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path: Path, commands: Commands) -> None:
     """Even while the workers are at batches that take seconds."""
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(2) + [random_letters(20_000_000)] * 6)
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(2) + [random_letters(20_000_000)] * 12)
     process = subprocess.Popen(
         [sys.executable, "-m", MODULE, "--source", "files", "--path", str(path), "--workers", "2", "--out", "stopped"],
         cwd=ROOT,
@@ -150,7 +150,7 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path: Path, commands:
     os.killpg(process.pid, signal.SIGINT)
     start = time.monotonic()
     _, said = process.communicate(timeout=20)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 8  # of some 15 that the workers would take
     assert process.returncode == 130
     assert said.splitlines()[-1] == "interrupted"
     assert not (tmp_path / "datasets" / "stopped").exists()

@@ -88,7 +88,7 @@ def test_what_else_lies_there_is_said_and_links_are_followed_once(
     (tmp_path / "elsewhere" / "b.txt").write_text("two")
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     (folder / "round").symlink_to(folder)
-    assert texts_of(folder) == texts_of(folder / "*") == ["one", "two"]
+    assert sorted(texts_of(folder)) == sorted(texts_of(folder / "*")) == ["one", "two"]
     assert f"left out 2 file(s) of {folder} that end in none of .txt" in capfd.readouterr().err
 
 
