@@ -112,8 +112,8 @@ def test_kills_at_several_moments(tmp_path: Path, commands: Commands, undisturbe
     assert done.returncode == 0, done.stderr
     assert "going on after" in done.stderr
     assert contents(tmp_path / "datasets" / "web") == undisturbed
-    # What a kill loses is what was under way: no file is fetched from its start again.
-    assert served.bytes_sent() < 1.25 * total
+    # What a kill loses is what was under way on four connections: no file is fetched from its start again.
+    assert served.bytes_sent() < 1.5 * total
     for path in FILES:
         begun_anew = [request for request in served.stored(path) if (request.range or "").startswith("bytes=0-")]
         assert len(begun_anew) <= 2
