@@ -9,15 +9,12 @@ is the whole run and can be called from Python. Shapes: B sequences, T positions
 
 import src  # noqa: F401, I001 (before torch: see there)
 import math
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -32,22 +29,25 @@ from src.model import LLM
 from src.model_assessment.assessment import Assessment
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.adamw_opt import build_adamw, learning_rate
-from src.model_utils.checkpoint_utils import Checkpoint, step_dir
-from src.model_utils.debugging import count_parameters, flops_per_token, non_finite_gradients
-from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
+from src.model_utils.checkpoint_saver import CheckpointSaver, Saved
+from src.model_utils.checkpoint_utils import Checkpoint
+from src.model_utils.debugging import non_finite_gradients
+from src.model_utils.run_records import run_settings, settings_in_words, training_record
+from src.model_utils.training_state import Progress, TrainingState, check_machines, resume_point, seed_random_state
 from src.model_utils.weight_init import init_weights
-from src.params import Config, to_dict
+from src.params import Config, DataConfig, to_dict
 from src.rope import rope_tables
 from src.utils import hardware
 from src.utils.disk import set_aside
-from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, UserError, exit_with
+from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, UserError, exit_with
 from src.utils.handle_ddp import Processes, processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
-from src.utils.run_directory import claimed
+from src.utils.run_directory import claim_file, claimed
 from src.utils.stop_signals import stop_on_signals
 
 MAX_SKIPPED_STEPS = 10  # in a row, for a loss or gradient that is not finite
+STOP_FILE = "STOP"  # a file of this name in the run directory asks for a stop, as a signal does
 
 
 @dataclass(frozen=True)
@@ -70,33 +70,44 @@ class Run:
     log: RunLogger
     manifest: Manifest
     state: TrainingState
+    saver: CheckpointSaver
+    """Of the main process; the others' stay idle."""
     forward: nn.Module
     """The model as training calls it: compiled where asked for, gradients averaged over the processes."""
     precision: torch.dtype
     """Of matmuls."""
 
 
-def train(config: Config, stop: Callable[[], bool] = lambda: False) -> Outcome:
+def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Outcome:
     """Trains until the last step, or until `stop()` is true in any process; a later call goes on from there.
 
-    Raises ConfigError or UserError for what cannot work, BusyError, StorageError and NonFiniteError.
+    What `stop()` returns may say in words who asks. Raises ConfigError or UserError for what cannot work, BusyError,
+    StorageError, NonFiniteError, StoppedError before the first step and LostPeerError.
     """
     with ExitStack() as stack:
-        procs = stack.enter_context(processes(config.train.device))
-        config.grad_accumulation_steps(procs.world_size)  # refused before anything is touched
-        folder = dataset_dir(config.data.dir)
+        procs = stack.enter_context(processes(config.train.device, config.train.timeout_s))
+        procs.together(lambda: config.grad_accumulation_steps(procs.world_size))  # refused before anything is touched
+        folder, run_dir = dataset_dir(config.data.dir), RUNS / config.run_name
         manifest = procs.together(lambda: read_manifest(folder))
+        check_alike(config, procs, manifest)
         # before anything reads a token; on each machine, because its disk may be its own
         procs.together(lambda: ensure_verified(folder, manifest) if procs.is_machines_first else None)
         training, assessment = procs.together(lambda: open_data(config, folder, manifest))
-        run_dir = RUNS / config.run_name
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
         log = RunLogger(run_dir, procs.is_main)
-        if strays := stray_files(folder, manifest):
-            log.info(f"warning: {strays}")
-        if assessment.note:
-            log.info(f"warning: {assessment.note}")
-        run = prepare(config, procs, manifest, log)  # a start refused here leaves the run's status as it was
+        for note in (
+            stray_files(folder, manifest),
+            assessment.note,
+            check_machines(run_dir, claim_file(run_dir), procs),
+        ):
+            if note:
+                log.info(f"warning: {note}")
+        precision = hardware.choose_precision(config.train.precision, procs.device)
+        checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log))
+        if procs.from_main(checkpoint is not None and checkpoint.step == config.total_steps):
+            return already_done(config, log)
+        run = prepare(config, procs, manifest, checkpoint, precision, log)  # one refused here keeps the status it had
+        stack.callback(run.saver.close)
         write_status(run, "running", None, "")
         try:
             return run_steps(run, training, assessment, stop)
@@ -107,7 +118,7 @@ def train(config: Config, stop: Callable[[], bool] = lambda: False) -> Outcome:
             log.close_bar()
 
 
-def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: Callable[[], bool]) -> Outcome:
+def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: Callable[[], str | bool]) -> Outcome:
     """The loop: measure and save when due, then one step, until the last or until asked to stop."""
     config, procs, log, progress = run.config, run.procs, run.log, run.state.progress
     recorded = procs.from_main(log.recorded())
@@ -125,14 +136,16 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
     ) as batches:
         while True:
             for kind in assessment.due(progress.step):
-                if (kind, progress.step) not in recorded and not procs.any(stop()):
-                    measure(run, assessment, kind)
-            ending = procs.any(stop()) or progress.step == config.total_steps
+                if (kind, progress.step) not in recorded and not procs.any(bool(asks_to_stop(run, stop))):
+                    measure(run, assessment, kind, stop)
+            stopping = procs.any(bool(asks_to_stop(run, stop)))
+            ending = stopping or progress.step == config.total_steps
             due = ending or (progress.step and progress.step % config.checkpoint.every_steps == 0)
             if due and not progress.skipped_in_a_row:  # checkpoints of a failing stretch would push out the good ones
                 save(run)
+            record_saves(run, run.saver.finished())
             if ending:
-                return finish(run)
+                return finish(run, next(filter(None, procs.gather(asks_to_stop(run, stop))), ""))
             if progress.step == first_step:
                 started = time.perf_counter()  # measuring before the first step is not part of the pace
 
@@ -144,9 +157,19 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
                 log_training(run, lr, grad_norm, seconds_left=pace * (config.total_steps - progress.step))
 
 
+def asks_to_stop(run: Run, stop: Callable[[], str | bool]) -> str:
+    """Who asks this process to stop, in words, or ""."""
+    if asked := stop():
+        return str(asked)
+    if run.saver.failed:
+        return "a save that failed"
+    return f"the file {STOP_FILE}" if run.procs.is_main and (run.log.run_dir / STOP_FILE).exists() else ""
+
+
 def train_step(run: Run, batches: TrainingDataLoader) -> tuple[float, float, float]:
     """One optimizer step; returns its learning rate, mean loss over all processes, and gradient norm."""
     config, procs, progress = run.config, run.procs, run.state.progress
+    procs.doing(f"step {progress.step + 1}")
     started = time.perf_counter()
     lr = learning_rate(progress.step, config.total_steps, config.warmup_steps, config.optim)
     for group in run.state.optimizer.param_groups:
@@ -160,7 +183,8 @@ def train_step(run: Run, batches: TrainingDataLoader) -> tuple[float, float, flo
         with run.forward.no_sync() if more and isinstance(run.forward, DistributedDataParallel) else nullcontext():
             with hardware.autocast(procs.device, run.precision):
                 loss = run.forward(inputs_BT, targets_BT) / accumulation
-            loss.backward()
+            with procs.collective():
+                loss.backward()
         local_loss += loss.detach()
     mean_loss = procs.sum([local_loss.item()])[0] / procs.world_size
     parameters = list(run.state.model.parameters())
@@ -198,78 +222,106 @@ def non_finite(run: Run) -> NonFiniteError:
     )
 
 
-def measure(run: Run, assessment: Assessment, kind: str) -> None:
-    """Makes and logs the records of one kind for this step."""
+def measure(run: Run, assessment: Assessment, kind: str, stop: Callable[[], str | bool]) -> None:
+    """Makes and logs the records of one kind for this step, or none if asked to stop in the middle."""
     procs, step = run.procs, run.state.progress.step
+    procs.doing(f"{kind} at step {step}")
     context = hardware.autocast(procs.device, run.precision)
-    for record in assessment.run(kind, run.state.model, context, procs.rank, procs.world_size, procs.sum):
+    model, asked = run.state.model, lambda: bool(asks_to_stop(run, stop))
+    try:
+        records = assessment.run(kind, model, context, procs.rank, procs.world_size, procs.sum, asked)
+    except StoppedError:
+        return  # made when the run goes on
+    for record in records:
         run.log.metric(record.kind, step, **record.values)
         run.log.info(record.words)
 
 
 def save(run: Run) -> None:
-    """A checkpoint of this step, unless there is one already (of a resumed or finished run)."""
-    root, step = run.log.run_dir / "checkpoints", run.state.progress.step
-    if run.procs.from_main(step_dir(root, step).exists()):
-        return
-    started = time.perf_counter()
-    run.log.sync()
-    path, size = run.state.save(root, run.config, run.manifest.sha256, run.precision, run.procs)
-    seconds = time.perf_counter() - started
-    run.log.metric("checkpoint", step, path=str(path.relative_to(run.log.run_dir)), seconds=seconds, bytes=size)
-    run.log.info(f"saved {path.name}: {size / 1e6:.0f} MB in {seconds:.1f} s")
+    """Starts to save a checkpoint of this step, once the one before is saved and the tensors are copied."""
+    procs, state = run.procs, run.state
+    procs.doing(f"the checkpoint of step {state.progress.step}")
+    parts = state.parts(procs)
+    plain = state.plain(run.config, run.manifest.sha256, run.precision, procs.world_size)
+    record_saves(run, procs.main_only(lambda: run.saver.start(state.progress.step, parts, plain)))
+
+
+def record_saves(run: Run, saves: list[Saved]) -> None:
+    for saved in saves:
+        path = saved.path.relative_to(run.log.run_dir)
+        times = {"seconds": saved.seconds, "held_up_seconds": saved.held_up_seconds}
+        run.log.metric("checkpoint", saved.step, path=str(path), **times, bytes=saved.bytes)
+        run.log.info(
+            f"saved {path.name}: {saved.bytes / 1e6:.0f} MB in {saved.seconds:.1f} s, "
+            f"of which training waited {saved.held_up_seconds:.1f} s"
+        )
 
 
 def log_training(run: Run, lr: float, grad_norm: float, seconds_left: float) -> None:
     """One training line; loss and speed are means over the steps since the last one, evaluations left out."""
-    config, procs, progress = run.config, run.procs, run.state.progress
+    config, progress = run.config, run.state.progress
     if not progress.loss_steps:
         return  # every step since the last line was skipped
-    loss = progress.loss_sum / progress.loss_steps
-    step_seconds = progress.seconds / progress.loss_steps
-    rate = config.train.batch_tokens / step_seconds
-    peak = hardware.peak_tflops(procs.device)
-    flops = rate * flops_per_token(config.model, count_parameters(run.state.model))
-    mfu = flops / (peak * 1e12 * procs.world_size) if peak else None
-    memory = hardware.memory_gb(procs.device)
-    run.log.metric(
-        "train",
-        progress.step,
-        loss=loss,
-        lr=lr,
-        grad_norm=grad_norm,
-        tokens_per_second=rate,
-        step_ms=step_seconds * 1e3,
-        mfu=mfu,
-        memory_gb=memory,
-        tokens_seen=progress.step * config.train.batch_tokens,
-    )
-    used = f"  {mfu:.1%} MFU" if mfu else ""
+    record = training_record(config, progress, run.state.model, run.procs)
+    run.log.metric("train", progress.step, lr=lr, grad_norm=grad_norm, **record)
+    used = f"  {record['mfu']:.1%} MFU" if record["mfu"] else ""
     run.log.info(
-        f"step {progress.step:>{len(str(config.total_steps))}}/{config.total_steps}  loss {loss:.4f}  lr {lr:.2e}  "
-        f"grad {grad_norm:.2f}  {rate:,.0f} tok/s  {step_seconds * 1e3:,.0f} ms{used}  {memory:.1f} GB  "
-        f"{timedelta(seconds=round(seconds_left))} left"
+        f"step {progress.step:>{len(str(config.total_steps))}}/{config.total_steps}  loss {record['loss']:.4f}  "
+        f"lr {lr:.2e}  grad {grad_norm:.2f}  {record['tokens_per_second']:,.0f} tok/s  {record['step_ms']:,.0f} ms"
+        f"{used}  {record['memory_gb']:.1f} GB  {timedelta(seconds=round(seconds_left))} left"
     )
     write_status(run, "running", None, "")
     progress.start_line()
 
 
-def finish(run: Run) -> Outcome:
+def finish(run: Run, asked_by: str) -> Outcome:
     """The last words of a run that is done or was asked to stop; raises NonFiniteError if its last steps failed."""
-    step, done = run.state.progress.step, run.state.progress.step == run.config.total_steps
-    code = EXIT_DONE if done else EXIT_STOPPED
+    procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
+    procs.doing(f"the checkpoint of step {step}")
+    record_saves(run, procs.main_only(run.saver.wait))
+    done = step == total_steps
     if done and run.state.progress.skipped_in_a_row:
         raise non_finite(run)
-    words = f"all {step} steps are done" if done else f"stopped on request after step {step}"
-    run.log.info(f"{words}; everything is in {run.log.run_dir}")
+    if asked_by:
+        log.event("stop", step, f"asked for by {asked_by}")
+    if procs.is_main:
+        (log.run_dir / STOP_FILE).unlink(missing_ok=True)  # or the next start would stop at once
+    words = all_done(total_steps) if done else f"stopped on request after step {step}"
+    log.info(f"{words}; everything is in {log.run_dir}")
+    code = EXIT_DONE if done else EXIT_STOPPED
     write_status(run, "done" if done else "stopped", code, words)
-    return Outcome(run.log.run_dir, step, code)
+    return Outcome(log.run_dir, step, code)
+
+
+def already_done(config: Config, log: RunLogger) -> Outcome:
+    """The end of a start that finds nothing left to do, also after a kill between the last save and the last words."""
+    step = config.total_steps
+    log.info(f"{all_done(step)}; everything is in {log.run_dir}")
+    if log.status().get("state") != "done":
+        log.write_status("done", step, step, EXIT_DONE, all_done(step))
+    return Outcome(log.run_dir, step, EXIT_DONE)
+
+
+def all_done(total_steps: int) -> str:
+    return f"all {total_steps} steps are done"
 
 
 def write_status(run: Run, state: str, exit_code: int | None, message: str) -> None:
-    step, total_steps = run.state.progress.step, run.config.total_steps
-    status = {"state": state, "step": step, "total_steps": total_steps, "exit_code": exit_code, "message": message}
-    run.log.write_json("status.json", {**status, "time": time.time()})
+    run.log.write_status(state, run.state.progress.step, run.config.total_steps, exit_code, message)
+
+
+def check_alike(config: Config, procs: Processes, manifest: Manifest) -> None:
+    """Raises UserError where a process was started with other settings or data than the first."""
+    settings = to_dict(replace(config, data=DataConfig()))  # a dataset may lie elsewhere on another machine
+    mine = {**settings, "the dataset (sha256 of its manifest)": manifest.sha256}
+    mains = procs.from_main(mine)
+    different = [f"{name}: {value}, in process 0 {mains[name]}" for name, value in mine.items() if value != mains[name]]
+
+    def refuse() -> None:
+        if different:
+            raise UserError("the processes of a run need the same settings and data:\n  - " + "\n  - ".join(different))
+
+    procs.together(refuse)
 
 
 def open_data(config: Config, folder: Path, manifest: Manifest) -> tuple[WindowDataset, Assessment]:
@@ -284,17 +336,22 @@ def open_data(config: Config, folder: Path, manifest: Manifest) -> tuple[WindowD
     return training, Assessment(config, folder, manifest, load_tokenizer())
 
 
-def prepare(config: Config, procs: Processes, manifest: Manifest, log: RunLogger) -> Run:
-    """Model, optimizer and progress, new or from the checkpoint to go on from; config.json is written."""
-    precision = hardware.choose_precision(config.train.precision, procs.device)
-    checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log))
+def prepare(
+    config: Config,
+    procs: Processes,
+    manifest: Manifest,
+    checkpoint: Checkpoint | None,
+    precision: torch.dtype,
+    log: RunLogger,
+) -> Run:
+    """Model, optimizer and progress, new or from the main process's checkpoint; config.json is written."""
     if procs.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)
     model.to(procs.device).train()
     state = TrainingState(model, build_adamw(model, config.optim), Progress())
-    if checkpoint:
+    if procs.any(checkpoint is not None):
         state.restore(checkpoint, config.train.seed, procs)
     else:
         seed_random_state(config.train.seed, procs.rank)
@@ -305,8 +362,17 @@ def prepare(config: Config, procs: Processes, manifest: Manifest, log: RunLogger
         forward = torch.compile(model)  # type: ignore[assignment]
     if procs.world_size > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    describe_run(config, procs, model, precision, manifest, log)
-    return Run(config, procs, log, manifest, state, forward, precision)
+    dataset = {
+        "name": config.data.dir,
+        "sources": manifest.origins,
+        **manifest.counts,
+        "manifest_sha256": manifest.sha256,
+    }
+    settings = run_settings(config, procs, model, precision, dataset)
+    log.write_json("config.json", settings)
+    log.info(settings_in_words(settings, sum(shard.tokens for shard in manifest.train)))
+    saver = CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync)
+    return Run(config, procs, log, manifest, state, saver, forward, precision)
 
 
 def find_checkpoint(
@@ -322,6 +388,16 @@ def find_checkpoint(
     checkpoint, notes = resume_point(log.run_dir / "checkpoints", config, manifest.sha256, precision)
     step = checkpoint.step if checkpoint else 0
     log.forget_after(step if checkpoint else -1)
+    if checkpoint and ("checkpoint", step) not in log.recorded():  # the process died before it could say so
+        size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
+        log.metric(
+            "checkpoint",
+            step,
+            path=f"checkpoints/{checkpoint.path.name}",
+            seconds=None,
+            held_up_seconds=None,
+            bytes=size,
+        )
     for note in notes:
         log.event("checkpoints", step, note)
     if checkpoint and step < config.total_steps:
@@ -334,48 +410,6 @@ def find_checkpoint(
                 detail += f"; {what} {now} instead of {was}: the same samples, but not the same bits"
         log.event("resume", step, detail)
     return checkpoint
-
-
-def describe_run(
-    config: Config, procs: Processes, model: LLM, precision: torch.dtype, manifest: Manifest, log: RunLogger
-) -> None:
-    """Writes config.json and says in a few lines what will happen."""
-    parameters = count_parameters(model)
-    derived = {
-        "total_steps": config.total_steps,
-        "warmup_steps": config.warmup_steps,
-        "grad_accumulation_steps": config.grad_accumulation_steps(procs.world_size),
-        "world_size": procs.world_size,
-        "parameters": parameters,
-        "parameters_without_embedding": parameters - model.embedding.weight.numel(),
-        "flops_per_token": flops_per_token(config.model, parameters),
-        "precision": str(precision).removeprefix("torch."),
-    }
-    train_tokens = sum(shard.tokens for shard in manifest.train)
-    epochs = config.total_steps * config.train.batch_tokens / train_tokens
-    machine = hardware.describe_machine(procs.device)
-    packages = ("torch", "numpy", "tiktoken", "safetensors")
-    content = {
-        "config": to_dict(config),
-        "derived": derived,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "machine": machine,
-        "dataset": {
-            "name": config.data.dir,
-            "sources": manifest.origins,
-            **manifest.counts,
-            "manifest_sha256": manifest.sha256,
-        },
-        "command": shlex.join(sys.argv),
-    }
-    log.write_json("config.json", content)
-    log.info(
-        f"run {config.run_name}: {parameters:,} parameters, {config.total_steps} steps of "
-        f"{config.train.batch_tokens:,} tokens: {epochs:.2g} times the {train_tokens:,} of {config.data.dir}\n"
-        f"on {procs.world_size} x {machine.get('gpu') or machine['cpu']} ({procs.device.type}), matmuls in "
-        f"{derived['precision']}, micro-batch {config.train.micro_batch_size} x {config.model.n_ctx}, "
-        f"{derived['grad_accumulation_steps']} accumulation step(s)"
-    )
 
 
 def main() -> int:

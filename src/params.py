@@ -145,9 +145,11 @@ class TrainConfig:
     """Where to train; auto takes CUDA, else MPS, else the CPU."""
     log_every_steps: int = 50
     """Steps between training lines in metrics.jsonl and on the console."""
+    timeout_s: float = 600.0
+    """Seconds after which processes that wait for one that does not answer give up, naming the step."""
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "train", "total_tokens batch_tokens micro_batch_size log_every_steps")
+        found = _not_positive(self, "train", "total_tokens batch_tokens micro_batch_size log_every_steps timeout_s")
         if self.total_steps is not None and self.total_steps < 1:
             found.append(f"train.total_steps = {self.total_steps} must be at least 1")
         if not 0 <= self.seed < 2**63:

@@ -64,8 +64,11 @@ def restore_optimizer(monkeypatch: pytest.MonkeyPatch):
 def metrics(run_dir: Path, kind: str | None = None) -> list[dict]:
     """The records, without what differs between two runs on one machine: times and sizes."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timing = {"time", "seconds", "tokens_per_second", "step_ms", "memory_gb", "bytes"}  # state.json holds seconds
+    timing = {"time", "seconds", "held_up_seconds", "tokens_per_second", "step_ms", "memory_gb"}
+    timing.add("bytes")  # state.json holds seconds
     kept = [{k: v for k, v in record.items() if k not in timing} for record in records]
+    # a checkpoint's record comes whenever it is saved
+    kept.sort(key=lambda record: (record["kind"] == "checkpoint", record["step"]))
     return [record for record in kept if kind in (None, record["kind"]) and record["kind"] != "event"]
 
 

@@ -12,7 +12,7 @@ from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
 from src.model_assessment import hellaswag, sampling, validation
 from src.params import Config
-from src.utils.errors import UserError
+from src.utils.errors import StoppedError, UserError
 
 SEED = 0  # of samples: the same at every step, so that steps can be compared
 
@@ -69,16 +69,32 @@ class Assessment:
         rank: int,
         world_size: int,
         sum_over_ranks: Callable[[Sequence[float]], Sequence[float]],
+        stop: Callable[[], bool],
     ) -> list[Record]:
-        """The records of one kind; all processes call it together, with the same model."""
+        """The records of one kind; all processes call it together, with the same model.
+
+        Soon after `stop()` is true in any process, raises StoppedError in all; for samples, which the first process
+        makes alone, in that one only.
+        """
+
+        def check_all() -> None:
+            if sum_over_ranks([float(stop())])[0]:
+                raise StoppedError("stopped while measuring")
+
+        def check_this() -> None:
+            if stop():
+                raise StoppedError("stopped while sampling")
+
         with autocast:
             if kind == "validation":
-                return [self._validation(model, rank, world_size, sum_over_ranks)]
+                return [self._validation(model, rank, world_size, sum_over_ranks, check_all)]
             if kind == "hellaswag":
-                return [self._multiple_choice(model, rank, world_size, sum_over_ranks)]
-            return self._samples(model) if rank == 0 else []
+                return [self._multiple_choice(model, rank, world_size, sum_over_ranks, check_all)]
+            return self._samples(model, check_this) if rank == 0 else []
 
-    def _validation(self, model: LLM, rank: int, world_size: int, sum_over_ranks: Callable) -> Record:
+    def _validation(
+        self, model: LLM, rank: int, world_size: int, sum_over_ranks: Callable, check: Callable[[], None]
+    ) -> Record:
         result = validation.validate(
             model,
             self.windows,
@@ -88,6 +104,7 @@ class Assessment:
             rank=rank,
             world_size=world_size,
             sum_over_ranks=sum_over_ranks,
+            between_batches=check,
         )
         values = {**vars(result), "unigram_entropy": self.unigram_entropy}
         words = (
@@ -96,7 +113,9 @@ class Assessment:
         )
         return Record("validation", values, words)
 
-    def _multiple_choice(self, model: LLM, rank: int, world_size: int, sum_over_ranks: Callable) -> Record:
+    def _multiple_choice(
+        self, model: LLM, rank: int, world_size: int, sum_over_ranks: Callable, check: Callable[[], None]
+    ) -> Record:
         result = hellaswag.evaluate(
             model,
             self.items,
@@ -105,15 +124,21 @@ class Assessment:
             rank=rank,
             world_size=world_size,
             sum_over_ranks=sum_over_ranks,
+            between_batches=check,
         )
         words = f"{self.protocol}: {result.correct}/{result.total} = {result.acc_norm:.2%} +- {result.stderr:.2%}"
         return Record("hellaswag", vars(result), words)
 
-    def _samples(self, model: LLM) -> list[Record]:
+    def _samples(self, model: LLM, check: Callable[[], None]) -> list[Record]:
         settings = self.config.eval
         chosen = sampling.SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=SEED)
         samples = sampling.sample(
-            model, self.tokenizer, settings.sample_prompts, chosen, num_samples=settings.samples_per_prompt
+            model,
+            self.tokenizer,
+            settings.sample_prompts,
+            chosen,
+            num_samples=settings.samples_per_prompt,
+            between_tokens=check,
         )
         return [
             Record(

@@ -85,6 +85,7 @@ def evaluate(
     sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
     token_budget: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> HellaSwagResult:
     """The accuracy of `model` on `items`, which the processes share out between them.
 
@@ -101,6 +102,7 @@ def evaluate(
         world_size=world_size,
         token_budget=token_budget,
         on_progress=on_progress,
+        between_batches=between_batches,
     )
     hits = sum(_is_correct(values, items[i].label) for i, values in scores.items())
     correct, total = (int(value) for value in sum_over_ranks([hits, len(scores)]))
@@ -120,13 +122,15 @@ def item_scores(
     world_size: int = 1,
     token_budget: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[int, list[float]]:
     """For each of this process's items, by index: its endings' mean log-probabilities a token, in nats.
 
     A batch holds at most `token_budget` tokens, padding included, and at least one item; None suits the device.
     Rounding depends on which items share a batch, so that must not depend on `world_size`: all processes form
     the same batches, and deal out whole ones. A row longer than the model's context loses its beginning.
-    Autocast is the caller's. `on_progress` gets the number of items this process has done.
+    Autocast is the caller's. `on_progress` gets the number of items this process has done. `between_batches` is
+    called equally often in every process, and may raise to give up.
     """
     device = model.embedding.weight.device
     token_budget = token_budget or (TOKENS_CPU if device.type == "cpu" else TOKENS_GPU)
@@ -135,12 +139,17 @@ def item_scores(
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(rows, token_budget)[rank::world_size]:
-            means = iter(_mean_log_probs(model, [row for i in batch for row in rows[i]], device))
-            for i in batch:
-                scores[i] = list(islice(means, len(rows[i])))
-            if on_progress:
-                on_progress(len(scores))
+        batches = _batches(rows, token_budget)
+        for first in range(0, len(batches), world_size):
+            between_batches()
+            for batch in batches[first : first + world_size][
+                rank : rank + 1
+            ]:  # none, where the last ones don't suffice
+                means = iter(_mean_log_probs(model, [row for i in batch for row in rows[i]], device))
+                for i in batch:
+                    scores[i] = list(islice(means, len(rows[i])))
+                if on_progress:
+                    on_progress(len(scores))
     finally:
         model.train(was_training)
     return scores

@@ -11,7 +11,7 @@ import codecs
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,10 +78,12 @@ def sample(
     config: SamplingConfig,
     num_samples: int = 1,
     autocast: AbstractContextManager[Any] | None = None,
+    between_tokens: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
     """`num_samples` continuations of each prompt, in order. An empty prompt starts a new document.
 
-    Prompts of equal length run as one batch. `autocast` is the context to call the model in.
+    Prompts of equal length run as one batch. `autocast` is the context to call the model in. `between_tokens` may
+    raise to give up.
     """
     encoded = [_encode_prompt(tokenizer, prompt) for prompt in prompts]
     new_tokens: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
@@ -92,6 +94,7 @@ def sample(
             batch_BT = torch.tensor([encoded[i // num_samples] for i in rows])
             samples = [i % num_samples for i in rows]
             for step in generate(model, batch_BT, config, samples, tokenizer.end_of_text):
+                between_tokens()
                 for i, token in zip(rows, step, strict=True):
                     if token is not None:
                         new_tokens[i].append(token)

@@ -36,23 +36,31 @@ def validate(
     rank: int = 0,
     world_size: int = 1,
     sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> ValidationResult:
     """The loss of `model` over the first `n_windows` windows, which the processes share out between them.
 
     `model(inputs_BT, targets_BT)` gives the mean loss in nats; `bytes_per_token` is the text's mean.
+    `between_batches` is called equally often in every process, and may raise to give up.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     nats, tokens = 0.0, 0.0
-    mine = range(rank, n_windows, world_size)
-    for first in range(0, len(mine), batch_size):
-        windows = np.stack([dataset[number] for number in mine[first : first + batch_size]])
-        batch = torch.from_numpy(windows.astype(np.int64)).to(device)
-        inputs_BT, targets_BT = batch[:, :-1], batch[:, 1:]
-        nats += model(inputs_BT, targets_BT).item() * targets_BT.numel()
-        tokens += targets_BT.numel()
-    model.train(was_training)
+    mine, most = range(rank, n_windows, world_size), len(range(0, n_windows, world_size))
+    try:
+        for first in range(0, most, batch_size):
+            between_batches()
+            numbers = mine[first : first + batch_size]
+            if not numbers:
+                continue  # other processes have one window more
+            windows = np.stack([dataset[number] for number in numbers])
+            batch = torch.from_numpy(windows.astype(np.int64)).to(device)
+            inputs_BT, targets_BT = batch[:, :-1], batch[:, 1:]
+            nats += model(inputs_BT, targets_BT).item() * targets_BT.numel()
+            tokens += targets_BT.numel()
+    finally:
+        model.train(was_training)
     nats, tokens = sum_over_ranks([nats, tokens])
     loss = nats / tokens
     return ValidationResult(

@@ -132,10 +132,19 @@ def checkpoint_steps(root: Path) -> list[int]:
     return sorted(int(match[1]) for entry in root.iterdir() if (match := STEP_NAME.fullmatch(entry.name)))
 
 
-def prune(root: Path, keep_last: int, keep_every_steps: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints and the multiples of `keep_every_steps`, if that is not 0."""
-    for step in checkpoint_steps(root)[:-keep_last]:
-        if not (keep_every_steps and step % keep_every_steps == 0):
+def prune(root: Path, keep_last: int, keep_every_steps: int, verified: set[int]) -> None:
+    """Removes all but the newest `keep_last` checkpoints and the multiples of `keep_every_steps`, if that is not 0.
+
+    Beyond those it keeps what it takes to have two that verify. `verified`, the steps known to, grows by those that
+    had to be read for that.
+    """
+    steps = checkpoint_steps(root)
+    sound = 0
+    for place, step in enumerate(reversed(steps)):
+        if sound < 2 and (step in verified or damage(step_dir(root, step)) is None):
+            verified.add(step)
+            sound += 1
+        elif place >= keep_last and not (keep_every_steps and step % keep_every_steps == 0):
             # Renamed first: a removal that is interrupted must not look like a damaged checkpoint.
             doomed = step_dir(root, step)
             removed = move(doomed, doomed.with_name(f"{doomed.name}.removed-{os.getpid()}"))

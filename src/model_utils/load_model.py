@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from src.model import LLM
-from src.model_utils.checkpoint_utils import Checkpoint, find_checkpoint
+from src.model_utils.checkpoint_utils import find_checkpoint
 from src.params import Config, from_dict
 from src.utils.errors import UserError
 from src.utils.hardware import autocast, choose_device, choose_precision
@@ -49,7 +49,7 @@ def load_model(checkpoint: Path, device: str = "auto") -> LoadedModel:
     chosen = choose_device(device)
     with torch.device("meta"):
         model = LLM(config.model)
-    load_weights(model, found, assign=True)
+    load_weights(model, found.tensors("model"), found.path, assign=True)
     precision = choose_precision(config.train.precision, chosen)
     return LoadedModel(
         model=model.to(chosen).eval(),
@@ -62,13 +62,12 @@ def load_model(checkpoint: Path, device: str = "auto") -> LoadedModel:
     )
 
 
-def load_weights(model: LLM, checkpoint: Checkpoint, assign: bool = False) -> None:
-    """Puts the checkpoint's weights into `model`; raises UserError naming what doesn't fit, changing nothing."""
-    tensors = checkpoint.tensors("model")
+def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, assign: bool = False) -> None:
+    """Puts weights into `model`; raises UserError naming their `origin` and what doesn't fit, changing nothing."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         lines = [f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}" for n in wrong]
-        raise UserError(f"{checkpoint.path} holds another model's weights:\n  - " + "\n  - ".join(lines[:10]))
+        raise UserError(f"{origin} holds another model's weights:\n  - " + "\n  - ".join(lines[:10]))
     model.load_state_dict(tensors, assign=assign)

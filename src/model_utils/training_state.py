@@ -1,5 +1,8 @@
 """What a run must remember to go on as if it had never stopped, and which checkpoint it goes on from."""
 
+import socket
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,40 +57,49 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     progress: Progress
 
-    def save(
-        self, root: Path, config: Config, dataset_sha256: str, precision: torch.dtype, procs: Processes
-    ) -> tuple[Path, int]:
-        """Saves a checkpoint and prunes older ones; all processes call it. Returns its path and size in bytes."""
+    def parts(self, procs: Processes) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of a checkpoint by file, as they are, not copied; all processes call it."""
         random_states = procs.gather(_random_state(procs.device))
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.model, self.optimizer),
+            **{f"rank_{rank:05d}": tensors for rank, tensors in enumerate(random_states)},
+        }
 
-        def write() -> tuple[Path, int]:
-            parts = {
-                "model": self.model.state_dict(),
-                "optimizer": optimizer_tensors(self.model, self.optimizer),
-                **{f"rank_{rank:05d}": tensors for rank, tensors in enumerate(random_states)},
-            }
-            state = {
-                "progress": asdict(self.progress),
-                "config": to_dict(config),
-                "dataset_sha256": dataset_sha256,
-                "precision": str(precision),
-                "world_size": procs.world_size,
-                "torch": torch.__version__,
-            }
-            size = checkpoint_utils.save_checkpoint(root, self.progress.step, parts, state)
-            checkpoint_utils.prune(root, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
-            return checkpoint_utils.step_dir(root, self.progress.step), size
+    def plain(self, config: Config, dataset_sha256: str, precision: torch.dtype, world_size: int) -> dict[str, Any]:
+        """The rest of a checkpoint, ready for JSON: progress, and what `resume_point` compares."""
+        return {
+            "progress": asdict(self.progress),
+            "config": to_dict(config),
+            "dataset_sha256": dataset_sha256,
+            "precision": str(precision),
+            "world_size": world_size,
+            "torch": torch.__version__,
+        }
 
-        return procs.main_only(write)
+    def restore(self, checkpoint: Checkpoint | None, seed: int, procs: Processes) -> None:
+        """Takes over everything from the checkpoint, which only the main process reads and has to give.
 
-    def restore(self, checkpoint: Checkpoint, seed: int, procs: Processes) -> None:
-        """Takes over everything that `save` wrote; on another number of processes, dropout starts from new seeds."""
-        load_weights(self.model, checkpoint)
-        load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors("optimizer"))
-        self.progress = Progress(**checkpoint.state["progress"])
-        if checkpoint.state["world_size"] == procs.world_size:
-            _set_random_state(checkpoint.tensors(f"rank_{procs.rank:05d}"), procs.device)
-        else:
+        On another number of processes dropout starts from new seeds.
+        """
+
+        def read() -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+            assert checkpoint is not None, "the main process has a checkpoint"
+            ranks = [f"rank_{rank:05d}" for rank in range(checkpoint.state["world_size"])]
+            return checkpoint.state, {name: checkpoint.tensors(name) for name in ("model", "optimizer", *ranks)}
+
+        state, parts = procs.together(lambda: read() if procs.is_main else ({}, {}))
+        state, names = procs.from_main((state, list(parts)))
+        for name in names:
+            tensors = procs.tensors_from_main(parts.get(name, {}))
+            if name == "model":
+                load_weights(self.model, tensors, "the checkpoint")
+            elif name == "optimizer":
+                load_optimizer_tensors(self.model, self.optimizer, tensors)
+            elif name == f"rank_{procs.rank:05d}" and state["world_size"] == procs.world_size:
+                _set_random_state(tensors, procs.device)
+        self.progress = Progress(**state["progress"])
+        if state["world_size"] != procs.world_size:
             seed_random_state(seed, procs.rank, self.progress.step)
 
 
@@ -121,6 +133,47 @@ def resume_point(
     for name in checkpoint_utils.remove_leftovers(root):
         notes.append(f"removed {name}, left by an interrupted save")
     return checkpoint, notes
+
+
+def check_machines(run_dir: Path, claim: Path, procs: Processes) -> str:
+    """What is to be known where some machine does not share `run_dir` with the main process's, else "".
+
+    `claim` is a file that the main process has written there. Raises UserError where such a machine holds later
+    checkpoints than the main process's: the run would go back, or start anew, without a word.
+    """
+    text = procs.from_main(claim.read_text(encoding="utf-8") if procs.is_main else "")
+    root = run_dir / "checkpoints"
+    newest = max(checkpoint_utils.checkpoint_steps(root), default=-1)
+    mains_newest = procs.from_main(newest)
+    apart = procs.is_machines_first and not _appears(claim, text)
+    machine = socket.gethostname()
+
+    def refuse_later() -> None:
+        if apart and newest > mains_newest:
+            raise UserError(
+                f"{machine} has checkpoints up to step {newest} in {root}, but the machine of process 0 does not see "
+                f"them; its own end at step {max(mains_newest, 0)}. Start with NODE_RANK=0 on {machine}, copy its run "
+                "directory, or remove it there"
+            )
+
+    procs.together(refuse_later)
+    others = [name for name in procs.gather(machine if apart else "") if name]
+    if not others:
+        return ""
+    return (
+        f"{run_dir} of process 0 cannot be seen from {', '.join(others)}: checkpoints are on process 0's machine only. "
+        "Start again with the same machine as NODE_RANK=0, or put TEMP_DATA_DIR on a disk that all share"
+    )
+
+
+def _appears(path: Path, text: str) -> bool:
+    """Whether `path` comes to hold `text` within some seconds: network file systems show new files late."""
+    for _ in range(10):
+        with suppress(OSError):
+            if path.read_text(encoding="utf-8") == text:
+                return True
+        time.sleep(0.5)
+    return False
 
 
 def _check_same_run(checkpoint: Checkpoint, asked: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_DONE = 0
+EXIT_FAILED = 1  # an error nobody foresaw; starting again may help
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_STORAGE = 4
@@ -37,6 +38,18 @@ class BusyError(RuntimeError):
     exit_code = EXIT_BUSY
 
 
+class StoppedError(RuntimeError):
+    """A request to stop came where there was nothing to finish."""
+
+    exit_code = EXIT_STOPPED
+
+
+class LostPeerError(RuntimeError):
+    """Another process ended, or does not answer; why is for that one to say."""
+
+    exit_code = EXIT_FAILED
+
+
 class PeerError(RuntimeError):
     """Another process failed and says why itself; this one ends as it does, in silence where it is foreseen."""
 
@@ -47,11 +60,11 @@ class PeerError(RuntimeError):
 
 def exit_with(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits with its code; an error that carries an `exit_code` is printed without a traceback."""
-    code: int | None = 1
+    code: int | None = EXIT_FAILED
     try:
         code = main() or EXIT_DONE
     except SystemExit as exit:  # from a command-line parser
-        _leave_exit_code(exit.code if isinstance(exit.code, int) else 1)
+        leave_exit_code(exit.code if isinstance(exit.code, int) else EXIT_FAILED)
         raise
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
@@ -59,17 +72,17 @@ def exit_with(main: Callable[[], int | None]) -> None:
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
-            _leave_exit_code(1)
+            leave_exit_code(EXIT_FAILED)
             raise
         if not isinstance(error, PeerError):
             rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
             print(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}", file=sys.stderr)
     sys.stdout.flush()
-    _leave_exit_code(code)
+    leave_exit_code(code)
     sys.exit(code)
 
 
-def _leave_exit_code(code: int) -> None:
+def leave_exit_code(code: int) -> None:
     """For the launcher: torchrun answers with 1 whatever its processes said. The first of them to end counts."""
     path = os.environ.get("EXIT_CODE_FILE")
     if path and os.path.exists(path) and os.path.getsize(path) == 0:

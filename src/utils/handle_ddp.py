@@ -14,11 +14,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed
 
-from src.utils.errors import PeerError, UserError
+from src.utils.errors import LostPeerError, PeerError, UserError
 from src.utils.hardware import choose_device
+from src.utils.watchdog import Watchdog
 
-# Longer than any single step or save, short enough to notice a lost process the same hour.
-COLLECTIVE_TIMEOUT = timedelta(minutes=20)
+# Of the backend itself, which must bear that one process reads and hashes a whole dataset while the others wait.
+# In training the watchdog's limit, which names the step, is over long before.
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 T = TypeVar("T")
 
@@ -31,6 +33,7 @@ class Processes:
     local_rank: int
     world_size: int
     device: torch.device
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
@@ -42,13 +45,35 @@ class Processes:
         """True in one process of each machine, the one that looks after what may be the machine's own: its disks."""
         return self.local_rank == 0
 
+    def doing(self, what: str) -> None:
+        """Says, in words, what this process does from now on: what a time-out names."""
+        if self.watchdog:
+            self.watchdog.doing(what)
+
+    @contextmanager
+    def collective(self) -> Iterator[None]:
+        """Around anything that waits for all processes. Raises LostPeerError where one of them does not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+                raise
+            where = self.watchdog.what if self.watchdog else "a collective"
+            raise LostPeerError(
+                f"another process ended or does not answer, in {where} ({str(error).splitlines()[0]}). Its own message "
+                "comes before this one, if it had time for any; the same command goes on from the last checkpoint"
+            ) from None
+        if self.watchdog:
+            self.watchdog.alive()
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value added up over all processes, in float64."""
         if self.world_size == 1:
             return list(values)
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(sums)
-        return sums.tolist()
+        with self.collective():
+            sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(sums)
+            return sums.tolist()
 
     def any(self, flag: bool) -> bool:
         """True where `flag` is true in any process."""
@@ -59,7 +84,8 @@ class Processes:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
+        with self.collective():
+            torch.distributed.all_gather_object(values, value)
         return values
 
     def from_main(self, value: T) -> T:
@@ -67,17 +93,33 @@ class Processes:
         if self.world_size == 1:
             return value
         values = [value]
-        torch.distributed.broadcast_object_list(values, src=0, device=self.device)
+        with self.collective():
+            torch.distributed.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    def tensors_from_main(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The main process's tensors, everywhere, on the CPU; only its argument counts."""
+        if self.world_size == 1:
+            return tensors
+        kinds = self.from_main({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        received = {}
+        with self.collective():
+            for name, (shape, dtype) in kinds.items():
+                tensor = tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)
+                on_device = tensor.to(self.device)
+                torch.distributed.broadcast(on_device, src=0)
+                received[name] = on_device.cpu()
+        return received
 
     def main_only(self, action: Callable[[], T]) -> T:
         """Runs `action` in the main process; all get its result. If it fails, all of them raise."""
         return cast(T, self.from_main(self.together(lambda: action() if self.is_main else None)))
 
     def together(self, action: Callable[[], T]) -> T:
-        """Runs `action` in every process. If it fails in any, all raise: an error that several have met, in one only.
+        """Runs `action` in every process; if any fails, all raise.
 
-        The others, and those where it went well, raise a PeerError that ends them in the same way.
+        Each distinct error is raised as itself by the first process that met it. All others raise a PeerError, which
+        ends them in the same way and in silence.
         """
         result, error = None, None
         try:
@@ -95,10 +137,11 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Processes]:
+def processes(device: str, timeout_s: float) -> Iterator[Processes]:
     """Joins the process group that torchrun describes in the environment, if any, and leaves it at the end.
 
-    `device` is auto, cpu, cuda or mps. Raises UserError for a device that isn't there.
+    `device` is auto, cpu, cuda or mps. `timeout_s`: the longest that anything the processes are `doing` together may
+    go without a sign of life. Raises UserError for a device that isn't there.
     """
     rank, local_rank, n_processes = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0), world_size()
     if n_processes > 1 and device in ("auto", "mps") and torch.backends.mps.is_available():
@@ -108,19 +151,34 @@ def processes(device: str) -> Iterator[Processes]:
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if n_processes > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    if n_processes == 1:
+        yield Processes(rank, local_rank, n_processes, chosen)
+        return
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    watchdog = Watchdog(rank, _peers_of_this_machine(rank), timeout_s)
     # Leaving the group waits for the others. After an error they may be stuck in a collective that this process
     # will never join, so then it just ends, and the launcher ends them.
-    yield Processes(rank, local_rank, n_processes, chosen)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    procs = Processes(rank, local_rank, n_processes, chosen, watchdog)
+    try:
+        yield procs
+        procs.any(False)  # nobody leaves, and is missed, before the last has done its work
+    finally:
+        watchdog.close()
+    torch.distributed.destroy_process_group()
 
 
 def world_size() -> int:
     """How many processes the environment says there are; one without torchrun."""
     return _from_environment("WORLD_SIZE", 1)
+
+
+def _peers_of_this_machine(rank: int) -> dict[int, int]:
+    """Rank and process id of the other processes that the same launcher started."""
+    everyone: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(everyone, (os.environ.get("GROUP_RANK", "0"), os.getpid()))
+    mine = everyone[rank][0]
+    return {other: pid for other, (group, pid) in enumerate(everyone) if group == mine and other != rank}
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -50,6 +50,19 @@ class RunLogger:
         if self.is_main:
             self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
+    def write_status(self, state: str, step: int, total_steps: int, exit_code: int | None, message: str) -> None:
+        """status.json: how the run is, for scripts and in words."""
+        status = {"state": state, "step": step, "total_steps": total_steps, "exit_code": exit_code, "message": message}
+        self.write_json("status.json", {**status, "time": time.time()})
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says; nothing where it is missing or damaged."""
+        try:
+            content = json.loads((self.run_dir / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
     def start_bar(self, step: int, total_steps: int) -> None:
         """A progress bar, on a terminal only."""
         if self.is_main and sys.stderr.isatty():

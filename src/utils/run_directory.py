@@ -13,12 +13,12 @@ from src.utils.errors import BusyError, StorageError
 
 @contextmanager
 def claimed(run_dir: Path) -> Iterator[None]:
-    """Holds `run_dir`, making it if need be, until the block ends or the process dies.
+    """Holds `run_dir`, making it if need be, until the block ends or the process dies; `claim_file` says who does.
 
     The lock lies beside the folder, so that the folder itself can be set aside. Raises BusyError naming the
     holder, StorageError where the folder cannot be written.
     """
-    lock = run_dir.with_name(f".{run_dir.name}.lock")
+    lock = claim_file(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".write-test-{os.getpid()}"
@@ -41,3 +41,8 @@ def claimed(run_dir: Path) -> Iterator[None]:
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
             file.flush()
         yield
+
+
+def claim_file(run_dir: Path) -> Path:
+    """The file that is locked while a process holds `run_dir`, and names it."""
+    return run_dir.with_name(f".{run_dir.name}.lock")

@@ -4,14 +4,17 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+# What schedulers send when a job must go, Ctrl-C, and what they send a while before they take the machine away.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 @contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM or SIGINT came inside the block; a second signal changes nothing."""
+def stop_on_signals() -> Iterator[Callable[[], str]]:
+    """A function that names the first stop signal that came inside the block, or ""; later ones change nothing."""
     asked: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in STOP_SIGNALS}
     try:
-        yield lambda: bool(asked)
+        yield lambda: signal.Signals(asked[0]).name if asked else ""
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

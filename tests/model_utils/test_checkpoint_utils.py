@@ -115,10 +115,25 @@ def test_a_failed_save_leaves_nothing_and_says_what_it_needs(root: Path, monkeyp
 def test_pruning_keeps_the_newest_and_the_multiples(root: Path):
     for step in (5, 10, 15, 20, 25, 30):
         ck.save_checkpoint(root, step, PARTS, {})
-    ck.prune(root, keep_last=2, keep_every_steps=10)
+    ck.prune(root, keep_last=2, keep_every_steps=10, verified=set())
     assert ck.checkpoint_steps(root) == [10, 20, 25, 30]
-    ck.prune(root, keep_last=2, keep_every_steps=0)
+    ck.prune(root, keep_last=2, keep_every_steps=0, verified=set())
     assert ck.checkpoint_steps(root) == [25, 30]
+
+
+def test_pruning_leaves_two_that_verify(root: Path):
+    """Damaged ones don't count as kept, and are not read again once they are known to be whole."""
+    for step in (5, 10, 15, 20):
+        ck.save_checkpoint(root, step, PARTS, {})
+    for step in (15, 20):
+        flip_a_byte(ck.step_dir(root, step) / "model.safetensors")
+    verified: set[int] = set()
+    ck.prune(root, keep_last=2, keep_every_steps=0, verified=verified)
+    assert ck.checkpoint_steps(root) == [5, 10, 15, 20]
+    assert verified == {5, 10}
+    ck.save_checkpoint(root, 25, PARTS, {})
+    ck.prune(root, keep_last=2, keep_every_steps=0, verified={*verified, 25})
+    assert ck.checkpoint_steps(root) == [10, 20, 25]
 
 
 def test_leftovers_are_removed_and_checkpoints_are_not(root: Path):

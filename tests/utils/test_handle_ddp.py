@@ -15,7 +15,7 @@ from src.utils.handle_ddp import Processes
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Thread(Processes):
     """One of several processes that meet in `gather`, as they would in a collective."""
 
@@ -39,7 +39,9 @@ def outcomes(action: Callable[[int], Any], method: str = "together", world_size:
 
     def run(rank: int) -> Any:
         try:
-            return getattr(Thread(rank, rank, world_size, CPU, meeting, values), method)(lambda: action(rank))
+            return getattr(Thread(rank, rank, world_size, CPU, meeting=meeting, values=values), method)(
+                lambda: action(rank)
+            )
         except Exception as error:
             return error
 
