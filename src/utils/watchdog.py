@@ -4,11 +4,11 @@ A collective waits for every process, and not all backends notice when one of th
 whether this machine's other processes are still there, and how long the last sign of life of its own process is ago.
 """
 
-import faulthandler
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 
 from src.utils.errors import leave_exit_code
@@ -58,7 +58,7 @@ class Watchdog(threading.Thread):
             elif now - gone_since > GRACE_S:
                 self._end(f"process {gone[0]} is gone; this one was in {self.what} and ends too")
             if last_sign is not None and now - last_sign > self.limit_s:
-                faulthandler.dump_traceback()
+                traceback.print_stack(sys._current_frames()[threading.main_thread().ident or 0])
                 self._end(
                     f"no process has moved on for {self.limit_s:g} s in {self.what}: one of them is stuck or stopped. "
                     "See above where this one waits; if a step really takes so long, raise --train.timeout-s"
