@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,32 +21,28 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from src.data_processing.shards import Manifest, read_manifest
-from src.data_processing.tokenizer import load_tokenizer
+from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset, stray_files
 from src.data_processing.verification import ensure_verified
-from src.model import LLM
 from src.model_assessment.assessment import Assessment
 from src.model_configs.my_llm_config import PRESETS
-from src.model_utils.adamw_opt import build_adamw, learning_rate
-from src.model_utils.checkpoint_saver import CheckpointSaver, Saved
-from src.model_utils.checkpoint_utils import Checkpoint
+from src.model_utils.adamw_opt import learning_rate
+from src.model_utils.checkpoint_saver import Saved
 from src.model_utils.debugging import non_finite_gradients
-from src.model_utils.run_records import run_settings, settings_in_words, training_record
-from src.model_utils.training_state import Progress, TrainingState, check_machines, resume_point, seed_random_state
-from src.model_utils.weight_init import init_weights
-from src.params import Config, DataConfig, to_dict
-from src.rope import rope_tables
+from src.model_utils.run_records import training_record
+from src.model_utils.training_state import check_machines
+from src.params import Config
+from src.run_setup import Run, check_alike, find_checkpoint, open_data, prepare
 from src.utils import hardware
-from src.utils.disk import set_aside
-from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, UserError, exit_with
-from src.utils.handle_ddp import Processes, processes, world_size
+from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, exit_with
+from src.utils.handle_ddp import processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
 from src.utils.run_directory import claim_file, claimed
 from src.utils.stop_signals import stop_on_signals
 
-MAX_SKIPPED_STEPS = 10  # in a row, for a loss or gradient that is not finite
+MAX_SKIPPED_STEPS = 10  # in a row
+MAX_RECORDED_WINDOWS = 256  # of a skipped step
 STOP_FILE = "STOP"  # a file of this name in the run directory asks for a stop, as a signal does
 
 
@@ -59,23 +55,6 @@ class Outcome:
     """Completed optimizer steps."""
     exit_code: int
     """0 if every step is done, 143 if the run was asked to stop; it saved, unless its last steps were skipped."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the parts of a run share."""
-
-    config: Config
-    procs: Processes
-    log: RunLogger
-    manifest: Manifest
-    state: TrainingState
-    saver: CheckpointSaver
-    """Of the main process; the others' stay idle."""
-    forward: nn.Module
-    """The model as training calls it: compiled where asked for, gradients averaged over the processes."""
-    precision: torch.dtype
-    """Of matmuls."""
 
 
 def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Outcome:
@@ -175,7 +154,7 @@ def train_step(run: Run, batches: TrainingDataLoader) -> tuple[float, float, flo
     for group in run.state.optimizer.param_groups:
         group["lr"] = lr
     accumulation = config.grad_accumulation_steps(procs.world_size)
-    local_loss = torch.zeros((), device=procs.device)
+    losses = []
     for micro_step in range(accumulation):
         inputs_BT, targets_BT = next(batches)
         # Gradients travel between processes once a step, with the last micro-batch.
@@ -185,40 +164,69 @@ def train_step(run: Run, batches: TrainingDataLoader) -> tuple[float, float, flo
                 loss = run.forward(inputs_BT, targets_BT) / accumulation
             with procs.collective():
                 loss.backward()
-        local_loss += loss.detach()
-    mean_loss = procs.sum([local_loss.item()])[0] / procs.world_size
+        losses.append(loss.detach())
+    local_losses = torch.stack(losses).tolist()
+    mean_loss = procs.sum([sum(local_losses)])[0] / procs.world_size
     parameters = list(run.state.model.parameters())
     total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     grad_norm = total_norm.item()
-    # Both numbers are the same in every process, so all take the step or all skip it.
-    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+    # All numbers are the same in every process, so all take the step or all skip it.
+    finite = math.isfinite(mean_loss) and math.isfinite(grad_norm)
+    if finite and not run.guard.is_spike(mean_loss):
         nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad_norm, total_norm)
         run.state.optimizer.step()
         progress.add_step(mean_loss, time.perf_counter() - started)
     else:
-        skip_step(run, mean_loss, grad_norm)
+        what = "not finite" if not finite else "a spike"
+        skip_step(run, f"{what}: loss {mean_loss}, gradient norm {grad_norm}", suspects(run, batches, local_losses))
+    run.guard.add(mean_loss)
     run.state.optimizer.zero_grad()
     return lr, mean_loss, grad_norm
 
 
-def skip_step(run: Run, loss: float, grad_norm: float) -> None:
-    """Records a step that changes nothing because a number in it is not finite; too many in a row end the run."""
-    progress = run.state.progress
+def suspects(run: Run, batches: TrainingDataLoader, losses: list[float]) -> list[tuple[int, int]]:
+    """Shard of the manifest and window there of a step's samples: of the micro-batches whose own loss is not finite.
+
+    Of all of them, where there is no such loss. `losses` are those of this process's micro-batches.
+    """
+    bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+    micro = run.config.train.micro_batch_size
+    windows = batches.step_windows(run.state.progress.step)
+    share = len(windows) // run.procs.world_size
+    suspected = [
+        window
+        for rank, numbers in enumerate(run.procs.gather(bad))
+        for number in numbers
+        for window in windows[rank * share + number * micro : rank * share + (number + 1) * micro]
+    ]
+    return [(len(run.manifest.validation) + shard, window) for shard, window in suspected or windows]
+
+
+def skip_step(run: Run, why: str, windows: list[tuple[int, int]]) -> None:
+    """Records a step that changes nothing, and the windows that may be the cause; too many in a row end the run."""
+    config, procs, progress = run.config, run.procs, run.state.progress
     progress.skip_step()
     bad = non_finite_gradients(run.state.model)
     where = f"; not finite in {len(bad)} gradients, first {bad[0]}" if bad else ""
-    run.log.event("skipped step", progress.step, f"loss {loss}, gradient norm {grad_norm}{where}")
+    look = f"--inspect --out '{config.data.dir}' --skipped '{config.run_name}' shows {len(windows)} window(s) of it"
+    run.log.event(
+        "skipped step",
+        progress.step,
+        f"{why}{where}; data_downloader {look}",
+        n_ctx=config.model.n_ctx,
+        windows=windows[:MAX_RECORDED_WINDOWS],
+    )
     if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-        raise non_finite(run)
+        procs.together(lambda: give_up(run))
 
 
-def non_finite(run: Run) -> NonFiniteError:
-    """The error of a run that cannot go on."""
+def give_up(run: Run) -> None:
+    """Raises the error of a run that cannot go on."""
     progress = run.state.progress
-    return NonFiniteError(
-        f"the last {progress.skipped_in_a_row} step(s), up to step {progress.step}, had a loss or gradient that is not "
-        "finite. They changed no weights, and no checkpoint was saved since the first of them. Start again with a "
-        "lower --optim.max-lr or a longer --optim.warmup-steps under another --run-name"
+    raise NonFiniteError(
+        f"the last {progress.skipped_in_a_row} step(s), up to step {progress.step}, were skipped: loss or gradient not "
+        "finite, or the loss a spike. They changed no weights, and no checkpoint was saved since the first of them. "
+        "Start again with a lower --optim.max-lr or a longer --optim.warmup-steps under another --run-name"
     )
 
 
@@ -281,7 +289,7 @@ def finish(run: Run, asked_by: str) -> Outcome:
     record_saves(run, procs.main_only(run.saver.wait))
     done = step == total_steps
     if done and run.state.progress.skipped_in_a_row:
-        raise non_finite(run)
+        procs.together(lambda: give_up(run))
     if asked_by:
         log.event("stop", step, f"asked for by {asked_by}")
     if procs.is_main:
@@ -308,108 +316,6 @@ def all_done(total_steps: int) -> str:
 
 def write_status(run: Run, state: str, exit_code: int | None, message: str) -> None:
     run.log.write_status(state, run.state.progress.step, run.config.total_steps, exit_code, message)
-
-
-def check_alike(config: Config, procs: Processes, manifest: Manifest) -> None:
-    """Raises UserError where a process was started with other settings or data than the first."""
-    settings = to_dict(replace(config, data=DataConfig()))  # a dataset may lie elsewhere on another machine
-    mine = {**settings, "the dataset (sha256 of its manifest)": manifest.sha256}
-    mains = procs.from_main(mine)
-    different = [f"{name}: {value}, in process 0 {mains[name]}" for name, value in mine.items() if value != mains[name]]
-
-    def refuse() -> None:
-        if different:
-            raise UserError("the processes of a run need the same settings and data:\n  - " + "\n  - ".join(different))
-
-    procs.together(refuse)
-
-
-def open_data(config: Config, folder: Path, manifest: Manifest) -> tuple[WindowDataset, Assessment]:
-    """Training windows and everything to measure on. Raises UserError where the dataset cannot serve this run."""
-    n_ctx, n_vocab = config.model.n_ctx, config.model.n_vocab
-    if manifest.n_vocab > n_vocab:
-        raise UserError(
-            f"{folder} holds ids of {manifest.tokenizer} up to {manifest.n_vocab - 1}, but model.n_vocab = {n_vocab}; "
-            f"set --model.n-vocab {manifest.n_vocab} or prepare the data with another tokenizer"
-        )
-    training = WindowDataset(folder, manifest.train, n_ctx, n_vocab, at_least=config.batch_size)
-    return training, Assessment(config, folder, manifest, load_tokenizer())
-
-
-def prepare(
-    config: Config,
-    procs: Processes,
-    manifest: Manifest,
-    checkpoint: Checkpoint | None,
-    precision: torch.dtype,
-    log: RunLogger,
-) -> Run:
-    """Model, optimizer and progress, new or from the main process's checkpoint; config.json is written."""
-    if procs.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    model = LLM(config.model)
-    init_weights(model, config.model, config.train.seed)
-    model.to(procs.device).train()
-    state = TrainingState(model, build_adamw(model, config.optim), Progress())
-    if procs.any(checkpoint is not None):
-        state.restore(checkpoint, config.train.seed, procs)
-    else:
-        seed_random_state(config.train.seed, procs.rank)
-    forward: nn.Module = model
-    if config.train.compile == "on" or (config.train.compile == "auto" and procs.device.type == "cuda"):
-        # made before compiling, so that the first step need not be compiled again once they are there
-        rope_tables(config.model.n_ctx, config.model.head_dim, config.model.rope_theta, procs.device)
-        forward = torch.compile(model)  # type: ignore[assignment]
-    if procs.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    dataset = {
-        "name": config.data.dir,
-        "sources": manifest.origins,
-        **manifest.counts,
-        "manifest_sha256": manifest.sha256,
-    }
-    settings = run_settings(config, procs, model, precision, dataset)
-    log.write_json("config.json", settings)
-    log.info(settings_in_words(settings, sum(shard.tokens for shard in manifest.train)))
-    saver = CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync)
-    return Run(config, procs, log, manifest, state, saver, forward, precision)
-
-
-def find_checkpoint(
-    config: Config, manifest: Manifest, precision: torch.dtype, procs: Processes, log: RunLogger
-) -> Checkpoint | None:
-    """The checkpoint to go on from, the log cut back to it; None for a run that starts at its first step."""
-    if config.resume == "never":
-        if any(log.run_dir.iterdir()):
-            moved = set_aside(log.run_dir)
-            log.run_dir.mkdir()
-            log.info(f"starting anew; the old run is kept in {moved}")
-        return None
-    checkpoint, notes = resume_point(log.run_dir / "checkpoints", config, manifest.sha256, precision)
-    step = checkpoint.step if checkpoint else 0
-    log.forget_after(step if checkpoint else -1)
-    if checkpoint and ("checkpoint", step) not in log.recorded():  # the process died before it could say so
-        size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
-        log.metric(
-            "checkpoint",
-            step,
-            path=f"checkpoints/{checkpoint.path.name}",
-            seconds=None,
-            held_up_seconds=None,
-            bytes=size,
-        )
-    for note in notes:
-        log.event("checkpoints", step, note)
-    if checkpoint and step < config.total_steps:
-        detail = f"from {checkpoint.path.name} of {config.total_steps} steps"
-        for what, was, now in (
-            ("processes", checkpoint.state["world_size"], procs.world_size),
-            ("micro-batch", checkpoint.state["config"]["train"]["micro_batch_size"], config.train.micro_batch_size),
-        ):
-            if was != now:
-                detail += f"; {what} {now} instead of {was}: the same samples, but not the same bits"
-        log.event("resume", step, detail)
-    return checkpoint
 
 
 def main() -> int:

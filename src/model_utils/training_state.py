@@ -3,7 +3,7 @@
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Progress:
     loss_steps: int = 0
     seconds: float = 0.0
     """In training steps; evaluations and saves don't count."""
+    recent_losses: list[float] = field(default_factory=list)
+    """What the spike guard goes by."""
 
     def add_step(self, loss: float, seconds: float) -> None:
         self.step += 1

@@ -40,10 +40,10 @@ class RunLogger:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             self._append("metrics.jsonl", json.dumps(finite, ensure_ascii=False))
 
-    def event(self, name: str, step: int, detail: str) -> None:
-        """Something out of the ordinary, for people and programs."""
+    def event(self, name: str, step: int, detail: str, **values: Any) -> None:
+        """Something out of the ordinary, for people and programs; `values` are for programs only."""
         self.info(f"{name}: {detail}")
-        self.metric("event", step, name=name, detail=detail)
+        self.metric("event", step, name=name, detail=detail, **values)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A whole file of the run directory, replaced at once."""

@@ -1,0 +1,148 @@
+"""From a configuration to everything that the training loop works with: data, model, optimizer, and where to go on."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from src.data_processing.shards import Manifest
+from src.data_processing.tokenizer import load_tokenizer
+from src.data_processing.training_data_loader import WindowDataset
+from src.model import LLM
+from src.model_assessment.assessment import Assessment
+from src.model_utils.adamw_opt import build_adamw
+from src.model_utils.checkpoint_saver import CheckpointSaver
+from src.model_utils.checkpoint_utils import Checkpoint
+from src.model_utils.run_records import run_settings, settings_in_words
+from src.model_utils.spike_guard import SpikeGuard
+from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
+from src.model_utils.weight_init import init_weights
+from src.params import Config, DataConfig, to_dict
+from src.rope import rope_tables
+from src.utils.disk import set_aside
+from src.utils.errors import UserError
+from src.utils.handle_ddp import Processes
+from src.utils.logger import RunLogger
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of a run share."""
+
+    config: Config
+    procs: Processes
+    log: RunLogger
+    manifest: Manifest
+    state: TrainingState
+    guard: SpikeGuard
+    saver: CheckpointSaver
+    """Of the main process; the others' stay idle."""
+    forward: nn.Module
+    """The model as training calls it: compiled where asked for, gradients averaged over the processes."""
+    precision: torch.dtype
+    """Of matmuls."""
+
+
+def check_alike(config: Config, procs: Processes, manifest: Manifest) -> None:
+    """Raises UserError where a process was started with other settings or data than the first."""
+    settings = to_dict(replace(config, data=DataConfig()))  # a dataset may lie elsewhere on another machine
+    mine = {**settings, "the dataset (sha256 of its manifest)": manifest.sha256}
+    mains = procs.from_main(mine)
+    different = [f"{name}: {value}, in process 0 {mains[name]}" for name, value in mine.items() if value != mains[name]]
+
+    def refuse() -> None:
+        if different:
+            raise UserError("the processes of a run need the same settings and data:\n  - " + "\n  - ".join(different))
+
+    procs.together(refuse)
+
+
+def open_data(config: Config, folder: Path, manifest: Manifest) -> tuple[WindowDataset, Assessment]:
+    """Training windows and everything to measure on. Raises UserError where the dataset cannot serve this run."""
+    n_ctx, n_vocab = config.model.n_ctx, config.model.n_vocab
+    if manifest.n_vocab > n_vocab:
+        raise UserError(
+            f"{folder} holds ids of {manifest.tokenizer} up to {manifest.n_vocab - 1}, but model.n_vocab = {n_vocab}; "
+            f"set --model.n-vocab {manifest.n_vocab} or prepare the data with another tokenizer"
+        )
+    training = WindowDataset(folder, manifest.train, n_ctx, n_vocab, at_least=config.batch_size)
+    return training, Assessment(config, folder, manifest, load_tokenizer())
+
+
+def prepare(
+    config: Config,
+    procs: Processes,
+    manifest: Manifest,
+    checkpoint: Checkpoint | None,
+    precision: torch.dtype,
+    log: RunLogger,
+) -> Run:
+    """Model, optimizer and progress, new or from the main process's checkpoint; config.json is written."""
+    if procs.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    model = LLM(config.model)
+    init_weights(model, config.model, config.train.seed)
+    model.to(procs.device).train()
+    state = TrainingState(model, build_adamw(model, config.optim), Progress())
+    if procs.any(checkpoint is not None):
+        state.restore(checkpoint, config.train.seed, procs)
+    else:
+        seed_random_state(config.train.seed, procs.rank)
+    forward: nn.Module = model
+    if config.train.compile == "on" or (config.train.compile == "auto" and procs.device.type == "cuda"):
+        # made before compiling, so that the first step need not be compiled again once they are there
+        rope_tables(config.model.n_ctx, config.model.head_dim, config.model.rope_theta, procs.device)
+        forward = torch.compile(model)  # type: ignore[assignment]
+    if procs.world_size > 1:
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    dataset = {
+        "name": config.data.dir,
+        "sources": manifest.origins,
+        **manifest.counts,
+        "manifest_sha256": manifest.sha256,
+    }
+    settings = run_settings(config, procs, model, precision, dataset)
+    log.write_json("config.json", settings)
+    log.info(settings_in_words(settings, sum(shard.tokens for shard in manifest.train)))
+    saver = CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync)
+    guard = SpikeGuard(config.optim.spike_z, state.progress.recent_losses)
+    return Run(config, procs, log, manifest, state, guard, saver, forward, precision)
+
+
+def find_checkpoint(
+    config: Config, manifest: Manifest, precision: torch.dtype, procs: Processes, log: RunLogger
+) -> Checkpoint | None:
+    """The checkpoint to go on from, the log cut back to it; None for a run that starts at its first step."""
+    if config.resume == "never":
+        if any(log.run_dir.iterdir()):
+            moved = set_aside(log.run_dir)
+            log.run_dir.mkdir()
+            log.info(f"starting anew; the old run is kept in {moved}")
+        return None
+    checkpoint, notes = resume_point(log.run_dir / "checkpoints", config, manifest.sha256, precision)
+    step = checkpoint.step if checkpoint else 0
+    log.forget_after(step if checkpoint else -1)
+    if checkpoint and ("checkpoint", step) not in log.recorded():  # the process died before it could say so
+        size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
+        log.metric(
+            "checkpoint",
+            step,
+            path=f"checkpoints/{checkpoint.path.name}",
+            seconds=None,
+            held_up_seconds=None,
+            bytes=size,
+        )
+    for note in notes:
+        log.event("checkpoints", step, note)
+    if checkpoint and step < config.total_steps:
+        detail = f"from {checkpoint.path.name} of {config.total_steps} steps"
+        for what, was, now in (
+            ("processes", checkpoint.state["world_size"], procs.world_size),
+            ("micro-batch", checkpoint.state["config"]["train"]["micro_batch_size"], config.train.micro_batch_size),
+        ):
+            if was != now:
+                detail += f"; {what} {now} instead of {was}: the same samples, but not the same bits"
+        log.event("resume", step, detail)
+    return checkpoint
