@@ -27,6 +27,7 @@ from src.data_processing.verification import ensure_verified
 from src.model_assessment.assessment import Assessment
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.adamw_opt import learning_rate
+from src.model_utils.checkpoint_utils import prune
 from src.model_utils.checkpoint_saver import Saved
 from src.model_utils.debugging import non_finite_gradients
 from src.model_utils.run_records import training_record
@@ -35,7 +36,7 @@ from src.params import Config
 from src.run_setup import Run, check_alike, find_checkpoint, open_data, prepare
 from src.utils import hardware
 from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, exit_with
-from src.utils.handle_ddp import processes, world_size
+from src.utils.handle_ddp import Processes, processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
 from src.utils.run_directory import claim_file, claimed
@@ -84,7 +85,7 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         precision = hardware.choose_precision(config.train.precision, procs.device)
         checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log))
         if procs.from_main(checkpoint is not None and checkpoint.step == config.total_steps):
-            return already_done(config, log)
+            return already_done(config, procs, log)
         run = prepare(config, procs, manifest, checkpoint, precision, log)  # one refused here keeps the status it had
         stack.callback(run.saver.close)
         write_status(run, "running", None, "")
@@ -301,9 +302,10 @@ def finish(run: Run, asked_by: str) -> Outcome:
     return Outcome(log.run_dir, step, code)
 
 
-def already_done(config: Config, log: RunLogger) -> Outcome:
+def already_done(config: Config, procs: Processes, log: RunLogger) -> Outcome:
     """The end of a start that finds nothing left to do, also after a kill between the last save and the last words."""
-    step = config.total_steps
+    step, keep = config.total_steps, config.checkpoint
+    procs.main_only(lambda: prune(log.run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {step}))
     log.info(f"{all_done(step)}; everything is in {log.run_dir}")
     if log.status().get("state") != "done":
         log.write_status("done", step, step, EXIT_DONE, all_done(step))

@@ -139,15 +139,18 @@ def prune(root: Path, keep_last: int, keep_every_steps: int, verified: set[int])
     had to be read for that.
     """
     steps = checkpoint_steps(root)
+    doomed = [step for step in steps[:-keep_last] if not (keep_every_steps and step % keep_every_steps == 0)]
+    if not doomed:
+        return
     sound = 0
-    for place, step in enumerate(reversed(steps)):
+    for step in reversed(steps):
         if sound < 2 and (step in verified or damage(step_dir(root, step)) is None):
             verified.add(step)
             sound += 1
-        elif place >= keep_last and not (keep_every_steps and step % keep_every_steps == 0):
+        elif step in doomed:
             # Renamed first: a removal that is interrupted must not look like a damaged checkpoint.
-            doomed = step_dir(root, step)
-            removed = move(doomed, doomed.with_name(f"{doomed.name}.removed-{os.getpid()}"))
+            path = step_dir(root, step)
+            removed = move(path, path.with_name(f"{path.name}.removed-{os.getpid()}"))
             shutil.rmtree(removed, ignore_errors=True)
 
 
