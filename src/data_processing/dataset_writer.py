@@ -7,7 +7,6 @@ source has, and equal documents lie side by side, never on both sides of the spl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import IO
 import numpy as np
 
 from src.data_processing.document_sort import SortedDocuments
+from src.data_processing.progress import say
 from src.data_processing.shards import SHARD_NAME, Shard, replacing, storage_error, write_shard
 from src.utils.disk import try_lock
 from src.utils.errors import BusyError, StorageError, UserError
@@ -140,7 +140,7 @@ def write_shards(
     """
     shards = read_journal(journal)
     if shards:
-        print(f"going on after {len(shards)} shard(s) that are in {folder}", file=sys.stderr)
+        say(f"going on after {len(shards)} shard(s) that are in {folder}")
     for index, plan in enumerate(plans):
         if index >= len(shards):
             shards.append(write_planned(documents, plan, folder, prefix, index))
