@@ -1,108 +1,26 @@
-"""Sorted documents -> a dataset's shards: split and written, in a folder held for the purpose.
+"""Sorted documents -> a dataset's shards: divided and written.
 
 The documents' keys decide the order, so every document is equally likely to be anywhere, whatever order its
 source has, and equal documents lie side by side, never on both sides of the split into validation and training.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from src.data_processing.document_sort import SortedDocuments
 from src.data_processing.progress import say
-from src.data_processing.shards import SHARD_NAME, Shard, replacing, storage_error, write_shard
-from src.utils.disk import try_lock
-from src.utils.errors import BusyError, StorageError, UserError
+from src.data_processing.shards import Shard, write_shard
+from src.utils.disk import replacing
+from src.utils.errors import UserError
 
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE = 20
 _SMALL_VALIDATION_SHARE = 4
 _USEFUL_VALIDATION_TOKENS = 16_384
-
-PLAN = "plan.json"
-WORK = ".preparing"  # there while a preparation goes on, and after one was stopped
-
-
-@contextmanager
-def claimed(folder: Path, keep_unfinished: bool = True) -> Iterator[Path]:
-    """Holds `folder`, made if need be, until the block ends; gives the folder inside it for unfinished work.
-
-    That is deleted when the block ends well. Where it fails, work that is worth going on with stays, unless
-    `keep_unfinished` is False. Raises StorageError where the folder cannot be written, and BusyError where another
-    process holds it.
-    """
-    work = folder / WORK
-    try:
-        made = not folder.exists()
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "wb")  # noqa: SIM115 (held open as long as the lock)
-    except OSError as error:
-        raise storage_error(folder, error) from error
-    with lock:
-        if not try_lock(lock) or not _is_there(lock, work / "lock"):  # its last holder may have deleted it
-            raise BusyError(f"another process is preparing {folder}; wait for it, or choose another --out")
-        try:
-            yield work
-        except BaseException:
-            if not (keep_unfinished and _is_begun(work)):
-                shutil.rmtree(work)
-                if made and not any(folder.iterdir()):
-                    folder.rmdir()
-            raise
-        shutil.rmtree(work)
-
-
-def _is_begun(work: Path) -> bool:
-    """Whether `work` holds anything that took time to make."""
-    return any(path.name.startswith(("run_000000.json", "downloads")) for path in work.iterdir())
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Deletes the unfinished work beside a finished dataset: its process was stopped between its last two steps."""
-    if (folder / WORK).exists():
-        with suppress(BusyError, StorageError), claimed(folder):
-            pass
-
-
-def start_over(folder: Path, work: Path) -> None:
-    """Removes what an earlier preparation left, but not shards whose origin is unknown: UserError for those."""
-    plan = work / PLAN
-    shards = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name.removesuffix(".tmp"))]
-    if plan.exists():
-        with replacing(plan) as file:  # or, after a kill further down, that plan would be gone on with
-            file.write(b"{}")
-    elif shards:
-        raise UserError(
-            f"{folder} holds {len(shards)} shards without a manifest, such as {min(shards).name}, whose preparation "
-            "is unknown; move them away or choose another --out"
-        )
-    for path in shards:
-        path.unlink()
-    empty(work, keep=(plan.name,))
-
-
-def empty(work: Path, keep: Sequence[str] = ()) -> None:
-    """Deletes what is in the folder for unfinished work, but the lock."""
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in ("lock", *keep):
-            path.unlink()
-
-
-def _is_there(lock: IO, path: Path) -> bool:
-    """Whether the open file is the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 @dataclass(frozen=True)

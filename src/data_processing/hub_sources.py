@@ -11,6 +11,7 @@ from src.data_processing.hub_downloads import Downloads
 from src.data_processing.hub_files import HubListing, list_files
 from src.data_processing.hub_row_groups import remote_row_groups
 from src.data_processing.text_sources import Source
+from src.data_processing.work_folder import DOWNLOADS
 from src.utils.disk import size_text
 from src.utils.errors import UserError
 
@@ -59,7 +60,7 @@ class _WholeFiles(Source):
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         if self._downloads is None:
-            downloads = Downloads(self._listing, self._work, first=unit, parallel=_PARALLEL_DOWNLOADS)
+            downloads = Downloads(self._listing, self._work / DOWNLOADS, first=unit, parallel=_PARALLEL_DOWNLOADS)
             self._downloads, self._released = self._stack.enter_context(downloads), unit
         return read_batches(self._downloads.path(unit), _TEXT_COLUMN, skip)
 

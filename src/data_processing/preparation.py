@@ -15,15 +15,7 @@ from typing import Any
 import numpy as np
 
 from src.data_processing import text_sources
-from src.data_processing.dataset_writer import (
-    PLAN,
-    claimed,
-    plan_shards,
-    read_journal,
-    remove_leftovers,
-    start_over,
-    write_shards,
-)
+from src.data_processing.dataset_writer import plan_shards, read_journal, write_shards
 from src.data_processing.document_sort import (
     SortedDocuments,
     find_damage,
@@ -37,14 +29,14 @@ from src.data_processing.shards import (
     Manifest,
     check_shard,
     read_manifest,
-    replacing,
     shard_fault,
     write_manifest,
 )
 from src.data_processing.source_runs import Request, encode_sources, open_sources
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import Tokenizer
-from src.utils.disk import fingerprint, free_bytes, size_text
+from src.data_processing.work_folder import PLAN, claimed_work, remove_leftovers, start_over
+from src.utils.disk import fingerprint, free_bytes, replacing, size_text
 from src.utils.errors import StorageError, UserError
 
 # Changes where batches come to be divided differently: then unfinished work is begun anew.
@@ -60,7 +52,7 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
     if os.path.exists(folder / MANIFEST):  # False, where Path.exists raises, for a folder that cannot be searched
         return _existing(request, folder)
     with ExitStack() as stack:
-        work = stack.enter_context(claimed(folder))
+        work = stack.enter_context(claimed_work(folder))
         if (folder / MANIFEST).exists():  # since a moment ago
             return _existing(request, folder)
         details = _begin(request, folder, work, workers, stack)

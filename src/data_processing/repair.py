@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from src.data_processing.dataset_writer import ShardPlan, claimed, empty, remove_leftovers, write_planned
+from src.data_processing.dataset_writer import ShardPlan, write_planned
 from src.data_processing.document_sort import SortedDocuments, sort_documents
 from src.data_processing.encoding import KeyRange
 from src.data_processing.progress import say
 from src.data_processing.shards import SHARD_NAME, Manifest, Shard, read_manifest, unlisted_files
 from src.data_processing.source_runs import Request, encode_sources, open_sources
 from src.data_processing.verification import ensure_verified, find_faults
-from src.utils.disk import sync
+from src.data_processing.work_folder import claimed_work, empty, remove_leftovers
+from src.utils.disk import storage_errors, sync
 from src.utils.errors import UserError
 
 
@@ -43,14 +44,15 @@ def repair(folder: Path, workers: int) -> Manifest:
         return manifest
     say("\n".join(faults.values()))
     with ExitStack() as stack:
-        work = stack.enter_context(claimed(folder, keep_unfinished=False))
+        work = stack.enter_context(claimed_work(folder, keep_unfinished=False))
         empty(work)  # of an earlier repair
         documents = _read_again(manifest, [manifest.shards[index] for index in faults], work, workers, stack)
         for index in faults:
             _write_again(manifest, index, documents, work)
-        for index in faults:  # all or none
-            os.replace(work / manifest.shards[index].file, folder / manifest.shards[index].file)
-        sync(folder)
+        with storage_errors(folder):
+            for index in faults:  # none before all are made
+                os.replace(work / manifest.shards[index].file, folder / manifest.shards[index].file)
+            sync(folder)
     say(f"repaired {len(faults)} of {len(manifest.shards)} shards in {folder}")
     return manifest
 

@@ -21,15 +21,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from src.utils.disk import free_bytes, sync
-from src.utils.errors import StorageError, UserError
+from src.utils.disk import replacing
+from src.utils.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -205,33 +204,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     del content["sha256"]
     with replacing(folder / MANIFEST) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
-
-
-@contextmanager
-def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` when the block ends well: complete, and on the disk.
-
-    Until then it is `path` with .tmp appended, which a failure removes. An OSError becomes a StorageError.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise storage_error(path, error, expected_bytes) from error
-
-
-def storage_error(path: Path, error: OSError, expected_bytes: int = 0) -> StorageError:
-    """`error`, met while writing `path`, in the words a person needs."""
-    message = f"cannot write {path}: {error.strerror or error}"
-    if expected_bytes:
-        message += f"; it needs {expected_bytes} bytes and {free_bytes(path)} are free there"
-    return StorageError(f"{message}; make room, mend the permissions, or choose another folder with --out")
 
 
 def _check_manifest(manifest: Manifest) -> None:

@@ -176,16 +176,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_of_unknown_origin_are_not_touched(tmp_path: Path) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
-    stray = tmp_path / "out" / "edu_i_000000_t_5.npy"
-    stray.parent.mkdir()
-    np.save(stray, np.arange(5, dtype=np.uint16))
-    with pytest.raises(UserError, match=r"holds 1 shards without a manifest, such as edu_i_000000_t_5.npy"):
-        prepare(request(path), tmp_path / "out", 1)
-    assert os.listdir(tmp_path / "out") == [stray.name]
-
-
 def test_a_full_disk_is_a_storage_error_and_the_work_goes_on_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

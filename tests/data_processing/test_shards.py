@@ -13,13 +13,12 @@ from src.data_processing.shards import (
     Manifest,
     check_shard,
     read_manifest,
-    replacing,
     unlisted_files,
     write_manifest,
     write_shard,
 )
 from src.data_processing.shards import Shard as ShardEntry
-from src.utils.errors import StorageError, UserError
+from src.utils.errors import UserError
 from tests.conftest import manifest_of
 
 N_VOCAB = 50_257
@@ -161,12 +160,3 @@ def test_a_manifest_cannot_lead_out_of_its_folder(dataset: Path) -> None:
     (dataset / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         read_manifest(dataset)
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(StorageError, match=f"cannot write {path}: No space"), replacing(path, 1):
-        raise OSError(28, "No space left on device")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
