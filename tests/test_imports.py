@@ -1,6 +1,8 @@
-"""The house's arrows: which of our files may import which."""
+"""The house's arrows: which of our files may import which, and that what they import from others is pinned."""
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,13 @@ def test_no_arrow_points_back(path: str):
 @pytest.mark.parametrize("path", FORBIDDEN)
 def test_packages_a_file_must_do_without(path: str):
     assert not FORBIDDEN[path] & {module.split(".")[0] for module in imports(path)}
+
+
+def test_what_is_imported_is_pinned():
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    packages = {module.split(".")[0] for path in FILES for module in imports(path)}
+    theirs = packages - sys.stdlib_module_names - {"src", "pydoc_data"}  # of the standard library too
+    assert {package.replace("_", "-") for package in theirs} <= set(pinned)
 
 
 @pytest.mark.parametrize("room", MUST_NOT_KNOW)

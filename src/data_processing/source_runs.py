@@ -84,8 +84,8 @@ def encode_sources(
     with Progress(lambda: ", ".join(filter(None, (source.status() for source in sources)))) as progress:
         progress.begin(max(shares.before(start), count.share), count.documents, count.tokens)
         for place, batch in encode_all(_batches(sources, start), workers, request.seed, wanted, ahead):
-            has_left_a_download = place.unit != run.end.unit and sources[run.end.source].download_bytes
-            if run.is_full or has_left_a_download:
+            leaves_a_download = place[:2] != run.end[:2] and sources[run.end.source].download_bytes
+            if run.is_full or leaves_a_download:
                 run.write(complete=False, end=place._replace(batch=place.batch - 1))
                 _release(sources, run.end)
             batch = count.add(batch)

@@ -109,11 +109,13 @@ class Files(Source):
 def open_files(paths: Sequence[str], text_field: str) -> list[Files]:
     """A source for each of `paths`; a file that several of them lead to belongs to the first. Raises UserError.
 
-    Text files that are named themselves, such as by a shell's *.txt, are one source together.
+    Text files that are named themselves, such as by a shell's *.txt, are one source together, at the place of the
+    first of them.
     """
     texts = [path for path in paths if path.lower().endswith(TEXT_EXTENSIONS) and os.path.isfile(path)]
+    grouped = set(texts)
     sources, seen = [], set[Path]()
-    for group in [*([path] for path in paths if path not in texts), *([texts] if texts else [])]:
+    for group in [texts if path in grouped else [path] for path in paths if path in texts[:1] or path not in grouped]:
         found, skipped = find_files(group)
         name = group[0] if len(group) == 1 else f"{len(group)} text files from {group[0]} on"
         if skipped:

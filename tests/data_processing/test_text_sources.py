@@ -67,6 +67,18 @@ def test_files_are_sorted_found_once_and_described(tmp_path: Path) -> None:
     }
 
 
+def test_text_files_that_are_named_stand_where_the_first_of_them_does(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (folder / name).write_text(name)
+    (tmp_path / "e.jsonl").write_text(json_lines({"text": "e"}))
+    assert texts_of(folder / "c.txt", folder) == ["c.txt", "a.txt", "b.txt"]
+    sources = open_files([str(tmp_path / "e.jsonl"), *(f"{folder}/{name}" for name in ("b.txt", "a.txt", ""))], "text")
+    assert [texts_in(source) for source in sources] == [["e"], ["a.txt", "b.txt"], ["c.txt"]]
+    assert sources[1].details["path"] == f"2 text files from {folder}/b.txt on"
+
+
 def test_empty_text_files_beside_others_are_empty_documents(tmp_path: Path) -> None:
     for name in ("a.txt", "c.md", "e.txt", "f.txt"):
         (tmp_path / name).touch()
