@@ -19,7 +19,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from src.utils.disk import replacing
-from src.utils.errors import UserError
+from src.utils.errors import StoppedError, UserError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -146,14 +146,19 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
         raise UserError(f"{fault}; repair it with: {REPAIR} '{folder}'")
 
 
-def shard_fault(folder: Path, shard: Shard, n_vocab: int, full: bool = False) -> str | None:
-    """What `check_shard` finds wrong with the file, with path, expected and actual; None if nothing."""
+def shard_fault(
+    folder: Path, shard: Shard, n_vocab: int, full: bool = False, stop: Callable[[], bool] = lambda: False
+) -> str | None:
+    """What `check_shard` finds wrong with the file, with path, expected and actual; None if nothing.
+
+    Raises StoppedError once `stop()` is true, which is asked before every 4 MiB.
+    """
     path = folder / shard.file
     try:
         with open(path, "rb") as file:
             _check_header(file, path, shard)
             if full:
-                _check_content(file, path, shard, n_vocab)
+                _check_content(file, path, shard, n_vocab, stop)
     except FileNotFoundError:
         return f"{path} is missing: expected a shard of {shard.tokens} tokens"
     except OSError as error:
@@ -240,13 +245,15 @@ def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:
         raise _Damaged(f"{path}: expected {expected} bytes, found {size}: the array is {what}")
 
 
-def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int) -> None:
+def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int, stop: Callable[[], bool]) -> None:
     """`file` stands at the first token, after the header."""
     header_bytes = file.tell()
     file.seek(0)
     digest = hashlib.sha256(file.read(header_bytes))
     offset = 0
     for chunk in _chunks(file):
+        if stop():
+            raise StoppedError(f"stopped on request while {path} was being read")
         digest.update(chunk)
         ids = np.frombuffer(chunk, TOKEN_DTYPE)
         if ids.max() >= n_vocab:

@@ -32,9 +32,15 @@ class StorageError(OSError):
 
 
 class BusyError(RuntimeError):
-    """Another process holds the run directory."""
+    """Another process holds the folder of the run or of the dataset."""
 
     exit_code = EXIT_BUSY
+
+
+class StoppedError(RuntimeError):
+    """Stopped on request before anything was trained."""
+
+    exit_code = EXIT_STOPPED
 
 
 class PeerError(RuntimeError):
