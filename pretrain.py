@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from src.data_processing.shards import Manifest, read_manifest
+from src.data_processing.shards import Manifest, read_manifest, stray_files
 from src.data_processing.tokenizer import load_tokenizer
-from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset, stray_files
+from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.data_processing.verification import ensure_verified
 from src.model import LLM
 from src.model_assessment.assessment import Assessment

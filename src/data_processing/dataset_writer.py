@@ -42,11 +42,8 @@ def plan_shards(documents: SortedDocuments, tokens_per_shard: int) -> list[Shard
     limit = min(tokens_per_shard, share)
     begin = _first_fitting(documents, limit)
     validation = next(_cut(documents, limit, begin))
-    plans = [validation]
-    [(begin, end)] = validation.ranges
-    for plan in _cut(documents, tokens_per_shard, 0, leave_out=(begin, end)):
-        plans.append(plan)
-    return plans
+    [taken] = validation.ranges
+    return [validation, *_cut(documents, tokens_per_shard, 0, leave_out=taken)]
 
 
 def write_shards(
@@ -99,18 +96,18 @@ def key_text(record: np.void) -> str:
 
 def _first_fitting(documents: SortedDocuments, limit: int) -> int:
     """The first document that fits into `limit` tokens together with those equal to it, or else the shortest."""
-    shortest, shortest_at, units, at = None, 0, 0, 0
+    shortest, shortest_at, groups, at = None, 0, 0, 0
     for records in documents:
         starts, tokens = _equal_documents(records)
-        units += len(starts)
+        groups += len(starts)
         fitting = np.flatnonzero(tokens <= limit)
         if fitting.size:
             return at + int(starts[fitting[0]])
         if tokens.size and (shortest is None or tokens.min() < shortest):
             shortest, shortest_at = tokens.min(), at + int(starts[np.argmin(tokens)])
         at += len(records)
-    if units < 2:
-        found = "no document" if units == 0 else "one document"
+    if groups < 2:
+        found = "no document" if groups == 0 else "one document"
         raise UserError(
             f"found {found} that isn't empty, repetitions not counted; at least two are needed, one to validate and "
             "one to train, because documents are not split: give more files, or divide a long text into the lines of "
@@ -132,17 +129,17 @@ def _cut(
         used = (starts >= begin) & ((starts < leave_out[0]) | (starts >= leave_out[1]))
         starts, ends, tokens = starts[used], ends[used], tokens[used]
         total = np.cumsum(tokens)
-        unit = 0
-        while unit < len(starts):
-            fitting = int(np.searchsorted(total, (total[unit - 1] if unit else 0) + room, side="right"))
-            if fitting <= unit and ranges:
+        group = 0
+        while group < len(starts):
+            fitting = int(np.searchsorted(total, (total[group - 1] if group else 0) + room, side="right"))
+            if fitting <= group and ranges:
                 yield ShardPlan(tuple(ranges), limit - room)
                 ranges, room = [], limit
                 continue
-            fitting = max(fitting, unit + 1)
-            ranges = _extended(ranges, starts[unit:fitting], ends[unit:fitting])
-            room -= int(tokens[unit:fitting].sum())
-            unit = fitting
+            fitting = max(fitting, group + 1)
+            ranges = _extended(ranges, starts[group:fitting], ends[group:fitting])
+            room -= int(tokens[group:fitting].sum())
+            group = fitting
     if ranges:
         yield ShardPlan(tuple(ranges), limit - room)
 
@@ -159,7 +156,7 @@ def _extended(ranges: list[tuple[int, int]], starts: np.ndarray, ends: np.ndarra
 
 
 def _equal_documents(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each new key begins, and the tokens of all documents that have it."""
+    """Groups of documents that have the same key: where each begins, and its tokens."""
     if not len(records):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     keys = records["key"]

@@ -30,7 +30,8 @@ from src.utils.disk import fingerprint, replacing, storage_errors
 RUN_TOKENS, RUN_DOCUMENTS = 1 << 25, 1 << 18
 _SLICE_DOCUMENTS = 1 << 20
 _CHUNK_TOKENS = 1 << 23
-_GROUPS = 16
+_GROUP_BITS = 4  # of a key, which decide the token file
+_GROUPS = 1 << _GROUP_BITS
 
 RECORD = np.dtype(
     [
@@ -170,7 +171,7 @@ def sort_documents(folder: Path, drop_duplicates: bool) -> SortedDocuments:
 
 def _key_slices(documents: int) -> Iterator[tuple[int, int]]:
     """First halves of keys, from and to, that hold some _SLICE_DOCUMENTS each."""
-    slices = _GROUPS * max(1, -(-documents // (_SLICE_DOCUMENTS * _GROUPS)))
+    slices = max(1, -(-documents // _SLICE_DOCUMENTS))
     edges = [number * 2**64 // slices for number in range(slices + 1)]
     yield from pairwise(edges)
 
@@ -192,7 +193,7 @@ def _key_order(keys: np.ndarray) -> np.ndarray:
 
 
 def _group_of(records: np.ndarray) -> np.ndarray:
-    return records["key"][:, 0] >> np.uint64(60)
+    return records["key"][:, 0] >> np.uint64(64 - _GROUP_BITS)
 
 
 def _write(path: Path, content: memoryview) -> str:

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from src.data_processing.document_sort import (
     sort_documents,
 )
 from src.data_processing.progress import say
+from src.data_processing.request import Request
 from src.data_processing.shards import (
     MANIFEST,
     TOKEN_DTYPE,
@@ -32,7 +32,7 @@ from src.data_processing.shards import (
     shard_fault,
     write_manifest,
 )
-from src.data_processing.source_runs import Request, encode_sources, open_sources
+from src.data_processing.source_runs import encode_sources, open_sources
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.work_folder import PLAN, claimed_work, remove_leftovers, start_over
@@ -55,20 +55,19 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
         work = stack.enter_context(claimed_work(folder))
         if (folder / MANIFEST).exists():  # since a moment ago
             return _existing(request, folder)
-        details = _begin(request, folder, work, workers, stack)
+        details = _encode_missing(request, folder, work, workers, stack)
         documents = sort_documents(work, request.drop_duplicates)
         try:
             plans = plan_shards(documents, request.tokens_per_shard)
         except UserError as error:  # nothing to go on with
             start_over(folder, work)
-            limited = request.max_tokens is not None or request.max_documents is not None
-            raise UserError(f"{error}; or raise the limit" if limited else str(error)) from None
+            raise UserError(f"{error}; or raise the limit" if request.is_limited else str(error)) from None
         say(f"writing {len(plans)} shards")
         counts, sources, lengths = _statistics(documents, details, read_states(work))
-        shards = write_shards(documents, plans, folder, "+".join(request.source), work / _JOURNAL)
+        shards = write_shards(documents, plans, folder, "+".join(request.sources), work / _JOURNAL)
         manifest = Manifest(
             sources=sources,
-            request=asdict(request),
+            request=request.stored(),
             tokenizer=Tokenizer.name,
             tokenizer_sha256=Tokenizer.sha256,
             n_vocab=Tokenizer.n_vocab,
@@ -94,22 +93,22 @@ def _existing(request: Request, folder: Path) -> Manifest:
     return manifest
 
 
-def _begin(request: Request, folder: Path, work: Path, workers: int, stack: ExitStack) -> list[dict[str, Any]]:
+def _encode_missing(request: Request, folder: Path, work: Path, workers: int, stack: ExitStack) -> list[dict[str, Any]]:
     """Encodes all documents into `work`, or those that are missing there; returns the sources' details."""
-    plan = {"version": _WORK_VERSION, "request": asdict(request)}
-    saved = _read_plan(folder, work)
-    goes_on = {name: saved.get(name) for name in plan} == plan
-    states = read_states(work) if goes_on else []
-    if states and states[-1]["complete"]:
+    plan = {"version": _WORK_VERSION, "request": request.stored()}
+    found = _read_plan(folder, work)
+    begun = found if found and {name: found.get(name) for name in plan} == plan else None
+    states = read_states(work) if begun else []
+    if begun and states and states[-1]["complete"]:
         say(f"going on with {folder}: all documents are tokenised")
-        return saved["sources"]
-    say(f"preparing {folder} from {', '.join(request.source)}")
-    sources = open_sources(request, saved["sources"] if goes_on else [], work, stack)
+        return begun["sources"]
+    say(f"preparing {folder} from {', '.join(request.sources)}")
+    sources = open_sources(request, begun["sources"] if begun else [], work, stack)
     details = [source.details for source in sources]
-    if goes_on and saved["sources"] == details:
+    if begun and begun["sources"] == details:
         say(f"going on after {sum(state['tokens'] for state in states):,} tokens that are there")
     else:
-        if saved:
+        if found is not None:
             say("not what was begun here: starting over")
         start_over(folder, work)
         with replacing(work / PLAN) as file:
@@ -119,10 +118,10 @@ def _begin(request: Request, folder: Path, work: Path, workers: int, stack: Exit
     return details
 
 
-def _read_plan(folder: Path, work: Path) -> dict[str, Any]:
-    """What an earlier start set out to do; nothing where there was none, or what it left is damaged."""
+def _read_plan(folder: Path, work: Path) -> dict[str, Any] | None:
+    """What an earlier start set out to do; None where there was none, empty where what it left is damaged."""
     if not (work / PLAN).exists():
-        return {}
+        return None
     journal = work / _JOURNAL
     try:
         plan = json.loads((work / PLAN).read_bytes())
@@ -133,7 +132,7 @@ def _read_plan(folder: Path, work: Path) -> dict[str, Any]:
     if damage is None:
         return plan
     say(f"what was there is damaged ({damage})")
-    return {"version": "damaged"}
+    return {}
 
 
 def _check_disk(sources: Sequence[Source], request: Request, work: Path) -> None:
@@ -184,13 +183,13 @@ def _statistics(
 
 def _check_same_request(manifest: Manifest, request: Request, folder: Path) -> None:
     """Raises UserError where the dataset in `folder` was asked for differently, or its files have changed since."""
-    there, asked = manifest.request, asdict(request)
+    there, asked = manifest.request, request.stored()
     differences = [
         f"{name} is {there.get(name)!r} there, {value!r} asked"
         for name, value in asked.items()
         if there.get(name) != value
     ]
-    if not differences and "files" in request.source:
+    if not differences and "files" in request.sources:
         differences = _changed_files(manifest, request.paths, (folder / MANIFEST).stat().st_mtime)
     if differences:
         raise UserError(

@@ -13,8 +13,9 @@ from src.data_processing.dataset_writer import ShardPlan, write_planned
 from src.data_processing.document_sort import SortedDocuments, sort_documents
 from src.data_processing.encoding import KeyRange
 from src.data_processing.progress import say
-from src.data_processing.shards import SHARD_NAME, Manifest, Shard, read_manifest, unlisted_files
-from src.data_processing.source_runs import Request, encode_sources, open_sources
+from src.data_processing.request import Request
+from src.data_processing.shards import SHARD_NAME, Manifest, Shard, read_manifest, stray_files
+from src.data_processing.source_runs import encode_sources, open_sources
 from src.data_processing.verification import ensure_verified, find_faults
 from src.data_processing.work_folder import claimed_work, empty, remove_leftovers
 from src.utils.disk import storage_errors, sync
@@ -25,8 +26,8 @@ def verify(folder: Path) -> Manifest:
     """The manifest of the dataset in `folder`, after reading every byte of it; raises UserError naming each fault."""
     manifest = read_manifest(folder)
     ensure_verified(folder, manifest, trust_stamp=False)
-    if strays := unlisted_files(folder, manifest):
-        say(f"ignored in {folder}, not part of the dataset: {', '.join(strays)}")
+    if strays := stray_files(folder, manifest):
+        say(strays)
     say(f"verified: {folder}")
     return manifest
 
@@ -61,7 +62,7 @@ def _read_again(
     manifest: Manifest, shards: Sequence[Shard], work: Path, workers: int, stack: ExitStack
 ) -> SortedDocuments:
     """The documents in the key ranges of `shards`, from the sources."""
-    request = Request(**manifest.request)
+    request = Request.from_stored(manifest.request)
     try:
         sources = open_sources(request, manifest.sources, work, stack)
     except UserError as error:

@@ -96,7 +96,8 @@ class Manifest:
     @property
     def origins(self) -> list[dict[str, Any]]:
         """The sources without their lists of files, which can be long."""
-        return [{name: value for name, value in s.items() if not name.endswith("files")} for s in self.sources]
+        lists = {"files", "hub_files"}
+        return [{name: value for name, value in s.items() if name not in lists} for s in self.sources]
 
     @property
     def validation(self) -> tuple[Shard, ...]:
@@ -174,8 +175,16 @@ def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name not in listed and not name.startswith("."))
 
 
+def stray_files(folder: Path, manifest: Manifest) -> str | None:
+    """One line about files in the dataset's folder that are not part of it, or None."""
+    strays = unlisted_files(folder, manifest)
+    if not strays:
+        return None
+    return f"ignoring {len(strays)} file(s) in {folder} that its manifest does not list: {', '.join(strays[:3])}"
+
+
 def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iterable[np.ndarray]) -> tuple[str, str]:
-    """Writes `arrays`, `tokens` ids in all, as one shard; returns its file name and sha256.
+    """Writes `arrays`, each 1-D uint16, `tokens` ids in all, as one shard; returns its file name and sha256.
 
     The file gets its name only when it is complete and on the disk. Raises StorageError.
     """
@@ -187,7 +196,8 @@ def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iter
         file.write(header.getvalue())
 
         def put(array: np.ndarray) -> None:
-            content = np.ascontiguousarray(array, TOKEN_DTYPE).data.cast("B")
+            assert (array.ndim, array.dtype) == (1, TOKEN_DTYPE), "another type's larger ids would wrap around"
+            content = np.ascontiguousarray(array).data.cast("B")
             file.write(content)
             digest.update(content)
 
