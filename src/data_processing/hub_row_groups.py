@@ -113,8 +113,8 @@ def _fetched(
     file = listing.files[number]
     if not 0 <= start < end <= file.bytes:
         raise UserError(
-            f"{what} of {listing.repository} at {listing.revision} would be bytes {start} to {end} of {file.bytes}, so "
-            "that file is damaged on the hub; use another source, or whole files without --max-tokens"
+            f"{what} of {listing.repository} at {listing.revision} would be bytes {start} to {end} of {file.bytes}, "
+            "so what the hub sent is damaged; start again, or take whole files, which are verified, without a limit"
         )
 
     def attempt() -> bytes:

@@ -104,11 +104,11 @@ def test_faults_that_pass(rows: Callable[..., tuple[list[tuple[int, int]], str]]
     [
         (
             b"",
-            "the footer of sample/10BT/0.parquet of org/data at f+ would be bytes 0 to 0 of 0, so that file is damaged",
+            "the footer of sample/10BT/0.parquet of org/data at f+ would be bytes 0 to 0 of 0, so what the hub sent",
         ),
         (
             FOOTER,  # alone, while it tells of row groups before it
-            r"row group [0-4] of sample/10BT/0.parquet of org/data at f+ would be bytes \d+ to \d+ of \d+, so that",
+            r"row group [0-4] of sample/10BT/0.parquet of org/data at f+ would be bytes \d+ to \d+ of \d+, so what",
         ),
     ],
     ids=["an empty file", "a footer of another file"],
