@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from src.data_processing.shards import read_manifest
-from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset, stray_files
+from src.data_processing.shards import read_manifest, stray_files
+from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.data_processing.verification import ensure_verified
 from src.model_assessment.assessment import Assessment
 from src.model_configs.my_llm_config import PRESETS
@@ -71,7 +71,8 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         manifest = procs.together(lambda: read_manifest(folder))
         check_alike(config, procs, manifest)
         # before anything reads a token; on each machine, because its disk may be its own
-        procs.together(lambda: ensure_verified(folder, manifest) if procs.is_machines_first else None)
+        asked = lambda: bool(stop())
+        procs.together(lambda: ensure_verified(folder, manifest, stop=asked) if procs.is_machines_first else None)
         training, assessment = procs.together(lambda: open_data(config, folder, manifest))
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
         log = RunLogger(run_dir, procs.is_main)

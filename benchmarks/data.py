@@ -1,4 +1,4 @@
-"""Preparing data and reading it again: rates and memory, as one JSON object.
+"""Preparing data: rates and memory, as one JSON object.
 
 python -m benchmarks.data [--path FILES ...] [--megabytes 300] [--workers 1 2] [--repeats 5]
 
@@ -22,8 +22,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.loader import loader_figures
-from benchmarks.synthetic_dataset import make_sparse_dataset
 from src.data_processing.text_sources import PythonDocs, open_files
 from src.utils import hardware
 from src.utils.cores import available_cores
@@ -59,12 +57,10 @@ def main() -> None:
             alone.append(tiktoken_alone(corpus, documents // 8))
             for workers, runs in prepared.items():
                 runs.append(prepare(corpus, folder, workers))
-        make_sparse_dataset(folder / "sparse")
         figures = {
             "corpus_megabytes": args.megabytes,
             "tiktoken_tokens_per_second": statistics.median(alone),
             "prepare": [summary(runs, workers, statistics.median(alone)) for workers, runs in prepared.items()],
-            "loader": loader_figures(folder / "sparse", 2048),
             "machine": hardware.describe_machine(torch.device("cpu")),
         }
     print(json.dumps(figures))

@@ -1,6 +1,8 @@
-"""The house's arrows: which of our files may import which."""
+"""The house's arrows: which of our files may import which, and that what they import from others is pinned."""
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,9 +32,15 @@ FORBIDDEN = {
     "src/model_utils/checkpoint_utils.py": {"pickle"},
 }
 # A file that other rooms call must not know these of ours.
+HUB = tuple(f"src.data_processing.hub_{name}" for name in ("sources", "downloads", "files", "row_groups"))
+PREPARATION = (*HUB, *(f"src.data_processing.{name}" for name in ("preparation", "source_runs", "encoding")))
 MUST_NOT_KNOW = {
     "src/data_processing/": ("src.model", "src.model_utils", "src.model_assessment"),
-    "src/data_processing/training_data_loader.py": ("src.data_processing.tokenizer",),
+    "src/data_processing/shards.py": PREPARATION,
+    "src/data_processing/training_data_loader.py": (*PREPARATION, "src.data_processing.tokenizer"),
+    "src/data_processing/verification.py": PREPARATION,
+    "src/data_processing/file_formats.py": (*HUB, "src.data_processing.encoding"),
+    "src/data_processing/text_sources.py": (*HUB, "src.data_processing.encoding"),
     "src/model_utils/checkpoint_utils.py": ("src.model", "src.params"),
     "src/model_assessment/validation.py": ("src.model_utils", "src.utils.logger"),
     "src/model_assessment/report.py": ("src.model", "src.model_utils", "src.data_processing"),
@@ -74,6 +82,13 @@ def test_no_arrow_points_back(path: str):
 @pytest.mark.parametrize("path", FORBIDDEN)
 def test_packages_a_file_must_do_without(path: str):
     assert not FORBIDDEN[path] & {module.split(".")[0] for module in imports(path)}
+
+
+def test_what_is_imported_is_pinned():
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    packages = {module.split(".")[0] for path in FILES for module in imports(path)}
+    theirs = packages - sys.stdlib_module_names - {"src", "pydoc_data"}  # of the standard library too
+    assert {package.replace("_", "-") for package in theirs} <= set(pinned)
 
 
 @pytest.mark.parametrize("room", MUST_NOT_KNOW)

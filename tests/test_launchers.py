@@ -201,4 +201,7 @@ def test_missing_packages_are_found_by_name_and_version(tmp_path: Path):
     (tmp_path / "base.txt").write_text("# comment\npytest==0.0.1  # too old\n\nno-such-package==1.0\n")
     (tmp_path / "more.txt").write_text("-r base.txt\nanother-missing==2\n")
     assert missing(tmp_path / "more.txt") == ["pytest==0.0.1", "no-such-package==1.0", "another-missing==2"]
+    old, new = 'pytest==0.0.2; python_version < "3.10"', 'pytest==0.0.3; python_version >= "3.10"'
+    (tmp_path / "some.txt").write_text(f"{old}  # no such Python is supported\n{new}\n")
+    assert missing(tmp_path / "some.txt") == ["pytest==0.0.3"]
     assert missing(ROOT / "requirements-dev.txt") == []

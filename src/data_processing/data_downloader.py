@@ -10,11 +10,11 @@ import argparse
 import json
 import os
 import time
-from typing import Any
+from collections.abc import Callable
 
 from src.data_processing.preparation import prepare
 from src.data_processing.repair import repair, verify
-from src.data_processing.source_runs import Request
+from src.data_processing.request import Request
 from src.utils.cores import available_cores
 from src.utils.errors import exit_with
 from src.utils.root import dataset_dir
@@ -39,7 +39,7 @@ def main() -> None:
         manifest = repair(folder, args.workers)
     else:
         request = Request(
-            source=args.source,
+            sources=args.source,
             paths=[os.path.abspath(os.path.expanduser(path)) for path in args.path],
             text_field=args.text_field,
             tokens_per_shard=args.tokens_per_shard,
@@ -59,14 +59,14 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_args()
-    looks = args.verify or args.repair or args.inspect
-    if args.source is None and not looks:
+    is_there = args.verify or args.repair or args.inspect  # the dataset, already
+    if args.source is None and not is_there:
         parser.error("--source is needed: fineweb-edu, files or pydocs")
     if args.source and args.out is None and "files" not in args.source:
         args.out = "+".join(_DEFAULT_OUT[source] for source in args.source)
         for limit, unit in ((args.max_tokens, "tokens"), (args.max_documents, "documents")):
             args.out += f"-max-{limit}-{unit}" if limit else ""  # a trial must never pass for the whole
-    if args.source and "files" in args.source and not args.path and not looks:
+    if args.source and "files" in args.source and not args.path and not is_there:
         parser.error("--source files needs --path FILE_OR_GLOB ...")
     if args.path and "files" not in (args.source or ()):
         parser.error("--path is for --source files")
@@ -164,7 +164,7 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _number_from(minimum: int) -> Any:
+def _number_from(minimum: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text.replace("_", ""))
         if not minimum <= value < 2**63:

@@ -1,108 +1,26 @@
-"""Sorted documents -> a dataset's shards: split and written, in a folder held for the purpose.
+"""Sorted documents -> a dataset's shards: divided and written.
 
 The documents' keys decide the order, so every document is equally likely to be anywhere, whatever order its
 source has, and equal documents lie side by side, never on both sides of the split into validation and training.
 """
 
 import json
-import os
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from src.data_processing.document_sort import SortedDocuments
-from src.data_processing.shards import SHARD_NAME, Shard, replacing, storage_error, write_shard
-from src.utils.disk import try_lock
-from src.utils.errors import BusyError, StorageError, UserError
+from src.data_processing.progress import say
+from src.data_processing.shards import Shard, write_shard
+from src.utils.disk import replacing
+from src.utils.errors import UserError
 
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE = 20
 _SMALL_VALIDATION_SHARE = 4
 _USEFUL_VALIDATION_TOKENS = 16_384
-
-PLAN = "plan.json"
-WORK = ".preparing"  # there while a preparation goes on, and after one was stopped
-
-
-@contextmanager
-def claimed(folder: Path, keep_unfinished: bool = True) -> Iterator[Path]:
-    """Holds `folder`, made if need be, until the block ends; gives the folder inside it for unfinished work.
-
-    That is deleted when the block ends well. Where it fails, work that is worth going on with stays, unless
-    `keep_unfinished` is False. Raises StorageError where the folder cannot be written, and BusyError where another
-    process holds it.
-    """
-    work = folder / WORK
-    try:
-        made = not folder.exists()
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "wb")  # noqa: SIM115 (held open as long as the lock)
-    except OSError as error:
-        raise storage_error(folder, error) from error
-    with lock:
-        if not try_lock(lock) or not _is_there(lock, work / "lock"):  # its last holder may have deleted it
-            raise BusyError(f"another process is preparing {folder}; wait for it, or choose another --out")
-        try:
-            yield work
-        except BaseException:
-            if not (keep_unfinished and _is_begun(work)):
-                shutil.rmtree(work)
-                if made and not any(folder.iterdir()):
-                    folder.rmdir()
-            raise
-        shutil.rmtree(work)
-
-
-def _is_begun(work: Path) -> bool:
-    """Whether `work` holds anything that took time to make."""
-    return any(path.name.startswith(("run_000000.json", "downloads")) for path in work.iterdir())
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Deletes the unfinished work beside a finished dataset: its process was stopped between its last two steps."""
-    if (folder / WORK).exists():
-        with suppress(BusyError, StorageError), claimed(folder):
-            pass
-
-
-def start_over(folder: Path, work: Path) -> None:
-    """Removes what an earlier preparation left, but not shards whose origin is unknown: UserError for those."""
-    plan = work / PLAN
-    shards = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name.removesuffix(".tmp"))]
-    if plan.exists():
-        with replacing(plan) as file:  # or, after a kill further down, that plan would be gone on with
-            file.write(b"{}")
-    elif shards:
-        raise UserError(
-            f"{folder} holds {len(shards)} shards without a manifest, such as {min(shards).name}, whose preparation "
-            "is unknown; move them away or choose another --out"
-        )
-    for path in shards:
-        path.unlink()
-    empty(work, keep=(plan.name,))
-
-
-def empty(work: Path, keep: Sequence[str] = ()) -> None:
-    """Deletes what is in the folder for unfinished work, but the lock."""
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in ("lock", *keep):
-            path.unlink()
-
-
-def _is_there(lock: IO, path: Path) -> bool:
-    """Whether the open file is the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -124,11 +42,8 @@ def plan_shards(documents: SortedDocuments, tokens_per_shard: int) -> list[Shard
     limit = min(tokens_per_shard, share)
     begin = _first_fitting(documents, limit)
     validation = next(_cut(documents, limit, begin))
-    plans = [validation]
-    [(begin, end)] = validation.ranges
-    for plan in _cut(documents, tokens_per_shard, 0, leave_out=(begin, end)):
-        plans.append(plan)
-    return plans
+    [taken] = validation.ranges
+    return [validation, *_cut(documents, tokens_per_shard, 0, leave_out=taken)]
 
 
 def write_shards(
@@ -140,7 +55,7 @@ def write_shards(
     """
     shards = read_journal(journal)
     if shards:
-        print(f"going on after {len(shards)} shard(s) that are in {folder}", file=sys.stderr)
+        say(f"going on after {len(shards)} shard(s) that are in {folder}")
     for index, plan in enumerate(plans):
         if index >= len(shards):
             shards.append(write_planned(documents, plan, folder, prefix, index))
@@ -181,18 +96,18 @@ def key_text(record: np.void) -> str:
 
 def _first_fitting(documents: SortedDocuments, limit: int) -> int:
     """The first document that fits into `limit` tokens together with those equal to it, or else the shortest."""
-    shortest, shortest_at, units, at = None, 0, 0, 0
+    shortest, shortest_at, groups, at = None, 0, 0, 0
     for records in documents:
         starts, tokens = _equal_documents(records)
-        units += len(starts)
+        groups += len(starts)
         fitting = np.flatnonzero(tokens <= limit)
         if fitting.size:
             return at + int(starts[fitting[0]])
         if tokens.size and (shortest is None or tokens.min() < shortest):
             shortest, shortest_at = tokens.min(), at + int(starts[np.argmin(tokens)])
         at += len(records)
-    if units < 2:
-        found = "no document" if units == 0 else "one document"
+    if groups < 2:
+        found = "no document" if groups == 0 else "one document"
         raise UserError(
             f"found {found} that isn't empty, repetitions not counted; at least two are needed, one to validate and "
             "one to train, because documents are not split: give more files, or divide a long text into the lines of "
@@ -214,17 +129,17 @@ def _cut(
         used = (starts >= begin) & ((starts < leave_out[0]) | (starts >= leave_out[1]))
         starts, ends, tokens = starts[used], ends[used], tokens[used]
         total = np.cumsum(tokens)
-        unit = 0
-        while unit < len(starts):
-            fitting = int(np.searchsorted(total, (total[unit - 1] if unit else 0) + room, side="right"))
-            if fitting <= unit and ranges:
+        group = 0
+        while group < len(starts):
+            fitting = int(np.searchsorted(total, (total[group - 1] if group else 0) + room, side="right"))
+            if fitting <= group and ranges:
                 yield ShardPlan(tuple(ranges), limit - room)
                 ranges, room = [], limit
                 continue
-            fitting = max(fitting, unit + 1)
-            ranges = _extended(ranges, starts[unit:fitting], ends[unit:fitting])
-            room -= int(tokens[unit:fitting].sum())
-            unit = fitting
+            fitting = max(fitting, group + 1)
+            ranges = _extended(ranges, starts[group:fitting], ends[group:fitting])
+            room -= int(tokens[group:fitting].sum())
+            group = fitting
     if ranges:
         yield ShardPlan(tuple(ranges), limit - room)
 
@@ -241,7 +156,7 @@ def _extended(ranges: list[tuple[int, int]], starts: np.ndarray, ends: np.ndarra
 
 
 def _equal_documents(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each new key begins, and the tokens of all documents that have it."""
+    """Groups of documents that have the same key: where each begins, and its tokens."""
     if not len(records):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     keys = records["key"]

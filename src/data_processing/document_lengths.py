@@ -7,6 +7,9 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
+import matplotlib
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
 from src.utils.plot_style import BLUE, GREY, ORANGE, STYLE, as_png, new_figure, plain
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -49,9 +52,6 @@ def rows(counts: Sequence[int], tokens: int, bar_width: int) -> list[list[str]]:
 
 def draw(counts: Sequence[int], tokens: int, name: str) -> bytes:
     """The PNG: for each length the share of documents and the estimated share of tokens. `name`: the dataset's."""
-    import matplotlib  # here, because only this needs it and it takes long to import
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     first, last = _range(counts)
     lengths = range(first, last + 1)  # log2 of each entry's shortest
     shares = token_shares(counts, tokens)

@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 
 from src.data_processing.encoding import EncodedBatch
-from src.data_processing.shards import TOKEN_DTYPE, replacing, storage_error
-from src.utils.disk import fingerprint
+from src.data_processing.shards import TOKEN_DTYPE
+from src.utils.disk import fingerprint, replacing, storage_errors
 
 RUN_TOKENS, RUN_DOCUMENTS = 1 << 25, 1 << 18
 _SLICE_DOCUMENTS = 1 << 20
 _CHUNK_TOKENS = 1 << 23
-_GROUPS = 16
+_GROUP_BITS = 4  # of a key, which decide the token file
+_GROUPS = 1 << _GROUP_BITS
 
 RECORD = np.dtype(
     [
@@ -75,6 +76,11 @@ def read_states(folder: Path) -> list[dict[str, Any]]:
     return states
 
 
+def has_runs(folder: Path) -> bool:
+    """Whether any whole run lies in `folder`."""
+    return _path(folder, 0, "json").exists()
+
+
 def find_damage(folder: Path, tokens_may_be_gone: bool) -> Path | None:
     """The first file of the runs in `folder` that is not as it was written; token files are deleted in the end."""
     for state in read_states(folder):
@@ -89,7 +95,7 @@ def find_damage(folder: Path, tokens_may_be_gone: bool) -> Path | None:
 
 @dataclass(frozen=True)
 class SortedDocuments:
-    """The documents of all runs in the order of their keys."""
+    """The documents of all runs in the order of their keys. Raises StorageError where their files fail."""
 
     folder: Path
     records: np.ndarray
@@ -116,7 +122,8 @@ class SortedDocuments:
         bounds = [int(_group_of(self.records[at : at + 1])[0]) for at in (begin, end) if at < len(self.records)]
         for group in range(bounds[0], bounds[1] if len(bounds) == 2 else _GROUPS):
             for path in self.folder.glob(f"run_*.tokens_{group:x}"):
-                path.unlink()
+                with storage_errors(path, "delete"):
+                    path.unlink()
 
     def _read(self, records: np.ndarray) -> np.ndarray:
         tokens = np.empty(int(records["tokens"].sum()), TOKEN_DTYPE)
@@ -126,43 +133,45 @@ class SortedDocuments:
         for part in np.split(by_file, np.flatnonzero(np.diff(files[by_file])) + 1):
             run, group = divmod(int(files[part[0]]), _GROUPS)
             firsts, counts = records["first"][part].astype(np.int64), records["tokens"][part].astype(np.int64)
-            stretch = np.fromfile(
-                _path(self.folder, run, f"tokens_{group:x}"),
-                TOKEN_DTYPE,
-                count=int(firsts[-1] + counts[-1] - firsts[0]),
-                offset=int(firsts[0]) * TOKEN_DTYPE.itemsize,
-            )
+            path = _path(self.folder, run, f"tokens_{group:x}")
+            with storage_errors(path, "read"):
+                stretch = np.fromfile(
+                    path,
+                    TOKEN_DTYPE,
+                    count=int(firsts[-1] + counts[-1] - firsts[0]),
+                    offset=int(firsts[0]) * TOKEN_DTYPE.itemsize,
+                )
             for end, first, count in zip(ends[part], firsts - firsts[0], counts, strict=True):
                 tokens[end - count : end] = stretch[first : first + count]
         return tokens
 
 
 def sort_documents(folder: Path, drop_duplicates: bool) -> SortedDocuments:
-    """Merges the runs in `folder`. Of equal documents only one stays where `drop_duplicates` says so."""
+    """Merges the runs in `folder`. Of equal documents only one stays where `drop_duplicates` says so.
+
+    Raises StorageError.
+    """
     runs = [np.load(_path(folder, run, "documents.npy"), mmap_mode="r") for run in range(len(read_states(folder)))]
     path = folder / "sorted_documents"
     slices, dropped = [0], 0
-    try:
-        with open(path, "wb") as file:
-            for low, high in _key_slices(sum(map(len, runs))):
-                parts = [run[_place(run, low) : _place(run, high)] for run in runs]
-                records = np.concatenate([np.empty(0, RECORD), *parts])
-                records = records[_key_order(records["key"])]
-                if drop_duplicates and len(records):
-                    new = np.concatenate(([True], (records["key"][1:] != records["key"][:-1]).any(axis=1)))
-                    dropped += int((~new).sum())
-                    records = records[new]
-                records.tofile(file)
-                slices.append(slices[-1] + len(records))
-    except OSError as error:
-        raise storage_error(path, error) from error
+    with storage_errors(path), open(path, "wb") as file:
+        for low, high in _key_slices(sum(map(len, runs))):
+            parts = [run[_place(run, low) : _place(run, high)] for run in runs]
+            records = np.concatenate([np.empty(0, RECORD), *parts])
+            records = records[_key_order(records["key"])]
+            if drop_duplicates and len(records):
+                new = np.concatenate(([True], (records["key"][1:] != records["key"][:-1]).any(axis=1)))
+                dropped += int((~new).sum())
+                records = records[new]
+            records.tofile(file)
+            slices.append(slices[-1] + len(records))
     merged = np.memmap(path, RECORD, mode="r") if slices[-1] else np.empty(0, RECORD)
     return SortedDocuments(folder, merged, tuple(slices), dropped)
 
 
 def _key_slices(documents: int) -> Iterator[tuple[int, int]]:
     """First halves of keys, from and to, that hold some _SLICE_DOCUMENTS each."""
-    slices = _GROUPS * max(1, -(-documents // (_SLICE_DOCUMENTS * _GROUPS)))
+    slices = max(1, -(-documents // _SLICE_DOCUMENTS))
     edges = [number * 2**64 // slices for number in range(slices + 1)]
     yield from pairwise(edges)
 
@@ -184,18 +193,15 @@ def _key_order(keys: np.ndarray) -> np.ndarray:
 
 
 def _group_of(records: np.ndarray) -> np.ndarray:
-    return records["key"][:, 0] >> np.uint64(60)
+    return records["key"][:, 0] >> np.uint64(64 - _GROUP_BITS)
 
 
 def _write(path: Path, content: memoryview) -> str:
     """Writes a file, waits until it is on the disk, and returns its sha256. Raises StorageError."""
-    try:
-        with open(path, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise storage_error(path, error) from error
+    with storage_errors(path), open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     return hashlib.sha256(content).hexdigest()
 
 

@@ -76,8 +76,8 @@ def encode_all(
     batches: Iterable[tuple[T, Documents]],
     workers: int,
     seed: int,
+    ahead: int,
     wanted: Sequence[KeyRange] | None = None,
-    ahead: int = _WORTH_PROCESSES,
 ) -> Iterator[tuple[T, EncodedBatch]]:
     """Encodes batches in their order, each with the label it came with; the same for any number of processes.
 

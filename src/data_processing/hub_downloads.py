@@ -5,7 +5,6 @@ size and sha256 agree, so a file with its own name is never verified again. A fi
 cache holds is verified and used where it lies.
 """
 
-import os
 import threading
 import time
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from types import TracebackType
 from huggingface_hub import try_to_load_from_cache
 
 from src.data_processing.hub_files import BadAnswerError, HubFile, HubListing, persist, read_range
-from src.utils.disk import fingerprint, free_bytes, move, sync
-from src.utils.errors import StorageError
+from src.utils.disk import fingerprint, storage_errors, sync
 from src.utils.read_ahead import ReadAhead
 
 
@@ -32,7 +30,7 @@ class Progress:
 
 
 class Downloads:
-    """Fetches the files of `listing` from number `first` on into `folder`/downloads, inside a `with` block.
+    """Fetches the files of `listing` from number `first` on into `folder`, inside a `with` block.
 
     At most `parallel` files are being fetched or waiting for `done_with`. One process at a time may do so in a folder.
     """
@@ -40,7 +38,7 @@ class Downloads:
     def __init__(self, listing: HubListing, folder: Path, first: int = 0, parallel: int = 4) -> None:
         self._listing = listing
         self._first = first
-        self._folder = folder / "downloads" / listing.revision
+        self._folder = folder / listing.revision
         self._ahead = ReadAhead(self._fetch, first, len(listing.files), parallel)
         # Of each file; a thread changes the entries of its own file only.
         self._bytes_there = [file.bytes if n < first else self._on_disk(n) for n, file in enumerate(listing.files)]
@@ -49,10 +47,8 @@ class Downloads:
 
     def __enter__(self) -> "Downloads":
         """Raises StorageError."""
-        try:
+        with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _storage_error(self._folder, error) from error
         for number in range(self._first):  # left by a start that was killed before it could delete them
             self._delete(number)
         self._ahead.__enter__()
@@ -94,10 +90,8 @@ class Downloads:
 
     def _delete(self, number: int) -> None:
         for path in (self._target(number), self._partial(number)):
-            try:
+            with storage_errors(path, "delete"):
                 path.unlink(missing_ok=True)
-            except OSError as error:
-                raise _storage_error(path, error) from error
 
     def _on_disk(self, number: int) -> int:
         paths = (self._target(number), self._partial(number))
@@ -128,12 +122,10 @@ class Downloads:
             stopping=stopping,
             bytes_there=lambda: self._bytes_there[number],
         )
-        try:
+        with storage_errors(partial):
             sync(partial)
-            target = move(partial, self._target(number))
+            target = partial.rename(self._target(number))
             sync(self._folder)
-        except OSError as error:
-            raise _storage_error(partial, error) from error
         return target
 
     def _attempt(self, number: int, stopping: threading.Event) -> None:
@@ -148,21 +140,17 @@ class Downloads:
 
     def _append(self, number: int, stopping: threading.Event) -> None:
         file, partial = self._listing.files[number], self._partial(number)
-        try:
+        with storage_errors(partial):
             output = open(partial, "ab", buffering=0)  # noqa: SIM115 (closed below)
-        except OSError as error:
-            raise _storage_error(partial, error) from error
         with output:
             self._bytes_there[number] = there = output.tell()
             for chunk in read_range(self._listing, file, there, file.bytes):
                 if stopping.is_set():
                     raise BadAnswerError("stopped")
                 rest = memoryview(chunk)
-                try:
+                with storage_errors(partial, needed_bytes=file.bytes - self._bytes_there[number]):
                     while rest:
                         rest = rest[output.write(rest) :]
-                except OSError as error:
-                    raise _storage_error(partial, error, file.bytes - output.tell()) from error
                 self._bytes_there[number] += len(chunk)
 
 
@@ -173,11 +161,3 @@ def _difference(path: Path, file: HubFile) -> str | None:
     if file.sha256 is not None and (found := fingerprint(path)["sha256"]) != file.sha256:
         return f"the content's sha256 is {found}, {file.sha256} is listed"
     return None
-
-
-def _storage_error(path: Path, error: OSError, missing_bytes: int = 0) -> StorageError:
-    needed = f"; {missing_bytes:,} bytes more are needed, {free_bytes(path):,} are free" if missing_bytes else ""
-    return StorageError(
-        f"cannot write {path}: {os.strerror(error.errno) if error.errno else error}{needed}; "
-        "make room or mend the permissions; the same command goes on from here"
-    )

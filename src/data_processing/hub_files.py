@@ -8,7 +8,6 @@ that is silent.
 
 import random
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ import httpx2
 from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
-from tqdm import tqdm
 
+from src.data_processing.progress import say
 from src.utils.errors import StorageError, UserError
 
 T = TypeVar("T")
@@ -151,7 +150,7 @@ def persist(
             if (remedy := _remedy(error, repository)) or failures == attempts:
                 _give_up(what, repository, error, remedy, failures)
             delay_s = _delay_s(error, failures)
-            _say(f"attempt {failures + 1} of {attempts} for {what} in {delay_s:.0f} s: {_reason(error)}")
+            say(f"attempt {failures + 1} of {attempts} for {what} in {delay_s:.0f} s: {_reason(error)}")
             if stopping.wait(delay_s):
                 raise
 
@@ -216,8 +215,3 @@ def _reason(error: Exception) -> str:
 
 def _page(repository: str) -> str:
     return f"{constants.ENDPOINT}/datasets/{repository}"
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from src.data_processing.file_formats import check_column
 from src.data_processing.hub_files import BadAnswerError, HubListing, persist, read_range
+from src.utils.errors import UserError
 from src.utils.rand_idx_seq_gen import permutation
 from src.utils.read_ahead import ReadAhead
 
@@ -111,7 +112,10 @@ def _fetched(
 ) -> _Part:
     file = listing.files[number]
     if not 0 <= start < end <= file.bytes:
-        raise BadAnswerError(f"{what} would be bytes {start} to {end} of {file.bytes}")
+        raise UserError(
+            f"{what} of {listing.repository} at {listing.revision} would be bytes {start} to {end} of {file.bytes}, "
+            "so what the hub sent is damaged; start again, or take whole files, which are verified, without a limit"
+        )
 
     def attempt() -> bytes:
         return b"".join(read_range(listing, file, start, end))

@@ -11,6 +11,7 @@ from src.data_processing.hub_downloads import Downloads
 from src.data_processing.hub_files import HubListing, list_files
 from src.data_processing.hub_row_groups import remote_row_groups
 from src.data_processing.text_sources import Source
+from src.data_processing.work_folder import DOWNLOADS
 from src.utils.disk import size_text
 from src.utils.errors import UserError
 
@@ -23,24 +24,33 @@ _PARALLEL_DOWNLOADS = 4
 _TOKENS_PER_PARQUET_BYTE = 0.35
 
 
-def fineweb_edu(pinned: dict[str, Any] | None, seed: int | None, work: Path) -> Source:
-    """The sample as it is now, or as the details `pinned` of an earlier time have it.
+def whole_sample(pinned: dict[str, Any] | None, work: Path) -> Source:
+    """All files, downloaded into `work` a few at a time.
 
-    Without a seed all files, downloaded into `work` a few at a time. With one, the row groups of all files in an order
-    that the seed decides, each fetched when it is needed: so that a small part costs little and is of every crawl.
-    Raises UserError where the hub cannot be reached.
+    The sample as it is now, or as the details `pinned` of an earlier time have it. Raises UserError where the hub
+    cannot be reached.
     """
-    if pinned is None:
-        try:
-            listing = list_files(REPOSITORY, FOLDER, revision=None)
-        except UserError as error:
-            raise UserError(
-                f"{error}; or use text of your own with --source files --path FILE_OR_FOLDER, or the documentation on "
-                "this machine with --source pydocs"
-            ) from error
-    else:
-        listing = HubListing.from_dict({**pinned, "files": pinned["hub_files"]})
-    return _WholeFiles(listing, work) if seed is None else _RowGroups(listing, seed)
+    return _WholeFiles(_listing(pinned), work)
+
+
+def random_part(pinned: dict[str, Any] | None, seed: int) -> Source:
+    """The row groups of all files in an order that the seed decides, each fetched when it is needed.
+
+    So a small part costs little and is of every crawl. `pinned` and what is raised: as for `whole_sample`.
+    """
+    return _RowGroups(_listing(pinned), seed)
+
+
+def _listing(pinned: dict[str, Any] | None) -> HubListing:
+    if pinned is not None:
+        return HubListing.from_dict({**pinned, "files": pinned["hub_files"]})
+    try:
+        return list_files(REPOSITORY, FOLDER, revision=None)
+    except UserError as error:
+        raise UserError(
+            f"{error}; or use text of your own with --source files --path FILE_OR_FOLDER, or the documentation on "
+            "this machine with --source pydocs"
+        ) from error
 
 
 class _WholeFiles(Source):
@@ -59,7 +69,7 @@ class _WholeFiles(Source):
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         if self._downloads is None:
-            downloads = Downloads(self._listing, self._work, first=unit, parallel=_PARALLEL_DOWNLOADS)
+            downloads = Downloads(self._listing, self._work / DOWNLOADS, first=unit, parallel=_PARALLEL_DOWNLOADS)
             self._downloads, self._released = self._stack.enter_context(downloads), unit
         return read_batches(self._downloads.path(unit), _TEXT_COLUMN, skip)
 

@@ -6,45 +6,37 @@ that was stopped goes on behind the last whole run, or the last shard, and ends 
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from src.data_processing import text_sources
-from src.data_processing.dataset_writer import (
-    PLAN,
-    claimed,
-    plan_shards,
-    read_journal,
-    remove_leftovers,
-    start_over,
-    write_shards,
-)
+from src.data_processing.dataset_writer import plan_shards, read_journal, write_shards
 from src.data_processing.document_sort import (
     SortedDocuments,
     find_damage,
     read_states,
     sort_documents,
 )
+from src.data_processing.progress import say
+from src.data_processing.request import Request
 from src.data_processing.shards import (
     MANIFEST,
     TOKEN_DTYPE,
     Manifest,
     check_shard,
     read_manifest,
-    replacing,
     shard_fault,
     write_manifest,
 )
-from src.data_processing.source_runs import Request, encode_sources, open_sources
+from src.data_processing.source_runs import encode_sources, open_sources
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import Tokenizer
-from src.utils.disk import fingerprint, free_bytes, size_text
+from src.data_processing.work_folder import PLAN, claimed_work, remove_leftovers, start_over
+from src.utils.disk import fingerprint, free_bytes, replacing, size_text
 from src.utils.errors import StorageError, UserError
 
 # Changes where batches come to be divided differently: then unfinished work is begun anew.
@@ -60,23 +52,22 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
     if os.path.exists(folder / MANIFEST):  # False, where Path.exists raises, for a folder that cannot be searched
         return _existing(request, folder)
     with ExitStack() as stack:
-        work = stack.enter_context(claimed(folder))
+        work = stack.enter_context(claimed_work(folder))
         if (folder / MANIFEST).exists():  # since a moment ago
             return _existing(request, folder)
-        details = _begin(request, folder, work, workers, stack)
+        details = _encode_missing(request, folder, work, workers, stack)
         documents = sort_documents(work, request.drop_duplicates)
         try:
             plans = plan_shards(documents, request.tokens_per_shard)
         except UserError as error:  # nothing to go on with
             start_over(folder, work)
-            limited = request.max_tokens is not None or request.max_documents is not None
-            raise UserError(f"{error}; or raise the limit" if limited else str(error)) from None
-        _say(f"writing {len(plans)} shards")
+            raise UserError(f"{error}; or raise the limit" if request.is_limited else str(error)) from None
+        say(f"writing {len(plans)} shards")
         counts, sources, lengths = _statistics(documents, details, read_states(work))
-        shards = write_shards(documents, plans, folder, "+".join(request.source), work / _JOURNAL)
+        shards = write_shards(documents, plans, folder, "+".join(request.sources), work / _JOURNAL)
         manifest = Manifest(
             sources=sources,
-            request=asdict(request),
+            request=request.stored(),
             tokenizer=Tokenizer.name,
             tokenizer_sha256=Tokenizer.sha256,
             n_vocab=Tokenizer.n_vocab,
@@ -88,7 +79,7 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
         )
         write_manifest(folder, manifest)
     if counts["replaced_invalid"]:
-        _say(f"invalid UTF-8 in {counts['replaced_invalid']} document(s) was replaced by the character U+FFFD")
+        say(f"invalid UTF-8 in {counts['replaced_invalid']} document(s) was replaced by the character U+FFFD")
     return read_manifest(folder)
 
 
@@ -98,27 +89,27 @@ def _existing(request: Request, folder: Path) -> Manifest:
     for shard in manifest.shards:
         check_shard(folder, shard, manifest.n_vocab)
     remove_leftovers(folder)
-    _say(f"already prepared: {folder}")
+    say(f"already prepared: {folder}")
     return manifest
 
 
-def _begin(request: Request, folder: Path, work: Path, workers: int, stack: ExitStack) -> list[dict[str, Any]]:
+def _encode_missing(request: Request, folder: Path, work: Path, workers: int, stack: ExitStack) -> list[dict[str, Any]]:
     """Encodes all documents into `work`, or those that are missing there; returns the sources' details."""
-    plan = {"version": _WORK_VERSION, "request": asdict(request)}
-    saved = _read_plan(folder, work)
-    goes_on = {name: saved.get(name) for name in plan} == plan
-    states = read_states(work) if goes_on else []
-    if states and states[-1]["complete"]:
-        _say(f"going on with {folder}: all documents are tokenised")
-        return saved["sources"]
-    _say(f"preparing {folder} from {', '.join(request.source)}")
-    sources = open_sources(request, saved["sources"] if goes_on else [], work, stack)
+    plan = {"version": _WORK_VERSION, "request": request.stored()}
+    found = _read_plan(folder, work)
+    begun = found if found and {name: found.get(name) for name in plan} == plan else None
+    states = read_states(work) if begun else []
+    if begun and states and states[-1]["complete"]:
+        say(f"going on with {folder}: all documents are tokenised")
+        return begun["sources"]
+    say(f"preparing {folder} from {', '.join(request.sources)}")
+    sources = open_sources(request, begun["sources"] if begun else [], work, stack)
     details = [source.details for source in sources]
-    if goes_on and saved["sources"] == details:
-        _say(f"going on after {sum(state['tokens'] for state in states):,} tokens that are there")
+    if begun and begun["sources"] == details:
+        say(f"going on after {sum(state['tokens'] for state in states):,} tokens that are there")
     else:
-        if saved:
-            _say("not what was begun here: starting over")
+        if found is not None:
+            say("not what was begun here: starting over")
         start_over(folder, work)
         with replacing(work / PLAN) as file:
             file.write(json.dumps(plan | {"sources": details}).encode())
@@ -127,10 +118,10 @@ def _begin(request: Request, folder: Path, work: Path, workers: int, stack: Exit
     return details
 
 
-def _read_plan(folder: Path, work: Path) -> dict[str, Any]:
-    """What an earlier start set out to do; nothing where there was none, or what it left is damaged."""
+def _read_plan(folder: Path, work: Path) -> dict[str, Any] | None:
+    """What an earlier start set out to do; None where there was none, empty where what it left is damaged."""
     if not (work / PLAN).exists():
-        return {}
+        return None
     journal = work / _JOURNAL
     try:
         plan = json.loads((work / PLAN).read_bytes())
@@ -140,8 +131,8 @@ def _read_plan(folder: Path, work: Path) -> dict[str, Any]:
         damage = f"{work}: {error}"
     if damage is None:
         return plan
-    _say(f"what was there is damaged ({damage})")
-    return {"version": "damaged"}
+    say(f"what was there is damaged ({damage})")
+    return {}
 
 
 def _check_disk(sources: Sequence[Source], request: Request, work: Path) -> None:
@@ -159,7 +150,7 @@ def _check_disk(sources: Sequence[Source], request: Request, work: Path) -> None
     if needed > free and all(source.estimate_is_sure for source in sources):
         raise StorageError(f"{line}; make room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens")
     if needed > free or needed > 1e8:
-        _say(f"warning: {line}" if needed > free else line)
+        say(f"warning: {line}" if needed > free else line)
 
 
 def _statistics(
@@ -192,13 +183,13 @@ def _statistics(
 
 def _check_same_request(manifest: Manifest, request: Request, folder: Path) -> None:
     """Raises UserError where the dataset in `folder` was asked for differently, or its files have changed since."""
-    there, asked = manifest.request, asdict(request)
+    there, asked = manifest.request, request.stored()
     differences = [
         f"{name} is {there.get(name)!r} there, {value!r} asked"
         for name, value in asked.items()
         if there.get(name) != value
     ]
-    if not differences and "files" in request.source:
+    if not differences and "files" in request.sources:
         differences = _changed_files(manifest, request.paths, (folder / MANIFEST).stat().st_mtime)
     if differences:
         raise UserError(
@@ -226,7 +217,3 @@ def _changed_files(manifest: Manifest, paths: list[str], prepared: float) -> lis
         elif now[path].st_mtime > prepared and fingerprint(Path(path))["sha256"] != entry["sha256"]:
             changes.append(f"{path} has other content")
     return sorted(changes)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

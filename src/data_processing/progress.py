@@ -1,4 +1,4 @@
-"""How far a preparation is: a line on stderr now and then, also while it waits for a download."""
+"""What a preparation says on stderr: how far it is, now and then, also while it waits for a download; and notes."""
 
 import shutil
 import sys
@@ -8,6 +8,14 @@ from collections.abc import Callable
 
 _EVERY_S = 10.0
 _EVERY_S_ON_A_TERMINAL = 1.0
+_CLEAR = "\r\x1b[K"  # on a terminal: back to the start of the line, which is emptied
+
+
+def say(line: str) -> None:
+    """Writes a line to stderr; on a terminal, in place of the line of progress that may stand there."""
+    begin = _CLEAR if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{begin}{line}\n")  # at once, because Progress writes from another thread
+    sys.stderr.flush()
 
 
 class Progress:
@@ -17,8 +25,8 @@ class Progress:
         """`status`: what to add, such as how far a download is; or nothing."""
         self._status = status
         self._start = time.monotonic()
-        self._first_share: float | None = None
-        self._share, self._documents, self._tokens, self._earlier_tokens = 0.0, 0, 0, 0
+        self._first_share = self._share = 0.0
+        self._documents = self._tokens = self._earlier_tokens = 0
         self._ended = threading.Event()
         self._terminal = sys.stderr.isatty()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -42,7 +50,7 @@ class Progress:
             f"{self._tokens:,} tokens",
             f"{(self._tokens - self._earlier_tokens) / elapsed:,.0f} tokens/s",
         ]
-        done = self._share - (self._first_share or 0.0)
+        done = self._share - self._first_share
         if done > 0.002 and elapsed > 2:
             parts.append(f"about {_duration(elapsed * (1 - self._share) / done)} left")
         return ", ".join([*parts, *filter(None, [self._status()])])
@@ -55,15 +63,17 @@ class Progress:
         self._ended.set()
         self._thread.join()
         if self._terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print(_CLEAR, end="", file=sys.stderr, flush=True)
 
     def _run(self) -> None:
-        begin, end = ("\r", "\x1b[K") if self._terminal else ("", "\n")
         while not self._ended.wait(_EVERY_S_ON_A_TERMINAL if self._terminal else _EVERY_S):
             line = self.line()
             if self._terminal:  # a line that is wrapped cannot be written over
-                line = line[: shutil.get_terminal_size().columns - 1]
-            print(begin + line, end=end, file=sys.stderr, flush=True)
+                line = "\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+            else:
+                line += "\n"
+            sys.stderr.write(line)
+            sys.stderr.flush()
 
 
 def _duration(seconds: float) -> str:

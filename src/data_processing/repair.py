@@ -1,7 +1,6 @@
 """A dataset is checked, and its damaged shards are made anew from the sources."""
 
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from src.data_processing.dataset_writer import ShardPlan, claimed, empty, remove_leftovers, write_planned
+from src.data_processing.dataset_writer import ShardPlan, write_planned
 from src.data_processing.document_sort import SortedDocuments, sort_documents
 from src.data_processing.encoding import KeyRange
-from src.data_processing.shards import SHARD_NAME, Manifest, Shard, read_manifest, unlisted_files
-from src.data_processing.source_runs import Request, encode_sources, open_sources
+from src.data_processing.progress import say
+from src.data_processing.request import Request
+from src.data_processing.shards import SHARD_NAME, Manifest, Shard, read_manifest, stray_files
+from src.data_processing.source_runs import encode_sources, open_sources
 from src.data_processing.verification import ensure_verified, find_faults
-from src.utils.disk import sync
+from src.data_processing.work_folder import claimed_work, empty, remove_leftovers
+from src.utils.disk import storage_errors, sync
 from src.utils.errors import UserError
 
 
@@ -24,9 +26,9 @@ def verify(folder: Path) -> Manifest:
     """The manifest of the dataset in `folder`, after reading every byte of it; raises UserError naming each fault."""
     manifest = read_manifest(folder)
     ensure_verified(folder, manifest, trust_stamp=False)
-    if strays := unlisted_files(folder, manifest):
-        _say(f"ignored in {folder}, not part of the dataset: {', '.join(strays)}")
-    _say(f"verified: {folder}")
+    if strays := stray_files(folder, manifest):
+        say(strays)
+    say(f"verified: {folder}")
     return manifest
 
 
@@ -39,19 +41,20 @@ def repair(folder: Path, workers: int) -> Manifest:
     faults = find_faults(folder, manifest, trust_stamp=False)
     if not faults:
         remove_leftovers(folder)
-        _say(f"nothing to repair: {folder}")
+        say(f"nothing to repair: {folder}")
         return manifest
-    _say("\n".join(faults.values()))
+    say("\n".join(faults.values()))
     with ExitStack() as stack:
-        work = stack.enter_context(claimed(folder, keep_unfinished=False))
+        work = stack.enter_context(claimed_work(folder, keep_unfinished=False))
         empty(work)  # of an earlier repair
         documents = _read_again(manifest, [manifest.shards[index] for index in faults], work, workers, stack)
         for index in faults:
             _write_again(manifest, index, documents, work)
-        for index in faults:  # all or none
-            os.replace(work / manifest.shards[index].file, folder / manifest.shards[index].file)
-        sync(folder)
-    _say(f"repaired {len(faults)} of {len(manifest.shards)} shards in {folder}")
+        with storage_errors(folder):
+            for index in faults:  # none before all are made
+                os.replace(work / manifest.shards[index].file, folder / manifest.shards[index].file)
+            sync(folder)
+    say(f"repaired {len(faults)} of {len(manifest.shards)} shards in {folder}")
     return manifest
 
 
@@ -59,7 +62,7 @@ def _read_again(
     manifest: Manifest, shards: Sequence[Shard], work: Path, workers: int, stack: ExitStack
 ) -> SortedDocuments:
     """The documents in the key ranges of `shards`, from the sources."""
-    request = Request(**manifest.request)
+    request = Request.from_stored(manifest.request)
     try:
         sources = open_sources(request, manifest.sources, work, stack)
     except UserError as error:
@@ -121,7 +124,3 @@ def _difference(now: dict[str, Any], then: dict[str, Any], name: str) -> str:
     here, there = ({entry["path"]: entry["sha256"] for entry in details.get("files", ())} for details in (now, then))
     path = min(path for path, _ in here.items() ^ there.items())
     return f"{path} has changed" if path in here and path in there else f"{path} is {'new' if path in here else 'gone'}"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

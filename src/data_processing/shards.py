@@ -19,17 +19,16 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from src.utils.disk import free_bytes, sync
-from src.utils.errors import StorageError, UserError
+from src.utils.disk import replacing
+from src.utils.errors import StoppedError, UserError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -97,7 +96,8 @@ class Manifest:
     @property
     def origins(self) -> list[dict[str, Any]]:
         """The sources without their lists of files, which can be long."""
-        return [{name: value for name, value in s.items() if not name.endswith("files")} for s in self.sources]
+        lists = {"files", "hub_files"}
+        return [{name: value for name, value in s.items() if name not in lists} for s in self.sources]
 
     @property
     def validation(self) -> tuple[Shard, ...]:
@@ -147,14 +147,19 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
         raise UserError(f"{fault}; repair it with: {REPAIR} '{folder}'")
 
 
-def shard_fault(folder: Path, shard: Shard, n_vocab: int, full: bool = False) -> str | None:
-    """What `check_shard` finds wrong with the file, with path, expected and actual; None if nothing."""
+def shard_fault(
+    folder: Path, shard: Shard, n_vocab: int, full: bool = False, stop: Callable[[], bool] = lambda: False
+) -> str | None:
+    """What `check_shard` finds wrong with the file, with path, expected and actual; None if nothing.
+
+    Raises StoppedError once `stop()` is true, which is asked before every 4 MiB.
+    """
     path = folder / shard.file
     try:
         with open(path, "rb") as file:
             _check_header(file, path, shard)
             if full:
-                _check_content(file, path, shard, n_vocab)
+                _check_content(file, path, shard, n_vocab, stop)
     except FileNotFoundError:
         return f"{path} is missing: expected a shard of {shard.tokens} tokens"
     except OSError as error:
@@ -170,8 +175,16 @@ def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name not in listed and not name.startswith("."))
 
 
+def stray_files(folder: Path, manifest: Manifest) -> str | None:
+    """One line about files in the dataset's folder that are not part of it, or None."""
+    strays = unlisted_files(folder, manifest)
+    if not strays:
+        return None
+    return f"ignoring {len(strays)} file(s) in {folder} that its manifest does not list: {', '.join(strays[:3])}"
+
+
 def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iterable[np.ndarray]) -> tuple[str, str]:
-    """Writes `arrays`, `tokens` ids in all, as one shard; returns its file name and sha256.
+    """Writes `arrays`, each 1-D uint16, `tokens` ids in all, as one shard; returns its file name and sha256.
 
     The file gets its name only when it is complete and on the disk. Raises StorageError.
     """
@@ -183,7 +196,8 @@ def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iter
         file.write(header.getvalue())
 
         def put(array: np.ndarray) -> None:
-            content = np.ascontiguousarray(array, TOKEN_DTYPE).data.cast("B")
+            assert (array.ndim, array.dtype) == (1, TOKEN_DTYPE), "another type's larger ids would wrap around"
+            content = np.ascontiguousarray(array).data.cast("B")
             file.write(content)
             digest.update(content)
 
@@ -205,33 +219,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     del content["sha256"]
     with replacing(folder / MANIFEST) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
-
-
-@contextmanager
-def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` when the block ends well: complete, and on the disk.
-
-    Until then it is `path` with .tmp appended, which a failure removes. An OSError becomes a StorageError.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise storage_error(path, error, expected_bytes) from error
-
-
-def storage_error(path: Path, error: OSError, expected_bytes: int = 0) -> StorageError:
-    """`error`, met while writing `path`, in the words a person needs."""
-    message = f"cannot write {path}: {error.strerror or error}"
-    if expected_bytes:
-        message += f"; it needs {expected_bytes} bytes and {free_bytes(path)} are free there"
-    return StorageError(f"{message}; make room, mend the permissions, or choose another folder with --out")
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -268,13 +255,15 @@ def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:
         raise _Damaged(f"{path}: expected {expected} bytes, found {size}: the array is {what}")
 
 
-def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int) -> None:
+def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int, stop: Callable[[], bool]) -> None:
     """`file` stands at the first token, after the header."""
     header_bytes = file.tell()
     file.seek(0)
     digest = hashlib.sha256(file.read(header_bytes))
     offset = 0
     for chunk in _chunks(file):
+        if stop():
+            raise StoppedError(f"stopped on request while {path} was being read")
         digest.update(chunk)
         ids = np.frombuffer(chunk, TOKEN_DTYPE)
         if ids.max() >= n_vocab:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,23 +12,9 @@ from src.data_processing.document_sort import RUN_DOCUMENTS, RUN_TOKENS, read_st
 from src.data_processing.encoding import EncodedBatch, KeyRange, encode_all
 from src.data_processing.file_formats import Documents
 from src.data_processing.progress import Progress
+from src.data_processing.request import Request
 from src.data_processing.text_sources import Source
 from src.utils.errors import UserError
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments that decide a dataset's content."""
-
-    source: list[str]
-    """Of pydocs, files and fineweb-edu."""
-    paths: list[str]
-    text_field: str
-    tokens_per_shard: int
-    seed: int
-    max_documents: int | None = None
-    max_tokens: int | None = None
-    drop_duplicates: bool = False
 
 
 def open_sources(request: Request, pinned: Sequence[dict[str, Any]], work: Path, stack: ExitStack) -> list[Source]:
@@ -38,21 +23,20 @@ def open_sources(request: Request, pinned: Sequence[dict[str, Any]], work: Path,
     Downloads go to `work`. `stack` closes the sources. Raises UserError.
     """
     sources: list[Source] = []
-    for name in request.source:
+    for name in request.sources:
         if name == "pydocs":
             opened: list[Source] = [text_sources.PythonDocs()]
         elif name == "files":
             opened = [*text_sources.open_files(request.paths, request.text_field)]
         else:
             try:
-                from src.data_processing.hub_sources import fineweb_edu
+                from src.data_processing.hub_sources import random_part, whole_sample
             except ImportError as error:  # these packages are for the hub alone
                 raise UserError(
                     f"--source fineweb-edu needs a package more ({error}); run: pip install -r requirements.txt"
                 ) from None
             details = next((entry for entry in pinned if entry["name"] == name), None)
-            is_part = request.max_tokens is not None or request.max_documents is not None
-            opened = [fineweb_edu(details, request.seed if is_part else None, work)]
+            opened = [random_part(details, request.seed) if request.is_limited else whole_sample(details, work)]
         for source in opened:
             stack.callback(source.close)
         sources += opened
@@ -79,13 +63,13 @@ def encode_sources(
     start = _Place(*states[-1]["next"]) if states else _Place(0, 0, 0, 0.0)
     count = _Count(request, sum(state["read"] for state in states), sum(state["tokens"] for state in states))
     shares = _Shares(sources)
-    ahead = workers + 1 if count.has_limits else 8 * workers  # batches; to keep all busy while a run is written
+    ahead = workers + 1 if request.is_limited else 8 * workers  # batches; to keep all busy while a run is written
     run = _Run(work, len(states), start)
     with Progress(lambda: ", ".join(filter(None, (source.status() for source in sources)))) as progress:
         progress.begin(max(shares.before(start), count.share), count.documents, count.tokens)
-        for place, batch in encode_all(_batches(sources, start), workers, request.seed, wanted, ahead):
-            has_left_a_download = place.unit != run.end.unit and sources[run.end.source].download_bytes
-            if run.is_full or has_left_a_download:
+        for place, batch in encode_all(_batches(sources, start), workers, request.seed, ahead, wanted):
+            leaves_a_download = place[:2] != run.end[:2] and sources[run.end.source].download_bytes
+            if run.is_full or leaves_a_download:
                 run.write(complete=False, end=place._replace(batch=place.batch - 1))
                 _release(sources, run.end)
             batch = count.add(batch)
@@ -143,8 +127,6 @@ class _Shares:
         self._total = max(1.0, sum(totals))
 
     def before(self, place: _Place) -> float:
-        if not len(self._units[place.source]):
-            return 0.0
         unit = self._units_before[place.source][place.unit] + place.share * self._units[place.source][place.unit]
         return float(self._sources_before[place.source] + unit) / self._total
 
@@ -188,10 +170,6 @@ class _Count:
         self.documents += batch.documents
         self.tokens += batch.tokens.size
         return batch
-
-    @property
-    def has_limits(self) -> bool:
-        return self.max_documents is not None or self.max_tokens is not None
 
     @property
     def share(self) -> float:

@@ -6,7 +6,6 @@ on behind any batch without reading what lies before its unit.
 
 import glob
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from src.data_processing.file_formats import (
     read_batches,
     read_text,
 )
+from src.data_processing.progress import say
 from src.utils.cores import available_cores
 from src.utils.disk import fingerprint
 from src.utils.errors import UserError
@@ -31,18 +31,26 @@ from src.utils.errors import UserError
 # One text tokenised by r50k_base has some 4 to 4.6 bytes a token; compressed text is 3 times as dense, roughly.
 _BYTES_PER_TOKEN = 4
 _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
+# Of Python 3.11 with NumPy 2.2 and PyTorch 2.13; other versions differ by some percent.
+_PYDOCS_BYTES, _PYDOCS_TOKENS = 7_300_000, 2_400_000
 
 
 class Source(ABC):
     """Documents in units, such as files."""
 
+    details: dict[str, Any]
+    """For the manifest: the name, and package versions, files with their hashes, or the hub's revision."""
+    unit_bytes: Sequence[int]
+    """The size of each unit where it is read from, to tell how far a preparation is."""
+    estimated_tokens: int
+    """Roughly, to tell how much disk is needed."""
+    estimate_is_sure = False
+    """Whether a disk that is too small by the estimate is reason enough not to begin."""
+    download_bytes = 0
+    """Disk that downloads take while they go on."""
+
     def __init__(self, details: dict[str, Any], unit_bytes: Sequence[int], estimated_tokens: int) -> None:
-        self.details = details
-        """For the manifest: the name, and package versions, files with their hashes, or the hub's revision."""
-        self.unit_bytes = unit_bytes
-        """The size of each unit where it is read from, to tell how far a preparation is."""
-        self.estimated_tokens = estimated_tokens
-        """Roughly, to tell how much disk is needed."""
+        self.details, self.unit_bytes, self.estimated_tokens = details, unit_bytes, estimated_tokens
 
     @abstractmethod
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
@@ -50,11 +58,6 @@ class Source(ABC):
 
         Raises UserError for what is wrong with the source, StorageError where it needs disk and has none.
         """
-
-    download_bytes = 0
-    """Disk that downloads take while they go on."""
-    estimate_is_sure = False
-    """Whether a disk that is too small by the estimate is reason enough not to begin."""
 
     def release(self, unit: int) -> None:  # noqa: B027 (most sources have nothing to give back)
         """The units before `unit` will not be asked for again, not even by a later process."""
@@ -72,7 +75,7 @@ class PythonDocs(Source):
 
     def __init__(self) -> None:
         details = {"name": "pydocs", "packages": python_docs.package_versions()}
-        super().__init__(details, [7_500_000], estimated_tokens=2_500_000)
+        super().__init__(details, [_PYDOCS_BYTES], _PYDOCS_TOKENS)
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         batches = enumerate(_batched(python_docs.documents()), start=1)
@@ -109,16 +112,18 @@ class Files(Source):
 def open_files(paths: Sequence[str], text_field: str) -> list[Files]:
     """A source for each of `paths`; a file that several of them lead to belongs to the first. Raises UserError.
 
-    Text files that are named themselves, such as by a shell's *.txt, are one source together.
+    Text files that are named themselves, such as by a shell's *.txt, are one source together, at the place of the
+    first of them.
     """
     texts = [path for path in paths if path.lower().endswith(TEXT_EXTENSIONS) and os.path.isfile(path)]
+    grouped = set(texts)
     sources, seen = [], set[Path]()
-    for group in [*([path] for path in paths if path not in texts), *([texts] if texts else [])]:
+    for group in [texts if path in grouped else [path] for path in paths if path in texts[:1] or path not in grouped]:
         found, skipped = find_files(group)
         name = group[0] if len(group) == 1 else f"{len(group)} text files from {group[0]} on"
         if skipped:
             what = f"{len(skipped)} file(s) of {name} that end in none of {', '.join(EXTENSIONS)}"
-            print(f"left out {what}, such as {skipped[0].name}", file=sys.stderr, flush=True)
+            say(f"left out {what}, such as {skipped[0].name}")
         if new := [file for file in found if file not in seen]:
             sources.append(Files(name, new, text_field))
             seen.update(new)

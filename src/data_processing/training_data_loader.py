@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src.data_processing.shards import TOKEN_DTYPE, Manifest, Shard, check_shard, unlisted_files
+from src.data_processing.shards import TOKEN_DTYPE, Shard, check_shard
 from src.utils.errors import StorageError, UserError
 from src.utils.rand_idx_seq_gen import permutation
 
@@ -214,11 +214,3 @@ class TrainingDataLoader:
                 return
             except queue.Full:
                 continue
-
-
-def stray_files(folder: Path, manifest: Manifest) -> str | None:
-    """One line about files in the dataset's folder that are not part of it, or None."""
-    strays = unlisted_files(folder, manifest)
-    if not strays:
-        return None
-    return f"ignoring {len(strays)} file(s) in {folder} that its manifest does not list: {', '.join(strays[:3])}"

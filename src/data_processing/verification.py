@@ -7,16 +7,18 @@ a file, setting its times and renaming another over it all change its inode or i
 
 import json
 import os
-import sys
+import threading
 import time
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from src.data_processing.progress import say
 from src.data_processing.shards import REPAIR, Manifest, Shard, shard_fault
 from src.utils.cores import available_cores
-from src.utils.errors import StorageError, UserError
+from src.utils.errors import StoppedError, StorageError, UserError
 
 STAMP = ".verified.json"
 STAMP_FORMAT = 1
@@ -24,9 +26,11 @@ REPORT_EVERY_S = 5.0
 MAX_THREADS = 8  # a core hashes more than 1 GB/s, so these are ahead of most disks
 
 
-def ensure_verified(folder: Path, manifest: Manifest, trust_stamp: bool = True) -> None:
-    """Raises UserError naming every fault that `find_faults` finds."""
-    if faults := find_faults(folder, manifest, trust_stamp):
+def ensure_verified(
+    folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Raises UserError naming every fault that `find_faults` finds, and StoppedError as it does."""
+    if faults := find_faults(folder, manifest, trust_stamp, stop):
         found = "\n".join(f"  {fault}" for fault in faults.values())
         raise UserError(
             f"{len(faults)} of {len(manifest.shards)} shards of {folder} are not as prepared:\n{found}\n"
@@ -34,11 +38,14 @@ def ensure_verified(folder: Path, manifest: Manifest, trust_stamp: bool = True) 
         )
 
 
-def find_faults(folder: Path, manifest: Manifest, trust_stamp: bool = True) -> dict[int, str]:
+def find_faults(
+    folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], bool] = lambda: False
+) -> dict[int, str]:
     """What is wrong with each shard that is not as prepared, with path, expected and actual, by its number.
 
     Reads the shards that the stamp does not vouch for, and stamps the sound ones. stderr gets a line of progress every
-    few seconds, and one where the stamp cannot be written, which only makes the next start slower.
+    few seconds, and one where the stamp cannot be written, which only makes the next start slower. Raises StoppedError
+    once `stop()` is true, which several threads ask; sound shards that were read by then are stamped.
     """
     stamped = _read_stamp(folder) if trust_stamp else {}
     known = {file: entry for file, entry in _entries(folder, manifest).items() if stamped.get(file) == entry}
@@ -46,33 +53,52 @@ def find_faults(folder: Path, manifest: Manifest, trust_stamp: bool = True) -> d
     if not unread:
         return {}
     faults: dict[int, str] = {}
-    with ThreadPoolExecutor(min(MAX_THREADS, available_cores())) as pool:
-        jobs = {pool.submit(_verify, folder, manifest.shards[number], manifest.n_vocab): number for number in unread}
-        last = time.monotonic()
-        try:
-            for done, job in enumerate(as_completed(jobs), start=1):
-                entry, fault = job.result()
+    last = time.monotonic()
+    try:
+        with closing(_read_all(folder, manifest, unread, stop)) as shards_read:
+            for done, (number, entry, fault) in enumerate(shards_read, start=1):
                 if fault:
-                    faults[jobs[job]] = fault
+                    faults[number] = fault
                 else:
-                    known[manifest.shards[jobs[job]].file] = entry
+                    known[manifest.shards[number].file] = entry
                 if time.monotonic() - last >= REPORT_EVERY_S:
                     last = time.monotonic()
-                    _say(f"verifying {folder}: {done} of {len(unread)} shards read")
+                    say(f"verifying {folder}: {done} of {len(unread)} shards read")
                     with suppress(StorageError):  # said at the end
-                        _write_stamp(folder, known)  # a start that is cut off here is not begun again
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    try:
-        _write_stamp(folder, known)
-    except StorageError as error:
-        _say(f"the next start will read the dataset again: {error}")
+                        _write_stamp(folder, known)  # a start that is killed here is not begun again
+    finally:
+        try:
+            _write_stamp(folder, known)
+        except StorageError as error:
+            say(f"the next start will read the dataset again: {error}")
     return dict(sorted(faults.items()))
 
 
-def _verify(folder: Path, shard: Shard, n_vocab: int) -> tuple[dict[str, Any] | None, str | None]:
-    """The shard's entry, as it was before its content was read, and what is wrong with it."""
-    return _entry(folder, shard, n_vocab), shard_fault(folder, shard, n_vocab, full=True)
+def _read_all(
+    folder: Path, manifest: Manifest, numbers: Sequence[int], stop: Callable[[], bool]
+) -> Generator[tuple[int, dict[str, Any] | None, str | None], None, None]:
+    """Number, entry and fault of each shard, as they are read; then StoppedError if some were not, being stopped."""
+    leaving = threading.Event()
+    pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
+
+    def read(number: int) -> tuple[int, dict[str, Any] | None, str | None]:
+        shard = manifest.shards[number]
+        entry = _entry(folder, shard, manifest.n_vocab)  # as it was before its content was read
+        fault = shard_fault(folder, shard, manifest.n_vocab, full=True, stop=lambda: leaving.is_set() or stop())
+        return number, entry, fault
+
+    is_stopped = False
+    try:
+        for job in as_completed([pool.submit(read, number) for number in numbers]):
+            try:
+                yield job.result()
+            except StoppedError:
+                is_stopped = True  # the others end as soon, or have just been read
+    finally:
+        leaving.set()
+        pool.shutdown(cancel_futures=True)
+    if is_stopped:
+        raise StoppedError("stopped on request before anything was trained")
 
 
 def _entries(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -116,7 +142,3 @@ def _write_stamp(folder: Path, entries: dict[str, Any]) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise StorageError(f"cannot write {folder / STAMP}: {error.strerror or error}") from error
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

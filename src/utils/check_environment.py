@@ -3,21 +3,30 @@
 python check_environment.py requirements.txt: exits 0 if it has them, else 1 and prints what is missing.
 """
 
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def missing(requirements: Path) -> list[str]:
-    """The pins `name==version` of the file, and of those it includes with -r, that are not installed."""
+    """The pins `name==version` of the file, and of those it includes with -r, that are not installed.
+
+    A pin may be for some Pythons only: `; python_version < "3.11"`, or >=.
+    """
     lacking = []
     for line in requirements.read_text(encoding="utf-8").splitlines():
         line = line.split("#")[0].strip()
         if line.startswith("-r "):
             lacking += missing(requirements.parent / line[3:].strip())
-        elif line and not _installed(line):
-            lacking.append(line)
+        elif line and _is_for_this_python(line) and not _installed(line.split(";")[0]):
+            lacking.append(line.split(";")[0])
     return lacking
+
+
+def _is_for_this_python(pin: str) -> bool:
+    marker = re.search(r'; *python_version *(<|>=) *"3\.(\d+)"', pin)
+    return marker is None or (marker[1] == "<") == (sys.version_info < (3, int(marker[2])))
 
 
 def _installed(pin: str) -> bool:

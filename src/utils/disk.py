@@ -4,10 +4,50 @@ import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from src.utils.errors import StorageError
+
+
+@contextmanager
+def storage_errors(path: Path, action: str = "write", needed_bytes: int = 0) -> Iterator[None]:
+    """An OSError in the block becomes a StorageError that says what cannot be done with `path` and what to do.
+
+    `needed_bytes`: of disk, where it is known what the rest of the action takes.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        needed = f"; {needed_bytes:,} bytes more are needed, {free_bytes(path):,} are free" if needed_bytes else ""
+        raise StorageError(
+            f"cannot {action} {path}: {error.strerror or error}{needed}; make room or mend the permissions, and the "
+            "same command goes on from here; or choose another folder"
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
+    """A file to write that takes the name `path` when the block ends well: complete, and on the disk.
+
+    Until then it is `path` with .tmp appended, which a failure removes. An OSError becomes a StorageError.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with storage_errors(path, needed_bytes=expected_bytes):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync(path.parent)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def sync(path: Path) -> None:

@@ -33,7 +33,7 @@ class StorageError(OSError):
 
 
 class BusyError(RuntimeError):
-    """Another process holds the run directory."""
+    """Another process holds the folder of the run or of the dataset."""
 
     exit_code = EXIT_BUSY
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from src.data_processing.request import Request
 from src.data_processing.shards import read_manifest
-from src.data_processing.source_runs import Request
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.verification import STAMP
 
@@ -30,7 +30,7 @@ def write_json_lines(path: Path, texts: list[str]) -> Path:
 
 def request(path: Path, **changes: Any) -> Request:
     settings: dict[str, Any] = {
-        "source": ["files"],
+        "sources": ["files"],
         "paths": [str(path)],
         "text_field": "text",
         "tokens_per_shard": 100_000_000,

@@ -39,7 +39,7 @@ def fetch_files(folder: Path, parallel: int, first: int) -> None:
     else:
         listing = hub_files.list_files(REPOSITORY, FOLDER, None)
         saved.write_text(json.dumps(dataclasses.asdict(listing)))
-    with Downloads(listing, folder, first, parallel or len(listing.files)) as downloads:
+    with Downloads(listing, folder / "downloads", first, parallel or len(listing.files)) as downloads:
         for number in range(first, len(listing.files)):
             path = downloads.path(number)
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()

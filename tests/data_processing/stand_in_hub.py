@@ -56,6 +56,8 @@ class Hub:
     """Needed for everything, if there is one: the dataset is gated."""
     piece_s: float
     """Seconds for every 16 KiB of a body."""
+    page_entries: int
+    """A list of files comes in pages of this many."""
     address: str = ""
     requests: list[Request] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
@@ -76,9 +78,10 @@ def hub(
     faults: dict[str, Fault] | None = None,
     token: str | None = None,
     piece_s: float = 0.0,
+    page_entries: int = 1_000,
 ) -> Iterator[Hub]:
     """Serves `files` as the dataset `repository` at the address in the hub this yields, for HF_ENDPOINT."""
-    served = Hub(repository, files, faults or {}, token, piece_s)
+    served = Hub(repository, files, faults or {}, token, piece_s, page_entries)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": served}))
     served.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -88,13 +91,6 @@ def hub(
         served.closing.set()
         server.shutdown()
         server.server_close()
-
-
-@contextmanager
-def serving(repository: str, files: dict[str, bytes]) -> Iterator[str]:
-    """The address of a hub without faults."""
-    with hub(repository, files) as served:
-        yield served.address
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -114,47 +110,37 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_stored(path.removeprefix("/storage/"))
         elif self.hub.token and token != f"Bearer {self.hub.token}":
             self.reply(401, {"error": "Access to this dataset is restricted."}, {"X-Error-Code": "GatedRepo"})
-        elif path in (api, f"{api}/revision/{REVISION}", f"{api}/revision/main"):
-            siblings = [{"rfilename": name} for name in self.hub.files]
-            self.reply(
-                200, {"_id": "0", "id": self.hub.repository, "sha": REVISION, "private": False, "siblings": siblings}
-            )
-        elif path.startswith(f"{api}/revision/"):
-            self.reply(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
-        elif path.startswith(f"{api}/tree/{REVISION}"):
-            folder = path.removeprefix(f"{api}/tree/{REVISION}").strip("/")
-            self.reply(200, self.tree(folder, "true" in parse_qs(url.query).get("recursive", [""])[0].lower()))
-        elif name not in self.hub.files:
-            self.reply(404, {"error": "not found"}, {"X-Error-Code": "EntryNotFound"})
-        elif name.endswith(".parquet"):
+        elif path == api:
+            self.reply(200, {"_id": "0", "id": self.hub.repository, "sha": REVISION, "private": False})
+        elif path.startswith(f"{api}/tree/{REVISION}/"):
+            self.send_page(path, int(parse_qs(url.query).get("cursor", ["0"])[0]))
+        elif name in self.hub.files:
             self.redirect_to_storage(name)
         else:
-            self.send_content(self.hub.files[name])
+            self.reply(404, {"error": "not found"}, {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
 
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        asked = parse_qs(body).get("paths", [])
-        everything = {entry["path"]: entry for entry in self.tree("", recursive=True)}
-        self.reply(200, [everything[path] for path in asked if path in everything])
+    def send_page(self, path: str, cursor: int) -> None:
+        """The entries of a folder from number `cursor` on, and where the next ones are."""
+        entries = self.entries(path.partition(f"/tree/{REVISION}/")[2])
+        end = cursor + self.hub.page_entries
+        more = {"Link": f'<{self.hub.address}{quote(path)}?cursor={end}>; rel="next"'} if end < len(entries) else {}
+        self.reply(200, entries[cursor:end], more)
 
-    def tree(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
-        entries: dict[str, dict[str, Any]] = {}
-        inside = f"{folder}/" if folder else ""
+    def entries(self, folder: str) -> list[dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
         for name, content in self.hub.files.items():
-            if name.startswith(inside):
-                parts = name.removeprefix(inside).split("/")
-                for depth in range(1, len(parts)) if recursive else range(1, len(parts))[:1]:
-                    path = inside + "/".join(parts[:depth])
-                    entries[path] = {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
-                if recursive or len(parts) == 1:
+            if name.startswith(f"{folder}/"):
+                path = "/".join(name.split("/")[: folder.count("/") + 2])
+                found[path] = {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+                if path == name:
                     oid = hashlib.sha1(content).hexdigest()
-                    entries[name] = {"type": "file", "path": name, "oid": oid, "size": len(content)}
+                    found[path] = {"type": "file", "path": path, "oid": oid, "size": len(content)}
                     if name.endswith(".parquet"):
                         lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-                        entries[name]["lfs"] = lfs
-        return list(entries.values())
+                        found[path]["lfs"] = lfs
+        return list(found.values())
 
     def redirect_to_storage(self, name: str) -> None:
         content = self.hub.files[name]
@@ -169,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_stored(self, name: str) -> None:
         fault = self.hub.faults.get(name, Fault(0))
-        if fault.times <= 0 or self.command == "HEAD":
+        if fault.times <= 0:
             self.send_content(self.hub.files[name])
             return
         fault.times -= 1

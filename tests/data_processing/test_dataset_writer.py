@@ -1,33 +1,63 @@
-"""How documents are divided into shards, and what an interrupted preparation leaves."""
+"""How documents are divided into shards."""
 
-import errno
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from src.data_processing import preparation, source_runs
+from src.data_processing.dataset_writer import ShardPlan, plan_shards
+from src.data_processing.document_sort import RECORD, SortedDocuments
 from src.data_processing.preparation import prepare
-from src.data_processing.shards import read_manifest
 from src.data_processing.tokenizer import load_tokenizer
-from src.utils.errors import BusyError, StorageError, UserError
-from src.utils.root import ROOT
-from tests.conftest import Commands
+from src.utils.errors import UserError
 from tests.data_processing.documents import (
-    MODULE,
     all_decoded,
-    contents,
     decoded,
     request,
     some_texts,
     write_json_lines,
 )
+
+
+def greedily(groups: list[tuple[int, int, int]], limit: int) -> list[ShardPlan]:
+    """Shards of as many whole groups in a row as fit; a group is from, to and tokens of equal documents."""
+    shards: list[list[tuple[int, int, int]]] = []
+    for group in groups:
+        if not shards or sum(tokens for _, _, tokens in [*shards[-1], group]) > limit:
+            shards.append([])
+        shards[-1].append(group)
+    plans = []
+    for shard in shards:
+        numbers = [number for begin, end, _ in shard for number in range(begin, end)]
+        begins = [number for number in numbers if number - 1 not in numbers]
+        ends = [number + 1 for number in numbers if number + 1 not in numbers]
+        plans.append(ShardPlan(tuple(zip(begins, ends, strict=True)), sum(tokens for _, _, tokens in shard)))
+    return plans
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("tokens_per_shard", [1, 300, 1_500, 10**9])
+def test_the_plan_is_that_of_a_plain_loop(tmp_path: Path, tokens_per_shard: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    records = np.zeros(120, RECORD)
+    records["key"][:, 0] = np.sort(rng.integers(0, 90, 120))
+    records["tokens"] = rng.integers(1, 100, 120) * rng.choice([1, 30], 120, p=[0.9, 0.1])
+    edges = np.flatnonzero(np.diff(records["key"][:, 0])) + 1
+    bounds = [0, *edges.tolist(), 120]
+    slices = (0, *sorted(rng.choice(edges, 3, replace=False).tolist()), 120)
+    found = plan_shards(SortedDocuments(tmp_path, records, slices, 0), tokens_per_shard)
+
+    tokens = records["tokens"].tolist()
+    groups = [(begin, end, sum(tokens[begin:end])) for begin, end in itertools.pairwise(bounds)]
+    limit = min(tokens_per_shard, max(sum(tokens) // 20, min(sum(tokens) // 4, 16_384)))
+    first = next((n for n, group in enumerate(groups) if group[2] <= limit), None)
+    if first is None:
+        first = min(range(len(groups)), key=lambda n: groups[n][2])
+    validation = greedily(groups[first:], limit)[0]
+    [(begin, end)] = validation.ranges
+    rest = [group for group in groups if not begin <= group[0] < end]
+    assert found == [validation, *greedily(rest, tokens_per_shard)]
 
 
 def test_every_document_is_in_one_shard_whole(tmp_path: Path) -> None:
@@ -64,173 +94,6 @@ def test_seeds_decide_the_order(tmp_path: Path) -> None:
         for out, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     assert orders[0] == orders[1] != orders[2]
-
-
-SMALL_RUNS = (
-    "import sys; from src.data_processing import source_runs; source_runs.RUN_TOKENS = 100_000; "
-    "from src.data_processing.data_downloader import main; main()"
-)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path, commands: Commands, workers: int) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(120, words=40_000))
-    arguments = ["--source", "files", "--path", str(path), "--workers", str(workers), "--out"]
-    folder = tmp_path / "datasets" / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SMALL_RUNS, *arguments, "killed"],
-        cwd=ROOT,
-        env=commands.environment,
-        stderr=subprocess.PIPE,
-    )
-    while not (folder / ".preparing" / "run_000002.json").exists():
-        assert process.poll() is None, "finished before it could be killed"
-        time.sleep(0.005)
-    with pytest.raises(BusyError, match="another process is preparing"):
-        prepare(request(path), folder, 1)
-    process.send_signal(signal.SIGKILL)
-    # The workers hold stderr open: its end is theirs.
-    _, _ = process.communicate(timeout=10)
-    with pytest.raises(UserError, match="did not finish"):
-        read_manifest(folder)
-
-    again = commands.module(MODULE, *arguments, "killed")
-    fresh = commands.module(MODULE, *arguments, "fresh")
-    assert (again.returncode, fresh.returncode) == (0, 0), again.stderr
-    assert re.search(r"going on after \d{3},\d{3} tokens that are there", again.stderr)
-    assert contents(folder) == contents(tmp_path / "datasets" / "fresh")
-
-
-@pytest.mark.parametrize(("kind", "points"), [("same", 60), ("other", 60), ("repair", 20)])
-def test_a_kill_at_any_disk_operation_changes_nothing(
-    tmp_path: Path, commands: Commands, kind: str, points: int
-) -> None:
-    texts = some_texts(180) + some_texts(20)
-    path = write_json_lines(tmp_path / "a.jsonl", texts[:100])
-    (tmp_path / "b.txt").write_text(texts[120])
-    write_json_lines(tmp_path / "c.jsonl", texts[100:])
-    done = commands.module("tests.data_processing.crash_sweep", str(path.parent / "*.*"), str(tmp_path / "out"), kind)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > points
-
-
-def test_other_sources_begin_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
-    """What a stopped preparation left is not mixed with text that has changed since."""
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(40))
-    monkeypatch.setattr(preparation, "plan_shards", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        prepare(request(path), tmp_path / "out", 1)
-    assert (tmp_path / "out" / ".preparing" / "run_000000.json").exists()
-    monkeypatch.undo()
-    changed = write_json_lines(tmp_path / "a.jsonl", some_texts(41))
-    states = (tmp_path / "out" / ".preparing" / "run_000000.json").read_text()
-    (tmp_path / "out" / ".preparing" / "run_000000.json").write_text(
-        states.replace('"complete": true', '"complete": false')
-    )
-    manifest = prepare(request(changed), tmp_path / "out", 1)
-    assert manifest.counts["documents"] == 41
-    assert "not what was begun here: starting over" in capfd.readouterr().err
-
-
-def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path: Path, commands: Commands) -> None:
-    """Even while the workers are at batches that take seconds."""
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(2) + [random_letters(20_000_000)] * 12)
-    process = subprocess.Popen(
-        [sys.executable, "-m", MODULE, "--source", "files", "--path", str(path), "--workers", "2", "--out", "stopped"],
-        cwd=ROOT,
-        env=commands.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while len(_children(process.pid)) < 3:  # two workers and the interpreter's resource tracker
-        assert process.poll() is None, "finished before it could be stopped"
-        time.sleep(0.05)
-    time.sleep(1)  # they start and take a batch each
-    os.killpg(process.pid, signal.SIGINT)
-    start = time.monotonic()
-    _, said = process.communicate(timeout=20)
-    assert time.monotonic() - start < 8  # of some 15 that the workers would take
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == "interrupted"
-    assert not (tmp_path / "datasets" / "stopped").exists()
-
-
-def random_letters(count: int) -> str:
-    """A word that takes seconds to encode."""
-    return np.random.default_rng(0).integers(97, 123, count).astype(np.uint8).tobytes().decode()
-
-
-def _children(pid: int) -> list[str]:
-    listing = Path(f"/proc/{pid}/task/{pid}/children")
-    if not listing.exists():
-        pytest.skip("needs /proc to see the workers")
-    return listing.read_text().split()
-
-
-def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
-    path.write_text(path.read_text() + "{")
-    with pytest.raises(UserError, match="line 11: not JSON"):
-        prepare(request(path), tmp_path / "out", 1)
-    assert not (tmp_path / "out").exists()
-
-
-def test_shards_of_unknown_origin_are_not_touched(tmp_path: Path) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
-    stray = tmp_path / "out" / "edu_i_000000_t_5.npy"
-    stray.parent.mkdir()
-    np.save(stray, np.arange(5, dtype=np.uint16))
-    with pytest.raises(UserError, match=r"holds 1 shards without a manifest, such as edu_i_000000_t_5.npy"):
-        prepare(request(path), tmp_path / "out", 1)
-    assert os.listdir(tmp_path / "out") == [stray.name]
-
-
-def test_a_full_disk_is_a_storage_error_and_the_work_goes_on_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for part in range(5):
-        write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
-    path = tmp_path / "*.jsonl"
-    monkeypatch.setattr(source_runs, "RUN_TOKENS", 4_000)
-    real, left = os.fsync, 40
-
-    def full(descriptor: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"cannot write .*run_00000\d.*: No space left on device"):
-        prepare(request(path), tmp_path / "out", 1)
-    monkeypatch.undo()
-    prepare(request(path), tmp_path / "out", 1)
-    prepare(request(path), tmp_path / "fresh", 1)
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-
-
-@pytest.mark.parametrize("damaged", ["run_000000.tokens_3", "run_000001.documents.npy", "run_000001.json", "plan.json"])
-def test_damaged_unfinished_work_is_begun_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], damaged: str
-) -> None:
-    for part in range(5):
-        write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
-    path = tmp_path / "*.jsonl"
-    monkeypatch.setattr(source_runs, "RUN_TOKENS", 4_000)
-    monkeypatch.setattr(preparation, "plan_shards", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        prepare(request(path), tmp_path / "out", 1)
-    monkeypatch.undo()
-    victim = tmp_path / "out" / ".preparing" / damaged
-    content = bytearray(victim.read_bytes())
-    content[40] ^= 1
-    victim.write_bytes(content)
-    prepare(request(path), tmp_path / "out", 1)
-    assert "starting over" in capfd.readouterr().err
-    prepare(request(path), tmp_path / "fresh", 1)
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_a_shard_that_begins_with_a_long_document_takes_no_more(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from src.data_processing import document_sort
 from src.data_processing.document_sort import read_states, sort_documents, write_run
 from src.data_processing.encoding import EncodedBatch
+from src.utils.errors import StorageError
 
 
 def some_batch(documents: int, rng: np.random.Generator, keys: np.ndarray | None = None) -> EncodedBatch:
@@ -82,3 +83,18 @@ def test_tokens_that_are_not_needed_again_are_deleted(tmp_path: Path) -> None:
     assert [token for array in found.tokens(1_200, 2_000) for token in array.tolist()] == rest
     found.forget(1_200, 2_000)
     assert list(tmp_path.glob("*.tokens_*")) == []
+
+
+def test_files_that_fail_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path, 0, [(0, some_batch(200, np.random.default_rng(3)))], {})
+    found = sort_documents(tmp_path, drop_duplicates=False)
+    (tmp_path / "run_000000.tokens_0").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match=r"cannot read .*/run_000000.tokens_0: No such file or directory; "):
+        list(found.tokens(0, 200))
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(StorageError, match=r"cannot delete .*/run_000000.tokens_1: Permission denied; "):
+        found.forget(0, 200)

@@ -51,35 +51,34 @@ def test_only_wanted_keys_are_encoded_but_all_documents_are_counted() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_labels_and_order_are_kept(workers: int) -> None:
     lists = [some_texts(30, seed=number) for number in range(20)]
-    found = list(encode_all(enumerate(map(Texts, lists)), workers, seed=0))
+    found = list(encode_all(enumerate(map(Texts, lists)), workers, seed=0, ahead=3))
     assert [label for label, _ in found] == list(range(20))
     for (_, batch), texts in zip(found, lists, strict=True):
         same(batch, encode_batch(Texts(texts), seed=0))
 
 
-def test_memory_does_not_grow_with_the_corpus() -> None:
-    """Batches are read as they are asked for, not before."""
+@pytest.mark.parametrize(("workers", "ahead", "held"), [(1, 7, 5), (2, 7, 7), (2, 12, 12)])
+def test_memory_does_not_grow_with_the_corpus(workers: int, ahead: int, held: int) -> None:
+    """Batches are read as they are asked for, not before; `held` counts those at the first result."""
     taken = 0
 
     def batches() -> Iterator[tuple[int, Texts]]:
         nonlocal taken
         for number in range(100):
             taken += 1
-            yield number, Texts(["word " * 200_000])
+            yield number, Texts(["word " * 20_000])
 
-    for workers in (1, 2):
-        taken = 0
-        encoded = iter(encode_all(batches(), workers, seed=0))
+    encoded = encode_all(batches(), workers, seed=0, ahead=ahead)
+    counts = []
+    for _ in range(8):
         next(encoded)
-        held = 5 if workers == 1 else 8 * workers + 1
-        assert taken <= held
-        next(encoded)
-        assert taken <= held + 1
-        encoded.close()  # type: ignore[attr-defined]
+        counts.append(taken)
+    encoded.close()  # type: ignore[attr-defined]
+    assert counts == [max(5, number) if workers == 1 else held + number - 1 for number in range(1, 9)]
 
 
 def test_a_killed_worker_is_an_error_and_no_hang() -> None:
-    encoded = encode_all(((number, Texts(some_texts(200))) for number in range(100)), workers=2, seed=0)
+    encoded = encode_all(((number, Texts(some_texts(200))) for number in range(100)), workers=2, seed=0, ahead=8)
     next(encoded)
     for child in multiprocessing.active_children():
         child.kill()

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from src.data_processing.file_formats import BATCH_BYTES, Lines, read_batches
-from src.data_processing.text_sources import open_files
 from src.utils.errors import UserError
 from tests.data_processing.documents import some_texts, write_json_lines
 
@@ -99,15 +98,3 @@ def test_a_file_that_is_no_arrow_or_zstd_file_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"nothing of the kind" * 10)
         with pytest.raises(UserError, match=str(tmp_path / name)):
             list(read_batches(tmp_path / name, "text"))
-
-
-def test_small_text_files_share_a_unit_and_large_ones_do_not(tmp_path: Path) -> None:
-    for number in range(300):
-        (tmp_path / f"{number:03}.txt").write_text(f"document {number} " * 1_500)
-    (tmp_path / "150.txt").write_text("long " * 300_000)
-    [source] = open_files([str(tmp_path)], "text")
-    assert 6 <= len(source.unit_bytes) <= 8
-    assert sum(source.unit_bytes) == sum(path.stat().st_size for path in tmp_path.iterdir())
-    units = [list(source.batches(unit, 0)) for unit in range(len(source.unit_bytes))]
-    texts = [text for batches in units for documents, _ in batches for text in documents.texts()]
-    assert texts == [path.read_text() for path in sorted(tmp_path.iterdir())]

@@ -112,15 +112,29 @@ def test_a_request_that_the_hub_calls_bad_is_not_repeated(monkeypatch: pytest.Mo
         hub_files.list_files("org/data", "sample/10BT", None)
 
 
-def test_a_list_of_several_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_of_several_pages(tmp_path: Path, commands: Commands) -> None:
+    files = {f"sample/10BT/{i:03}_00000.parquet": str(i).encode() for i in range(5)}
+    with stand_in_hub.hub(hub_client.REPOSITORY, files, page_entries=2) as hub:
+        commands.environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf")}
+        done = commands.module(CLIENT, "files", str(tmp_path), "5", "0")
+    assert done.returncode == 0, done.stderr
+    assert sum("/tree/" in request.path for request in hub.requests) == 3
+    saved = HubListing.from_dict(json.loads((tmp_path / "listing.json").read_text()))
+    assert [file.path for file in saved.files] == list(files)
+
+
+def test_what_a_list_of_files_says(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789" * 4
     pages = {
         f"{hub_files.constants.ENDPOINT}/api/datasets/org/data/revision/refs%2Fpr%2F1": ({"sha": commit}, None),
         f"{hub_files.constants.ENDPOINT}/api/datasets/org/data/tree/{commit}/a": (
-            [{"type": "file", "path": "a/2.parquet", "size": 2}, {"type": "directory", "path": "a/x.parquet"}],
-            "next",
+            [
+                {"type": "file", "path": "a/2.parquet", "size": 2},
+                {"type": "directory", "path": "a/x.parquet"},
+                {"type": "file", "path": "a/1.parquet", "size": 1, "lfs": {"oid": "ab", "size": 1}},
+            ],
+            None,
         ),
-        "next": ([{"type": "file", "path": "a/1.parquet", "size": 1, "lfs": {"oid": "ab", "size": 1}}], None),
     }
     monkeypatch.setattr(hub_files, "_get_json", pages.__getitem__)
     assert hub_files.list_files("org/data", "a", "refs/pr/1") == HubListing(

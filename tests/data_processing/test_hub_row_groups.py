@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.data_processing import hub_client
 from tests.data_processing.stand_in_hub import Fault, Hub, hub
 
 CLIENT = hub_client.__name__
-FOOTER_READ_BYTES = 64 << 10  # what pyarrow reads from a file's end
+FOOTER_READ_BYTES = 64 << 10  # what is read of a file's end at first
 GROUPS = (5, 1, 4)  # in each file
 
 
@@ -35,6 +36,8 @@ def parquet(number: int, groups: int) -> bytes:
 
 FILES = {f"{hub_client.FOLDER}/{i:03}_00000.parquet": parquet(i, groups) for i, groups in enumerate(GROUPS)}
 FOOTERS = [pq.read_metadata(io.BytesIO(content)) for content in FILES.values()]
+FIRST = next(iter(FILES.values()))
+FOOTER = FIRST[-8 - int.from_bytes(FIRST[-8:-4], "little") :]
 WHERE = [(number, group) for number, groups in enumerate(GROUPS) for group in range(groups)]
 
 
@@ -94,6 +97,29 @@ def test_faults_that_pass(rows: Callable[..., tuple[list[tuple[int, int]], str]]
         came, said = rows(served, seed=3)
     assert came == [WHERE[i] for i in permutation(len(WHERE), 3)]
     assert said.count("attempt ") == (0 if fault.whole else 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"",
+            "the footer of sample/10BT/0.parquet of org/data at f+ would be bytes 0 to 0 of 0, so what the hub sent",
+        ),
+        (
+            FOOTER,  # alone, while it tells of row groups before it
+            r"row group [0-4] of sample/10BT/0.parquet of org/data at f+ would be bytes \d+ to \d+ of \d+, so what",
+        ),
+    ],
+    ids=["an empty file", "a footer of another file"],
+)
+def test_a_file_that_cannot_be_sound(tmp_path: Path, commands: Commands, content: bytes, message: str) -> None:
+    with hub(hub_client.REPOSITORY, {"sample/10BT/0.parquet": content}) as served:
+        commands.environment |= {"HF_ENDPOINT": served.address, "HF_HOME": str(tmp_path / "hf")}
+        done = commands.module(CLIENT, "rows", "text", "0", "0")
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

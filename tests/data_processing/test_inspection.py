@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.synthetic_dataset import make_sparse_dataset
 from src.data_processing import inspection
 from src.data_processing.inspection import inspect
 from src.data_processing.shards import Manifest, unlisted_files, write_manifest
+from src.data_processing.tokenizer import Tokenizer
 from src.utils.errors import UserError
 from tests.data_processing.documents import contents, some_texts
-from tests.data_processing.text_datasets import END, write_sparse, write_texts
+from tests.data_processing.text_datasets import END, write_texts
 
 
 @pytest.fixture
@@ -106,7 +108,8 @@ def test_many_shards_are_summed_up(folder: Path) -> None:
 
 def test_a_hundred_shards_of_a_hundred_gigabytes_take_no_time(folder: Path) -> None:
     """Reading one of them would take most of a minute; they are holes, so they fit on any disk."""
-    write_sparse(folder, train_shards=99, tokens=50_000_000_000)
+    holes = make_sparse_dataset(folder, n_shards=100, tokens_per_shard=50_000_000_000)
+    change(folder, holes, tokenizer_sha256=Tokenizer.sha256, document_lengths=[0] * 35 + [100])
     start = time.monotonic()
     found = inspect(folder)
     assert time.monotonic() - start < 10

@@ -1,18 +1,27 @@
-"""What a request lets into a dataset, and what its manifest then says."""
+"""What a request lets into a dataset, what its manifest then says, and how an interrupted preparation goes on."""
 
+import errno
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from src.data_processing import preparation
+from src.data_processing import preparation, source_runs
 from src.data_processing.preparation import prepare
 from src.data_processing.shards import read_manifest
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import load_tokenizer
-from src.utils.errors import StorageError, UserError
+from src.utils.errors import BusyError, StorageError, UserError
+from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.data_processing.documents import MODULE, all_decoded, request, some_texts, write_json_lines
+from tests.data_processing.documents import MODULE, all_decoded, contents, request, some_texts, write_json_lines
 
 
 def test_several_sources_and_their_shares(tmp_path: Path) -> None:
@@ -94,3 +103,160 @@ def test_too_small_a_disk_is_said_beforehand(tmp_path: Path, monkeypatch, capfd:
     with pytest.raises(StorageError, match=r"kB free at .*; make room, .* or use --max-tokens"):
         prepare(request(path), tmp_path / "other", 1)
     assert not (tmp_path / "other").exists()
+
+
+SMALL_RUNS = (
+    "import sys; from src.data_processing import source_runs; source_runs.RUN_TOKENS = 100_000; "
+    "from src.data_processing.data_downloader import main; main()"
+)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path, commands: Commands, workers: int) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(120, words=40_000))
+    arguments = ["--source", "files", "--path", str(path), "--workers", str(workers), "--out"]
+    folder = tmp_path / "datasets" / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SMALL_RUNS, *arguments, "killed"],
+        cwd=ROOT,
+        env=commands.environment,
+        stderr=subprocess.PIPE,
+    )
+    while not (folder / ".preparing" / "run_000002.json").exists():
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.005)
+    with pytest.raises(BusyError, match="another process is preparing"):
+        prepare(request(path), folder, 1)
+    process.send_signal(signal.SIGKILL)
+    # The workers hold stderr open: its end is theirs.
+    _, _ = process.communicate(timeout=10)
+    with pytest.raises(UserError, match="did not finish"):
+        read_manifest(folder)
+
+    again = commands.module(MODULE, *arguments, "killed")
+    fresh = commands.module(MODULE, *arguments, "fresh")
+    assert (again.returncode, fresh.returncode) == (0, 0), again.stderr
+    assert re.search(r"going on after \d{3},\d{3} tokens that are there", again.stderr)
+    assert contents(folder) == contents(tmp_path / "datasets" / "fresh")
+
+
+@pytest.mark.parametrize(("kind", "points"), [("same", 60), ("other", 60), ("repair", 20)])
+def test_a_kill_at_any_disk_operation_changes_nothing(
+    tmp_path: Path, commands: Commands, kind: str, points: int
+) -> None:
+    texts = some_texts(180) + some_texts(20)
+    path = write_json_lines(tmp_path / "a.jsonl", texts[:100])
+    (tmp_path / "b.txt").write_text(texts[120])
+    write_json_lines(tmp_path / "c.jsonl", texts[100:])
+    done = commands.module("tests.data_processing.crash_sweep", str(path.parent / "*.*"), str(tmp_path / "out"), kind)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > points
+
+
+def test_other_sources_begin_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """What a stopped preparation left is not mixed with text that has changed since."""
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(40))
+    monkeypatch.setattr(preparation, "plan_shards", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(request(path), tmp_path / "out", 1)
+    assert (tmp_path / "out" / ".preparing" / "run_000000.json").exists()
+    monkeypatch.undo()
+    changed = write_json_lines(tmp_path / "a.jsonl", some_texts(41))
+    states = (tmp_path / "out" / ".preparing" / "run_000000.json").read_text()
+    (tmp_path / "out" / ".preparing" / "run_000000.json").write_text(
+        states.replace('"complete": true', '"complete": false')
+    )
+    manifest = prepare(request(changed), tmp_path / "out", 1)
+    assert manifest.counts["documents"] == 41
+    assert "not what was begun here: starting over" in capfd.readouterr().err
+
+
+def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path: Path, commands: Commands) -> None:
+    """Even while the workers are at batches that take seconds."""
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(2) + [random_letters(20_000_000)] * 12)
+    process = subprocess.Popen(
+        [sys.executable, "-m", MODULE, "--source", "files", "--path", str(path), "--workers", "2", "--out", "stopped"],
+        cwd=ROOT,
+        env=commands.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while len(_children(process.pid)) < 3:  # two workers and the interpreter's resource tracker
+        assert process.poll() is None, "finished before it could be stopped"
+        time.sleep(0.05)
+    time.sleep(1)  # they start and take a batch each
+    os.killpg(process.pid, signal.SIGINT)
+    start = time.monotonic()
+    _, said = process.communicate(timeout=20)
+    assert time.monotonic() - start < 8  # of some 15 that the workers would take
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted"
+    assert not (tmp_path / "datasets" / "stopped").exists()
+
+
+def random_letters(count: int) -> str:
+    """A word that takes seconds to encode."""
+    return np.random.default_rng(0).integers(97, 123, count).astype(np.uint8).tobytes().decode()
+
+
+def _children(pid: int) -> list[str]:
+    listing = Path(f"/proc/{pid}/task/{pid}/children")
+    if not listing.exists():
+        pytest.skip("needs /proc to see the workers")
+    return listing.read_text().split()
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    path.write_text(path.read_text() + "{")
+    with pytest.raises(UserError, match="line 11: not JSON"):
+        prepare(request(path), tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_a_storage_error_and_the_work_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in range(5):
+        write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
+    path = tmp_path / "*.jsonl"
+    monkeypatch.setattr(source_runs, "RUN_TOKENS", 4_000)
+    real, left = os.fsync, 40
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"cannot write .*run_00000\d.*: No space left on device"):
+        prepare(request(path), tmp_path / "out", 1)
+    monkeypatch.undo()
+    prepare(request(path), tmp_path / "out", 1)
+    prepare(request(path), tmp_path / "fresh", 1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("damaged", ["run_000000.tokens_3", "run_000001.documents.npy", "run_000001.json", "plan.json"])
+def test_damaged_unfinished_work_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], damaged: str
+) -> None:
+    for part in range(5):
+        write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
+    path = tmp_path / "*.jsonl"
+    monkeypatch.setattr(source_runs, "RUN_TOKENS", 4_000)
+    monkeypatch.setattr(preparation, "plan_shards", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(request(path), tmp_path / "out", 1)
+    monkeypatch.undo()
+    victim = tmp_path / "out" / ".preparing" / damaged
+    content = bytearray(victim.read_bytes())
+    content[40] ^= 1
+    victim.write_bytes(content)
+    prepare(request(path), tmp_path / "out", 1)
+    assert "starting over" in capfd.readouterr().err
+    prepare(request(path), tmp_path / "fresh", 1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")

@@ -1,11 +1,13 @@
 """A line that says how far it is, how fast, and how long it will take."""
 
+import io
 import re
+import sys
 import time
 
 import pytest
 
-from src.data_processing import progress
+from src.data_processing import hub_files, progress
 from src.data_processing.progress import Progress
 
 
@@ -30,3 +32,43 @@ def test_what_is_left_counts_from_where_this_start_began(monkeypatch: pytest.Mon
     started = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: started + 100)
     assert re.fullmatch(r"50%, 1 documents, 1,500 tokens, (9|10) tokens/s, about 3 min left", shown.line())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def screen(self) -> list[str]:
+        """The lines as a person sees them, where \\r goes back to a line's start and \\x1b[K erases the rest of it."""
+        lines = []
+        for written in self.getvalue().split("\n"):
+            line, at = "", 0
+            for piece in re.findall(r"\r|\x1b\[K|[^\r\x1b]+", written):
+                if piece == "\r":
+                    at = 0
+                elif piece == "\x1b[K":
+                    line = line[:at]
+                else:
+                    line, at = line[:at] + piece + line[at + len(piece) :], at + len(piece)
+            lines.append(line)
+        return lines
+
+
+def test_a_note_stands_on_a_line_of_its_own_beside_the_line_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "_EVERY_S_ON_A_TERMINAL", 0.01)
+    monkeypatch.setattr(hub_files, "BASE_DELAY_S", 0.2)
+    answers = iter([hub_files.BadAnswerError("too short"), None])
+
+    def attempt() -> None:
+        if answer := next(answers):
+            time.sleep(0.1)
+            assert terminal.screen()[-1].startswith("50%"), "the line of progress stands there"
+            raise answer
+
+    with Progress(lambda: "") as shown:
+        shown.update(0.5, documents=1, tokens=1_000)
+        hub_files.persist("it", "org/data", attempt)
+        assert terminal.screen()[-1].startswith("50%")
+    assert terminal.screen() == ["attempt 2 of 5 for it in 0 s: too short", ""]

@@ -7,7 +7,7 @@ import pytest
 
 from src.data_processing.preparation import prepare
 from src.data_processing.repair import repair, verify
-from src.utils.errors import UserError
+from src.utils.errors import StorageError, UserError
 from tests.conftest import Commands
 from tests.data_processing.documents import MODULE, contents, request, some_texts, write_json_lines
 
@@ -75,6 +75,24 @@ def test_another_number_of_sources_cannot_mend(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("new")
     with pytest.raises(UserError, match="there were 1 sources then, 2 are found now"):
         repair(tmp_path / "out", 1)
+
+
+def test_shards_that_cannot_be_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    folder = tmp_path / "out"
+    shard = folder / prepare(request(path), folder, 1).train[0].file
+    shard.unlink()
+    real = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(target).parent == folder:
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageError, match=f"cannot write {folder}: Permission denied; "):
+        repair(folder, 1)
+    assert not (folder / ".preparing").exists()
 
 
 def test_the_command(tmp_path: Path, commands: Commands) -> None:

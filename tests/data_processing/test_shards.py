@@ -13,13 +13,13 @@ from src.data_processing.shards import (
     Manifest,
     check_shard,
     read_manifest,
-    replacing,
+    stray_files,
     unlisted_files,
     write_manifest,
     write_shard,
 )
 from src.data_processing.shards import Shard as ShardEntry
-from src.utils.errors import StorageError, UserError
+from src.utils.errors import UserError
 from tests.conftest import manifest_of
 
 N_VOCAB = 50_257
@@ -69,10 +69,28 @@ def test_what_was_written_reads_back(dataset: Path) -> None:
 
 
 def test_strays_are_listed(dataset: Path) -> None:
+    assert stray_files(dataset, read_manifest(dataset)) is None
     (dataset / "notes.txt").touch()
     (dataset / ".DS_Store").touch()
     (dataset / "test_i_000003_t_9.npy").touch()
     assert unlisted_files(dataset, read_manifest(dataset)) == ["notes.txt", "test_i_000003_t_9.npy"]
+    said = stray_files(dataset, read_manifest(dataset))
+    assert said == f"ignoring 2 file(s) in {dataset} that its manifest does not list: notes.txt, test_i_000003_t_9.npy"
+
+
+def test_ids_of_another_type_are_not_written(tmp_path: Path) -> None:
+    """65,536 would become 0."""
+    with pytest.raises(AssertionError, match="would wrap around"):
+        write_shard(tmp_path, "test", 0, 1, [np.array([65_536])])
+
+
+def test_origins_are_the_sources_without_their_files(dataset: Path) -> None:
+    sources = [
+        {"name": "files", "path": "x", "files": [{"path": "x/a"}]},
+        {"name": "hub", "hub_files": [], "profiles": 1},
+    ]
+    edit_manifest(dataset, sources=sources)
+    assert read_manifest(dataset).origins == [{"name": "files", "path": "x"}, {"name": "hub", "profiles": 1}]
 
 
 @pytest.mark.parametrize(
@@ -161,12 +179,3 @@ def test_a_manifest_cannot_lead_out_of_its_folder(dataset: Path) -> None:
     (dataset / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         read_manifest(dataset)
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(StorageError, match=f"cannot write {path}: No space"), replacing(path, 1):
-        raise OSError(28, "No space left on device")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]

@@ -67,6 +67,18 @@ def test_files_are_sorted_found_once_and_described(tmp_path: Path) -> None:
     }
 
 
+def test_text_files_that_are_named_stand_where_the_first_of_them_does(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (folder / name).write_text(name)
+    (tmp_path / "e.jsonl").write_text(json_lines({"text": "e"}))
+    assert texts_of(folder / "c.txt", folder) == ["c.txt", "a.txt", "b.txt"]
+    sources = open_files([str(tmp_path / "e.jsonl"), *(f"{folder}/{name}" for name in ("b.txt", "a.txt", ""))], "text")
+    assert [texts_in(source) for source in sources] == [["e"], ["a.txt", "b.txt"], ["c.txt"]]
+    assert sources[1].details["path"] == f"2 text files from {folder}/b.txt on"
+
+
 def test_empty_text_files_beside_others_are_empty_documents(tmp_path: Path) -> None:
     for name in ("a.txt", "c.md", "e.txt", "f.txt"):
         (tmp_path / name).touch()
@@ -216,3 +228,15 @@ def h():
     assert list(python_docs._module_text(tmp_path / "mod.py", tmp_path, set())) == [text + "\n"]
     (tmp_path / "broken.py").write_text("def (")
     assert list(python_docs._module_text(tmp_path / "broken.py", tmp_path, set())) == []
+
+
+def test_small_text_files_share_a_unit_and_large_ones_do_not(tmp_path: Path) -> None:
+    for number in range(300):
+        (tmp_path / f"{number:03}.txt").write_text(f"document {number} " * 1_500)
+    (tmp_path / "150.txt").write_text("long " * 300_000)
+    [source] = open_files([str(tmp_path)], "text")
+    assert 6 <= len(source.unit_bytes) <= 8
+    assert sum(source.unit_bytes) == sum(path.stat().st_size for path in tmp_path.iterdir())
+    units = [list(source.batches(unit, 0)) for unit in range(len(source.unit_bytes))]
+    texts = [text for batches in units for documents, _ in batches for text in documents.texts()]
+    assert texts == [path.read_text() for path in sorted(tmp_path.iterdir())]

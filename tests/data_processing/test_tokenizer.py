@@ -228,17 +228,15 @@ def test_a_character_belongs_to_the_class_that_unicode_gives_it() -> None:
 
 def test_loading_needs_no_network_and_leaves_no_cache(tmp_path: Path) -> None:
     """Even where another user owns tiktoken's cache folder, or a caller set a cache that cannot be written."""
-    program = "import os, time\nfrom src.data_processing.tokenizer import load_tokenizer\n"
-    program += "start = time.monotonic()\nids = load_tokenizer().encode('Hello')\n"
-    program += "import json\nprint(json.dumps([ids, time.monotonic() - start, os.environ['TIKTOKEN_CACHE_DIR']]))"
+    program = "import os, socket\nfrom src.data_processing.tokenizer import load_tokenizer\n"
+    program += "socket.socket = None\nids = load_tokenizer().encode('Hello')\n"
+    program += "import json\nprint(json.dumps([ids, os.environ['TIKTOKEN_CACHE_DIR']]))"
     environment = os.environ | {"TMPDIR": str(tmp_path), "TIKTOKEN_CACHE_DIR": "/dev/null/cache"}
-    environment |= {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
     )
-    ids, seconds, cache = json.loads(done.stdout)
+    ids, cache = json.loads(done.stdout)
     assert ids == [15496]
-    assert seconds < 2
     assert cache == "/dev/null/cache"
     assert list(tmp_path.iterdir()) == []
 

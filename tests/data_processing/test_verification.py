@@ -13,7 +13,7 @@ import pytest
 from src.data_processing import verification
 from src.data_processing.shards import Manifest, read_manifest, shard_fault, unlisted_files
 from src.data_processing.verification import STAMP, ensure_verified
-from src.utils.errors import UserError
+from src.utils.errors import StoppedError, UserError
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose content is read."""
     names: list[str] = []
 
-    def spy(folder: Path, shard, n_vocab: int, full: bool):
+    def spy(folder: Path, shard, n_vocab: int, full: bool, stop: Callable[[], bool]):
         assert full
         names.append(shard.file)
-        return shard_fault(folder, shard, n_vocab, full)
+        return shard_fault(folder, shard, n_vocab, full, stop)
 
     monkeypatch.setattr(verification, "shard_fault", spy)
     return names
@@ -141,5 +141,22 @@ def test_what_was_read_before_an_interruption_stays_read(
     with contextlib.redirect_stderr(Interrupting()), pytest.raises(KeyboardInterrupt):
         ensure_verified(folder, read_manifest(folder))
     reads.clear()
-    assert verified(folder)[0] == f"verifying {folder}: 1 of 2 shards read"
+    assert verified(folder) == [f"verifying {folder}: 1 of 1 shards read"]
+    assert len(reads) == 1
+
+
+def test_asked_to_stop_it_stops_within_a_shard_and_sound_ones_stay_read(
+    dataset: Callable[..., Path], reads: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder = dataset(train_tokens=[6_000_000, 900], val_tokens=500, n_vocab=300)  # 500 and 900 tokens are a piece each
+    monkeypatch.setattr(verification, "MAX_THREADS", 1)
+    asked = iter([False, False, True])
+
+    with pytest.raises(StoppedError, match="stopped on request before anything was trained") as caught:
+        ensure_verified(folder, read_manifest(folder), stop=lambda: next(asked, True))
+    assert caught.value.exit_code == 143
+    stamped = json.loads((folder / STAMP).read_text())["shards"]
+    assert list(stamped) == [read_manifest(folder).shards[0].file], "the second was begun, the third not"
+    reads.clear()
+    assert verified(folder) == []
     assert len(reads) == 2

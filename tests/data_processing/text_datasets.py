@@ -30,19 +30,3 @@ def write_texts(folder: Path, validation: Sequence[str], *train: Sequence[str]) 
     manifest = replace(manifest_of(shards), tokenizer_sha256=Tokenizer.sha256, document_lengths=counts)
     write_manifest(folder, manifest)
     return read_manifest(folder)
-
-
-def write_sparse(folder: Path, train_shards: int, tokens: int) -> Manifest:
-    """A dataset whose shards have `tokens` tokens each and take no room: holes, full of the id 0, which is "!"."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for index in range(1 + train_shards):
-        name = f"holes_i_{index:06d}_t_{tokens}.npy"
-        with open(folder / name, "wb") as file:
-            header = {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + 2 * tokens)
-        shards.append(Shard(name, "train" if index else "validation", tokens, 1, tokens, "", "", ""))
-    manifest = replace(manifest_of(shards), tokenizer_sha256=Tokenizer.sha256)
-    write_manifest(folder, manifest)
-    return read_manifest(folder)

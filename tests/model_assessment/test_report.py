@@ -16,6 +16,7 @@ import pytest
 
 from src.model_assessment.report import write_report
 from src.model_assessment.report_data import read_run
+from src.model_assessment.report_text import summary
 from src.utils.errors import UserError
 from src.utils.root import ROOT
 
@@ -238,6 +239,13 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
     assert not any(name.startswith("on") for _, name, _ in page.attributes)
     assert "<script>alert(1)</script>" in page.text  # as words to read
     assert not set("\u202e\x00") & set(page.html)
+
+
+def test_a_source_of_several_paths_is_named_once(tmp_path: Path) -> None:
+    names = ["pydocs", "files", "files", "files"]
+    dataset = {"name": "mine", "sources": [{"name": name} for name in names], "documents": 506, "tokens": 2_817_311}
+    run = read_run(make_run(tmp_path / "run", dataset=dataset))
+    assert "on mine (source pydocs and files, 506 documents, 2.82M tokens)." in summary(run)
 
 
 def test_a_run_in_progress_with_its_last_line_cut_off(tmp_path: Path) -> None:

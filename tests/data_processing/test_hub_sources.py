@@ -1,0 +1,58 @@
+"""FineWeb-Edu, whole or a part of it that is drawn from all of it."""
+
+import hashlib
+import io
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from src.data_processing.shards import read_manifest
+from tests.conftest import Commands
+from tests.data_processing import stand_in_hub
+from tests.data_processing.documents import MODULE, all_decoded, some_texts
+
+FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
+
+
+def test_an_unreachable_hub_is_said_soon(commands: Commands) -> None:
+    start = time.monotonic()
+    done = commands.module(MODULE, "--source", "fineweb-edu", "--out", "web")
+    assert time.monotonic() - start < 30
+    assert done.returncode == 2
+    assert "of HuggingFaceFW/fineweb-edu from http://127.0.0.1:9 (ConnectError" in done.stderr
+    assert "--source files --path" in done.stderr
+    assert "--source pydocs" in done.stderr
+    assert not (commands.temp_data / "datasets" / "web").exists()
+
+
+def test_fineweb_edu_from_a_hub(tmp_path: Path, commands: Commands) -> None:
+    texts = some_texts(300)
+    served = {"README.md": b"a card", "data/CC-MAIN-2013-20/000_00000.parquet": b"not asked for"}
+    for index in range(2):
+        file = io.BytesIO()
+        rows = texts[index * 150 : index * 150 + 150]
+        table = pa.table({"text": rows, "id": [str(i) for i in range(150)]})
+        pq.write_table(table, file, row_group_size=10)
+        served[f"sample/10BT/00{index}_00000.parquet"] = file.getvalue()
+    with stand_in_hub.hub(FINEWEB_EDU[0], served) as hub:
+        commands.environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf")}
+        whole = commands.module(MODULE, "--source", "fineweb-edu")
+        part = commands.module(MODULE, "--source", "fineweb-edu", "--max-documents", "40", "--out", "part")
+    assert (whole.returncode, part.returncode) == (0, 0), whole.stderr + part.stderr
+    manifest = read_manifest(tmp_path / "datasets" / "fineweb-edu-sample-10BT")
+    [source] = manifest.sources
+    asked = {"name": "fineweb-edu", "repository": FINEWEB_EDU[0], "config": FINEWEB_EDU[1]}
+    assert asked.items() <= source.items()
+    assert source["revision"] == stand_in_hub.REVISION
+    assert source["hub_files"] == [
+        {"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in served.items()
+        if name.startswith("sample/")
+    ]
+    assert sorted(all_decoded(tmp_path / "datasets" / "fineweb-edu-sample-10BT")) == sorted(texts)
+    sample = all_decoded(tmp_path / "datasets" / "part")
+    assert len(sample) == 40
+    assert set(sample) < set(texts)
+    assert set(sample) != set(texts[:40]), "not a sample, but the head of the first file"

@@ -1,0 +1,32 @@
+"""What cannot be written, read or deleted is a StorageError that says so, once."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from src.utils.disk import replacing, storage_errors
+from src.utils.errors import StorageError
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(StorageError, match=f"cannot write {path}: No space"), replacing(path, 1):
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_error_is_said_once_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(StorageError) as caught, storage_errors(tmp_path), storage_errors(path, "read"):
+        path.read_bytes()
+    assert str(caught.value).startswith(f"cannot read {path}: No such file or directory; make room or mend")
+    assert caught.value.exit_code == 4
+
+
+def test_the_disk_that_is_needed_is_said_where_it_is_known(tmp_path: Path) -> None:
+    words = r"No space left on device; 123,456 bytes more are needed, [\d,]+ are free; "
+    with pytest.raises(StorageError, match=words), storage_errors(tmp_path / "file", needed_bytes=123_456):
+        raise OSError(28, "No space left on device")
