@@ -106,6 +106,8 @@ class OptimConfig:
     """Decoupled decay of matrices and the embedding; biases and norm gains have none."""
     clip_grad_norm: float = 1.0
     """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
+    spike_z: float = 0.0
+    """Skip steps whose loss lies this many standard deviations above the recent ones; 0 turns it off."""
 
     def problems(self) -> list[str]:
         found = _not_positive(self, "optim", "max_lr eps clip_grad_norm")
@@ -117,6 +119,8 @@ class OptimConfig:
                 found.append(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
         if not self.weight_decay >= 0.0:
             found.append(f"optim.weight_decay = {self.weight_decay} must not be negative")
+        if not 0.0 <= self.spike_z < math.inf:
+            found.append(f"optim.spike_z = {self.spike_z} must be finite and not negative; 0 turns it off")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             found.append(f"optim.warmup_steps = {self.warmup_steps} must not be negative")
         return found

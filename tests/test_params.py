@@ -46,6 +46,14 @@ def test_a_shape_that_cannot_work_says_what_would(model: ModelConfig, expected: 
     assert expected in "\n".join(model.problems())
 
 
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
+def test_a_limit_for_spikes_that_cannot_work(value: float):
+    assert OptimConfig(spike_z=value).problems() == [
+        f"optim.spike_z = {value} must be finite and not negative; 0 turns it off"
+    ]
+    assert OptimConfig(spike_z=6.0).problems() == []
+
+
 def test_a_batch_that_context_does_not_divide():
     with pytest.raises(ConfigError, match="the nearest that is: 4096"):
         replace(debug(), train=replace(debug().train, batch_tokens=4_100))
@@ -86,6 +94,13 @@ def test_a_micro_batch_that_does_not_fit_names_those_that_do():
 def test_json_and_back(preset: str):
     config = PRESETS[preset]()
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_settings_saved_without_a_later_field_take_its_default():
+    data = to_dict(debug())
+    del data["optim"]["spike_z"]
+    assert from_dict(data) == debug()
+    assert all(preset().optim.spike_z == 0.0 for preset in PRESETS.values())
 
 
 def test_unknown_fields_are_named():
