@@ -151,6 +151,20 @@ class TrainingDataLoader:
         first = step * self.batch_size + self.rank * share
         return range(first, first + share)
 
+    def step_windows(self, step: int) -> list[tuple[int, int]]:
+        """The windows of `step`, counted from 0, of all processes, in the order of their sequence numbers.
+
+        Each is a shard and its window there, which starts at token window * n_ctx. Shard i is the i-th that `dataset`
+        was given: of manifest.train, it is manifest.shards[len(manifest.validation) + i]. Process r trains on the r-th
+        of world_size equal parts of the list, micro-batch after micro-batch.
+        """
+        places = []
+        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+            group, window = self.order[number]
+            shard, first, _ = self.order.groups[group]
+            places.append((shard, first + window))
+        return places
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
 

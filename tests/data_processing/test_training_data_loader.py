@@ -124,6 +124,34 @@ def test_global_batches_are_the_same_for_any_number_of_processes(windows: Window
     torch.testing.assert_close(together, alone)
 
 
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 2), (2, 2), (4, 1)])
+def test_the_windows_of_a_step_are_those_that_all_processes_get(windows: WindowDataset, world_size: int, micro: int):
+    """Read anew from the files of the whole dataset, as someone does who has its manifest alone."""
+    folder = windows.paths[0].parent
+    manifest = read_manifest(folder)
+    files = [np.load(folder / shard.file) for shard in manifest.shards]
+    share, micro_batches = 8 // world_size, 8 // world_size // micro
+    for rank in range(world_size):
+        yielded = batches(windows, 15, rank=rank, world_size=world_size, micro=micro)  # past the first epoch's end
+        for step in (0, 3, 11, 12, 13, 14):
+            with TrainingDataLoader(
+                windows,
+                seed=7,
+                batch_size=8,
+                micro_batch_size=micro,
+                rank=rank,
+                world_size=world_size,
+                device=torch.device("cpu"),
+                first_step=14,
+            ) as loader:
+                places = loader.step_windows(step)[rank * share : (rank + 1) * share]
+            starts = [(files[len(manifest.validation) + shard], window * N_CTX) for shard, window in places]
+            expected = np.array([file[start : start + N_CTX + 1] for file, start in starts])
+            own = yielded[step * micro_batches : (step + 1) * micro_batches]
+            np.testing.assert_array_equal(torch.cat([inputs for inputs, _ in own]), expected[:, :-1])
+            np.testing.assert_array_equal(torch.cat([targets for _, targets in own]), expected[:, 1:])
+
+
 def test_starting_at_a_step_gives_what_an_uninterrupted_reader_gets(windows: WindowDataset):
     whole = batches(windows, 20)
     for (inputs, targets), (expected, expected_targets) in zip(batches(windows, 5, first=15), whole[60:], strict=True):
