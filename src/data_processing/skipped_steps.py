@@ -17,7 +17,7 @@ from src.data_processing.inspection import Inspection
 from src.data_processing.shards import Manifest, read_manifest
 from src.utils.errors import UserError
 
-_DOCUMENTS, _LINES = 4, 3  # shown of a window, and of each document in it
+_DOCUMENTS, _LINES = 4, 12  # shown of a window; its documents share the lines
 
 
 def inspect_skipped(folder: Path, run_dir: Path, windows: int) -> Inspection:
@@ -126,13 +126,14 @@ def _window(folder: Path, manifest: Manifest, place: Any, n_ctx: int) -> Iterato
         return
     yield f"window {window} of shard {index}: from token {window * n_ctx:,} of {name}"
     starts = [number for number, line in enumerate(lines) if line == BOUNDARY or number == 0]
+    each = _LINES // min(_DOCUMENTS, len(starts))
     for start, end in list(zip(starts, [*starts[1:], len(lines)], strict=True))[:_DOCUMENTS]:
         text = start + (lines[start] == BOUNDARY)
-        yield from lines[start : text + _LINES][: end - start]
-        if end > text + _LINES:
-            yield f"({end - text - _LINES:,} more lines)"
+        yield from lines[start : min(text + each, end)]
+        if end > text + each:
+            yield f"({end - text - each:,} more line(s))"
     if len(starts) > _DOCUMENTS:
-        yield f"({len(starts) - _DOCUMENTS:,} more documents)"
+        yield f"({len(starts) - _DOCUMENTS:,} more document(s))"
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

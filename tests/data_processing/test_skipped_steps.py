@@ -90,10 +90,18 @@ def test_a_few_windows_of_each_step_and_a_few_lines_of_each_document(folder: Pat
     assert page.split("\n\n")[-1].split("\n")[1:] == [
         BOUNDARY,
         *(f"│ line {i}" for i in range(3)),
-        "(37 more lines)",
+        "(37 more line(s))",
         *(BOUNDARY, "│ a", BOUNDARY, "│ b", "│ c", BOUNDARY, "│ d"),
-        "(3 more documents)",
+        "(3 more document(s))",
     ]
+    write_run(run, manifest.sha256, skipped(5, [[1, 0]], n_ctx=32))
+    alone = inspect_skipped(folder, run, windows=2).page.split("\n\n")[-1].split("\n")
+    assert alone[1:] == [
+        BOUNDARY,
+        *(f"│ line {i}" for i in range(11)),
+    ]  # three tokens a line, no more of them shown than the window has
+
+    write_run(run, manifest.sha256, skipped(5, [[1, 0]] * 9, n_ctx=512))
     assert inspect_skipped(folder, run, windows=9).page.count("window 0 of shard 1") == 9
 
 
