@@ -115,7 +115,7 @@ def _window(folder: Path, manifest: Manifest, place: Any, n_ctx: int) -> Iterato
     index, window = place
     if index < len(manifest.shards):
         count = max(0, manifest.shards[index].tokens - 1) // n_ctx
-        name = manifest.shards[index].file
+        name = harmless(manifest.shards[index].file)
         if window >= count:
             yield f"cannot be shown: window {window} of shard {index}, {name}, which has {count:,} windows"
             return
