@@ -71,8 +71,7 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         manifest = procs.together(lambda: read_manifest(folder))
         check_alike(config, procs, manifest)
         # before anything reads a token; on each machine, because its disk may be its own
-        asked = lambda: bool(stop())
-        procs.together(lambda: ensure_verified(folder, manifest, stop=asked) if procs.is_machines_first else None)
+        procs.together(lambda: ensure_verified(folder, manifest, stop=stop) if procs.is_machines_first else None)
         training, assessment = procs.together(lambda: open_data(config, folder, manifest))
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
         log = RunLogger(run_dir, procs.is_main)

@@ -17,9 +17,10 @@ from src.data_processing.repair import repair, verify
 from src.data_processing.request import Request
 from src.utils.cores import available_cores
 from src.utils.errors import exit_with
-from src.utils.root import dataset_dir
+from src.utils.root import dataset_dir, run_dir
 
 _DEFAULT_OUT = {"pydocs": "pydocs", "fineweb-edu": "fineweb-edu-sample-10BT"}
+_DEFAULT_WINDOWS = 4
 
 
 def main() -> None:
@@ -28,8 +29,9 @@ def main() -> None:
     folder = dataset_dir(args.out)
     if args.inspect:
         from src.data_processing.inspection import inspect  # matplotlib takes its time
+        from src.data_processing.skipped_steps import inspect_skipped
 
-        found = inspect(folder)
+        found = inspect_skipped(folder, run_dir(args.skipped), args.windows) if args.skipped else inspect(folder)
         print(found.page)
         print(json.dumps(found.figures))
         return
@@ -68,6 +70,12 @@ def _parse_arguments() -> argparse.Namespace:
             args.out += f"-max-{limit}-{unit}" if limit else ""  # a trial must never pass for the whole
     if args.source and "files" in args.source and not args.path and not is_there:
         parser.error("--source files needs --path FILE_OR_GLOB ...")
+    if args.skipped == "":
+        parser.error("--skipped is empty; perhaps a variable that is not set")
+    if args.skipped and not args.inspect:
+        parser.error("--skipped is for --inspect")
+    if args.windows != _DEFAULT_WINDOWS and not args.skipped:
+        parser.error("--windows is for --inspect --skipped RUN")
     if args.path and "files" not in (args.source or ()):
         parser.error("--path is for --source files")
     if args.source and len(set(args.source)) < len(args.source):
@@ -117,6 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     modes.add_argument(
         "--inspect", action="store_true", help="show what the dataset in --out holds, samples included, and exit"
+    )
+    parser.add_argument(
+        "--skipped",
+        metavar="RUN",
+        help="with --inspect: show instead the text behind the steps that this run skipped, its name or folder",
+    )
+    parser.add_argument(
+        "--windows",
+        type=_number_from(1),
+        default=_DEFAULT_WINDOWS,
+        metavar="N",
+        help="with --skipped: show this many windows of each step (default: %(default)s)",
     )
     return parser
 

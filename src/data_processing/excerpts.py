@@ -21,7 +21,7 @@ from src.data_processing.shards import TOKEN_DTYPE, Manifest, Shard, check_shard
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.utils.errors import UserError
 
-_BOUNDARY = "──── document ────"
+BOUNDARY = "──── document ────"
 _MARGIN = "│ "
 _NO_TERMINAL = (100, 24)  # columns and lines where stdout isn't one
 
@@ -55,7 +55,7 @@ def excerpt(folder: Path, manifest: Manifest, shard_index: int, first_token: int
     before, *documents = np.split(ids, np.flatnonzero(ids == manifest.end_of_text))
     lines = list(_text_lines(before, manifest)) if before.size else []
     for document in documents:
-        lines += [_BOUNDARY, *_text_lines(document[1:], manifest)]
+        lines += [BOUNDARY, *_text_lines(document[1:], manifest)]
     return "\n".join(lines)
 
 
@@ -159,6 +159,6 @@ def _sample(folder: Path, manifest: Manifest, index: int, token: int) -> tuple[i
         token += int(boundaries[0])
     first = max(0, token - _TOKENS_BEFORE) if boundaries.size else token
     lines = excerpt(folder, manifest, index, first, _TOKENS).split("\n")
-    boundary = lines.index(_BOUNDARY) if _BOUNDARY in lines else 0
+    boundary = lines.index(BOUNDARY) if BOUNDARY in lines else 0
     start = max(0, boundary - _LINES_BEFORE)
     return token, lines[start : start + _LINES]

@@ -148,7 +148,7 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
 
 
 def shard_fault(
-    folder: Path, shard: Shard, n_vocab: int, full: bool = False, stop: Callable[[], bool] = lambda: False
+    folder: Path, shard: Shard, n_vocab: int, full: bool = False, stop: Callable[[], object] = lambda: False
 ) -> str | None:
     """What `check_shard` finds wrong with the file, with path, expected and actual; None if nothing.
 
@@ -255,7 +255,7 @@ def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:
         raise _Damaged(f"{path}: expected {expected} bytes, found {size}: the array is {what}")
 
 
-def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int, stop: Callable[[], bool]) -> None:
+def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int, stop: Callable[[], object]) -> None:
     """`file` stands at the first token, after the header."""
     header_bytes = file.tell()
     file.seek(0)

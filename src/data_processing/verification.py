@@ -27,7 +27,7 @@ MAX_THREADS = 8  # a core hashes more than 1 GB/s, so these are ahead of most di
 
 
 def ensure_verified(
-    folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], bool] = lambda: False
+    folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], object] = lambda: False
 ) -> None:
     """Raises UserError naming every fault that `find_faults` finds, and StoppedError as it does."""
     if faults := find_faults(folder, manifest, trust_stamp, stop):
@@ -39,7 +39,7 @@ def ensure_verified(
 
 
 def find_faults(
-    folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], bool] = lambda: False
+    folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], object] = lambda: False
 ) -> dict[int, str]:
     """What is wrong with each shard that is not as prepared, with path, expected and actual, by its number.
 
@@ -75,7 +75,7 @@ def find_faults(
 
 
 def _read_all(
-    folder: Path, manifest: Manifest, numbers: Sequence[int], stop: Callable[[], bool]
+    folder: Path, manifest: Manifest, numbers: Sequence[int], stop: Callable[[], object]
 ) -> Generator[tuple[int, dict[str, Any] | None, str | None], None, None]:
     """Number, entry and fault of each shard, as they are read; then StoppedError if some were not, being stopped."""
     leaving = threading.Event()

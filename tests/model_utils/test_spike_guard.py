@@ -120,6 +120,19 @@ def test_ten_in_a_row_are_never_skipped():
     assert max(map(len, in_a_row)) == 9
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_forgotten_decides_nothing(seed: int):
+    """Against the definition in the module's docstring, applied to all losses at once."""
+    losses = np.repeat(np.random.default_rng(seed).normal(3.0, 2.0, 150), 20) + noise(3_000, 0.3, seed)
+    high = np.zeros(3_000, bool)
+    for step in range(19, 3_000):
+        deviation = 1.4826 * np.median(np.abs(np.diff(losses[max(0, step - 129) : step]))) / np.sqrt(2)
+        high[step] = losses[step] > np.median(losses[step - 19 : step]) + 2.0 * deviation
+    expected = [step for step in range(3_000) if high[step] and not high[step - 9 : step].all()]
+    assert len(expected) > 100
+    assert skipped(losses.tolist(), 2.0) == expected
+
+
 def test_the_first_losses_are_not_judged():
     assert skipped([*[3.0] * 18, 9.0]) == []
     assert skipped([*[3.0] * 19, 9.0]) == [19]
