@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from src.utils.disk import try_lock
 from src.utils.errors import BusyError, StorageError
@@ -18,7 +19,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
     The lock lies beside the folder, so that the folder itself can be set aside. Raises BusyError naming the
     holder, StorageError where the folder cannot be written.
     """
-    lock = run_dir.with_name(f".{run_dir.name}.lock")
+    lock = _lock_path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".write-test-{os.getpid()}"
@@ -31,13 +32,33 @@ def claimed(run_dir: Path) -> Iterator[None]:
         ) from error
     with file:
         if not try_lock(file):
-            file.seek(0)
-            raise BusyError(
-                f"another process is training in {run_dir}: {file.read() or 'holder unknown'}; "
-                "wait for it, stop it, or choose another --run-name"
-            )
+            raise _busy(run_dir, file)
         with suppress(OSError):  # a full disk may not hold the name, but the lock holds
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
             file.flush()
         yield
+
+
+def refuse_claimed(run_dir: Path) -> None:
+    """Raises BusyError naming the holder where another process holds `run_dir`; leaves nothing behind."""
+    try:
+        with open(_lock_path(run_dir), "r+", encoding="utf-8") as file:
+            if not try_lock(file):
+                raise _busy(run_dir, file)
+    except FileNotFoundError:
+        pass
+    except PermissionError as error:
+        raise StorageError(f"cannot open {error.filename}: {error.strerror}; mend its permissions") from error
+
+
+def _lock_path(run_dir: Path) -> Path:
+    return run_dir.with_name(f".{run_dir.name}.lock")
+
+
+def _busy(run_dir: Path, lock: IO[str]) -> BusyError:
+    lock.seek(0)
+    return BusyError(
+        f"another process is training in {run_dir}: {lock.read() or 'holder unknown'}; "
+        "wait for it, stop it, or choose another --run-name"
+    )
