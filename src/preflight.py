@@ -80,7 +80,7 @@ def main() -> int:
         "variable WORLD_SIZE says (NPROC of them on this machine). Exit codes: 0 yes, 2 no, 4 no for storage alone, "
         "5 no because another process is training in the run's folder."
     )
-    config = tyro.extras.overridable_config_cli(presets, prog="python -m src.preflight", description=description)
+    config = tyro.extras.overridable_config_cli(presets, description=description)
     results, code = check_all(Start(config, world_size(), processes_here(), _preparation()))
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:

@@ -139,12 +139,12 @@ def precision(start: Start) -> Found:
 
 
 def memory(start: Start) -> Found | None:
-    """Of the CPU: each process's PyTorch, its weights, gradients and moments, and the activations of a micro-batch."""
+    """On a CPU: PyTorch itself, weights, gradients and moments, activations and logits of a micro-batch, a process."""
     if start.device()[0].type != "cpu":
         return None
-    model = start.config.model
-    # Measured at the presets debug and laptop: some 24 float32 values a layer and width for a token's activations.
-    activations = 4 * 24 * start.config.train.micro_batch_size * model.n_ctx * model.n_layer * model.n_embd
+    model, positions = start.config.model, start.config.train.micro_batch_size * start.config.model.n_ctx
+    # Fitted to what the presets debug and laptop took, 1.1 and 1.9 GB: 32 float32 values of the width in each layer.
+    activations = positions * (4 * 32 * model.n_layer * model.n_embd + 2 * model.n_vocab)
     needed = start.processes_here * (400_000_000 + checkpoint_bytes(start.config) * 4 // 3 + activations)
     free = available_memory_bytes()
     words = f"roughly {size_text(needed)} needed, {size_text(free)} free"
