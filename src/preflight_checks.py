@@ -105,7 +105,9 @@ def device(start: Start) -> Found:
     chosen, _ = start.device()
     if chosen.type != "cuda":
         machine = describe_machine(chosen)
-        return Found(f"{chosen.type}, {machine['cpu']}, {machine['cores']} core(s), {machine['memory_gb']} GB of memory")
+        return Found(
+            f"{chosen.type}, {machine['cpu']}, {machine['cores']} core(s), {machine['memory_gb']} GB of memory"
+        )
     count, used = torch.cuda.device_count(), []
     for number in range(start.processes_here):
         free, total = torch.cuda.mem_get_info(number)

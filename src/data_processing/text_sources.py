@@ -90,9 +90,7 @@ class Files(Source):
         sizes = {file: entry["bytes"] for file, entry in zip(files, described, strict=True)}
         self._units = _units_of(files, sizes)
         self._text_field = text_field
-        super().__init__(
-            details, [sum(sizes[file] for file in unit) for unit in self._units], estimated_tokens(sizes)
-        )
+        super().__init__(details, [sum(sizes[file] for file in unit) for unit in self._units], estimated_tokens(sizes))
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         files = self._units[unit]

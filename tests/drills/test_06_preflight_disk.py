@@ -19,7 +19,9 @@ def in_a_small_disk(commands: Commands, size: str, command: list[str]) -> subpro
         pytest.skip("this machine gives users no namespaces of their own")
     small = commands.temp_data / "runs"
     small.mkdir(exist_ok=True)
-    script = 'mount -t tmpfs -o "size=$0" tmpfs "$1" && folder=$1 && shift && "$@"; code=$?; ls -A "$folder" >&2; exit $code'
+    script = (
+        'mount -t tmpfs -o "size=$0" tmpfs "$1" && folder=$1 && shift && "$@"; code=$?; ls -A "$folder" >&2; exit $code'
+    )
     return commands.run(["unshare", "-rm", "sh", "-c", script, size, str(small), *command])
 
 
@@ -48,5 +50,7 @@ def test_the_start_of_training(commands: Commands):
     command = [sys.executable, "-c", lines, str(commands.temp_data / "runs")]
     refused = in_a_small_disk(commands, "512m", command)
     assert refused.returncode == 4
-    assert f"they need 614,832,192 bytes more, {512 << 20:,} are free, and one takes 204.9 MB; make room" in refused.stderr
+    assert (
+        f"they need 614,832,192 bytes more, {512 << 20:,} are free, and one takes 204.9 MB; make room" in refused.stderr
+    )
     assert in_a_small_disk(commands, "600m", command).returncode == 0
