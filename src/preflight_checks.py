@@ -6,7 +6,6 @@ does, with the value found and what to do.
 
 import os
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -225,7 +224,7 @@ def run_folder(start: Start) -> Found:
 
 
 def disk(start: Start) -> Found:
-    """Room for the dataset, if it is to be prepared, and for the run's checkpoints, together where they share a disk."""
+    """Room for the run's checkpoints and a dataset that is to be prepared, together where they share a file system."""
     data, data_is_sure = _data_need(start)
     checkpoints = checkpoints_need(start.config, start.checkpoints)
     needs = [(existing_folder(start.run_dir), "checkpoints", checkpoints, True)]

@@ -247,7 +247,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Big GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: ([80, 30][number] * 10**9, 80 * 10**9))
-    with pytest.raises(UserError, match="process 3 of this machine needs CUDA device 3, .* sees 2 of them"):
+    with pytest.raises(UserError, match=r"process 3 of this machine needs CUDA device 3, .* sees 2 of them"):
         checks.device(start_of(debug(), processes=4))
     found = checks.device(start_of(debug(), processes=2))
     assert found.is_doubtful
@@ -272,7 +272,9 @@ def test_memory_that_will_not_do(monkeypatch: pytest.MonkeyPatch):
     config = replace(debug(), train=replace(debug().train, device="cpu"))
     for free, is_doubtful in ((8 * 10**8, True), (2 * 10**9, False)):  # this preset took 1.1 GB
         monkeypatch.setattr(checks, "available_memory_bytes", lambda free=free: free)
-        assert (checks.memory(start_of(config)) or pytest.fail()).is_doubtful == is_doubtful
+        found = checks.memory(start_of(config))
+        assert found is not None
+        assert found.is_doubtful == is_doubtful
 
 
 def test_precision_that_is_emulated(monkeypatch: pytest.MonkeyPatch):

@@ -33,7 +33,7 @@ def checkpoints_need(config: Config, root: Path) -> int:
     """Bytes that the run will need under `root`, its checkpoints folder, besides those that lie there now.
 
     The most it will ever hold at once, the one being written included, less what it holds now: what it will remove on
-    the way is not needed again. A run that goes on from a step, or starts anew, sets other checkpoints aside, which stay.
+    the way is not needed again. Checkpoints that it sets aside, to go on from an earlier step or to start anew, stay.
     """
     size, resume, every = checkpoint_bytes(config), config.resume, config.checkpoint.every_steps
     now = {step: bytes_below(step_dir(root, step)) for step in checkpoint_steps(root) if resume != "never"}
