@@ -233,11 +233,12 @@ def disk(start: Start) -> Found:
     for device_id in dict.fromkeys(folder.stat().st_dev for folder, *_ in needs):
         here = [need for need in needs if need[0].stat().st_dev == device_id]
         folder, free = here[0][0], free_bytes(here[0][0])
+        is_short = sum(size for *_, size, _ in here) > free
         too_small |= sum(size for *_, size, is_sure in here if is_sure) > free
-        doubtful |= sum(size for *_, size, _ in here) > free
+        doubtful |= is_short
         parts = " + ".join(f"{size_text(size)} for {name}" for _, name, size, _ in here)
-        places.append(f"{parts} needed, {size_text(free)} free at {folder}")
-    words = ", ".join(places)
+        places.append(f"{parts} needed, {'only ' if is_short else ''}{size_text(free)} free at {folder}")
+    words = "; ".join(places)
     if too_small:
         raise StorageError(f"{words}; {MAKE_ROOM}" + (", or prepare less with DATA_MAX_TOKENS" if data else ""))
     return Found(f"{words}; perhaps too little, but the data can only be estimated" if doubtful else words, doubtful)

@@ -182,7 +182,9 @@ def test_one_disk_for_data_and_checkpoints(monkeypatch: pytest.MonkeyPatch):
     """The recipe's 26.9 GB and the corpus's 31.1 GB fit alone, but not together."""
     start = start_of(lf_llm_269m(), "new", Preparation("fineweb-edu"))
     monkeypatch.setattr(checks, "free_bytes", lambda _: 57_000_000_000)
-    with pytest.raises(StorageError, match=r"26\.9 GB for checkpoints \+ 31\.1 GB for data needed, 57\.0 GB free at"):
+    with pytest.raises(
+        StorageError, match=r"26\.9 GB for checkpoints \+ 31\.1 GB for data needed, only 57\.0 GB free at"
+    ):
         checks.disk(start)
     monkeypatch.setattr(checks, "free_bytes", lambda _: 59_000_000_000)
     assert not checks.disk(start).is_doubtful

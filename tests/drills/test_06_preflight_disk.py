@@ -38,7 +38,7 @@ def test_the_preflight(commands: Commands, dataset: Callable[..., Path], size: s
     assert summary["failed"] == (["disk"] if code else [])
     if code:
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("FAIL")]
-        assert "for checkpoints needed, 307.2 kB free at" in line
+        assert "for checkpoints needed, only 307.2 kB free at" in line
         assert "make room, set TEMP_DATA_DIR to another disk" in line
         assert result.stderr.endswith("not started, because 1 check(s) failed: disk\n")  # and the disk is empty
 
