@@ -105,12 +105,15 @@ if [ -z "${NPROC:-}" ]; then
     fi
 fi
 NNODES=${NNODES:-1}
-# A misspelt setting should not be found after hours of preparing data.
-WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" "$ROOT/pretrain.py" --dry-run "$PRESET" --run-name "$RUN_NAME" "$@"
-if [ "$prepare_data" = yes ] && [ "$DATA_SOURCE" = files ] && [ -z "${DATA_PATH:-}" ]; then
-    echo "error: DATA_PATH is not set; it names your text: a file, folder or pattern, or several, one a line" >&2
-    exit 2
-fi
+# A misspelt setting or a full disk should not be found after hours of preparing data.
+(
+    export WORLD_SIZE=$((NPROC * NNODES)) NPROC DATA_SOURCE DATA_PATH DATA_MAX_TOKENS STARTED_IN="$PWD" PREPARES_DATA=no
+    if [ "$prepare_data" = yes ]; then
+        set -- --data.dir "$DATA_DIR" "$@"
+        [ "${NODE_RANK:-0}" != 0 ] || PREPARES_DATA=yes
+    fi
+    module src.preflight "$PRESET" --run-name "$RUN_NAME" "$@" >/dev/null
+)
 
 if [ "$prepare_data" = yes ] && [ "${NODE_RANK:-0}" != 0 ]; then
     stage "2/5 data: $DATA_DIR, as node 0 prepared it"

@@ -21,7 +21,7 @@ LEVELS = [
     ("src/model.py",),
     ("src/data_processing/", "src/model_utils/"),
     ("src/model_assessment/",),
-    ("src/run_setup.py",),
+    ("src/run_setup.py", "src/preflight.py", "src/preflight_checks.py"),
     ("pretrain.py",),
 ]
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("src/**/*.py"), ROOT / "pretrain.py"])

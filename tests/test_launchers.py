@@ -140,20 +140,22 @@ def test_small_presets_take_one_process_however_many_gpus_there_are(tmp_path: Pa
     variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "NPROC": "", "TEMP_DATA_DIR": str(tmp_path)}
     script = ROOT / "run_pre_training_e2e_debug.sh"
     result = launch(script, "--data.dir", "nowhere", cwd=tmp_path, **variables)
-    assert "train: preset debug, run debug, 1 process(es)" in result.stderr
+    assert "ok    processes:    1, " in result.stderr
     assert not (tmp_path / "called").exists()
     assert "no dataset at" in result.stderr
 
 
 @pytest.mark.parametrize("value", ["False", "0", ""])
 def test_debug_mode_off_means_the_full_size(value: str, tmp_path: Path):
-    """Which fails here, because the hub cannot be reached: with the sources that work."""
+    """Which is refused here, because the hub cannot be reached: with the sources that work."""
     result = launch(
         ROOT / "run_pre_training_e2e.sh", cwd=tmp_path, DEBUG_MODE=value, TEMP_DATA_DIR=str(tmp_path / "data")
     )
     assert result.returncode == 2
-    assert "data: fineweb-edu -> fineweb-edu-sample-10BT" in result.stderr
-    assert "--source files" in result.stderr
+    assert "fineweb-edu-sample-10BT, to be prepared from fineweb-edu, but http://127.0.0.1:9 does not" in result.stderr
+    assert "set DATA_SOURCE to files or pydocs" in result.stderr
+    assert "FAIL  HellaSwag:    cannot fetch HellaSwag: http://127.0.0.1:9 does not answer" in result.stderr
+    assert "2/5 data" not in result.stderr
 
 
 def test_debug_mode_on_and_misspelt(tmp_path: Path):

@@ -22,6 +22,9 @@ _TEXT_COLUMN = "text"
 _PARALLEL_DOWNLOADS = 4
 # 10B tokens in 28.5 GB of parquet, the other columns included.
 _TOKENS_PER_PARQUET_BYTE = 0.35
+# What is known of the sample before the hub is asked.
+USUAL_TOKENS = 10_000_000_000
+USUAL_DOWNLOAD_BYTES = _PARALLEL_DOWNLOADS * 2_150_000_000
 
 
 def whole_sample(pinned: dict[str, Any] | None, work: Path) -> Source:

@@ -36,7 +36,7 @@ from src.data_processing.source_runs import encode_sources, open_sources
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.work_folder import PLAN, claimed_work, remove_leftovers, start_over
-from src.utils.disk import fingerprint, free_bytes, replacing, size_text
+from src.utils.disk import bytes_below, fingerprint, free_bytes, replacing, size_text
 from src.utils.errors import StorageError, UserError
 
 # Changes where batches come to be divided differently: then unfinished work is begun anew.
@@ -142,15 +142,20 @@ def _check_disk(sources: Sequence[Source], request: Request, work: Path) -> None
         tokens = min(tokens, request.max_documents * 1_100)  # FineWeb-Edu's mean
     if request.max_tokens is not None:
         tokens = min(tokens, request.max_tokens)
-    # The unsorted tokens, which go as the shards come, with an eighth for what is there twice meanwhile.
-    needed = tokens * TOKEN_DTYPE.itemsize * 9 // 8 + sum(source.download_bytes for source in sources)
-    needed -= sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    needed = disk_needed(work.parent, tokens, sum(source.download_bytes for source in sources))
     free = free_bytes(work)
-    line = f"some {size_text(max(0, needed))} of disk needed, {size_text(free)} free at {work.parent}"
+    line = f"some {size_text(needed)} of disk needed, {size_text(free)} free at {work.parent}"
     if needed > free and all(source.estimate_is_sure for source in sources):
         raise StorageError(f"{line}; make room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens")
     if needed > free or needed > 1e8:
         say(f"warning: {line}" if needed > free else line)
+
+
+def disk_needed(folder: Path, tokens: int, download_bytes: int) -> int:
+    """Roughly the bytes that preparing `tokens` tokens in `folder` needs besides what an earlier start left there."""
+    # The unsorted tokens, which go as the shards come, with an eighth for what is there twice meanwhile.
+    needed = tokens * TOKEN_DTYPE.itemsize * 9 // 8 + download_bytes
+    return max(0, needed - bytes_below(folder))
 
 
 def _statistics(

@@ -7,7 +7,7 @@ on behind any batch without reading what lies before its unit.
 import glob
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -93,10 +93,7 @@ class Files(Source):
         sizes = {file: entry["bytes"] for file, entry in zip(files, described, strict=True)}
         self._units = _units_of(files, sizes)
         self._text_field = text_field
-        text_bytes = sum(size * _COMPRESSION.get(file.suffix.lower(), 1) for file, size in sizes.items())
-        super().__init__(
-            details, [sum(sizes[file] for file in unit) for unit in self._units], text_bytes // _BYTES_PER_TOKEN
-        )
+        super().__init__(details, [sum(sizes[file] for file in unit) for unit in self._units], estimated_tokens(sizes))
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         files = self._units[unit]
@@ -128,6 +125,12 @@ def open_files(paths: Sequence[str], text_field: str) -> list[Files]:
             sources.append(Files(name, new, text_field))
             seen.update(new)
     return sources
+
+
+def estimated_tokens(sizes: Mapping[Path, int]) -> int:
+    """Roughly the tokens in files of these sizes, in bytes."""
+    text_bytes = sum(size * _COMPRESSION.get(file.suffix.lower(), 1) for file, size in sizes.items())
+    return text_bytes // _BYTES_PER_TOKEN
 
 
 def find_files(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:

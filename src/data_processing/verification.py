@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data_processing.progress import say
-from src.data_processing.shards import REPAIR, Manifest, Shard, shard_fault
+from src.data_processing.shards import REPAIR, TOKEN_DTYPE, Manifest, Shard, shard_fault
 from src.utils.cores import available_cores
 from src.utils.errors import StoppedError, StorageError, UserError
 
@@ -24,13 +24,30 @@ STAMP = ".verified.json"
 STAMP_FORMAT = 1
 REPORT_EVERY_S = 5.0
 MAX_THREADS = 8  # a core hashes more than 1 GB/s, so these are ahead of most disks
+_SECONDS_BYTES = 256 << 20  # a slow disk or network brings so much in a few seconds
 
 
 def ensure_verified(
     folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], object] = lambda: False
 ) -> None:
     """Raises UserError naming every fault that `find_faults` finds, and StoppedError as it does."""
-    if faults := find_faults(folder, manifest, trust_stamp, stop):
+    _refuse(folder, manifest, find_faults(folder, manifest, trust_stamp, stop))
+
+
+def check_in_seconds(folder: Path, manifest: Manifest) -> int:
+    """As `ensure_verified` where it is quick, else header and length of every shard; returns the bytes left to read."""
+    known = _vouched_for(folder, manifest)
+    unread = sum(shard.tokens * TOKEN_DTYPE.itemsize for shard in manifest.shards if shard.file not in known)
+    if unread <= _SECONDS_BYTES:
+        ensure_verified(folder, manifest)
+        return 0
+    found = ((number, shard_fault(folder, shard, manifest.n_vocab)) for number, shard in enumerate(manifest.shards))
+    _refuse(folder, manifest, {number: fault for number, fault in found if fault})
+    return unread
+
+
+def _refuse(folder: Path, manifest: Manifest, faults: dict[int, str]) -> None:
+    if faults:
         found = "\n".join(f"  {fault}" for fault in faults.values())
         raise UserError(
             f"{len(faults)} of {len(manifest.shards)} shards of {folder} are not as prepared:\n{found}\n"
@@ -47,8 +64,7 @@ def find_faults(
     few seconds, and one where the stamp cannot be written, which only makes the next start slower. Raises StoppedError
     once `stop()` is true, which several threads ask; sound shards that were read by then are stamped.
     """
-    stamped = _read_stamp(folder) if trust_stamp else {}
-    known = {file: entry for file, entry in _entries(folder, manifest).items() if stamped.get(file) == entry}
+    known = _vouched_for(folder, manifest) if trust_stamp else {}
     unread = [number for number, shard in enumerate(manifest.shards) if shard.file not in known]
     if not unread:
         return {}
@@ -99,6 +115,12 @@ def _read_all(
         pool.shutdown(cancel_futures=True)
     if is_stopped:
         raise StoppedError("stopped on request before anything was trained")
+
+
+def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Entries by file name, of the shards that are the files that the stamp says were sound."""
+    stamped = _read_stamp(folder)
+    return {file: entry for file, entry in _entries(folder, manifest).items() if stamped.get(file) == entry}
 
 
 def _entries(folder: Path, manifest: Manifest) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import ssl
 import urllib.error
 import urllib.request
@@ -12,6 +13,8 @@ from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants as hub
 
 from src.utils.errors import UserError
 
@@ -53,18 +56,28 @@ def fetch_items(limit: int | None = None) -> list[Item]:
     Raises UserError, within seconds, where the hub cannot be reached.
     """
     import datasets  # the one function that needs it, and it takes a second to import
-    from huggingface_hub import constants as hub
 
-    if not hub.HF_HUB_OFFLINE and not _answers(hub.ENDPOINT):  # datasets itself would try for half a minute
-        raise UserError(
-            f"cannot fetch HellaSwag: {hub.ENDPOINT} does not answer; {INSTEAD}. "
-            "Where it was fetched before, HF_HUB_OFFLINE=1 uses the cached copy"
-        )
+    refuse_silent_hub()  # datasets itself would try for half a minute
     try:
         records = datasets.load_dataset("Rowan/hellaswag", split="validation")
     except Exception as error:  # of any library below: httpx, pyarrow, the hub's client
         raise UserError(f"cannot fetch HellaSwag from {hub.ENDPOINT}: {error}; {INSTEAD}") from error
     return [_as_item(record, f"Rowan/hellaswag, record {i}") for i, record in enumerate(islice(records, limit))]
+
+
+def refuse_silent_hub() -> None:
+    """Raises UserError, within seconds, where `fetch_items` would ask a hub that does not answer."""
+    if not hub.HF_HUB_OFFLINE and not hub_answers(hub.ENDPOINT):
+        raise UserError(
+            f"cannot fetch HellaSwag: {hub.ENDPOINT} does not answer; {INSTEAD}. "
+            "Where it was fetched before, HF_HUB_OFFLINE=1 uses the cached copy"
+        )
+
+
+def cached_items() -> Path | None:
+    """The copy that an earlier `fetch_items` left, as datasets names it, or None."""
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(hub.HF_HOME) / "datasets")
+    return next(cache.glob("Rowan___hellaswag/*/*/*/hellaswag-validation.arrow"), None)
 
 
 def _parse(lines: Iterable[str], path: Path) -> Iterator[Item]:
@@ -105,7 +118,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-def _answers(endpoint: str) -> bool:
+def hub_answers(endpoint: str) -> bool:
     """Whether anything at that address speaks HTTP."""
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_SECONDS).close()

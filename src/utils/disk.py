@@ -4,8 +4,9 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -59,9 +60,42 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def existing_folder(path: Path) -> Path:
+    """The folder `path`, or the nearest one above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder))
+
+
 def free_bytes(path: Path) -> int:
     """Bytes free where `path` lies or would lie."""
-    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())).free
+    return shutil.disk_usage(existing_folder(path)).free
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes of all files in `folder` and below it; 0 where there is none."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # removed meanwhile
+                total += os.lstat(os.path.join(where, name)).st_size
+    return total
+
+
+def check_writable(folder: Path) -> None:
+    """Writes, syncs and removes a file in `folder`. Raises StorageError."""
+    probe = folder / f".write-test-{socket.gethostname()}-{os.getpid()}"
+    try:
+        with open(probe, "xb") as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            probe.unlink()
+        raise StorageError(
+            f"cannot write in {folder}: {error.strerror or error}; mend its permissions, free space, "
+            "or set TEMP_DATA_DIR to another disk"
+        ) from error
 
 
 def size_text(n_bytes: float) -> str:

@@ -144,17 +144,12 @@ def processes(device: str, timeout_s: float) -> Iterator[Processes]:
     go without a sign of life. Raises UserError for a device that isn't there.
     """
     rank, local_rank, n_processes = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0), world_size()
-    if n_processes > 1 and device in ("auto", "mps") and torch.backends.mps.is_available():
-        if device == "mps":
-            raise UserError(f"device mps serves one process, not {n_processes}; start one, or use --train.device cpu")
-        device = "cpu"  # no backend connects several processes through MPS
-    chosen = choose_device(device, local_rank)
+    chosen, backend = device_and_backend(device, local_rank, n_processes)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if n_processes == 1:
         yield Processes(rank, local_rank, n_processes, chosen)
         return
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     watchdog = Watchdog(rank, _peers_of_this_machine(rank), timeout_s)
     # Leaving the group waits for the others. After an error they may be stuck in a collective that this process
@@ -168,6 +163,19 @@ def processes(device: str, timeout_s: float) -> Iterator[Processes]:
     torch.distributed.destroy_process_group()
 
 
+def device_and_backend(asked: str, local_rank: int, n_processes: int) -> tuple[torch.device, str]:
+    """The device of process `local_rank` of its machine, and the backend that connects it with the others.
+
+    `asked` is auto, cpu, cuda or mps. Raises UserError for a device that isn't there.
+    """
+    if n_processes > 1 and asked in ("auto", "mps") and torch.backends.mps.is_available():
+        if asked == "mps":
+            raise UserError(f"device mps serves one process, not {n_processes}; start one, or use --train.device cpu")
+        asked = "cpu"  # no backend connects several processes through MPS
+    device = choose_device(asked, local_rank)
+    return device, "nccl" if device.type == "cuda" else "gloo"
+
+
 def world_size() -> int:
     """How many processes the environment says there are; one without torchrun."""
     return _from_environment("WORLD_SIZE", 1)
@@ -179,6 +187,11 @@ def _peers_of_this_machine(rank: int) -> dict[int, int]:
     torch.distributed.all_gather_object(everyone, (os.environ.get("GROUP_RANK", "0"), os.getpid()))
     mine = everyone[rank][0]
     return {other: pid for other, (group, pid) in enumerate(everyone) if group == mine and other != rank}
+
+
+def processes_here() -> int:
+    """How many of them are to run on this machine: the launcher's variable NPROC says so, else all."""
+    return _from_environment("NPROC", world_size())
 
 
 def _from_environment(name: str, default: int) -> int:

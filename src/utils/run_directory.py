@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from src.utils.disk import try_lock
 from src.utils.errors import BusyError, StorageError
@@ -31,11 +32,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
         ) from error
     with file:
         if not try_lock(file):
-            file.seek(0)
-            raise BusyError(
-                f"another process is training in {run_dir}: {file.read() or 'holder unknown'}; "
-                "wait for it, stop it, or choose another --run-name"
-            )
+            raise _busy(run_dir, file)
         with suppress(OSError):  # a full disk may not hold the name, but the lock holds
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -43,6 +40,26 @@ def claimed(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def refuse_claimed(run_dir: Path) -> None:
+    """Raises BusyError naming the holder where another process holds `run_dir`; leaves nothing behind."""
+    try:
+        with open(claim_file(run_dir), "r+", encoding="utf-8") as file:
+            if not try_lock(file):
+                raise _busy(run_dir, file)
+    except FileNotFoundError:
+        pass
+    except PermissionError as error:
+        raise StorageError(f"cannot open {error.filename}: {error.strerror}; mend its permissions") from error
+
+
 def claim_file(run_dir: Path) -> Path:
     """The file that is locked while a process holds `run_dir`, and names it."""
     return run_dir.with_name(f".{run_dir.name}.lock")
+
+
+def _busy(run_dir: Path, lock: IO[str]) -> BusyError:
+    lock.seek(0)
+    return BusyError(
+        f"another process is training in {run_dir}: {lock.read() or 'holder unknown'}; "
+        "wait for it, stop it, or choose another --run-name"
+    )

@@ -1,0 +1,56 @@
+"""Drill 6, its second half: a disk that clearly won't do is refused at the start, before anything is written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Commands
+from tests.test_processes import SETTINGS
+
+
+def in_a_small_disk(commands: Commands, size: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs `command` with a tmpfs of `size` in place of its runs folder, in a namespace of the user's own."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("this machine gives users no namespaces of their own")
+    small = commands.temp_data / "runs"
+    small.mkdir(exist_ok=True)
+    script = (
+        'mount -t tmpfs -o "size=$0" tmpfs "$1" && folder=$1 && shift && "$@"; code=$?; ls -A "$folder" >&2; exit $code'
+    )
+    return commands.run(["unshare", "-rm", "sh", "-c", script, size, str(small), *command])
+
+
+@pytest.mark.parametrize(("size", "code"), [("300k", 4), ("2m", 0)])
+def test_the_preflight(commands: Commands, dataset: Callable[..., Path], size: str, code: int):
+    """A checkpoint of this run takes some 160 kB, and it will hold three at once."""
+    data = dataset(train_tokens=[700, 900], n_vocab=300)
+    arguments = ("--data.dir", str(data), "--run-name", "drill", *SETTINGS)
+    command = [sys.executable, "-m", "src.preflight", "debug", *arguments]
+    result = in_a_small_disk(commands, size, command)
+    assert result.returncode == code, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["exit_code"] == code
+    assert summary["failed"] == (["disk"] if code else [])
+    if code:
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("FAIL")]
+        assert "for checkpoints needed, only 307.2 kB free at" in line
+        assert "make room, set TEMP_DATA_DIR to another disk" in line
+        assert result.stderr.endswith("not started, because 1 check(s) failed: disk\n")  # and the disk is empty
+
+
+def test_the_start_of_training(commands: Commands):
+    lines = "from pathlib import Path; import sys; from src.model_configs.my_llm_config import debug; "
+    lines += "from src.model_utils.disk_need import refuse_full_disk; from src.utils.errors import exit_with; "
+    lines += "exit_with(lambda: refuse_full_disk(debug(), Path(sys.argv[1]) / 'debug'))"
+    command = [sys.executable, "-c", lines, str(commands.temp_data / "runs")]
+    refused = in_a_small_disk(commands, "512m", command)
+    assert refused.returncode == 4
+    assert (
+        f"they need 614,832,192 bytes more, {512 << 20:,} are free, and one takes 204.9 MB; make room" in refused.stderr
+    )
+    assert in_a_small_disk(commands, "600m", command).returncode == 0
