@@ -110,7 +110,12 @@ def processes(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(chosen)
     if n_processes > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        # The store outlives the processes. Started again, they would find the addresses of the dead.
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=n_processes, timeout=COLLECTIVE_TIMEOUT
+        )
     # Leaving the group waits for the others. After an error they may be stuck in a collective that this process
     # will never join, so then it just ends, and the launcher ends them.
     yield Processes(rank, local_rank, n_processes, chosen)
