@@ -21,6 +21,8 @@ from typing import Any, cast
 if __name__ == "__main__":
     # Until there are processes that could save, a signal ends this one at once, in the midst of waiting for a machine.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # PyTorch's C++ would add a page to our line about a machine that is gone.
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
 
 import torch.distributed
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
@@ -32,7 +34,8 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from src.utils.errors import EXIT_STOPPED, FINAL_CODES, recorded_exit_code
 
-STOP_SECONDS = 120  # for finishing a step and saving; then the processes are killed
+# For finishing a step and saving; then the processes are killed.
+STOP_SECONDS = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"))
 END_SECONDS = 10  # for processes with nothing to save, and for the other machines to read how the run ended
 POLL_SECONDS = 0.2
 
@@ -106,7 +109,10 @@ class Agent(LocalElasticAgent):
             return
         if code in FINAL_CODES:
             store_of(group).set("ended", str(code))
-        self._meet(group, "left", END_SECONDS)
+        if cast(int, group.group_rank) == 0:  # the store ends with this process
+            self._meet(group, "left", END_SECONDS)
+        else:
+            store_of(group).add("left", 1)
 
     def _meet(self, worker_group: WorkerGroup, name: str, seconds: float) -> int:
         """How many machines have come to the point called `name`, all of them or those within that time."""
@@ -129,6 +135,7 @@ def machines_of(worker_group: WorkerGroup) -> int:
 def main() -> int:
     args = _parser().parse_args()
     os.chdir(args.folder)
+    os.environ.pop("TORCH_CPP_LOG_LEVEL", None)  # read by now, and not meant for the processes
     logging.disable(logging.CRITICAL)  # torchrun's own words; those of the processes come from them
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT"
     with tempfile.NamedTemporaryFile(prefix="exit-code-") as file:
@@ -151,10 +158,11 @@ def run(args: argparse.Namespace) -> int:
     except LostMachineError as error:
         say(f"error: {error}")
     except torch.distributed.DistError as error:
-        where = f"{args.master_addr}:{args.master_port}"
+        where = f"the first machine, {args.master_addr}:{args.master_port}, cannot be reached, or not any more"
+        what = where if args.machine else "not all machines have come"
         # The first machine may be gone because the run has ended, and our processes know how.
         if recorded_exit_code() is None:
-            say(f"error: the first machine, {where}, cannot be reached, or not any more: {str(error).splitlines()[0]}")
+            say(f"error: {what}: {str(error).splitlines()[0]}; start the same command on all of them again")
     code = recorded_exit_code() or code
     if agent is not None:
         with suppress(torch.distributed.DistError):
