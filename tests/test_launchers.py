@@ -33,9 +33,9 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    names = ("DEBUG_MODE", "PRESET", "RUN_NAME", "DATA_SOURCE", "DATA_PATH", "DATA_DIR", "NPROC", "TEMP_DATA_DIR")
-    names += ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "DATA_WAIT")
-    kept = {name: value for name, value in os.environ.items() if name not in names}
+    names = "DEBUG_MODE PRESET RUN_NAME DATA_SOURCE DATA_PATH DATA_DIR NPROC TEMP_DATA_DIR "
+    names += "NNODES NODE_RANK MASTER_ADDR MASTER_PORT MAX_RESTARTS DATA_WAIT"
+    kept = {name: value for name, value in os.environ.items() if name not in names.split()}
     return {**kept, "PYTHON": sys.executable, "HF_ENDPOINT": "http://127.0.0.1:9", "NPROC": "1", **variables}
 
 
