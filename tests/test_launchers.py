@@ -186,9 +186,9 @@ def test_ctrl_c_reaches_all_and_is_quiet(restarts: str, texts: Path, tmp_path: P
 
 
 def test_another_machine_waits_for_the_data_only_so_long(tmp_path: Path):
-    """The settings are checked before, so that only one message is about this."""
     variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "DATA_WAIT": "1", "PRESET": "debug"}
-    result = launch(ROOT / "run_pre_training_e2e.sh", cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path), **variables)
+    script, batch = ROOT / "run_pre_training_e2e.sh", ("--train.micro-batch-size", "8")
+    result = launch(script, *batch, cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path), **variables)
     assert result.returncode == 2
     manifest = tmp_path / "datasets" / "pydocs" / "manifest.json"
     assert f"waiting for {manifest}, at most 1 s" in result.stderr
