@@ -43,11 +43,13 @@ choose_python() {
         return
     fi
     echo "environment: installing $requirements into .venv (missing: $missing); this takes a minute or more" >&2
-    if ! as_child "$base" -m venv "$ROOT/.venv" >&2; then
+    local code=0
+    as_child "$base" -m venv "$ROOT/.venv" >&2 || code=$?
+    [ "$code" != "$STOPPED" ] || exit "$code"
+    if [ "$code" != 0 ]; then
         echo "error: $base cannot make a virtual environment in $ROOT/.venv; on Debian and Ubuntu, install python3-venv" >&2
         exit 2
     fi
-    local code=0
     as_child "$venv_python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$requirements" >&2 || code=$?
     [ "$code" != "$STOPPED" ] || exit "$code"
     if [ "$code" != 0 ]; then
