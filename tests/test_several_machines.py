@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from socket import socket
 
@@ -53,7 +53,6 @@ def machines(commands: Commands, program: Path, *arguments: str, wait: int = 60)
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
         )
         for machine in range(2)
     ]
@@ -68,7 +67,12 @@ def machines(commands: Commands, program: Path, *arguments: str, wait: int = 60)
 
 def kill_machine(launcher: subprocess.Popen) -> None:
     """The launcher and its processes, as a power cut would."""
-    os.killpg(launcher.pid, signal.SIGKILL)
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True, check=False
+    )
+    for pid in [launcher.pid, *map(int, found.stdout.split())]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     launcher.wait()
 
 
@@ -148,6 +152,18 @@ def test_a_lost_machine_is_not_waited_for_for_long(lost: int, expected: str, com
     assert "start the same command on all of them again" in words
 
 
+def test_processes_whose_launcher_is_killed_save_and_end(commands: Commands, settings: list[str]):
+    """Else they would train on unseen, and keep the run from being started again."""
+    with machines(commands, ROOT / "pretrain.py", *settings, "--train.total-steps", "100000") as launchers:
+        wait_for_steps(commands, "far", 2, launchers)
+        launchers[0].kill()
+        assert ends([launchers[1]])[0][0] == 143
+    status, deadline = commands.temp_data / "runs" / "far" / "status.json", time.monotonic() + 30
+    while json.loads(status.read_text())["state"] != "stopped":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 STAND_INS = {
     "scontrol": """#!/bin/sh
 case "$1" in
@@ -182,9 +198,11 @@ def slurm(commands: Commands, data: str, tmp_path: Path) -> Callable[..., subpro
     job |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
     job |= {"PRESET": "debug", "RUN_NAME": "job", "NPROC": "1"}
 
+    vocabulary = ("--model.n-vocab", "50257")  # the launcher's last stages write a text
+
     def start(*overrides: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [str(ROOT / "slurm" / "pretrain.sbatch"), "--data.dir", data, *overrides, *SETTINGS],
+            [str(ROOT / "slurm" / "pretrain.sbatch"), "--data.dir", data, *overrides, *SETTINGS, *vocabulary],
             env={**commands.environment, **job},
             cwd=tmp_path,
             stderr=subprocess.PIPE,

@@ -4,7 +4,10 @@ One process needs no launcher. Under torchrun, RANK is this process among all of
 data; LOCAL_RANK is its place on this machine and decides the device, and who reads what only the machine has.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,6 +104,7 @@ def processes(device: str) -> Iterator[Processes]:
     `device` is auto, cpu, cuda or mps. Raises UserError for a device that isn't there.
     """
     rank, local_rank, n_processes = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0), world_size()
+    _stop_with_launcher()
     if n_processes > 1 and device in ("auto", "mps") and torch.backends.mps.is_available():
         if device == "mps":
             raise UserError(f"device mps serves one process, not {n_processes}; start one, or use --train.device cpu")
@@ -121,6 +125,13 @@ def processes(device: str) -> Iterator[Processes]:
     yield Processes(rank, local_rank, n_processes, chosen)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _stop_with_launcher() -> None:
+    """Where Linux can, SIGTERM for this process once its launcher dies; else it would train on, and hold the run."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def world_size() -> int:
