@@ -36,6 +36,7 @@ from src.utils.errors import EXIT_STOPPED, FINAL_CODES, recorded_exit_code
 
 # For finishing a step and saving; then the processes are killed.
 STOP_SECONDS = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"))
+RESTART_SECONDS = 30  # for ending by themselves, where others have failed
 END_SECONDS = 10  # for processes with nothing to save, and for the other machines to read how the run ended
 POLL_SECONDS = 0.2
 
@@ -60,7 +61,8 @@ class Agent(LocalElasticAgent):
     """
 
     def __init__(self, spec: WorkerSpec, wait_seconds: float) -> None:
-        super().__init__(spec, DefaultLogsSpecs(), exit_barrier_timeout=END_SECONDS, shutdown_timeout=STOP_SECONDS)
+        super().__init__(spec, DefaultLogsSpecs(), exit_barrier_timeout=END_SECONDS)
+        self._shutdown_timeout = STOP_SECONDS
         self.wait_seconds = wait_seconds
         self.attempt = -1
 
@@ -76,6 +78,13 @@ class Agent(LocalElasticAgent):
                 "what keeps the others, then start the same command on all of them again"
             )
         return super()._start_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(timeout=RESTART_SECONDS)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = STOP_SECONDS) -> None:
+        if self._pcontext is not None:  # PyTorch 2.11's own has no time to set
+            self._pcontext.close(death_sig, timeout)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
