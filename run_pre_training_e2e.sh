@@ -12,7 +12,9 @@
 #   DATA_MAX_TOKENS       no more data than this many tokens, in a dataset folder of its own; all
 #   DATA_DIR              name or path of the dataset folder; by source
 #   NPROC                 processes on this machine; the number of its GPUs for lf_llm_269m, else 1
-#   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     for several machines, after node 0 has prepared the data
+#   MAX_RESTARTS=3        starts again a run that died (exit code 1, or killed), so many times; 0: never
+#   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     for several machines that share this folder, on each of them
+#   DATA_WAIT=21600       seconds that the other machines wait for node 0 to prepare the data
 #   PYTHON                the interpreter to start from
 #   TEMP_DATA_DIR         where datasets and runs go instead of temp_data/
 set -euo pipefail
@@ -33,12 +35,31 @@ case "${DEBUG_MODE:-}" in
         exit 2
         ;;
 esac
-case "${NPROC:-1}" in
-    *[!0-9]* | 0*)
-        echo "error: NPROC is '$NPROC'; it must be a number of processes" >&2
-        exit 2
-        ;;
-esac
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_PORT=${MASTER_PORT:-29500}
+MAX_RESTARTS=${MAX_RESTARTS:-3} DATA_WAIT=${DATA_WAIT:-21600}
+number() { # NAME VALUE PATTERN-OF-MISTAKES WHAT-IT-IS
+    # shellcheck disable=SC2254
+    case "$2" in
+        '' | *[!0-9]* | $3)
+            echo "error: $1 is '$2'; it must be $4" >&2
+            exit 2
+            ;;
+    esac
+}
+number NPROC "${NPROC:-1}" '0*' "a number of processes"
+number NNODES "$NNODES" '0*' "a number of machines"
+number NODE_RANK "$NODE_RANK" '0?*' "this machine's number, from 0 to NNODES - 1"
+number MASTER_PORT "$MASTER_PORT" '0*' "the number of a free port on the machine of NODE_RANK=0"
+number MAX_RESTARTS "$MAX_RESTARTS" '0?*' "how many times a run that died is started again"
+number DATA_WAIT "$DATA_WAIT" '0?*' "a number of seconds"
+if [ "$NODE_RANK" -ge "$NNODES" ]; then
+    echo "error: NODE_RANK is '$NODE_RANK'; it must be this machine's number, from 0 to $((NNODES - 1)) with NNODES=$NNODES" >&2
+    exit 2
+fi
+if [ "$NNODES" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+    echo "error: MASTER_ADDR is not set; with NNODES=$NNODES it must name the machine of NODE_RANK=0, on all of them" >&2
+    exit 2
+fi
 [ -z "${DATA_PATH:-}" ] || DATA_SOURCE=${DATA_SOURCE:-files}
 case "${DATA_MAX_TOKENS:-1}" in
     *[!0-9_]* | 0*)
@@ -80,8 +101,8 @@ case "$RUN_DIR" in /*) ;; *) RUN_DIR="$PWD/$RUN_DIR" ;; esac
 
 stage() { printf '\n== %s\n' "$*" >&2; }
 
-module() { # a module of ours; the folder it runs in must not hold another package named src
-    (cd "$ROOT" && "$PYTHON" -m "$@")
+module() { # for as_child: a module of ours; the folder it runs in must not hold another package named src
+    cd "$ROOT" && exec "$PYTHON" -m "$@"
 }
 
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac; }
@@ -104,19 +125,29 @@ if [ -z "${NPROC:-}" ]; then
         NPROC=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
     fi
 fi
-NNODES=${NNODES:-1}
 # A misspelt setting or a full disk should not be found after hours of preparing data.
 (
-    export WORLD_SIZE=$((NPROC * NNODES)) NPROC DATA_SOURCE DATA_PATH DATA_MAX_TOKENS STARTED_IN="$PWD" PREPARES_DATA=no
-    if [ "$prepare_data" = yes ]; then
-        set -- --data.dir "$DATA_DIR" "$@"
-        [ "${NODE_RANK:-0}" != 0 ] || PREPARES_DATA=yes
-    fi
+    export WORLD_SIZE=$((NPROC * NNODES)) NPROC DATA_SOURCE DATA_PATH DATA_MAX_TOKENS STARTED_IN="$PWD"
+    export PREPARES_DATA=$prepare_data
+    [ "$prepare_data" = no ] || set -- --data.dir "$DATA_DIR" "$@"
     module src.preflight "$PRESET" --run-name "$RUN_NAME" "$@" >/dev/null
 )
 
-if [ "$prepare_data" = yes ] && [ "${NODE_RANK:-0}" != 0 ]; then
-    stage "2/5 data: $DATA_DIR, as node 0 prepared it"
+if [ "$prepare_data" = yes ] && [ "$NODE_RANK" != 0 ]; then
+    stage "2/5 data: $DATA_DIR, as node 0 prepares it"
+    case "$DATA_DIR" in
+        */*) folder=$DATA_DIR ;;
+        *) folder="${TEMP_DATA_DIR:-$ROOT/temp_data}/datasets/$DATA_DIR" ;;
+    esac
+    [ -e "$folder/manifest.json" ] || echo "waiting for $folder/manifest.json, at most $DATA_WAIT s" >&2
+    until [ -e "$folder/manifest.json" ]; do
+        if [ "$SECONDS" -ge "$DATA_WAIT" ]; then
+            echo "error: no $folder/manifest.json after $DATA_WAIT s; see what node 0 says, whether this machine sees the" \
+                "same folder, or set DATA_WAIT to more seconds; then start the same command again" >&2
+            exit 2
+        fi
+        sleep 1
+    done
     set -- --data.dir "$DATA_DIR" "$@"
 elif [ "$prepare_data" = yes ]; then
     stage "2/5 data: $DATA_SOURCE -> $DATA_DIR"
@@ -128,7 +159,7 @@ elif [ "$prepare_data" = yes ]; then
     preparation=(--source "$DATA_SOURCE" --out "$DATA_DIR")
     [ ${#paths[@]} -eq 0 ] || preparation+=(--path "${paths[@]}")
     [ -z "${DATA_MAX_TOKENS:-}" ] || preparation+=(--max-tokens "$DATA_MAX_TOKENS")
-    module src.data_processing.data_downloader "${preparation[@]}"
+    as_child module src.data_processing.data_downloader "${preparation[@]}" || exit
     set -- --data.dir "$DATA_DIR" "$@"
 else
     stage "2/5 data: the dataset that --data.dir names, as it is"
@@ -138,47 +169,37 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > NPROC ? CORES / NPROC : 1))}
 
 stage "3/5 train: preset $PRESET, run $RUN_NAME, $NPROC process(es) on $NNODES machine(s)"
-if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ]; then
-    command=("$PYTHON" "$ROOT/pretrain.py" "$PRESET" --run-name "$RUN_NAME" "$@")
-else
-    if [ "$NNODES" = 1 ]; then
-        rendezvous=(--standalone) # a free port of its own, so that two runs don't meet
-    else
-        rendezvous=(--nnodes "$NNODES" --node-rank "${NODE_RANK:-0}"
-            --master-addr "${MASTER_ADDR:?names the machine of NODE_RANK=0}" --master-port "${MASTER_PORT:-29500}")
-    fi
-    command=("$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC"
-        "$ROOT/pretrain.py" "$PRESET" --run-name "$RUN_NAME" "$@")
-    # A stopped run finishes its step, or an evaluation, and saves; torchrun would kill it after 30 seconds.
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-fi
-# torchrun answers every failure with 1; the processes leave their own exit code here.
-EXIT_CODE_FILE=$(mktemp)
-export EXIT_CODE_FILE
+training=("$ROOT/pretrain.py" "$PRESET" --run-name "$RUN_NAME" "$@")
+before=$(cat "$RUN_DIR/status.json" 2>/dev/null || true)
 code=0
-"${command[@]}" &
-child=$!
-trap 'kill -TERM "$child" 2>/dev/null' TERM INT
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do # the signal ended the wait, not the training
-    code=0
-    wait "$child" || code=$?
-done
-trap - TERM INT
-[ ! -s "$EXIT_CODE_FILE" ] || code=$(cat "$EXIT_CODE_FILE")
-rm -f "$EXIT_CODE_FILE"
-[ "${NODE_RANK:-0}" = 0 ] || exit "$code"
+if [ "$NPROC$NNODES$MAX_RESTARTS" = 110 ]; then
+    as_child "$PYTHON" "${training[@]}" || code=$?
+else
+    machines=()
+    [ "$NNODES" = 1 ] ||
+        machines=(--machines "$NNODES" --machine "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+    as_child module src.utils.launch --folder "$PWD" --processes "$NPROC" --max-restarts "$MAX_RESTARTS" \
+        ${machines[@]+"${machines[@]}"} "${training[@]}" || code=$?
+fi
+[ "$NODE_RANK" = 0 ] || exit "$code"
 
+if [ "$code" = 0 ] && [ "$(cat "$RUN_DIR/status.json")" = "$before" ] && [ -e "$RUN_DIR/report.html" ]; then
+    echo "the run is complete; its report is $RUN_DIR/report.html" >&2
+    exit 0
+fi
 if [ "$code" = 0 ]; then
     stage "4/5 a text from the saved model"
-    module src.model_assessment.sampling --checkpoint "$RUN_DIR" --prompt "The" --max-new-tokens 60 --temperature 0.8 --top-k 50 |
-        sed '$d' # the last line is JSON for programs
+    text=$(mktemp)
+    as_child module src.model_assessment.sampling --checkpoint "$RUN_DIR" --prompt "The" --max-new-tokens 60 \
+        --temperature 0.8 --top-k 50 >"$text" || exit
+    sed '$d' "$text" # the last line is JSON for programs
+    rm -f "$text"
 else
     stage "4/5 a text from the saved model: left out, because training ended with exit code $code"
 fi
 
 if [ -s "$RUN_DIR/metrics.jsonl" ]; then
     stage "5/5 report"
-    module src.model_assessment.report "$RUN_DIR"
+    as_child module src.model_assessment.report "$RUN_DIR" || exit
 fi
 exit "$code"

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,8 +33,9 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    names = ("DEBUG_MODE", "PRESET", "RUN_NAME", "DATA_SOURCE", "DATA_PATH", "DATA_DIR", "NPROC", "TEMP_DATA_DIR")
-    kept = {name: value for name, value in os.environ.items() if name not in names}
+    names = "DEBUG_MODE PRESET RUN_NAME DATA_SOURCE DATA_PATH DATA_DIR NPROC TEMP_DATA_DIR "
+    names += "NNODES NODE_RANK MASTER_ADDR MASTER_PORT MAX_RESTARTS DATA_WAIT"
+    kept = {name: value for name, value in os.environ.items() if name not in names.split()}
     return {**kept, "PYTHON": sys.executable, "HF_ENDPOINT": "http://127.0.0.1:9", "NPROC": "1", **variables}
 
 
@@ -115,6 +118,106 @@ def test_files_of_ones_own_stopped_by_a_signal_and_started_again(texts: Path, tm
     assert f"resume: from step_{stopped_at:07d} of 100 steps" in result.stderr
 
 
+@pytest.fixture
+def started(tmp_path: Path):
+    """Starts a launcher in a session of its own: started(arguments, **variables); its stderr is kept in a file."""
+    running = []
+
+    def start(*arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+        with open(tmp_path / "stderr", "wb") as words:
+            command = [str(ROOT / "run_pre_training_e2e.sh"), *arguments]
+            process = subprocess.Popen(
+                command, env=environment(**variables), cwd=tmp_path, stderr=words, start_new_session=True
+            )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def left_over(session: int) -> list[str]:
+    """Processes of that session that are not yet dead."""
+    states = subprocess.run(
+        ["ps", "-o", "stat=,args=", "-s", str(session)], capture_output=True, text=True, check=False
+    )
+    return [line for line in states.stdout.splitlines() if not line.startswith("Z")]
+
+
+def test_a_stop_during_preparation_reaches_it_and_leaves_nothing_behind(texts: Path, tmp_path: Path, started):
+    for i in range(40):
+        (texts / f"more {i}.txt").write_text(f"{i} " + "some words that take their time " * 20_000)
+    data = tmp_path / "data"
+    process = started(PRESET="laptop", DATA_PATH=str(texts), TEMP_DATA_DIR=str(data))
+    wait_for(process, lambda: (data / "datasets").exists())
+    process.send_signal(signal.SIGTERM)  # to the launcher alone
+    assert process.wait(timeout=30) == 143
+    deadline = time.monotonic() + 10  # for processes that only have to notice
+    while left := left_over(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    assert "3/5" not in (tmp_path / "stderr").read_text()
+
+
+@pytest.mark.parametrize("restarts", ["0", "3"])
+def test_ctrl_c_reaches_all_and_is_quiet(restarts: str, texts: Path, tmp_path: Path, started):
+    variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "TEMP_DATA_DIR": str(tmp_path / "data")}
+    log = tmp_path / "data" / "runs" / "laptop" / "metrics.jsonl"
+    process = started("--train.total-steps", "100000", *SMALL, MAX_RESTARTS=restarts, **variables)
+    wait_for(process, lambda: log.exists() and '"train"' in log.read_text())
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 143
+    words = (tmp_path / "stderr").read_text()
+    assert "stopped on request after step" in words
+    assert "Traceback" not in words
+    assert "SIGINT" not in words
+    assert left_over(process.pid) == []
+
+
+def test_another_machine_waits_for_the_data_only_so_long(tmp_path: Path):
+    variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "DATA_WAIT": "1", "PRESET": "debug"}
+    script, batch = ROOT / "run_pre_training_e2e.sh", ("--train.micro-batch-size", "8")
+    result = launch(script, *batch, cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path), **variables)
+    assert result.returncode == 2
+    manifest = tmp_path / "datasets" / "pydocs" / "manifest.json"
+    assert f"waiting for {manifest}, at most 1 s" in result.stderr
+    assert f"error: no {manifest} after 1 s; see what node 0 says" in result.stderr
+
+
+def test_a_complete_run_is_left_alone(tmp_path: Path):
+    """Here with training that finds nothing to do, and so leaves status.json as it is."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in *--dry-run* | -c* | *check_environment*) exec "{sys.executable}" "$@" ;; *pretrain.py*) exit 0 ;; esac
+exit 9
+"""
+    )
+    python.chmod(0o755)
+    run = tmp_path / "runs" / "debug"
+    run.mkdir(parents=True)
+    (run / "status.json").write_text("{}")
+    variables = {"PYTHON": str(python), "PRESET": "debug", "MAX_RESTARTS": "0", "TEMP_DATA_DIR": str(tmp_path)}
+    script = ROOT / "run_pre_training_e2e.sh"
+    assert launch(script, "--data.dir", "x", cwd=tmp_path, **variables).returncode == 9  # no report yet
+    (run / "report.html").touch()
+    result = launch(script, "--data.dir", "x", cwd=tmp_path, **variables)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == f"the run is complete; its report is {run / 'report.html'}"
+    assert "4/5" not in result.stderr
+
+
 def test_two_processes_through_the_launcher(texts: Path, tmp_path: Path):
     variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "NPROC": "2", "TEMP_DATA_DIR": str(tmp_path / "data")}
     arguments = ["--run-name", "pair", "--train.total-steps", "2", "--train.device", "cpu", *SMALL]
@@ -176,6 +279,12 @@ def test_debug_mode_on_and_misspelt(tmp_path: Path):
         (["--train.micro-batch-size", "3"], {}, "cannot share evenly"),
         ([], {"NPROC": "0"}, "NPROC is '0'; it must be a number of processes"),
         ([], {"NPROC": "x"}, "NPROC is 'x'; it must be a number of processes"),
+        ([], {"NNODES": "0"}, "NNODES is '0'; it must be a number of machines"),
+        ([], {"NODE_RANK": "a"}, "NODE_RANK is 'a'; it must be this machine's number, from 0 to NNODES - 1"),
+        ([], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK is '2'; it must be this machine's number, from 0 to 1"),
+        ([], {"NNODES": "2"}, "MASTER_ADDR is not set; with NNODES=2 it must name the machine of NODE_RANK=0"),
+        ([], {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ([], {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS is '-1'; it must be how many times"),
         ([], {"DATA_SOURCE": "pydoc"}, "DATA_SOURCE is 'pydoc'; use pydocs, files or fineweb-edu"),
         ([], {"PRESET": "laptop"}, "DATA_PATH is not set"),
     ],
@@ -194,7 +303,16 @@ def test_a_mistake_is_found_before_data_is_prepared(
 def test_help_lists_the_variables(tmp_path: Path):
     result = launch(ROOT / "run_pre_training_e2e.sh", "--help", cwd=tmp_path)
     assert result.returncode == 0
-    for name in ("PRESET", "RUN_NAME", "DATA_SOURCE", "NPROC", "NNODES", "MASTER_ADDR", "TEMP_DATA_DIR"):
+    for name in (
+        "PRESET",
+        "RUN_NAME",
+        "DATA_SOURCE",
+        "NPROC",
+        "NNODES",
+        "MASTER_ADDR",
+        "MAX_RESTARTS",
+        "TEMP_DATA_DIR",
+    ):
         assert name in result.stdout
     assert "set -" not in result.stdout
 

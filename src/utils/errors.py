@@ -12,6 +12,8 @@ EXIT_STORAGE = 4
 EXIT_BUSY = 5
 EXIT_STOPPED = 143
 EXIT_INTERRUPTED = 130  # Ctrl-C in a command that has nothing to save
+# Another start would end in the same way, or was not wanted. Other ends of a run may be transient.
+FINAL_CODES = (EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STORAGE, EXIT_BUSY, EXIT_STOPPED)
 
 
 class UserError(ValueError):
@@ -64,7 +66,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
     try:
         code = main() or EXIT_DONE
     except SystemExit as exit:  # from a command-line parser
-        leave_exit_code(exit.code if isinstance(exit.code, int) else EXIT_FAILED)
+        _leave_exit_code(exit.code if isinstance(exit.code, int) else EXIT_FAILED)
         raise
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
@@ -72,19 +74,29 @@ def exit_with(main: Callable[[], int | None]) -> None:
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
-            leave_exit_code(EXIT_FAILED)
             raise
         if not isinstance(error, PeerError):
             rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
             print(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}", file=sys.stderr)
     sys.stdout.flush()
-    leave_exit_code(code)
+    _leave_exit_code(code)
     sys.exit(code)
 
 
-def leave_exit_code(code: int) -> None:
-    """For the launcher: torchrun answers with 1 whatever its processes said. The first of them to end counts."""
+def recorded_exit_code() -> int | None:
+    """The final exit code that a process of this machine left in EXIT_CODE_FILE, if any."""
     path = os.environ.get("EXIT_CODE_FILE")
-    if path and os.path.exists(path) and os.path.getsize(path) == 0:
-        with open(path, "w", encoding="ascii") as file:
+    if not path or not os.path.exists(path):
+        return None
+    with open(path, encoding="ascii") as file:
+        return int(file.read() or 0) or None
+
+
+def _leave_exit_code(code: int) -> None:
+    """For the launcher: torchrun answers with 1 whatever its processes said. The first final code counts.
+
+    Written before this process ends, so that those who fail because it ended find the file written.
+    """
+    if code in FINAL_CODES and recorded_exit_code() is None and "EXIT_CODE_FILE" in os.environ:
+        with open(os.environ["EXIT_CODE_FILE"], "w", encoding="ascii") as file:
             file.write(str(code))

@@ -4,7 +4,10 @@ One process needs no launcher. Under torchrun, RANK is this process among all of
 data; LOCAL_RANK is its place on this machine and decides the device, and who reads what only the machine has.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,13 +147,19 @@ def processes(device: str, timeout_s: float) -> Iterator[Processes]:
     go without a sign of life. Raises UserError for a device that isn't there.
     """
     rank, local_rank, n_processes = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0), world_size()
+    _stop_with_launcher()
     chosen, backend = device_and_backend(device, local_rank, n_processes)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if n_processes == 1:
         yield Processes(rank, local_rank, n_processes, chosen)
         return
-    torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    # The store outlives the processes. Started again, they would find the addresses of the dead.
+    store, _, _ = next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=n_processes, timeout=COLLECTIVE_TIMEOUT
+    )
     watchdog = Watchdog(rank, _peers_of_this_machine(rank), timeout_s)
     # Leaving the group waits for the others. After an error they may be stuck in a collective that this process
     # will never join, so then it just ends, and the launcher ends them.
@@ -174,6 +183,13 @@ def device_and_backend(asked: str, local_rank: int, n_processes: int) -> tuple[t
         asked = "cpu"  # no backend connects several processes through MPS
     device = choose_device(asked, local_rank)
     return device, "nccl" if device.type == "cuda" else "gloo"
+
+
+def _stop_with_launcher() -> None:
+    """Where Linux can, SIGTERM for this process once its launcher dies; else it would train on, and hold the run."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def world_size() -> int:

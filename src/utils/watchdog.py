@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping
 
-from src.utils.errors import leave_exit_code
+from src.utils.errors import EXIT_FAILED
 
 LOOK_EVERY_S = 0.5
 GRACE_S = 3.0  # for a collective that does notice a lost peer, and says more
@@ -66,8 +66,7 @@ class Watchdog(threading.Thread):
 
     def _end(self, message: str) -> None:
         print(f"{os.path.basename(sys.argv[0])}: error (process {self.rank}): {message}", file=sys.stderr, flush=True)
-        leave_exit_code(1)
-        os._exit(1)
+        os._exit(EXIT_FAILED)
 
 
 def _is_there(pid: int) -> bool:

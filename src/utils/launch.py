@@ -1,0 +1,231 @@
+"""Starts the processes of a run on this machine and ends with their exit code; a run that dies is started again.
+
+python -m src.utils.launch --processes 8 pretrain.py lf_llm_269m [...]
+
+torchrun's own agent does the work. Left out are its tracebacks, and added is what its two ways of connecting
+machines lack (LOG.md): an end for good is final, also for the other machines; all of them start again together,
+with the ranks they had; and one that is lost is waited for only so long.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+if __name__ == "__main__":
+    # Until there are processes that could save, a signal ends this one at once, in the midst of waiting for a machine.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # PyTorch's C++ would add a page to our line about a machine that is gone.
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+
+import torch.distributed
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from src.utils.errors import EXIT_STOPPED, FINAL_CODES, recorded_exit_code
+
+# For finishing a step and saving; then the processes are killed.
+STOP_SECONDS = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"))
+RESTART_SECONDS = 30  # for ending by themselves, where others have failed
+END_SECONDS = 10  # for processes with nothing to save, and for the other machines to read how the run ended
+POLL_SECONDS = 0.2
+
+
+class EndedError(Exception):
+    """The run ended for good, here or on another machine."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the run ended with exit code {code}")
+        self.code = code
+
+
+class LostMachineError(Exception):
+    """Another machine did not come, or cannot be reached any more."""
+
+
+class Agent(LocalElasticAgent):
+    """Starts, watches and restarts this machine's processes, together with the agents of the other machines.
+
+    They share a store that lives on the first machine: `ended` holds the exit code of a run that must not start
+    again, `failed/N` says that attempt N did, `ready/N` counts the machines that are ready for attempt N.
+    """
+
+    def __init__(self, spec: WorkerSpec, wait_seconds: float) -> None:
+        super().__init__(spec, DefaultLogsSpecs(), exit_barrier_timeout=END_SECONDS)
+        self._shutdown_timeout = STOP_SECONDS
+        self.wait_seconds = wait_seconds
+        self.attempt = -1
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self.attempt += 1
+        ready, machines = (
+            self._meet(worker_group, f"ready/{self.attempt}", self.wait_seconds),
+            machines_of(worker_group),
+        )
+        if ready < machines:
+            raise LostMachineError(
+                f"{ready} of {machines} machines are there after {self.wait_seconds:.0f} s; see "
+                "what keeps the others, then start the same command on all of them again"
+            )
+        return super()._start_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(timeout=RESTART_SECONDS)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = STOP_SECONDS) -> None:
+        if self._pcontext is not None:  # PyTorch 2.11's own has no time to set
+            self._pcontext.close(death_sig, timeout)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        store, failed = store_of(worker_group), f"failed/{self.attempt}"
+        code = recorded_exit_code() if result.state == WorkerState.FAILED else None
+        if code is not None:
+            store.set("ended", str(code))
+        elif store.check(["ended"]):
+            code = int(store.get("ended"))
+        if code is not None:
+            if code != EXIT_STOPPED:  # nobody has anything to save
+                self._shutdown(timeout=END_SECONDS)
+            raise EndedError(code)
+        if result.state == WorkerState.FAILED:
+            self._tell(result)
+            store.set(failed, "")
+        elif result.state == WorkerState.HEALTHY and store.check([failed]):
+            return RunResult(WorkerState.UNHEALTHY)  # ours may wait for a process of another machine for long
+        return result
+
+    def _tell(self, result: RunResult) -> None:
+        rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+        restarts = self.get_worker_group().spec.max_restarts
+        what = f"starting again, {self.attempt + 1} of {restarts} times" if self.attempt < restarts else "giving up"
+        say(f"process {rank} {how_it_ended(failure)}; {what}")
+
+    def leave(self, code: int) -> None:
+        """Lets the other machines know of the end before this one, which may hold the store, is gone."""
+        group = self.get_worker_group()
+        if self.attempt < 0 or machines_of(group) == 1:
+            return
+        if code in FINAL_CODES:
+            store_of(group).set("ended", str(code))
+        if cast(int, group.group_rank) == 0:  # the store ends with this process
+            self._meet(group, "left", END_SECONDS)
+        else:
+            store_of(group).add("left", 1)
+
+    def _meet(self, worker_group: WorkerGroup, name: str, seconds: float) -> int:
+        """How many machines have come to the point called `name`, all of them or those within that time."""
+        store, deadline = store_of(worker_group), time.monotonic() + seconds
+        there = store.add(name, 1)
+        while there < machines_of(worker_group) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)  # rather than wait in the store, where signals are not heard
+            there = store.add(name, 0)
+        return there
+
+
+def store_of(worker_group: WorkerGroup) -> torch.distributed.Store:
+    return cast(torch.distributed.Store, worker_group.store)  # torch leaves it to types to guess
+
+
+def machines_of(worker_group: WorkerGroup) -> int:
+    return cast(int, worker_group.group_world_size)
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    os.chdir(args.folder)
+    os.environ.pop("TORCH_CPP_LOG_LEVEL", None)  # read by now, and not meant for the processes
+    logging.disable(logging.CRITICAL)  # torchrun's own words; those of the processes come from them
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT"
+    with tempfile.NamedTemporaryFile(prefix="exit-code-") as file:
+        os.environ["EXIT_CODE_FILE"] = file.name
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code of the run: what a process left for good, else 0, 143 for a stop, or 1."""
+    agent, code = None, 1
+    try:
+        agent = make_agent(args)
+        code = int(agent.run().is_failed())
+    except SignalException:
+        code = EXIT_STOPPED
+        if recorded_exit_code() is None:
+            say("stopped before there was anything to save, or without saving")
+    except EndedError as end:
+        code = end.code
+    except LostMachineError as error:
+        say(f"error: {error}")
+    except torch.distributed.DistError as error:
+        where = f"the first machine, {args.master_addr}:{args.master_port}, cannot be reached, or not any more"
+        what = where if args.machine else "not all machines have come"
+        # The first machine may be gone because the run has ended, and our processes know how.
+        if recorded_exit_code() is None:
+            say(f"error: {what}: {str(error).splitlines()[0]}; start the same command on all of them again")
+    code = recorded_exit_code() or code
+    if agent is not None:
+        with suppress(torch.distributed.DistError):
+            agent.leave(code)
+    return code
+
+
+def make_agent(args: argparse.Namespace) -> Agent:
+    """Connects with the other machines. Raises DistError where the first cannot be reached."""
+    shared = {"run_id": "run", "min_nodes": args.machines, "max_nodes": args.machines}
+    if args.machines == 1:  # on a free port, so that two runs don't meet
+        place = RendezvousParameters("c10d", "127.0.0.1:0", local_addr="127.0.0.1", **shared)
+    else:
+        endpoint = f"{args.master_addr}:{args.master_port}"
+        place = RendezvousParameters("static", endpoint, rank=args.machine, timeout=args.wait_seconds, **shared)
+    spec = WorkerSpec(
+        role="train",
+        local_world_size=args.processes,
+        rdzv_handler=get_rendezvous_handler(place),
+        entrypoint=sys.executable,
+        args=("-u", *args.command),
+        max_restarts=args.max_restarts,
+        monitor_interval=POLL_SECONDS,
+        master_addr=args.master_addr,
+        master_port=args.master_port,
+    )
+    return Agent(spec, args.wait_seconds)
+
+
+def how_it_ended(failure: ProcessFailure) -> str:
+    if failure.exitcode < 0:
+        return f"was killed by {signal.Signals(-failure.exitcode).name}"
+    return f"ended with exit code {failure.exitcode}"
+
+
+def say(words: str) -> None:
+    print(f"launch: {words}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m src.utils.launch", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (default: 1)")
+    parser.add_argument("--machines", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--machine", type=int, default=0, metavar="N", help="this one's number, from 0 (default: 0)")
+    parser.add_argument("--master-addr", metavar="HOST", help="of machine 0; needed for several machines")
+    parser.add_argument("--master-port", type=int, metavar="PORT", help="likewise")
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where the command runs (default: here)")
+    parser.add_argument(
+        "--wait-seconds", type=int, default=600, metavar="N", help="for the other machines (default: 600)"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="a Python file and its arguments")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

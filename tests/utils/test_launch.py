@@ -1,0 +1,101 @@
+"""Starting, restarting and ending the processes of one machine, with small programs in place of training."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from src.utils.root import ROOT
+
+# Each process writes its attempt into a file, waits until its peers have, and then does what its case says.
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from src.utils.errors import StorageError, exit_with
+
+rank, attempt = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+folder = Path(sys.argv[1])
+
+def main():
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    asked = []
+    (folder / f"{{attempt}}-{{rank}}").touch()
+    while len(list(folder.glob(f"{{attempt}}-*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)
+{case}
+
+exit_with(main)
+"""
+
+
+def start(tmp_path: Path, case: str, *options: str) -> subprocess.Popen[str]:
+    (tmp_path / "seen").mkdir(exist_ok=True)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(root=str(ROOT), case="\n".join(f"    {line}" for line in case.splitlines())))
+    command = [sys.executable, "-m", "src.utils.launch", *options, "--folder", str(tmp_path), str(program), "seen"]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(tmp_path: Path, case: str, *options: str) -> tuple[int, str, int]:
+    """Exit code, stderr, and how many times the processes were started."""
+    with start(tmp_path, case, *options) as process:
+        _, words = process.communicate(timeout=120)
+    return process.returncode, words, len({path.name.split("-")[0] for path in (tmp_path / "seen").iterdir()})
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGABRT", "SIGSEGV"])
+def test_killed_once_is_started_again_and_the_end_counts(number: str, tmp_path: Path):
+    case = f"if attempt == 0 and rank == '1': os.kill(os.getpid(), signal.{number})\ntime.sleep(0.3)"
+    code, words, starts = outcome(tmp_path, case, "--processes", "2")
+    assert (code, starts) == (0, 2)
+    assert words == f"launch: process 1 was killed by {number}; starting again, 1 of 3 times\n"
+
+
+def test_an_unforeseen_error_is_tried_again_so_many_times(tmp_path: Path):
+    code, words, starts = outcome(tmp_path, "raise KeyError('lost')", "--max-restarts", "2")
+    assert (code, starts) == (1, 3)
+    assert words.count("KeyError: 'lost'") == 3
+    assert words.endswith("launch: process 0 ended with exit code 1; giving up\n")
+    assert "torch" not in words
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5, 143])
+def test_a_final_code_is_not_started_again(code: int, tmp_path: Path):
+    assert outcome(tmp_path, f"return {code}") == (code, "", 1)
+
+
+def test_the_first_final_code_counts_though_its_peer_dies_of_it(tmp_path: Path):
+    """The peer is seen to fail first, and its code says nothing final."""
+    case = "\n".join(
+        [
+            "if rank == '1':",
+            "    import atexit; atexit.register(time.sleep, 2)",
+            "    raise StorageError('disk gone')",
+            "while not Path(os.environ['EXIT_CODE_FILE']).read_text(): time.sleep(0.01)",
+            "raise RuntimeError('connection closed by peer')",
+        ]
+    )
+    code, words, starts = outcome(tmp_path, case, "--processes", "2")
+    assert (code, starts) == (4, 1)
+    assert "program.py: error (process 1): disk gone" in words
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_stop_lets_the_processes_save_and_is_quiet(number: signal.Signals, tmp_path: Path):
+    case = "for s in (signal.SIGINT, signal.SIGUSR1): signal.signal(s, signal.getsignal(signal.SIGTERM))\n"
+    case += "(folder / 'ready').touch()\n"
+    case += "while not asked: time.sleep(0.01)\ntime.sleep(0.5)\n(folder / f'saved-{rank}').touch()\nreturn 143"
+    with start(tmp_path, case, "--processes", "2") as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "seen" / "ready").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(number)
+        _, words = process.communicate(timeout=60)
+    assert (process.returncode, words) == (143, "")
+    assert {path.name for path in (tmp_path / "seen").glob("saved-*")} == {"saved-0", "saved-1"}
