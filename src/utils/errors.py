@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
@@ -63,10 +64,24 @@ def exit_with(main: Callable[[], int | None]) -> None:
             raise
         if not isinstance(error, PeerError):
             rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-            print(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}", file=sys.stderr)
+            with console_may_fail():
+                print(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}", file=sys.stderr)
     sys.stdout.flush()
     _leave_exit_code(code)
     sys.exit(code)
+
+
+@contextmanager
+def console_may_fail() -> Iterator[None]:
+    """Around what is printed on stderr: once that fails, nothing more is printed there, and the program goes on.
+
+    The disk it goes to may be full, its terminal closed, or its pipe without a reader.
+    """
+    try:
+        yield
+    except OSError:
+        # The interpreter would try again at its end, and answer with an exit code of its own.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
 
 def _leave_exit_code(code: int) -> None:
