@@ -7,7 +7,6 @@ source has, and equal documents lie side by side, never on both sides of the spl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,9 +16,10 @@ from typing import IO
 import numpy as np
 
 from src.data_processing.document_sort import SortedDocuments
-from src.data_processing.shards import SHARD_NAME, Shard, replacing, storage_error, write_shard
+from src.data_processing.shards import SHARD_NAME, Shard, check_names, replacing, storage_error, write_shard
 from src.utils.disk import try_lock
 from src.utils.errors import BusyError, StorageError, UserError
+from src.utils.terminal import say
 
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE = 20
@@ -140,7 +140,7 @@ def write_shards(
     """
     shards = read_journal(journal)
     if shards:
-        print(f"going on after {len(shards)} shard(s) that are in {folder}", file=sys.stderr)
+        say(f"going on after {len(shards)} shard(s) that are in {folder}")
     for index, plan in enumerate(plans):
         if index >= len(shards):
             shards.append(write_planned(documents, plan, folder, prefix, index))
@@ -152,8 +152,10 @@ def write_shards(
 
 
 def read_journal(journal: Path) -> list[Shard]:
-    """The shards that an earlier start wrote."""
-    return [Shard(**entry) for entry in json.loads(journal.read_bytes())] if journal.exists() else []
+    """The shards that an earlier start wrote. Raises ValueError, KeyError or TypeError for a damaged journal."""
+    shards = [Shard(**entry) for entry in json.loads(journal.read_bytes())] if journal.exists() else []
+    check_names(shards)
+    return shards
 
 
 def write_planned(documents: SortedDocuments, plan: ShardPlan, folder: Path, prefix: str, index: int) -> Shard:

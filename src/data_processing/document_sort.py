@@ -25,7 +25,7 @@ import numpy as np
 
 from src.data_processing.encoding import EncodedBatch
 from src.data_processing.shards import TOKEN_DTYPE, replacing, storage_error
-from src.utils.disk import fingerprint
+from src.utils.disk import fingerprint, lies_in
 
 RUN_TOKENS, RUN_DOCUMENTS = 1 << 25, 1 << 18
 _SLICE_DOCUMENTS = 1 << 20
@@ -80,6 +80,8 @@ def find_damage(folder: Path, tokens_may_be_gone: bool) -> Path | None:
     for state in read_states(folder):
         for name, sha256 in state["sha256"].items():
             path = folder / name
+            if not lies_in(folder, name):
+                return path
             if tokens_may_be_gone and not path.exists() and not name.endswith(".npy"):
                 continue
             if not path.exists() or fingerprint(path)["sha256"] != sha256:
@@ -139,7 +141,8 @@ class SortedDocuments:
 
 def sort_documents(folder: Path, drop_duplicates: bool) -> SortedDocuments:
     """Merges the runs in `folder`. Of equal documents only one stays where `drop_duplicates` says so."""
-    runs = [np.load(_path(folder, run, "documents.npy"), mmap_mode="r") for run in range(len(read_states(folder)))]
+    paths = [_path(folder, run, "documents.npy") for run in range(len(read_states(folder)))]
+    runs = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
     path = folder / "sorted_documents"
     slices, dropped = [0], 0
     try:

@@ -39,7 +39,13 @@ def fineweb_edu(pinned: dict[str, Any] | None, seed: int | None, work: Path) -> 
                 "this machine with --source pydocs"
             ) from error
     else:
-        listing = HubListing.from_dict({**pinned, "files": pinned["hub_files"]})
+        try:
+            listing = HubListing.from_dict({**pinned, "files": pinned["hub_files"]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the list of files that {work.parent} was begun with is damaged ({error}); delete that folder, and "
+                "prepare the dataset again"
+            ) from None
     return _WholeFiles(listing, work) if seed is None else _RowGroups(listing, seed)
 
 

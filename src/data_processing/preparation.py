@@ -6,7 +6,6 @@ that was stopped goes on behind the last whole run, or the last shard, and ends 
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -46,6 +45,7 @@ from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import Tokenizer
 from src.utils.disk import fingerprint, free_bytes, size_text
 from src.utils.errors import StorageError, UserError
+from src.utils.terminal import say
 
 # Changes where batches come to be divided differently: then unfinished work is begun anew.
 _WORK_VERSION = 1
@@ -71,7 +71,7 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
             start_over(folder, work)
             limited = request.max_tokens is not None or request.max_documents is not None
             raise UserError(f"{error}; or raise the limit" if limited else str(error)) from None
-        _say(f"writing {len(plans)} shards")
+        say(f"writing {len(plans)} shards")
         counts, sources, lengths = _statistics(documents, details, read_states(work))
         shards = write_shards(documents, plans, folder, "+".join(request.source), work / _JOURNAL)
         manifest = Manifest(
@@ -88,7 +88,7 @@ def prepare(request: Request, folder: Path, workers: int) -> Manifest:
         )
         write_manifest(folder, manifest)
     if counts["replaced_invalid"]:
-        _say(f"invalid UTF-8 in {counts['replaced_invalid']} document(s) was replaced by the character U+FFFD")
+        say(f"invalid UTF-8 in {counts['replaced_invalid']} document(s) was replaced by the character U+FFFD")
     return read_manifest(folder)
 
 
@@ -98,7 +98,7 @@ def _existing(request: Request, folder: Path) -> Manifest:
     for shard in manifest.shards:
         check_shard(folder, shard, manifest.n_vocab)
     remove_leftovers(folder)
-    _say(f"already prepared: {folder}")
+    say(f"already prepared: {folder}")
     return manifest
 
 
@@ -109,16 +109,16 @@ def _begin(request: Request, folder: Path, work: Path, workers: int, stack: Exit
     goes_on = {name: saved.get(name) for name in plan} == plan
     states = read_states(work) if goes_on else []
     if states and states[-1]["complete"]:
-        _say(f"going on with {folder}: all documents are tokenised")
+        say(f"going on with {folder}: all documents are tokenised")
         return saved["sources"]
-    _say(f"preparing {folder} from {', '.join(request.source)}")
+    say(f"preparing {folder} from {', '.join(request.source)}")
     sources = open_sources(request, saved["sources"] if goes_on else [], work, stack)
     details = [source.details for source in sources]
     if goes_on and saved["sources"] == details:
-        _say(f"going on after {sum(state['tokens'] for state in states):,} tokens that are there")
+        say(f"going on after {sum(state['tokens'] for state in states):,} tokens that are there")
     else:
         if saved:
-            _say("not what was begun here: starting over")
+            say("not what was begun here: starting over")
         start_over(folder, work)
         with replacing(work / PLAN) as file:
             file.write(json.dumps(plan | {"sources": details}).encode())
@@ -140,7 +140,7 @@ def _read_plan(folder: Path, work: Path) -> dict[str, Any]:
         damage = f"{work}: {error}"
     if damage is None:
         return plan
-    _say(f"what was there is damaged ({damage})")
+    say(f"what was there is damaged ({damage})")
     return {"version": "damaged"}
 
 
@@ -159,7 +159,7 @@ def _check_disk(sources: Sequence[Source], request: Request, work: Path) -> None
     if needed > free and all(source.estimate_is_sure for source in sources):
         raise StorageError(f"{line}; make room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens")
     if needed > free or needed > 1e8:
-        _say(f"warning: {line}" if needed > free else line)
+        say(f"warning: {line}" if needed > free else line)
 
 
 def _statistics(
@@ -226,7 +226,3 @@ def _changed_files(manifest: Manifest, paths: list[str], prepared: float) -> lis
         elif now[path].st_mtime > prepared and fingerprint(Path(path))["sha256"] != entry["sha256"]:
             changes.append(f"{path} has other content")
     return sorted(changes)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """A dataset is checked, and its damaged shards are made anew from the sources."""
 
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +17,7 @@ from src.data_processing.source_runs import Request, encode_sources, open_source
 from src.data_processing.verification import ensure_verified, find_faults
 from src.utils.disk import sync
 from src.utils.errors import UserError
+from src.utils.terminal import say
 
 
 def verify(folder: Path) -> Manifest:
@@ -25,8 +25,8 @@ def verify(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     ensure_verified(folder, manifest, trust_stamp=False)
     if strays := unlisted_files(folder, manifest):
-        _say(f"ignored in {folder}, not part of the dataset: {', '.join(strays)}")
-    _say(f"verified: {folder}")
+        say(f"ignored in {folder}, not part of the dataset: {', '.join(strays)}")
+    say(f"verified: {folder}")
     return manifest
 
 
@@ -39,9 +39,9 @@ def repair(folder: Path, workers: int) -> Manifest:
     faults = find_faults(folder, manifest, trust_stamp=False)
     if not faults:
         remove_leftovers(folder)
-        _say(f"nothing to repair: {folder}")
+        say(f"nothing to repair: {folder}")
         return manifest
-    _say("\n".join(faults.values()))
+    say("\n".join(faults.values()))
     with ExitStack() as stack:
         work = stack.enter_context(claimed(folder, keep_unfinished=False))
         empty(work)  # of an earlier repair
@@ -51,7 +51,7 @@ def repair(folder: Path, workers: int) -> Manifest:
         for index in faults:  # all or none
             os.replace(work / manifest.shards[index].file, folder / manifest.shards[index].file)
         sync(folder)
-    _say(f"repaired {len(faults)} of {len(manifest.shards)} shards in {folder}")
+    say(f"repaired {len(faults)} of {len(manifest.shards)} shards in {folder}")
     return manifest
 
 
@@ -121,7 +121,3 @@ def _difference(now: dict[str, Any], then: dict[str, Any], name: str) -> str:
     here, there = ({entry["path"]: entry["sha256"] for entry in details.get("files", ())} for details in (now, then))
     path = min(path for path, _ in here.items() ^ there.items())
     return f"{path} has changed" if path in here and path in there else f"{path} is {'new' if path in here else 'gone'}"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ on behind any batch without reading what lies before its unit.
 
 import glob
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from src.data_processing.file_formats import (
 from src.utils.cores import available_cores
 from src.utils.disk import fingerprint
 from src.utils.errors import UserError
+from src.utils.terminal import say
 
 # One text tokenised by r50k_base has some 4 to 4.6 bytes a token; compressed text is 3 times as dense, roughly.
 _BYTES_PER_TOKEN = 4
@@ -118,7 +118,7 @@ def open_files(paths: Sequence[str], text_field: str) -> list[Files]:
         name = group[0] if len(group) == 1 else f"{len(group)} text files from {group[0]} on"
         if skipped:
             what = f"{len(skipped)} file(s) of {name} that end in none of {', '.join(EXTENSIONS)}"
-            print(f"left out {what}, such as {skipped[0].name}", file=sys.stderr, flush=True)
+            say(f"left out {what}, such as {skipped[0].name}")
         if new := [file for file in found if file not in seen]:
             sources.append(Files(name, new, text_field))
             seen.update(new)

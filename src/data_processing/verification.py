@@ -7,7 +7,6 @@ a file, setting its times and renaming another over it all change its inode or i
 
 import json
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -17,6 +16,7 @@ from typing import Any
 from src.data_processing.shards import REPAIR, Manifest, Shard, shard_fault
 from src.utils.cores import available_cores
 from src.utils.errors import StorageError, UserError
+from src.utils.terminal import say
 
 STAMP = ".verified.json"
 STAMP_FORMAT = 1
@@ -58,7 +58,7 @@ def find_faults(folder: Path, manifest: Manifest, trust_stamp: bool = True) -> d
                     known[manifest.shards[jobs[job]].file] = entry
                 if time.monotonic() - last >= REPORT_EVERY_S:
                     last = time.monotonic()
-                    _say(f"verifying {folder}: {done} of {len(unread)} shards read")
+                    say(f"verifying {folder}: {done} of {len(unread)} shards read")
                     with suppress(StorageError):  # said at the end
                         _write_stamp(folder, known)  # a start that is cut off here is not begun again
         finally:
@@ -66,7 +66,7 @@ def find_faults(folder: Path, manifest: Manifest, trust_stamp: bool = True) -> d
     try:
         _write_stamp(folder, known)
     except StorageError as error:
-        _say(f"the next start will read the dataset again: {error}")
+        say(f"the next start will read the dataset again: {error}")
     return dict(sorted(faults.items()))
 
 
@@ -116,7 +116,3 @@ def _write_stamp(folder: Path, entries: dict[str, Any]) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise StorageError(f"cannot write {folder / STAMP}: {error.strerror or error}") from error
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

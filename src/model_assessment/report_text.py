@@ -134,7 +134,9 @@ def _model_and_data(run: Run) -> str:
     size += f" ({rest} of them outside the embedding)" if parameters and rest else ""
     data = run.setting("dataset", "name") or run.setting("config", "data", "dir")
     on = f" on {data}" if data else ""
-    source = " and ".join(entry["name"] for entry in run.setting("dataset", "sources") or [])
+    sources = run.setting("dataset", "sources")
+    names = (entry.get("name") for entry in sources if isinstance(entry, dict)) if isinstance(sources, list) else ()
+    source = " and ".join(str(name) for name in names)
     documents, tokens = (compact(run.setting("dataset", key)) for key in ("documents", "tokens"))
     facts = [
         f"source {source}" if source and source != data else "",

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+
+from src.utils.terminal import say
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
@@ -56,7 +57,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
         raise
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
@@ -64,24 +65,10 @@ def exit_with(main: Callable[[], int | None]) -> None:
             raise
         if not isinstance(error, PeerError):
             rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-            with console_may_fail():
-                print(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}", file=sys.stderr)
+            say(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}")
     sys.stdout.flush()
     _leave_exit_code(code)
     sys.exit(code)
-
-
-@contextmanager
-def console_may_fail() -> Iterator[None]:
-    """Around what is printed on stderr: once that fails, nothing more is printed there, and the program goes on.
-
-    The disk it goes to may be full, its terminal closed, or its pipe without a reader.
-    """
-    try:
-        yield
-    except OSError:
-        # The interpreter would try again at its end, and answer with an exit code of its own.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
 
 def _leave_exit_code(code: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from src.utils.disk import sync
-from src.utils.errors import console_may_fail
+from src.utils.terminal import console_may_fail, harmless, say
 
 
 class RunLogger:
@@ -27,9 +27,10 @@ class RunLogger:
         self._warned = False
 
     def info(self, text: str) -> None:
-        """One line for people, on stderr and in log.txt."""
+        """A line for people, on stderr and in log.txt; control characters are escaped."""
         if not self.is_main:
             return
+        text = harmless(text, keep="\n\t")  # a sample's words are the model's
         with console_may_fail():
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
@@ -127,6 +128,4 @@ class RunLogger:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            with console_may_fail():
-                line = f"warning: the log in {self.run_dir} cannot be written ({error}); training goes on"
-                print(line, file=sys.stderr)
+            say(f"warning: the log in {self.run_dir} cannot be written ({error}); training goes on")

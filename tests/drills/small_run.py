@@ -20,8 +20,11 @@ from tests.test_processes import SETTINGS
 
 STEPS = ("--train.total-steps", "4", "--checkpoint.every-steps", "2")
 # with dropout, so that a lost random state would show, and a validation between the checkpoints
-LONGER = ("--train.total-steps", "12", "--checkpoint.every-steps", "4", "--eval.val-every-steps", "3")
-LONGER += ("--model.ffn-dropout", "0.2")
+LONGER = (
+    *("--train.total-steps", "12", "--checkpoint.every-steps", "4"),
+    *("--eval.val-every-steps", "3", "--model.ffn-dropout", "0.2"),
+)
+
 
 # The real program behind a few lines of a drill's own.
 PROGRAM = """
@@ -75,8 +78,9 @@ def refusal(commands: Commands, data: Path, *more: str) -> str:
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
-    """Everything under `folder`, hidden files included; None for a folder."""
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    """Everything under `folder`, hidden files included, but not who holds or held it; None for a folder."""
+    paths = (path for path in folder.rglob("*") if path.suffix != ".lock")
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def shard_paths(data: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from tests.conftest import Commands
 from tests.drills.small_run import refusal, start
 
+
 def test_what_differs_is_listed_and_nothing_is_loaded(commands: Commands, dataset: Callable[..., Path]):
     data = dataset(train_tokens=[700, 900], n_vocab=300)
     assert start(commands, data).returncode == 0
