@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -12,8 +13,6 @@ import torch
 from src.utils.disk import fingerprint
 from tests.conftest import Commands
 from tests.drills.small_run import contents, start
-
-COMMANDS = ("src.model_assessment.sampling", "src.model_assessment.hellaswag")
 
 
 class Attack:
@@ -48,36 +47,36 @@ def vouch(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
-def assert_rejected(code: int, message: str, canary: Path) -> None:
-    assert code == 2, message
-    assert "Traceback" not in message
-    assert message.count(": error: ") == 1
+def assert_rejected(result: CompletedProcess[str], canary: Path) -> None:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count(": error: ") == 1
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_under_a_name_that_the_manifest_vouches_for(commands: Commands, data: Path, canary: Path, part: str):
+def test_under_names_that_the_manifest_vouches_for(commands: Commands, data: Path, canary: Path):
     checkpoints = commands.temp_data / "runs" / "drill" / "checkpoints"
-    newest = checkpoints / "step_0000004"
-    torch.save({"w": Attack(canary)}, newest / part)
-    vouch(newest)
-    before = contents(checkpoints)
-    result = start(commands, data)
-    assert_rejected(result.returncode, result.stderr, canary)
-    assert f"{newest / part}" in result.stderr
-    assert contents(checkpoints) == before
+    newest, sound = checkpoints / "step_0000004", commands.temp_data / "sound"
+    shutil.copytree(newest, sound)
+    for part in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        torch.save({"w": Attack(canary)}, newest / part)
+        vouch(newest)
+        before = contents(checkpoints)
+        result = start(commands, data)
+        assert_rejected(result, canary)
+        assert str(newest / part) in result.stderr
+        assert contents(checkpoints) == before
+        shutil.copytree(sound, newest, dirs_exist_ok=True)
 
 
-@pytest.mark.parametrize("module", COMMANDS)
-def test_the_other_commands(commands: Commands, data: Path, canary: Path, module: str):
-    newest = commands.temp_data / "runs" / "drill" / "checkpoints" / "step_0000004"
-    vouched = commands.temp_data / "step_0000005"
-    shutil.copytree(newest, vouched)
+def test_given_to_the_other_commands(commands: Commands, data: Path, canary: Path):
+    vouched, renamed = commands.temp_data / "step_0000005", commands.temp_data / "model.safetensors"
+    shutil.copytree(commands.temp_data / "runs" / "drill" / "checkpoints" / "step_0000004", vouched)
     (vouched / "model.safetensors").write_bytes(pickle.dumps(Attack(canary)))
     vouch(vouched)
-    renamed = commands.temp_data / "model.safetensors"
     torch.save({"w": Attack(canary)}, renamed)
-    for checkpoint in (vouched, renamed):
-        result = commands.module(module, "--checkpoint", str(checkpoint))
-        assert_rejected(result.returncode, result.stderr, canary)
-        assert str(checkpoint) in result.stderr
+    for module in ("src.model_assessment.sampling", "src.model_assessment.hellaswag"):
+        for checkpoint in (vouched, renamed):
+            result = commands.module(module, "--checkpoint", str(checkpoint))
+            assert_rejected(result, canary)
+            assert str(checkpoint) in result.stderr
