@@ -30,6 +30,7 @@ from src.model_utils.adamw_opt import learning_rate
 from src.model_utils.checkpoint_utils import prune
 from src.model_utils.checkpoint_saver import Saved
 from src.model_utils.debugging import non_finite_gradients
+from src.model_utils.disk_need import refuse_full_disk
 from src.model_utils.run_records import training_record
 from src.model_utils.training_state import check_machines
 from src.params import Config
@@ -86,6 +87,7 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log))
         if procs.from_main(checkpoint is not None and checkpoint.step == config.total_steps):
             return already_done(config, procs, log)
+        procs.main_only(lambda: refuse_full_disk(config, run_dir))
         run = prepare(config, procs, manifest, checkpoint, precision, log)  # one refused here keeps the status it had
         stack.callback(run.saver.close)
         write_status(run, "running", None, "")

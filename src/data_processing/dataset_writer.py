@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from src.data_processing.document_sort import SortedDocuments
-from src.data_processing.progress import say
-from src.data_processing.shards import Shard, write_shard
+from src.data_processing.shards import Shard, check_names, write_shard
 from src.utils.disk import replacing
 from src.utils.errors import UserError
+from src.utils.terminal import say
 
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE = 20
@@ -67,8 +67,10 @@ def write_shards(
 
 
 def read_journal(journal: Path) -> list[Shard]:
-    """The shards that an earlier start wrote."""
-    return [Shard(**entry) for entry in json.loads(journal.read_bytes())] if journal.exists() else []
+    """The shards that an earlier start wrote. Raises ValueError, KeyError or TypeError for a damaged journal."""
+    shards = [Shard(**entry) for entry in json.loads(journal.read_bytes())] if journal.exists() else []
+    check_names(shards)
+    return shards
 
 
 def write_planned(documents: SortedDocuments, plan: ShardPlan, folder: Path, prefix: str, index: int) -> Shard:

@@ -25,7 +25,7 @@ import numpy as np
 
 from src.data_processing.encoding import EncodedBatch
 from src.data_processing.shards import TOKEN_DTYPE
-from src.utils.disk import fingerprint, replacing, storage_errors
+from src.utils.disk import fingerprint, lies_in, replacing, storage_errors
 
 RUN_TOKENS, RUN_DOCUMENTS = 1 << 25, 1 << 18
 _SLICE_DOCUMENTS = 1 << 20
@@ -86,6 +86,8 @@ def find_damage(folder: Path, tokens_may_be_gone: bool) -> Path | None:
     for state in read_states(folder):
         for name, sha256 in state["sha256"].items():
             path = folder / name
+            if not lies_in(folder, name):
+                return path
             if tokens_may_be_gone and not path.exists() and not name.endswith(".npy"):
                 continue
             if not path.exists() or fingerprint(path)["sha256"] != sha256:
@@ -151,7 +153,8 @@ def sort_documents(folder: Path, drop_duplicates: bool) -> SortedDocuments:
 
     Raises StorageError.
     """
-    runs = [np.load(_path(folder, run, "documents.npy"), mmap_mode="r") for run in range(len(read_states(folder)))]
+    paths = [_path(folder, run, "documents.npy") for run in range(len(read_states(folder)))]
+    runs = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
     path = folder / "sorted_documents"
     slices, dropped = [0], 0
     with storage_errors(path), open(path, "wb") as file:

@@ -20,6 +20,7 @@ import numpy as np
 from src.data_processing.shards import TOKEN_DTYPE, Manifest, Shard, check_shard
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.utils.errors import UserError
+from src.utils.terminal import harmless
 
 BOUNDARY = "──── document ────"
 _MARGIN = "│ "
@@ -84,14 +85,6 @@ def samples(folder: Path, manifest: Manifest) -> Iterator[str]:
             lines = [harmless(f"cannot be shown: {fault}"), harmless(check)]
         heading = f"{name}, around token {token:,} of {manifest.shards[index].file}"
         yield "\n".join([harmless(heading), *lines])
-
-
-def harmless(line: str) -> str:
-    """`line` without what a terminal would act on, such as ESC, carriage return or a change of direction: escaped."""
-    return "".join(
-        char if char.isprintable() or unicodedata.category(char) == "Zs" else char.encode("unicode_escape").decode()
-        for char in line
-    )
 
 
 def columns() -> int:

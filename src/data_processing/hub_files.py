@@ -19,8 +19,8 @@ from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
-from src.data_processing.progress import say
 from src.utils.errors import StorageError, UserError
+from src.utils.terminal import say
 
 T = TypeVar("T")
 
@@ -53,8 +53,17 @@ class HubListing:
     files: tuple[HubFile, ...]
     """Sorted by path."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a name that must not become a part of the paths that downloads have."""
+        if not re.fullmatch("[0-9a-f]{40}", self.revision):
+            raise ValueError(f"{self.revision!r} is no commit")
+        for file in self.files:
+            if not file.path.endswith(".parquet") or not file.path.isprintable():
+                raise ValueError(f"{file.path!r} is not the path of a parquet file")
+
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "HubListing":
+        """Raises ValueError, KeyError or TypeError for what `asdict` never makes."""
         files = tuple(HubFile(**file) for file in content["files"])
         return cls(content["repository"], content["revision"], files)
 
@@ -74,7 +83,7 @@ def list_files(repository: str, folder: str, revision: str | None) -> HubListing
         try:
             content, _ = _get_json(f"{address}/revision/{quote(revision, safe='')}" if revision else address)
             commit = content["sha"]
-            if not re.fullmatch("[0-9a-f]{40}", commit):  # it will be part of paths
+            if not re.fullmatch("[0-9a-f]{40}", commit):  # before it is asked for
                 raise ValueError(f"{commit!r} is no commit")
             entries: list[dict[str, Any]] = []
             page: str | None = f"{address}/tree/{commit}/{quote(folder)}"
@@ -82,11 +91,11 @@ def list_files(repository: str, folder: str, revision: str | None) -> HubListing
                 found, page = _get_json(page)
                 entries += [entry for entry in found if entry["type"] == "file" and entry["path"].endswith(".parquet")]
             files = [HubFile(e["path"], int(e["size"]), (e.get("lfs") or {}).get("oid")) for e in entries]
+            return HubListing(repository, commit, tuple(sorted(files, key=lambda file: file.path)))
         except HfHubHTTPError:  # some are ValueErrors too
             raise
         except (ValueError, KeyError, TypeError) as error:
             raise BadAnswerError(f"not an answer of a hub ({type(error).__name__}: {error})") from error
-        return HubListing(repository, commit, tuple(sorted(files, key=lambda file: file.path)))
 
     listing = persist(f"the list of files in {folder}", repository, ask, attempts=_LISTING_ATTEMPTS)
     if not listing.files:

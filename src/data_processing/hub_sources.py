@@ -46,7 +46,13 @@ def random_part(pinned: dict[str, Any] | None, seed: int) -> Source:
 
 def _listing(pinned: dict[str, Any] | None) -> HubListing:
     if pinned is not None:
-        return HubListing.from_dict({**pinned, "files": pinned["hub_files"]})
+        try:
+            return HubListing.from_dict({**pinned, "files": pinned["hub_files"]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the list of files that this dataset was begun or made with is damaged ({error}); delete its folder, "
+                "and prepare it again"
+            ) from None
     try:
         return list_files(REPOSITORY, FOLDER, revision=None)
     except UserError as error:

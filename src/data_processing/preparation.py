@@ -21,7 +21,6 @@ from src.data_processing.document_sort import (
     read_states,
     sort_documents,
 )
-from src.data_processing.progress import say
 from src.data_processing.request import Request
 from src.data_processing.shards import (
     MANIFEST,
@@ -38,6 +37,7 @@ from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.work_folder import PLAN, claimed_work, remove_leftovers, start_over
 from src.utils.disk import bytes_below, fingerprint, free_bytes, replacing, size_text
 from src.utils.errors import StorageError, UserError
+from src.utils.terminal import say
 
 # Changes where batches come to be divided differently: then unfinished work is begun anew.
 _WORK_VERSION = 1

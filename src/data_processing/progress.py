@@ -6,16 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from src.utils.terminal import CLEAR
+
 _EVERY_S = 10.0
 _EVERY_S_ON_A_TERMINAL = 1.0
-_CLEAR = "\r\x1b[K"  # on a terminal: back to the start of the line, which is emptied
-
-
-def say(line: str) -> None:
-    """Writes a line to stderr; on a terminal, in place of the line of progress that may stand there."""
-    begin = _CLEAR if sys.stderr.isatty() else ""
-    sys.stderr.write(f"{begin}{line}\n")  # at once, because Progress writes from another thread
-    sys.stderr.flush()
 
 
 class Progress:
@@ -63,7 +57,7 @@ class Progress:
         self._ended.set()
         self._thread.join()
         if self._terminal:
-            print(_CLEAR, end="", file=sys.stderr, flush=True)
+            print(CLEAR, end="", file=sys.stderr, flush=True)
 
     def _run(self) -> None:
         while not self._ended.wait(_EVERY_S_ON_A_TERMINAL if self._terminal else _EVERY_S):

@@ -12,7 +12,6 @@ import numpy as np
 from src.data_processing.dataset_writer import ShardPlan, write_planned
 from src.data_processing.document_sort import SortedDocuments, sort_documents
 from src.data_processing.encoding import KeyRange
-from src.data_processing.progress import say
 from src.data_processing.request import Request
 from src.data_processing.shards import SHARD_NAME, Manifest, Shard, read_manifest, stray_files
 from src.data_processing.source_runs import encode_sources, open_sources
@@ -20,6 +19,7 @@ from src.data_processing.verification import ensure_verified, find_faults
 from src.data_processing.work_folder import claimed_work, empty, remove_leftovers
 from src.utils.disk import storage_errors, sync
 from src.utils.errors import UserError
+from src.utils.terminal import say
 
 
 def verify(folder: Path) -> Manifest:

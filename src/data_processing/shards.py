@@ -7,7 +7,7 @@ not list are not part of the dataset.
     manifest = read_manifest(folder)            checks the manifest itself; opens no shard
     manifest.validation, manifest.train         tuples of Shard(file, split, tokens, documents, text_bytes, sha256)
     check_shard(folder, shard, n_vocab)         header and size, microseconds; full=True also hash and every id
-    np.load(folder / shard.file, mmap_mode="r") the tokens
+    np.load(folder / shard.file, mmap_mode="r", allow_pickle=False)    the tokens
 
 `manifest.sha256` identifies the dataset: it covers every shard's hash. The downloader writes with
 `write_shard` and, last of all, `write_manifest`; a folder without a manifest is not a dataset.
@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from src.utils.disk import replacing
+from src.utils.disk import lies_in, replacing
 from src.utils.errors import StoppedError, UserError
 
 MANIFEST = "manifest.json"
@@ -155,6 +155,8 @@ def shard_fault(
     Raises StoppedError once `stop()` is true, which is asked before every 4 MiB.
     """
     path = folder / shard.file
+    if not lies_in(folder, shard.file):
+        return f"{path} leads to {path.resolve()}; expected a file in the folder itself"
     try:
         with open(path, "rb") as file:
             _check_header(file, path, shard)
@@ -225,15 +227,20 @@ def _check_manifest(manifest: Manifest) -> None:
     """Raises ValueError for a manifest that no preparation writes."""
     if not manifest.validation or not manifest.train or manifest.shards[0].split != "validation":
         raise ValueError("it needs a validation shard first, then at least one training shard")
-    for number, shard in enumerate(manifest.shards):
-        name = SHARD_NAME.fullmatch(shard.file)
-        if name is None or Path(shard.file).name != shard.file:
-            raise ValueError(f"{shard.file!r} is not the name of a shard")
-        if (int(name[1]), int(name[2])) != (number, shard.tokens):
-            raise ValueError(f"{shard.file!r} is listed as shard {number} of {shard.tokens} tokens")
+    check_names(manifest.shards)
     total = sum(shard.tokens for shard in manifest.shards)
     if manifest.counts["tokens"] != total:
         raise ValueError(f"its shards hold {total} tokens, its total says {manifest.counts['tokens']}")
+
+
+def check_names(shards: Iterable[Shard]) -> None:
+    """Raises ValueError where the file of one is not named as `write_shard` names it."""
+    for number, shard in enumerate(shards):
+        name = SHARD_NAME.fullmatch(shard.file)
+        if name is None or Path(shard.file).name != shard.file or not shard.file.isprintable():
+            raise ValueError(f"{shard.file!r} is not the name of a shard")
+        if (int(name[1]), int(name[2])) != (number, shard.tokens):
+            raise ValueError(f"{shard.file!r} is listed as shard {number} of {shard.tokens} tokens")
 
 
 def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:

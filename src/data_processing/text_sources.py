@@ -23,10 +23,10 @@ from src.data_processing.file_formats import (
     read_batches,
     read_text,
 )
-from src.data_processing.progress import say
 from src.utils.cores import available_cores
 from src.utils.disk import fingerprint
 from src.utils.errors import UserError
+from src.utils.terminal import say
 
 # One text tokenised by r50k_base has some 4 to 4.6 bytes a token; compressed text is 3 times as dense, roughly.
 _BYTES_PER_TOKEN = 4

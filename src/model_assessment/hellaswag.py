@@ -69,7 +69,7 @@ def choose_items(
     """
     if data == "held-out":
         assert validation_shard is not None, "held-out items need held-out text"
-        tokens = np.load(validation_shard, mmap_mode="r")
+        tokens = np.load(validation_shard, mmap_mode="r", allow_pickle=False)
         return HELD_OUT_PROTOCOL, held_out_items(tokens, tokenizer, limit or len(tokens), seed=0)
     return HELLASWAG_PROTOCOL, fetch_items(limit) if data == "auto" else load_items(Path(data), limit)
 

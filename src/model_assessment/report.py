@@ -10,6 +10,7 @@ import argparse
 import base64
 import html
 import json
+import math
 import os
 import re
 import time
@@ -19,7 +20,7 @@ from string import Template
 from typing import Any
 
 from src.model_assessment import report_plots, report_text
-from src.model_assessment.report_data import Record, Run, read_run
+from src.model_assessment.report_data import Record, Run, number, read_run
 from src.model_assessment.report_plots import Plot
 from src.utils import root
 from src.utils.errors import StorageError, exit_with
@@ -88,9 +89,11 @@ def _page(run: Run, other: Run | None, plots: list[Plot]) -> str:
 
 def _state(run: Run) -> str:
     state = _safe(str(run.status.get("state") or "state unknown"))
-    times = [report_text.moment(record.get("time")) for record in (run.records[0], run.records[-1])]
-    spans = (f'<span class="number">{time}</span>' for time in dict.fromkeys(times))
-    between = " · " + " to ".join(spans) if all(times) else ""
+    times = [time for record in run.records if math.isfinite(time := number(record.get("time")))]
+    # not the first and the last line: a clock may have been set back between them
+    ends = [report_text.moment(time) for time in (min(times), max(times))] if times else []
+    spans = (f'<span class="number">{end}</span>' for end in dict.fromkeys(ends))
+    between = " · " + " to ".join(spans) if ends and all(ends) else ""
     return f'<p class="state"><b class="{state}">{state}</b>{between}</p>'
 
 

@@ -134,8 +134,9 @@ def _model_and_data(run: Run) -> str:
     size += f" ({rest} of them outside the embedding)" if parameters and rest else ""
     data = run.setting("dataset", "name") or run.setting("config", "data", "dir")
     on = f" on {data}" if data else ""
-    names = dict.fromkeys(entry["name"] for entry in run.setting("dataset", "sources") or [])
-    source = " and ".join(names)
+    sources = run.setting("dataset", "sources")
+    names = (entry.get("name") for entry in sources if isinstance(entry, dict)) if isinstance(sources, list) else ()
+    source = " and ".join(dict.fromkeys(map(str, names)))
     documents, tokens = (compact(run.setting("dataset", key)) for key in ("documents", "tokens"))
     facts = [
         f"source {source}" if source and source != data else "",

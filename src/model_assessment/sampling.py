@@ -9,7 +9,6 @@ Shapes: B sequences, T positions, V vocabulary.
 import argparse
 import codecs
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +23,7 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_utils.load_model import load_model
 from src.utils.errors import UserError, exit_with
+from src.utils.terminal import harmless
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,11 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt) or [tokenizer.end_of_text]
 
 
+def _readable(text: str) -> str:
+    """Text for a terminal, which a model must not control; its lines and tabs stay. JSON has the exact text."""
+    return harmless(text, keep="\n\t")
+
+
 def _as_sample(tokenizer: Tokenizer, prompt: str, ids: list[int], rate: float) -> Sample:
     finished = bool(ids) and ids[-1] == tokenizer.end_of_text
     ids = ids[:-1] if finished else ids
@@ -209,7 +214,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.sampling",
         description="Continue a prompt with a trained model. Prints the texts, then one JSON object as the last line; "
-        "with --stream the text alone.",
+        "with --stream the text alone. Control characters are shown as escapes; the JSON has the exact texts.",
     )
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run (folder or name) or a step_* folder")
     parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
@@ -230,15 +235,14 @@ def main() -> int:
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
     prompts = args.prompt if args.prompt is not None else [""]
     if args.stream:
-        sys.stdout.write(prompts[0])
+        print(_readable(prompts[0]), end="")
         for piece in stream(loaded.model, tokenizer, prompts[0], config, loaded.autocast()):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            print(_readable(piece), end="", flush=True)
         print()
         return 0
     samples = sample(loaded.model, tokenizer, prompts, config, args.num_samples, loaded.autocast())
     for each in samples:
-        print(f"{each.prompt}{each.text}\n{'-' * 40}")
+        print(f"{_readable(each.prompt + each.text)}\n{'-' * 40}")
     print(json.dumps({"checkpoint": str(loaded.path), "samples": [asdict(each) for each in samples]}))
     return 0
 

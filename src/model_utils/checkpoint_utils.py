@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from src.utils.disk import fingerprint, free_bytes, move, set_aside, sync
+from src.utils.disk import fingerprint, free_bytes, lies_in, move, set_aside, sync
 from src.utils.errors import StorageError, UserError
 
 STEP_NAME = re.compile(r"step_(\d{7,})")
@@ -85,8 +85,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read(path: Path) -> Checkpoint:
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return Checkpoint(path, int(state["step"]), state)
+    """Raises UserError where the manifest vouches for a state.json that is none."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return Checkpoint(path, int(state["step"]), state)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path / 'state.json'}: {error}") from None
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -185,7 +189,7 @@ def damage(path: Path) -> str | None:
         if name not in files:
             return f"manifest.json does not list {name}"
     for name, (size, sha256) in files.items():
-        if Path(name).name != name:
+        if not lies_in(path, name):
             return f"manifest.json lists {name!r}, which is not in this folder"
         try:
             found = fingerprint(path / name)

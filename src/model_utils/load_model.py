@@ -1,6 +1,5 @@
 """From a checkpoint on disk to a model that can be called."""
 
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from src.params import Config, from_dict
 from src.utils.errors import UserError
 from src.utils.hardware import autocast, choose_device, choose_precision
 from src.utils.root import run_dir
+from src.utils.terminal import say
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def load_model(checkpoint: Path, device: str = "auto") -> LoadedModel:
     """
     found, rejected = find_checkpoint(run_dir(str(checkpoint)))
     for reason in rejected:
-        print(f"warning: passed over a damaged checkpoint: {reason}", file=sys.stderr)
+        say(f"warning: passed over a damaged checkpoint: {reason}")
     if "config" not in found.state:
         raise UserError(f"{found.path / 'state.json'} holds no config; was it saved by another program?")
     config = from_dict(found.state["config"])

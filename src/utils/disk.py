@@ -116,6 +116,13 @@ def fingerprint(path: Path) -> dict[str, int | str]:
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
+def lies_in(folder: Path, name: str) -> bool:
+    """Whether `name` names something right in `folder`: no path to elsewhere, and no link that leads out of it."""
+    if "\0" in name or Path(name).name != name:
+        return False
+    return (folder / name).resolve().parent == folder.resolve()
+
+
 def move(path: Path, target: Path) -> Path:
     """Renames `path`; returns `target`. Raises StorageError."""
     try:

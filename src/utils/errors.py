@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from src.utils.terminal import say
+
 EXIT_DONE = 0
 EXIT_FAILED = 1  # an error nobody foresaw; starting again may help
 EXIT_BAD_INPUT = 2
@@ -70,14 +72,14 @@ def exit_with(main: Callable[[], int | None]) -> None:
         raise
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise
         if not isinstance(error, PeerError):
             rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-            print(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}", file=sys.stderr)
+            say(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}")
     sys.stdout.flush()
     _leave_exit_code(code)
     sys.exit(code)

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from src.utils.disk import sync
+from src.utils.terminal import console_may_fail, harmless, say
 
 
 class RunLogger:
@@ -26,11 +27,13 @@ class RunLogger:
         self._warned = False
 
     def info(self, text: str) -> None:
-        """One line for people, on stderr and in log.txt."""
+        """A line for people, on stderr and in log.txt; control characters are escaped."""
         if not self.is_main:
             return
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
+        text = harmless(text, keep="\n\t")  # a sample's words are the model's
+        with console_may_fail():
+            tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
         self._append("log.txt", time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + text)
 
     def metric(self, kind: str, step: int, **values: Any) -> None:
@@ -71,11 +74,13 @@ class RunLogger:
     def advance_bar(self, **shown: str) -> None:
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
-            self._bar.update()
+            with console_may_fail():
+                self._bar.update()
 
     def close_bar(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with console_may_fail():
+                self._bar.close()
             self._bar = None
 
     def recorded(self) -> set[tuple[str, int]]:
@@ -122,12 +127,18 @@ class RunLogger:
 
     def _append(self, name: str, line: str) -> None:
         try:
-            with open(self.run_dir / name, "a", encoding="utf-8", errors="replace") as file:
-                file.write(line + "\n")
+            with open(self.run_dir / name, "ab", buffering=0) as file:
+                end, rest = file.tell(), memoryview((line + "\n").encode("utf-8", errors="replace"))
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(end)  # half a line would spoil the next one, once there is room
+                    raise
         except OSError as error:
             self._warn(error)
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            print(f"warning: the log in {self.run_dir} cannot be written ({error}); training goes on", file=sys.stderr)
+            say(f"warning: the log in {self.run_dir} cannot be written ({error}); training goes on")

@@ -1,17 +1,69 @@
-"""What the drills on data share: a run of seconds, and what a refusal looks like."""
+"""What the drills share: a run of seconds, what a refusal looks like, and disks that are full or read-only."""
 
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.utils.root import ROOT
 from tests.conftest import Commands
 from tests.test_processes import SETTINGS
 
+STEPS = ("--train.total-steps", "4", "--checkpoint.every-steps", "2")
+# with dropout, so that a lost random state would show, and a validation between the checkpoints
+LONGER = (
+    *("--train.total-steps", "12", "--checkpoint.every-steps", "4"),
+    *("--eval.val-every-steps", "3", "--model.ffn-dropout", "0.2"),
+)
+
+
+# The real program behind a few lines of a drill's own.
+PROGRAM = """
+import sys
+import pretrain
+from src.utils.errors import exit_with
+sys.argv[0] = "pretrain.py"
+exit_with(pretrain.main)
+"""
+
+# For such lines: `at_line(kind, step, action)` calls `action` before that line of metrics.jsonl is written.
+AT_LINE = """
+from src.utils.logger import RunLogger
+
+def at_line(kind, step, action):
+    metric = RunLogger.metric
+    def acting(self, *line, **values):
+        if line == (kind, step):
+            action()
+        metric(self, *line, **values)
+    RunLogger.metric = acting
+"""
+
+
+def arguments(data: Path, *more: str) -> list[str]:
+    """Of pretrain.py: the run `drill` of 4 steps with a checkpoint every 2, unless `more` says otherwise."""
+    return ["debug", "--run-name", "drill", "--data.dir", str(data), *STEPS, *SETTINGS, *more]
+
 
 def start(commands: Commands, data: Path, *more: str, processes: int = 1) -> CompletedProcess[str]:
-    """Starts, or goes on with, the run `drill` of 4 steps with a checkpoint every 2."""
-    steps = ("--train.total-steps", "4", "--checkpoint.every-steps", "2")
-    arguments = ("--run-name", "drill", "--data.dir", str(data), *steps, *SETTINGS, *more)
-    return commands.pretrain("debug", *arguments, processes=processes)
+    """Starts, or goes on with, the run that `arguments` describes."""
+    return commands.pretrain(*arguments(data, *more), processes=processes)
+
+
+def start_with(
+    commands: Commands, lines: str, data: Path, *more: str, under: Sequence[str] = ()
+) -> CompletedProcess[str]:
+    """The same, in one process that first executes `lines`, itself started by the command `under`."""
+    return commands.run([*under, sys.executable, "-c", lines + PROGRAM, *arguments(data, *more)])
 
 
 def refusal(commands: Commands, data: Path, *more: str) -> str:
@@ -26,10 +78,73 @@ def refusal(commands: Commands, data: Path, *more: str) -> str:
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
-    """Everything under `folder`, hidden files included; None for a folder."""
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    """Everything under `folder`, hidden files included, but not who holds or held it; None for a folder."""
+    paths = (path for path in folder.rglob("*") if path.suffix != ".lock")
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def shard_paths(data: Path) -> list[Path]:
     """The shards in index order, the validation shard first."""
     return sorted(data.glob("*.npy"))
+
+
+def flip_a_byte(path: Path) -> None:
+    """In the middle of the file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def assert_same_run(one: Path, other: Path, steps: int) -> None:
+    """Asserts that two run directories tell of the same `steps` steps, and end in the same bits."""
+    lines = [_measured(run) for run in (one, other)]
+    assert lines[0] == lines[1]
+    assert [line["step"] for line in lines[0] if line["kind"] == "train"] == list(range(1, steps + 1))
+    for file in ("model", "optimizer", "rank_00000"):
+        a, b = (load_file(run / "checkpoints" / f"step_{steps:07d}" / f"{file}.safetensors") for run in (one, other))
+        assert set(a) == set(b)
+        assert all(torch.equal(a[name], b[name]) for name in a), file
+
+
+def _measured(run: Path) -> list[dict]:
+    """What was computed, each line once, without times, sizes and speeds, which no two runs share."""
+    differ = {"time", "tokens_per_second", "step_ms", "memory_gb"}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    computed = [record for record in records if record["kind"] in ("train", "validation")]
+    return [{k: v for k, v in record.items() if k not in differ} for record in computed]
+
+
+@dataclass(frozen=True)
+class Mounts:
+    """A place of mounts that nobody else sees."""
+
+    process: int
+    under: tuple[str, ...]
+    """The command that starts another command in it."""
+
+    def path(self, path: Path) -> Path:
+        """Where this test finds what is at `path` there."""
+        return Path(f"/proc/{self.process}/root{path}")
+
+
+@contextmanager
+def mounts(script: str) -> Iterator[Mounts]:
+    """What the shell commands `script` mount, until the block ends; skips the test where the kernel does not allow it.
+
+    Read-only mounts and full disks stop the superuser too, whom permissions do not.
+    """
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("this machine gives users no namespaces of their own")
+    holder = ["unshare", "-rm", "sh", "-ec", f"{script}\necho ready\nread line"]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", "mounting failed"
+        enter = ("nsenter", f"--target={process.pid}", "--mount", "--user", "--preserve-credentials", f"--wd={ROOT}")
+        yield Mounts(process.pid, enter)
+        process.stdin.close()
+
+
+def small_disk(folder: Path, kilobytes: int) -> str:
+    """The command that mounts an empty file system of that size on `folder`, for `mounts`."""
+    return f"mount -t tmpfs -o size={kilobytes}k tmpfs {folder}"

@@ -5,12 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
 
 from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.drills.small_run import shard_paths
+from tests.drills.small_run import assert_same_run, shard_paths
 from tests.test_processes import SETTINGS
 
 # 27 + 21 windows of 16 + 1 tokens: six batches of 8 an epoch
@@ -72,13 +70,4 @@ def test_a_stop_at_an_epochs_last_batch(commands: Commands, dataset: Callable[..
         assert sorted(halved[epoch * 48 : (epoch + 1) * 48].tolist()) == sorted(windows)
     assert halved[:48].tolist() != halved[48:96].tolist()
 
-    lines = [
-        [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in commands.metrics(name, "train")] for name in RUNS
-    ]
-    assert lines[0] == lines[1]
-    for file in ("model", "optimizer", "rank_00000"):
-        one, other = (
-            load_file(runs / name / "checkpoints" / f"step_{STEPS:07d}" / f"{file}.safetensors") for name in RUNS
-        )
-        assert set(one) == set(other)
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_run(runs / "whole", runs / "halved", STEPS)

@@ -1,0 +1,96 @@
+"""Drill 7: no room for the logs alone, from the start or for a while in the middle of a run; or for the console."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from src.utils.root import ROOT
+from tests.conftest import Commands
+from tests.drills.small_run import AT_LINE, LONGER, PROGRAM, Mounts, arguments, mounts, small_disk, start, start_with
+
+# Files grow by pages of 4 kB, which take some 17 lines of metrics.jsonl.
+MANY_STEPS = (*LONGER, "--train.total-steps", "90", "--checkpoint.every-steps", "45")
+WARNING = "cannot be written ([Errno 28] No space left on device); training goes on"
+
+FULL_FOR_A_WHILE = (
+    AT_LINE
+    + """
+import os
+from contextlib import suppress
+
+def fill():
+    with open({path!r}, "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+at_line("train", 5, fill)
+at_line("train", 61, lambda: os.remove({path!r}))
+"""
+)
+FULL = FULL_FOR_A_WHILE.replace('"train", 5', '"validation", 0').replace('"train", 61', '"nothing", 0')
+
+
+@pytest.fixture
+def data(dataset: Callable[..., Path]) -> Path:
+    return dataset(train_tokens=[700, 900], n_vocab=300)
+
+
+@pytest.fixture
+def whole(commands: Commands, data: Path) -> bytes:
+    """The final weights of an undisturbed run."""
+    assert start(commands, data, *MANY_STEPS, "--run-name", "whole").returncode == 0
+    return final_model(commands, "whole")
+
+
+def final_model(commands: Commands, run: str) -> bytes:
+    return (commands.temp_data / "runs" / run / "checkpoints" / "step_0000090" / "model.safetensors").read_bytes()
+
+
+def logged_steps(commands: Commands, data: Path, disk: Mounts, run: str, lines: str) -> list[int]:
+    """The steps in the log of a run whose logs lie on `disk`; asserts that all their lines are whole."""
+    folder, place = commands.temp_data / "runs" / run, commands.temp_data / "place_of_logs"
+    folder.mkdir()
+    for log in ("metrics.jsonl", "log.txt"):
+        (folder / log).symlink_to(place / f"{run}.{log}")
+    lines = lines.format(path=str(place / f"{run}.filler"))
+    result = start_with(commands, lines, data, *MANY_STEPS, "--run-name", run, under=disk.under)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count(WARNING) == 1
+    text = disk.path(place / f"{run}.log.txt").read_text()
+    assert all(line.startswith("20") for line in text.splitlines() if not line.startswith("on 1 x"))
+    records = map(json.loads, disk.path(place / f"{run}.metrics.jsonl").read_text().splitlines())
+    return [record["step"] for record in records if record["kind"] == "train"]
+
+
+def test_no_room_for_a_while_and_then_none(commands: Commands, data: Path, whole: bytes):
+    place = commands.temp_data / "place_of_logs"
+    place.mkdir()
+    with mounts(small_disk(place, kilobytes=128)) as disk:
+        steps = logged_steps(commands, data, disk, "for_a_while", FULL_FOR_A_WHILE)
+        assert steps[:4] == [1, 2, 3, 4]
+        assert steps[-30:] == list(range(61, 91))
+        assert 34 < len(steps) < 90
+        assert logged_steps(commands, data, disk, "full", FULL) == []
+    assert final_model(commands, "for_a_while") == final_model(commands, "full") == whole
+
+
+def test_a_console_that_takes_nothing(commands: Commands, data: Path, whole: bytes):
+    """As where stderr goes to a file on the full disk."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", PROGRAM, *arguments(data, *MANY_STEPS)]
+        code = subprocess.run(command, env=commands.environment, cwd=ROOT, stderr=full, check=False).returncode
+    assert code == 0
+    assert final_model(commands, "drill") == whole
+    log = (commands.temp_data / "runs" / "drill" / "log.txt").read_text()
+    assert "all 90 steps are done" in log
+
+
+def test_an_error_that_cannot_be_told_keeps_its_exit_code(commands: Commands):
+    failing = "from src.utils.errors import *\ndef main():\n    raise StorageError('no room')\nexit_with(main)"
+    with open("/dev/full", "w") as full:
+        code = subprocess.run([sys.executable, "-c", failing], cwd=ROOT, stderr=full, check=False).returncode
+    assert code == 4

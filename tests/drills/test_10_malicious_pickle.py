@@ -1,0 +1,82 @@
+"""Drill 10: a pickle that would run a command, in every place where a checkpoint is read."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+
+from src.utils.disk import fingerprint
+from tests.conftest import Commands
+from tests.drills.small_run import contents, start
+
+
+class Attack:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return (Path.touch, (self.canary,))
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    """The file that an attack makes; it does so where it is unpickled."""
+    path = tmp_path / "canary"
+    pickle.loads(pickle.dumps(Attack(path)))
+    path.unlink()
+    return path
+
+
+@pytest.fixture
+def data(commands: Commands, dataset: Callable[..., Path]) -> Path:
+    """And a run on it, with checkpoints of steps 2 and 4."""
+    folder = dataset(train_tokens=[700, 900], n_vocab=300)
+    assert start(commands, folder).returncode == 0
+    return folder
+
+
+def vouch(checkpoint: Path) -> None:
+    """Makes the manifest agree with the files."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"] = {name: fingerprint(checkpoint / name) for name in manifest["files"]}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def assert_rejected(result: CompletedProcess[str], canary: Path) -> None:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count(": error: ") == 1
+    assert not canary.exists()
+
+
+def test_under_names_that_the_manifest_vouches_for(commands: Commands, data: Path, canary: Path):
+    checkpoints = commands.temp_data / "runs" / "drill" / "checkpoints"
+    newest, sound = checkpoints / "step_0000004", commands.temp_data / "sound"
+    shutil.copytree(newest, sound)
+    for part in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        torch.save({"w": Attack(canary)}, newest / part)
+        vouch(newest)
+        before = contents(checkpoints)
+        result = start(commands, data)
+        assert_rejected(result, canary)
+        assert str(newest / part) in result.stderr
+        assert contents(checkpoints) == before
+        shutil.copytree(sound, newest, dirs_exist_ok=True)
+
+
+def test_given_to_the_other_commands(commands: Commands, data: Path, canary: Path):
+    vouched, renamed = commands.temp_data / "step_0000005", commands.temp_data / "model.safetensors"
+    shutil.copytree(commands.temp_data / "runs" / "drill" / "checkpoints" / "step_0000004", vouched)
+    (vouched / "model.safetensors").write_bytes(pickle.dumps(Attack(canary)))
+    vouch(vouched)
+    torch.save({"w": Attack(canary)}, renamed)
+    for module in ("src.model_assessment.sampling", "src.model_assessment.hellaswag"):
+        for checkpoint in (vouched, renamed):
+            result = commands.module(module, "--checkpoint", str(checkpoint))
+            assert_rejected(result, canary)
+            assert str(checkpoint) in result.stderr

@@ -1,0 +1,41 @@
+"""Drill 22: the place of the run cannot be written to, by anybody."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Commands
+from tests.drills.small_run import mounts, start_with
+
+SAYING_WHEN_THE_MODEL_IS_BUILT = """
+from src.model import LLM
+
+build = LLM.__init__
+
+def building(self, *arguments):
+    print("the model is built")
+    build(self, *arguments)
+
+LLM.__init__ = building
+"""
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/drill"])  # before the first start, and of a run to go on with
+def test_it_is_said_before_the_model_is_built(commands: Commands, dataset: Callable[..., Path], place: str):
+    data, folder = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / place
+    folder.mkdir(parents=True)
+    with mounts(f"mount --bind {folder} {folder}; mount -o remount,ro,bind {folder}") as disk:
+        result = start_with(commands, SAYING_WHEN_THE_MODEL_IS_BUILT, data, under=disk.under)
+        assert result.returncode == 4, result.stderr
+        run = commands.temp_data / "runs" / "drill"
+        assert f"error: cannot write in {run}: Read-only file system; " in result.stderr
+        assert "Traceback" not in result.stderr
+        assert "the model is built" not in result.stdout
+        assert [path for path in folder.rglob("*") if path.name != ".drill.lock"] == []
+
+        subprocess.run([*disk.under, "mount", "-o", "remount,rw,bind", str(folder)], check=True)
+        result = start_with(commands, SAYING_WHEN_THE_MODEL_IS_BUILT, data, under=disk.under)
+        assert result.returncode == 0, result.stderr
+        assert "the model is built" in result.stdout

@@ -1,0 +1,58 @@
+"""Drill 23: a second run wants the run directory of one that goes on; then that one is killed."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from src.utils.root import ROOT
+from tests.conftest import Commands
+from tests.drills.small_run import AT_LINE, PROGRAM, arguments, contents, start
+
+PAUSE = (
+    AT_LINE
+    + """
+import time
+
+def pause():
+    print("paused", flush=True)
+    time.sleep(600)
+
+at_line("train", 3, pause)
+"""
+)
+
+
+def test_the_second_names_the_first_and_follows_it_once_it_is_killed(commands: Commands, dataset: Callable[..., Path]):
+    data, runs = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs"
+    first = subprocess.Popen(
+        [sys.executable, "-c", PAUSE + PROGRAM, *arguments(data)],
+        env=commands.environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with first:
+        assert first.stdout is not None
+        try:
+            assert first.stdout.readline() == "paused\n"
+            before = contents(runs)
+            for more in ((), ("--resume", "never")):
+                second = start(commands, data, *more)
+                assert second.returncode == 5, second.stderr
+                assert "Traceback" not in second.stderr
+                assert f"another process is training in {runs / 'drill'}: " in second.stderr
+                holder = re.search(r'\{"pid": (\d+), "host": "(.*)"\}', second.stderr)
+                assert holder is not None
+                assert (int(holder[1]), holder[2]) == (first.pid, socket.gethostname())
+                assert contents(runs) == before
+            os.kill(first.pid, 0)  # undisturbed
+        finally:
+            first.kill()
+    third = start(commands, data)
+    assert third.returncode == 0, third.stderr
+    assert [line["step"] for line in commands.metrics("drill", "train")] == [1, 2, 3, 4]
