@@ -118,16 +118,16 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
     ) as batches:
         while True:
             for kind in assessment.due(progress.step):
-                if (kind, progress.step) not in recorded and not procs.any(bool(asks_to_stop(run, stop))):
+                if (kind, progress.step) not in recorded and not who_asks_to_stop(run, stop):
                     measure(run, assessment, kind, stop)
-            stopping = procs.any(bool(asks_to_stop(run, stop)))
-            ending = stopping or progress.step == config.total_steps
+            asked_by = who_asks_to_stop(run, stop)
+            ending = bool(asked_by) or progress.step == config.total_steps
             due = ending or (progress.step and progress.step % config.checkpoint.every_steps == 0)
             if due and not progress.skipped_in_a_row:  # checkpoints of a failing stretch would push out the good ones
                 save(run)
             record_saves(run, run.saver.finished())
             if ending:
-                return finish(run, next(filter(None, procs.gather(asks_to_stop(run, stop))), ""))
+                return finish(run, asked_by)
             if progress.step == first_step:
                 started = time.perf_counter()  # measuring before the first step is not part of the pace
 
@@ -137,6 +137,12 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
             if progress.step % config.train.log_every_steps == 0 or progress.step == config.total_steps:
                 pace = (time.perf_counter() - started) / (progress.step - first_step)
                 log_training(run, lr, grad_norm, seconds_left=pace * (config.total_steps - progress.step))
+
+
+def who_asks_to_stop(run: Run, stop: Callable[[], str | bool]) -> str:
+    """Who asks any of the processes to stop, in words, or ""; all call it together."""
+    mine = asks_to_stop(run, stop)
+    return next(filter(None, run.procs.gather(mine)), "") if run.procs.any(bool(mine)) else ""
 
 
 def asks_to_stop(run: Run, stop: Callable[[], str | bool]) -> str:
@@ -293,11 +299,12 @@ def finish(run: Run, asked_by: str) -> Outcome:
     done = step == total_steps
     if done and run.state.progress.skipped_in_a_row:
         procs.together(lambda: give_up(run))
+    if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
+        asked_by = f"the file {STOP_FILE}"  # also where a signal was faster: it decides what happens next
+        stop_file.unlink()  # or the next start would stop at once
     if asked_by:
         log.event("stop", step, f"asked for by {asked_by}")
-    if procs.is_main:
-        (log.run_dir / STOP_FILE).unlink(missing_ok=True)  # or the next start would stop at once
-    words = all_done(total_steps) if done else f"stopped on request after step {step}"
+    words = all_done(total_steps) if done else f"stopped on request after step {step} ({asked_by})"
     log.info(f"{words}; everything is in {log.run_dir}")
     code = EXIT_DONE if done else EXIT_STOPPED
     write_status(run, "done" if done else "stopped", code, words)

@@ -36,7 +36,7 @@ from src.utils.errors import EXIT_STOPPED, FINAL_CODES, recorded_exit_code
 
 # For finishing a step and saving; then the processes are killed.
 STOP_SECONDS = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"))
-RESTART_SECONDS = 30  # for ending by themselves, where others have failed
+RESTART_SECONDS = min(30, STOP_SECONDS)  # for ending by themselves, where others have failed
 END_SECONDS = 10  # for processes with nothing to save, and for the other machines to read how the run ended
 POLL_SECONDS = 0.2
 

@@ -12,7 +12,9 @@ import torch
 
 from src.utils.disk import fingerprint
 from tests.conftest import Commands
-from tests.drills.small_run import contents, start
+from tests.drills.small_run import AT_LINE, contents, start, start_with
+
+SIX_STEPS = ("--train.total-steps", "6")
 
 
 class Attack:
@@ -34,9 +36,10 @@ def canary(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(commands: Commands, dataset: Callable[..., Path]) -> Path:
-    """And a run on it, with checkpoints of steps 2 and 4."""
+    """And a run of 6 steps on it, stopped with checkpoints of steps 2 and 4."""
     folder = dataset(train_tokens=[700, 900], n_vocab=300)
-    assert start(commands, folder).returncode == 0
+    stop = f"at_line('train', 4, lambda: open({str(commands.temp_data / 'runs' / 'drill' / 'STOP')!r}, 'w').close())"
+    assert start_with(commands, AT_LINE + stop, folder, *SIX_STEPS).returncode == 143
     return folder
 
 
@@ -62,7 +65,7 @@ def test_under_names_that_the_manifest_vouches_for(commands: Commands, data: Pat
         torch.save({"w": Attack(canary)}, newest / part)
         vouch(newest)
         before = contents(checkpoints)
-        result = start(commands, data)
+        result = start(commands, data, *SIX_STEPS)
         assert_rejected(result, canary)
         assert str(newest / part) in result.stderr
         assert contents(checkpoints) == before

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from src.utils.root import ROOT
 
@@ -16,31 +15,22 @@ print("done")
 """
 
 
-def run(tmp_path: Path, actions: str, limit_s: float = 60, peer_ends_after_s: float = 60) -> tuple[int, str, float]:
+def run(actions: str, limit_s: float = 60, peer_ends_after_s: float = 60) -> tuple[int, str, float]:
     """Exit code, stderr and seconds of a process that does `actions` beside a peer that ends by itself."""
-    code_file = tmp_path / "exit_code"
-    code_file.touch()
     with subprocess.Popen(["sleep", str(peer_ends_after_s)]) as peer:
         script = WAITING.format(peer=peer.pid, limit_s=limit_s, actions=actions)
-        process = subprocess.Popen(
-            [sys.executable, "-c", script],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={"EXIT_CODE_FILE": str(code_file)},
-        )
+        process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         started = time.monotonic()
         if peer_ends_after_s < 10:
             peer.wait()
         _, stderr = process.communicate(timeout=30)
         seconds = time.monotonic() - started
         peer.kill()
-    assert process.returncode == int(code_file.read_text() or 0)
     return process.returncode, stderr, seconds
 
 
-def test_a_process_that_is_stuck_ends_and_names_what_it_did(tmp_path: Path):
-    code, stderr, seconds = run(tmp_path, "watchdog.doing('step 7'); time.sleep(60)", limit_s=1)
+def test_a_process_that_is_stuck_ends_and_names_what_it_did():
+    code, stderr, seconds = run("watchdog.doing('step 7'); time.sleep(60)", limit_s=1)
     assert code == 1
     assert "(process 0): no process has moved on for 1 s in step 7" in stderr
     assert "--train.timeout-s" in stderr
@@ -48,13 +38,13 @@ def test_a_process_that_is_stuck_ends_and_names_what_it_did(tmp_path: Path):
     assert seconds < 10
 
 
-def test_a_process_whose_peer_is_gone_ends_too(tmp_path: Path):
-    code, stderr, _ = run(tmp_path, "watchdog.doing('step 7'); time.sleep(60)", peer_ends_after_s=1)
+def test_a_process_whose_peer_is_gone_ends_too():
+    code, stderr, _ = run("watchdog.doing('step 7'); time.sleep(60)", peer_ends_after_s=1)
     assert code == 1
     assert "process 1 is gone; this one was in step 7" in stderr
 
 
-def test_signs_of_life_and_an_end_keep_it_quiet(tmp_path: Path):
+def test_signs_of_life_and_an_end_keep_it_quiet():
     """Without a limit before the first thing it does, and none after the last."""
     living = "time.sleep(2); watchdog.doing('step 1')\nfor _ in range(20): time.sleep(0.1); watchdog.alive()"
-    assert run(tmp_path, f"{living}\nwatchdog.close(); time.sleep(2)", limit_s=1)[:2] == (0, "")
+    assert run(f"{living}\nwatchdog.close(); time.sleep(2)", limit_s=1)[:2] == (0, "")

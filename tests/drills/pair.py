@@ -1,0 +1,62 @@
+"""What the drills with two processes share: the program behind a few lines of a drill's own, under the launcher."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.utils.root import ROOT
+from tests.conftest import Commands
+from tests.drills.small_run import PROGRAM, arguments
+
+# For such lines: `at_step(step, rank, action)` calls `action(run)` in that process at the start of the step after
+# `step` completed ones. Each process leaves its id in a file, and `moment()` the time.
+PREPARED = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import pretrain
+
+folder = {folder!r}
+with open(os.path.join(folder, "pid_" + os.environ["RANK"]), "w") as file:
+    file.write(str(os.getpid()))
+
+def moment():
+    with open(os.path.join(folder, "moment"), "w") as file:
+        file.write(str(time.time()))
+
+def at_step(step, rank, action):
+    original = pretrain.train_step
+    def acting(run, batches):
+        if (run.state.progress.step, run.procs.rank) == (step, rank):
+            action(run)
+        return original(run, batches)
+    pretrain.train_step = acting
+"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How a run of two processes ended."""
+
+    code: int
+    stderr: str
+    seconds: float
+    """From the last `moment()` to the end of the launcher."""
+    gone: bool
+    """Whether both processes had ended by then."""
+
+
+def run_pair(commands: Commands, folder: Path, lines: str, data: Path, *more: str) -> Pair:
+    """Runs two processes of the run that `arguments` describes, which first execute `lines`; `folder` is for notes."""
+    program = folder / "program.py"
+    program.write_text(PREPARED.format(root=str(ROOT), folder=str(folder)) + lines + PROGRAM)
+    launch = [sys.executable, "-m", "src.utils.launch", "--processes", "2", "--max-restarts", "0", str(program)]
+    result: subprocess.CompletedProcess[str] = commands.run([*launch, *arguments(data, *more)])
+    ended = time.time()
+    moment = folder / "moment"
+    seconds = ended - float(moment.read_text()) if moment.exists() else 0.0
+    pids = [int(path.read_text()) for path in folder.glob("pid_*")]
+    assert len(pids) == 2, result.stderr
+    return Pair(result.returncode, result.stderr, seconds, not any(os.path.exists(f"/proc/{pid}") for pid in pids))

@@ -1,0 +1,27 @@
+"""Drill 15: an infinite gradient of a finite loss on one of two ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.conftest import Commands
+from tests.drills.pair import run_pair
+from tests.drills.small_run import LONGER
+from tests.drills.test_14_nan_loss import WATCHED, changed_steps
+
+BAD_GRADIENT = """
+def spoil(run):
+    gain = run.state.model.norm.weight
+    gain.register_hook(lambda gradient: gradient * float("inf") if run.state.progress.step == 5 else gradient)
+at_step(5, 1, spoil)
+"""
+
+
+def test_both_skip_the_step(commands: Commands, dataset: Callable[..., Path], tmp_path: Path) -> None:
+    data = dataset(train_tokens=[700, 900], n_vocab=300)
+    ended = run_pair(commands, tmp_path, WATCHED + BAD_GRADIENT, data, *LONGER)
+    assert ended.code == 0, ended.stderr
+    assert changed_steps(tmp_path) == [[step for step in range(12) if step != 5]] * 2
+    (event,) = [record for record in commands.metrics("drill", "event") if record["name"] == "skipped step"]
+    assert event["step"] == 6
+    assert "not finite in 1 gradients, first norm.weight" in event["detail"]
+    assert len(event["windows"]) == 8  # whose gradient it was is not known
