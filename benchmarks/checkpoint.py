@@ -1,0 +1,108 @@
+"""What saving costs the training loop: a save it waits for, beside one in the background.
+
+python -m benchmarks.checkpoint PRESET --out FOLDER [--saves 5 --micro-batch-size N] prints one JSON object. Real steps
+on random tokens of the preset's shapes; medians of the saves, after one of each that is left out. `held_up_s` is what
+the loop waits for in the background case, `step_s` a step beside no save and `step_while_saving_s` one beside a save.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from src.model import LLM
+from src.model_configs.my_llm_config import PRESETS
+from src.model_utils.adamw_opt import build_adamw
+from src.model_utils.checkpoint_saver import CheckpointSaver
+from src.model_utils.checkpoint_utils import save_checkpoint
+from src.model_utils.training_state import Progress, TrainingState
+from src.model_utils.weight_init import init_weights
+from src.params import Config
+from src.utils.handle_ddp import processes
+from src.utils.hardware import autocast, choose_precision, describe_machine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.checkpoint", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--out", type=Path, required=True, help="on the disk that is to be measured; emptied of saves")
+    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--micro-batch-size", type=int)
+    args = parser.parse_args()
+    preset = PRESETS[args.preset]()
+    micro_batch_size = args.micro_batch_size or preset.train.micro_batch_size
+    config = replace(preset, train=replace(preset.train, micro_batch_size=micro_batch_size))
+    with processes("auto", timeout_s=600) as procs:
+        model = LLM(config.model)
+        init_weights(model, config.model, seed=0)
+        model.to(procs.device).train()
+        state = TrainingState(model, build_adamw(model, config.optim), Progress())
+        precision = choose_precision(config.train.precision, procs.device)
+        step = make_step(config, state, procs.device, precision)
+        step()
+        parts, plain = state.parts(procs), state.plain(config, "", precision, 1)
+        waited = [
+            timed(lambda n=n: save_checkpoint(args.out / "waited", n, parts, plain)) for n in range(args.saves + 1)
+        ]
+        shutil.rmtree(args.out / "waited")
+        alone = [timed(step) for _ in range(5)]
+        saver = CheckpointSaver(args.out / "background", config.checkpoint)
+        held_up, beside, seconds = [], [], []
+        for number in range(args.saves + 1):
+            held_up.append(timed(lambda n=number: saver.start(n, parts, plain)))
+            saved = saver.finished()
+            while not saved:
+                beside.append(timed(step))
+                saved = saver.finished()
+            seconds.append(saved[0].seconds)
+        saver.close()
+        shutil.rmtree(args.out / "background")
+        result = {
+            "preset": args.preset,
+            "bytes": saved[0].bytes,
+            "save_s": statistics.median(waited[1:]),
+            "held_up_s": statistics.median(held_up[1:]),
+            "held_up_of_save": statistics.median(held_up[1:]) / statistics.median(waited[1:]),
+            "background_save_s": statistics.median(seconds[1:]),
+            "step_s": statistics.median(alone),
+            "step_while_saving_s": statistics.median(beside[:-1] or beside),
+            "machine": describe_machine(procs.device),
+        }
+    print(json.dumps(result))
+
+
+def make_step(config: Config, state: TrainingState, device: torch.device, precision: torch.dtype) -> Callable[[], None]:
+    """One optimizer step of a micro-batch of random tokens."""
+    shape = (config.train.micro_batch_size, config.model.n_ctx)
+    inputs_BT, targets_BT = (torch.randint(config.model.n_vocab, shape, device=device) for _ in range(2))
+
+    def step() -> None:
+        with autocast(device, precision):
+            loss = state.model(inputs_BT, targets_BT)
+        loss.backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        loss.item()
+
+    return step
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds, work queued on a GPU included."""
+    started = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
