@@ -34,7 +34,7 @@ from src.model_utils.disk_need import refuse_full_disk
 from src.model_utils.run_records import training_record
 from src.model_utils.training_state import check_machines
 from src.params import Config
-from src.run_setup import Run, check_alike, find_checkpoint, open_data, prepare
+from src.run_setup import Run, check_alike, find_checkpoint, of_this_launch, open_data, prepare
 from src.utils import hardware
 from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, exit_with
 from src.utils.handle_ddp import Processes, processes, world_size
@@ -76,6 +76,7 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         training, assessment = procs.together(lambda: open_data(config, folder, manifest))
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
         log = RunLogger(run_dir, procs.is_main)
+        config = procs.main_only(lambda: of_this_launch(config, log))
         for note in (
             stray_files(folder, manifest),
             assessment.note,

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,15 +50,13 @@ def main() -> None:
         step = make_step(config, state, procs.device, precision)
         step()
         parts, plain = state.parts(procs), state.plain(config, "", precision, 1)
-        waited = [
-            timed(lambda n=n: save_checkpoint(args.out / "waited", n, parts, plain)) for n in range(args.saves + 1)
-        ]
+        waited = [timed(partial(save_checkpoint, args.out / "waited", n, parts, plain)) for n in range(args.saves + 1)]
         shutil.rmtree(args.out / "waited")
         alone = [timed(step) for _ in range(5)]
         saver = CheckpointSaver(args.out / "background", config.checkpoint)
         held_up, beside, seconds = [], [], []
         for number in range(args.saves + 1):
-            held_up.append(timed(lambda n=number: saver.start(n, parts, plain)))
+            held_up.append(timed(partial(saver.start, number, parts, plain)))
             saved = saver.finished()
             while not saved:
                 beside.append(timed(step))

@@ -1,5 +1,6 @@
 """From a configuration to everything that the training loop works with: data, model, optimizer, and where to go on."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,6 +70,12 @@ def open_data(config: Config, folder: Path, manifest: Manifest) -> tuple[WindowD
         )
     training = WindowDataset(folder, manifest.train, n_ctx, n_vocab, at_least=config.batch_size)
     return training, Assessment(config, folder, manifest, load_tokenizer())
+
+
+def of_this_launch(config: Config, log: RunLogger) -> Config:
+    """`config`, but with --resume auto where this launch has begun the run: starting it again must not undo that."""
+    launch = os.environ.get("LAUNCH_ID")
+    return replace(config, resume="auto") if launch and log.settings().get("launch") == launch else config
 
 
 def prepare(

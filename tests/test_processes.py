@@ -85,6 +85,40 @@ def test_two_stopped_by_a_signal_go_on_to_the_same_bits(commands: Commands, data
         assert all(torch.equal(whole[name], halved[name]) for name in whole)
 
 
+KILLED_ONCE = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import pretrain
+from src.utils.errors import exit_with
+
+original = pretrain.train_step
+
+def train_step(run, batches):
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and run.state.progress.step == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(run, batches)
+
+pretrain.train_step = train_step
+sys.argv = ["pretrain.py", *{arguments!r}]
+exit_with(pretrain.main)
+"""
+
+
+def test_a_run_begun_anew_is_begun_anew_once(commands: Commands, data: str, tmp_path: Path):
+    """Though its command says so at every start: the launcher's next start goes on."""
+    settings = ["--train.total-steps", "20", "--checkpoint.every-steps", "5"]
+    train(commands, data, "again", *settings)
+    arguments = ["debug", "--run-name", "again", "--data.dir", data, *settings, *SETTINGS, "--resume", "never"]
+    script = tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE.format(root=str(ROOT), arguments=arguments))
+    result = commands.run([sys.executable, "-m", "src.utils.launch", "--max-restarts", "1", str(script)])
+    assert result.returncode == 0, result.stderr
+    assert "starting again, 1 of 1 times" in result.stderr
+    assert "resume: from step_00000" in result.stderr
+    assert [path.name for path in (commands.temp_data / "runs").glob("again.*")] == ["again.set-aside-1"]
+    assert len(losses(commands, "again")) == 20
+
+
 def test_another_number_of_processes_goes_on_with_the_same_samples(commands: Commands, data: str):
     train(commands, data, "one", "--train.total-steps", "20", "--checkpoint.every-steps", "10")
     train(commands, data, "one", "--train.total-steps", "20", "--resume", "10", processes=2)

@@ -1,5 +1,6 @@
 """What a run says about itself: the content of config.json, and of a training line in metrics.jsonl."""
 
+import os
 import platform
 import shlex
 import sys
@@ -38,6 +39,7 @@ def run_settings(
         "machine": hardware.describe_machine(procs.device),
         "dataset": dataset,
         "command": shlex.join(sys.argv),
+        "launch": os.environ.get("LAUNCH_ID"),
     }
 
 

@@ -2,9 +2,10 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
-from src.utils.terminal import say
+from src.utils.terminal import console_may_fail, say
 
 EXIT_DONE = 0
 EXIT_FAILED = 1  # an error nobody foresaw; starting again may help
@@ -55,16 +56,16 @@ class LostPeerError(RuntimeError):
 
 
 class PeerError(RuntimeError):
-    """Another process failed and says why itself; this one ends as it does, in silence where it is foreseen."""
+    """Another process failed and says why itself; this one ends as it does, in silence."""
 
     def __init__(self, message: str, exit_code: int | None) -> None:
         super().__init__(f"another process failed: {message}")
-        self.exit_code = exit_code
+        self.exit_code = EXIT_FAILED if exit_code is None else exit_code
 
 
 def exit_with(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits with its code; an error that carries an `exit_code` is printed without a traceback."""
-    code: int | None = EXIT_FAILED
+    code = EXIT_FAILED
     try:
         code = main() or EXIT_DONE
     except SystemExit as exit:  # from a command-line parser
@@ -73,15 +74,21 @@ def exit_with(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
         say("interrupted")
+    except PeerError as error:
+        code = error.exit_code
     except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
-            raise
-        if not isinstance(error, PeerError):
+        code = getattr(error, "exit_code", EXIT_FAILED)
+        if hasattr(error, "exit_code"):
             rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
             say(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}")
+        else:
+            with console_may_fail():
+                traceback.print_exc()
     sys.stdout.flush()
     _leave_exit_code(code)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # PyTorch's gloo threads take Python's lock once more, and abort the process if it is shutting down (LOG.md).
+        os._exit(code)
     sys.exit(code)
 
 

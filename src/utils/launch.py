@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -147,6 +148,7 @@ def main() -> int:
     os.environ.pop("TORCH_CPP_LOG_LEVEL", None)  # read by now, and not meant for the processes
     logging.disable(logging.CRITICAL)  # torchrun's own words; those of the processes come from them
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT"
+    os.environ.setdefault("LAUNCH_ID", uuid.uuid4().hex)  # by which a run knows that it is started again
     with tempfile.NamedTemporaryFile(prefix="exit-code-") as file:
         os.environ["EXIT_CODE_FILE"] = file.name
         return run(args)

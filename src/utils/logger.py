@@ -60,8 +60,15 @@ class RunLogger:
 
     def status(self) -> dict[str, Any]:
         """What status.json says; nothing where it is missing or damaged."""
+        return self._read("status.json")
+
+    def settings(self) -> dict[str, Any]:
+        """What config.json says, of the last start; nothing where it is missing or damaged."""
+        return self._read("config.json")
+
+    def _read(self, name: str) -> dict[str, Any]:
         try:
-            content = json.loads((self.run_dir / "status.json").read_text(encoding="utf-8"))
+            content = json.loads((self.run_dir / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}

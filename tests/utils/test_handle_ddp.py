@@ -80,11 +80,12 @@ def test_an_error_that_several_meet_is_raised_by_one_and_another_by_its_own():
     assert str(found[2]) == "damaged data on this machine"
 
 
-def test_an_unforeseen_error_has_no_exit_code_anywhere():
+def test_an_unforeseen_error_ends_the_others_with_1():
     error = KeyError("x")
     found = outcomes(raising({1: error}))
     assert found[1] is error
-    assert [getattr(found[i], "exit_code", None) for i in (0, 2)] == [None, None]
+    assert not hasattr(error, "exit_code")
+    assert [found[i].exit_code for i in (0, 2)] == [1, 1]
 
 
 def test_main_only_runs_in_one_process_and_all_get_its_result():
