@@ -70,24 +70,21 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         procs.together(lambda: config.grad_accumulation_steps(procs.world_size))  # refused before anything is touched
         folder, run_dir = dataset_dir(config.data.dir), RUNS / config.run_name
         manifest = procs.together(lambda: read_manifest(folder))
-        check_alike(config, procs, manifest)
         # before anything reads a token; on each machine, because its disk may be its own
         procs.together(lambda: ensure_verified(folder, manifest, stop=stop) if procs.is_machines_first else None)
         training, assessment = procs.together(lambda: open_data(config, folder, manifest))
+        precision = hardware.choose_precision(config.train.precision, procs.device)
+        check_alike(config, procs, manifest, precision, assessment.items)
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
         log = RunLogger(run_dir, procs.is_main)
         config = procs.main_only(lambda: of_this_launch(config, log))
-        for note in (
-            stray_files(folder, manifest),
-            assessment.note,
-            check_machines(run_dir, claim_file(run_dir), procs),
-        ):
-            if note:
-                log.info(f"warning: {note}")
-        precision = hardware.choose_precision(config.train.precision, procs.device)
+        apart = check_machines(run_dir, claim_file(run_dir), procs)
         checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log))
         if procs.from_main(checkpoint is not None and checkpoint.step == config.total_steps):
             return already_done(config, procs, log)
+        for note in (stray_files(folder, manifest), assessment.note, apart):
+            if note:
+                log.info(f"warning: {note}")
         procs.main_only(lambda: refuse_full_disk(config, run_dir))
         run = prepare(config, procs, manifest, checkpoint, precision, log)  # one refused here keeps the status it had
         stack.callback(run.saver.close)
@@ -95,6 +92,7 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         try:
             return run_steps(run, training, assessment, stop)
         except Exception as error:
+            procs.leave()  # the others may be gone before the save under way is done
             write_status(run, "failed", getattr(error, "exit_code", None) or 1, str(error))
             raise
         finally:
@@ -261,7 +259,7 @@ def save(run: Run) -> None:
     procs.doing(f"the checkpoint of step {state.progress.step}")
     parts = state.parts(procs)
     plain = state.plain(run.config, run.manifest.sha256, run.precision, procs.world_size)
-    record_saves(run, procs.main_only(lambda: run.saver.start(state.progress.step, parts, plain)))
+    procs.main_only(lambda: record_saves(run, run.saver.start(state.progress.step, parts, plain)))
 
 
 def record_saves(run: Run, saves: list[Saved]) -> None:
@@ -296,13 +294,16 @@ def finish(run: Run, asked_by: str) -> Outcome:
     """The last words of a run that is done or was asked to stop; raises NonFiniteError if its last steps failed."""
     procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
     procs.doing(f"the checkpoint of step {step}")
-    record_saves(run, procs.main_only(run.saver.wait))
+    procs.main_only(lambda: record_saves(run, run.saver.wait()))
     done = step == total_steps
     if done and run.state.progress.skipped_in_a_row:
         procs.together(lambda: give_up(run))
     if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
         asked_by = f"the file {STOP_FILE}"  # also where a signal was faster: it decides what happens next
-        stop_file.unlink()  # or the next start would stop at once
+        try:
+            stop_file.unlink()
+        except OSError as error:
+            log.info(f"warning: {stop_file} cannot be removed ({error.strerror}); the next start will stop at once")
     if asked_by:
         log.event("stop", step, f"asked for by {asked_by}")
     words = all_done(total_steps) if done else f"stopped on request after step {step} ({asked_by})"

@@ -99,7 +99,7 @@ done
 RUN_DIR="${TEMP_DATA_DIR:-$ROOT/temp_data}/runs/$RUN_NAME"
 case "$RUN_DIR" in /*) ;; *) RUN_DIR="$PWD/$RUN_DIR" ;; esac
 
-stage() { printf '\n== %s\n' "$*" >&2; }
+stage() { printf '\n== %s\n' "$*" >&2 || true; } # a console without room ends no run
 
 module() { # for as_child: a module of ours; the folder it runs in must not hold another package named src
     cd "$ROOT" && exec "$PYTHON" -m "$@"
@@ -184,7 +184,7 @@ fi
 [ "$NODE_RANK" = 0 ] || exit "$code"
 
 if [ "$code" = 0 ] && [ "$(cat "$RUN_DIR/status.json")" = "$before" ] && [ -e "$RUN_DIR/report.html" ]; then
-    echo "the run is complete; its report is $RUN_DIR/report.html" >&2
+    echo "the run is complete; its report is $RUN_DIR/report.html" >&2 || true
     exit 0
 fi
 if [ "$code" = 0 ]; then

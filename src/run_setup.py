@@ -1,6 +1,8 @@
 """From a configuration to everything that the training loop works with: data, model, optimizer, and where to go on."""
 
+import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
 from src.model_assessment.assessment import Assessment
+from src.model_assessment.hellaswag_items import Item
 from src.model_utils.adamw_opt import build_adamw
 from src.model_utils.checkpoint_saver import CheckpointSaver
 from src.model_utils.checkpoint_utils import Checkpoint
@@ -46,10 +49,17 @@ class Run:
     """Of matmuls."""
 
 
-def check_alike(config: Config, procs: Processes, manifest: Manifest) -> None:
+def check_alike(
+    config: Config, procs: Processes, manifest: Manifest, precision: torch.dtype, items: Sequence[Item]
+) -> None:
     """Raises UserError where a process was started with other settings or data than the first."""
     settings = to_dict(replace(config, data=DataConfig()))  # a dataset may lie elsewhere on another machine
-    mine = {**settings, "the dataset (sha256 of its manifest)": manifest.sha256}
+    mine = {
+        **settings,
+        "matmuls in": str(precision),
+        "dataset (sha256 of its manifest)": manifest.sha256,
+        "multiple-choice items (sha256)": hashlib.sha256(repr(items).encode()).hexdigest(),
+    }
     mains = procs.from_main(mine)
     different = [f"{name}: {value}, in process 0 {mains[name]}" for name, value in mine.items() if value != mains[name]]
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 import pretrain
 from pretrain import Outcome, train
 from src.model import LLM
+from src.model_utils import checkpoint_utils
 from src.model_utils.adamw_opt import optimizer_tensors
 from src.params import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
-from src.utils.errors import BusyError, NonFiniteError, UserError
+from src.utils.errors import BusyError, NonFiniteError, StorageError, UserError
 from src.utils.run_directory import claimed
 
 STEPS = 12
@@ -79,8 +80,8 @@ def final_tensors(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return {f"{file}/{k}": v.clone() for file in files for k, v in load_file(folder / f"{file}.safetensors").items()}
 
 
-def assert_same_bits(one: Path, other: Path) -> None:
-    a, b = final_tensors(one), final_tensors(other)
+def assert_same_bits(one: Path, other: Path, step: int = STEPS) -> None:
+    a, b = final_tensors(one, step), final_tensors(other, step)
     assert set(a) == set(b)
     for name in a:
         assert torch.equal(a[name], b[name]), name
@@ -307,6 +308,61 @@ def test_a_gradient_that_is_not_finite_is_named(config: Config, monkeypatch: pyt
         train(config)
     text = (pretrain.RUNS / "whole" / "metrics.jsonl").read_text()
     assert "not finite in 1 gradients, first blocks.1.ffn.out_proj.bias" in text
+
+
+def test_a_loss_spike_is_skipped_and_the_guard_goes_on_after_a_stop(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """The loss of step 31 is 40 nats too high, for which the guard needs the losses before the stop."""
+    forward, steps = LLM.forward, {"done": 0}
+
+    def jumping(self, inputs_BT, targets_BT):
+        loss = forward(self, inputs_BT, targets_BT)
+        return loss + 40.0 * (self.training and steps["done"] == 30)
+
+    step = pretrain.train_step
+
+    def counted(run, batches):
+        steps["done"] = run.state.progress.step
+        return step(run, batches)
+
+    monkeypatch.setattr(LLM, "forward", jumping)
+    monkeypatch.setattr(pretrain, "train_step", counted)
+    longer = replace(config.train, total_steps=36)
+    guarded = replace(config, train=longer, optim=replace(config.optim, spike_z=6.0))
+    whole = train(guarded)
+    (event,) = [r for r in map(json.loads, (whole.run_dir / "metrics.jsonl").open()) if r.get("name") == "skipped step"]
+    assert event["step"] == 31
+    assert event["detail"].startswith("a spike: loss 4")
+    assert len(event["windows"]) == guarded.batch_size
+    assert all(shard in (1, 2) for shard, _ in event["windows"])  # 0 is the validation shard
+    halved = replace(guarded, run_name="halved")
+    assert train(halved, stop_after(25)).step == 25
+    outcome = train(halved)
+    assert_same_bits(whole.run_dir, outcome.run_dir, step=36)
+    unguarded = train(replace(guarded, run_name="unguarded", optim=config.optim))
+    assert "skipped step" not in (unguarded.run_dir / "metrics.jsonl").read_text()
+
+
+def test_the_stop_file_stops_and_is_taken_away(config: Config):
+    never_stopped = replace(config, checkpoint=replace(config.checkpoint, every_steps=100))
+    run_dir = train(never_stopped, stop_after(3)).run_dir
+    (run_dir / "STOP").touch()
+    outcome = train(never_stopped)
+    assert (outcome.step, outcome.exit_code) == (3, 143)
+    assert not (run_dir / "STOP").exists()
+    assert "(the file STOP)" in json.loads((run_dir / "status.json").read_text())["message"]
+    assert train(never_stopped).exit_code == 0
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run(config: Config, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_utils, "save_file", full)
+    with pytest.raises(StorageError, match="the checkpoint of step 5 could not be saved"):
+        train(config)
+    status = json.loads((pretrain.RUNS / "whole" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 4)
+    assert status["step"] < 10  # not only at the next save
 
 
 def test_a_refused_start_leaves_the_status_of_the_run(config: Config):

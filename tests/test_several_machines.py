@@ -42,14 +42,16 @@ def free_port() -> str:
 
 
 @contextmanager
-def machines(commands: Commands, program: Path, *arguments: str, wait: int = 60) -> Iterator[list[subprocess.Popen]]:
-    """Two launchers with a process each; what is left of them is killed at the end."""
+def machines(
+    commands: Commands, program: Path, *arguments: str, wait: int = 60, disks: tuple[Path, ...] = ()
+) -> Iterator[list[subprocess.Popen]]:
+    """Two launchers with a process each; what is left of them is killed at the end. `disks`: of their runs."""
     place = ["--machines", "2", "--master-addr", "127.0.0.1", "--master-port", free_port(), "--wait-seconds", str(wait)]
     launch = [sys.executable, "-m", "src.utils.launch", *place]
     started = [
         subprocess.Popen(
             [*launch, "--machine", str(machine), str(program), *arguments],
-            env=commands.environment,
+            env=commands.environment | ({"TEMP_DATA_DIR": str(disks[machine])} if disks else {}),
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
@@ -162,6 +164,44 @@ def test_processes_whose_launcher_is_killed_save_and_end(commands: Commands, set
     while json.loads(status.read_text())["state"] != "stopped":
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_run_directory_that_is_not_shared(commands: Commands, settings: list[str]):
+    """Said; the run works and goes on with the same machine first, and with the other one first it is refused."""
+    ours, others = commands.temp_data, commands.temp_data / "another disk"
+    run = [*settings, "--train.total-steps", "100000"]
+    with machines(commands, ROOT / "pretrain.py", *run, disks=(ours, others)) as launchers:
+        wait_for_steps(commands, "far", 12, launchers)
+        (ours / "runs" / "far" / "STOP").touch()
+        (code, words), (_, silent) = ends(launchers)
+    assert code == 143
+    assert "cannot be seen from" in words
+    assert "cannot be seen from" not in silent
+    stopped_at = json.loads((ours / "runs" / "far" / "status.json").read_text())["step"]
+    with machines(commands, ROOT / "pretrain.py", *run, disks=(others, ours)) as launchers:
+        found = ends(launchers)
+    assert [code for code, _ in found] == [2, 2]
+    refusal = "".join(words for _, words in found)
+    assert refusal.count(f"has checkpoints up to step {stopped_at} in {ours / 'runs' / 'far' / 'checkpoints'}") == 1
+    with machines(commands, ROOT / "pretrain.py", *run, disks=(ours, others)) as launchers:
+        wait_for_steps(commands, "far", stopped_at + 2, launchers)
+        launchers[0].send_signal(signal.SIGTERM)
+        (code, words), _ = ends(launchers)
+    assert code == 143
+    assert f"resume: from step_{stopped_at:07d} of 100000 steps" in words
+
+
+def test_machines_with_other_settings_or_data_are_refused(commands: Commands, settings: list[str], tmp_path: Path):
+    program = tmp_path / "pretrain.py"
+    program.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import pretrain; from src.utils.errors import exit_with\n"
+        "sys.argv += ['--train.seed', os.environ['RANK']]; exit_with(pretrain.main)\n"
+    )
+    with machines(commands, program, *settings) as launchers:
+        found = ends(launchers)
+    assert [code for code, _ in found] == [2, 2]
+    assert "the processes of a run need the same settings and data" in found[1][1]
+    assert "'seed': 1" in found[1][1]
 
 
 STAND_INS = {

@@ -172,7 +172,7 @@ class TrainingDataLoader:
         windows = self._ready.get()
         if isinstance(windows, BaseException):
             raise windows
-        windows = windows.to(self.device, non_blocking=True)
+        windows = windows.to(self.device, non_blocking=self.device.type == "cuda")
         return windows[:, :-1], windows[:, 1:]
 
     def __enter__(self) -> "TrainingDataLoader":

@@ -87,7 +87,7 @@ class CheckpointSaver:
                 copy = old.get(part, {}).get(name)
                 if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
                     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-                copies[name] = copy.copy_(tensor.detach(), non_blocking=True)
+                copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 

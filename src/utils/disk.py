@@ -46,7 +46,7 @@ def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             sync(path.parent)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 
@@ -139,13 +139,13 @@ def set_aside(path: Path) -> Path:
     return move(path, target)
 
 
-def try_lock(file: IO) -> bool:
+def try_lock(file: IO, shared: bool = False) -> bool:
     """Locks an open file until it is closed or the process dies; False if another process holds it.
 
-    Raises StorageError where the file system has no locks.
+    Several may hold it `shared`, while none has it alone. Raises StorageError where the file system has no locks.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

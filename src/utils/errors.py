@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 from src.utils.terminal import console_may_fail, say
 
@@ -84,8 +85,9 @@ def exit_with(main: Callable[[], int | None]) -> None:
         else:
             with console_may_fail():
                 traceback.print_exc()
-    sys.stdout.flush()
     _leave_exit_code(code)
+    with suppress(OSError):  # whoever reads it may be gone
+        sys.stdout.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # PyTorch's gloo threads take Python's lock once more, and abort the process if it is shutting down (LOG.md).
         os._exit(code)

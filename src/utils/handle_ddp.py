@@ -7,6 +7,7 @@ data; LOCAL_RANK is its place on this machine and decides the device, and who re
 import ctypes
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its peers. Every method must be called by all of them together."""
+    """This process among its peers. All of them together call a method, but for `doing` and `leave`."""
 
     rank: int
     local_rank: int
@@ -52,6 +53,11 @@ class Processes:
         """Says, in words, what this process does from now on: what a time-out names."""
         if self.watchdog:
             self.watchdog.doing(what)
+
+    def leave(self) -> None:
+        """From now on this process ends by itself: nobody waits for it, and the others may be gone before it is."""
+        if self.watchdog:
+            self.watchdog.close()
 
     @contextmanager
     def collective(self) -> Iterator[None]:
@@ -200,9 +206,10 @@ def world_size() -> int:
 def _peers_of_this_machine(rank: int) -> dict[int, int]:
     """Rank and process id of the other processes that the same launcher started."""
     everyone: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(everyone, (os.environ.get("GROUP_RANK", "0"), os.getpid()))
+    machine = (socket.gethostname(), os.environ.get("GROUP_RANK"))
+    torch.distributed.all_gather_object(everyone, (machine, os.getpid()))
     mine = everyone[rank][0]
-    return {other: pid for other, (group, pid) in enumerate(everyone) if group == mine and other != rank}
+    return {other: pid for other, (place, pid) in enumerate(everyone) if place == mine and other != rank}
 
 
 def processes_here() -> int:

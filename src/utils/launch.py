@@ -16,6 +16,7 @@ import tempfile
 import time
 import uuid
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +34,9 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from src.utils import terminal
 from src.utils.errors import EXIT_STOPPED, FINAL_CODES, recorded_exit_code
+from src.utils.stop_signals import STOP_SIGNALS, heeded_signals
 
 # For finishing a step and saving; then the processes are killed.
 STOP_SECONDS = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"))
@@ -69,10 +72,8 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.attempt += 1
-        ready, machines = (
-            self._meet(worker_group, f"ready/{self.attempt}", self.wait_seconds),
-            machines_of(worker_group),
-        )
+        machines = machines_of(worker_group)
+        ready = self._meet(worker_group, f"ready/{self.attempt}", self.wait_seconds)
         if ready < machines:
             raise LostMachineError(
                 f"{ready} of {machines} machines are there after {self.wait_seconds:.0f} s; see "
@@ -80,12 +81,18 @@ class Agent(LocalElasticAgent):
             )
         return super()._start_workers(worker_group)
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        self._shutdown(timeout=RESTART_SECONDS)
+    def _stop_workers(self, worker_group: WorkerGroup, *_: object) -> None:
+        self._end_processes(RESTART_SECONDS)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = STOP_SECONDS) -> None:
+        """Called by torchrun for a signal, and at the end."""
+        for number in STOP_SIGNALS:  # one more would leave processes that are saving alone
+            signal.signal(number, signal.SIG_IGN)
+        self._end_processes(timeout)
+
+    def _end_processes(self, seconds: int) -> None:
         if self._pcontext is not None:  # PyTorch 2.11's own has no time to set
-            self._pcontext.close(death_sig, timeout)
+            self._pcontext.close(signal.SIGTERM, seconds)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -96,8 +103,7 @@ class Agent(LocalElasticAgent):
         elif store.check(["ended"]):
             code = int(store.get("ended"))
         if code is not None:
-            if code != EXIT_STOPPED:  # nobody has anything to save
-                self._shutdown(timeout=END_SECONDS)
+            self._end_processes(STOP_SECONDS)  # one may be at the end of a save
             raise EndedError(code)
         if result.state == WorkerState.FAILED:
             self._tell(result)
@@ -144,10 +150,11 @@ def machines_of(worker_group: WorkerGroup) -> int:
 
 def main() -> int:
     args = _parser().parse_args()
+    heeded = heeded_signals()
     os.chdir(args.folder)
     os.environ.pop("TORCH_CPP_LOG_LEVEL", None)  # read by now, and not meant for the processes
     logging.disable(logging.CRITICAL)  # torchrun's own words; those of the processes come from them
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in heeded)
     os.environ.setdefault("LAUNCH_ID", uuid.uuid4().hex)  # by which a run knows that it is started again
     with tempfile.NamedTemporaryFile(prefix="exit-code-") as file:
         os.environ["EXIT_CODE_FILE"] = file.name
@@ -159,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     agent, code = None, 1
     try:
         agent = make_agent(args)
-        code = int(agent.run().is_failed())
+        code = int(agent.run().state != WorkerState.SUCCEEDED)
     except SignalException:
         code = EXIT_STOPPED
         if recorded_exit_code() is None:
@@ -183,7 +190,8 @@ def run(args: argparse.Namespace) -> int:
 
 def make_agent(args: argparse.Namespace) -> Agent:
     """Connects with the other machines. Raises DistError where the first cannot be reached."""
-    shared = {"run_id": "run", "min_nodes": args.machines, "max_nodes": args.machines}
+    # The machines of one run meet under its name, so that one which another run sends here by mistake waits in vain.
+    shared = {"run_id": run_name(args.command), "min_nodes": args.machines, "max_nodes": args.machines}
     if args.machines == 1:  # on a free port, so that two runs don't meet
         place = RendezvousParameters("c10d", "127.0.0.1:0", local_addr="127.0.0.1", **shared)
     else:
@@ -203,6 +211,13 @@ def make_agent(args: argparse.Namespace) -> Agent:
     return Agent(spec, args.wait_seconds)
 
 
+def run_name(command: list[str]) -> str:
+    """What the command says after --run-name, or its script's name."""
+    words = [word for part in command for word in part.split("=", 1)]
+    named = [after for before, after in pairwise(words) if before in ("--run-name", "--run_name")]
+    return named[-1] if named else Path(command[0]).stem
+
+
 def how_it_ended(failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
         return f"was killed by {signal.Signals(-failure.exitcode).name}"
@@ -210,7 +225,7 @@ def how_it_ended(failure: ProcessFailure) -> str:
 
 
 def say(words: str) -> None:
-    print(f"launch: {words}", file=sys.stderr, flush=True)
+    terminal.say(f"launch: {words}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,12 +3,13 @@
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from src.utils.disk import try_lock
+from src.utils.disk import check_writable, try_lock
 from src.utils.errors import BusyError, StorageError
 
 
@@ -22,17 +23,20 @@ def claimed(run_dir: Path) -> Iterator[None]:
     lock = claim_file(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        check_writable(run_dir)
         file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 (held open as long as the lock)
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(
             f"cannot write in {run_dir}: {error.strerror or error}; mend its permissions or free space"
         ) from error
     with file:
-        if not try_lock(file):
-            raise _busy(run_dir, file)
+        patience = time.monotonic() + 1  # with others that only ask, as `refuse_claimed` does
+        while not try_lock(file):
+            if time.monotonic() > patience:
+                raise _busy(run_dir, file)
+            time.sleep(0.05)
         with suppress(OSError):  # a full disk may not hold the name, but the lock holds
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -44,7 +48,7 @@ def refuse_claimed(run_dir: Path) -> None:
     """Raises BusyError naming the holder where another process holds `run_dir`; leaves nothing behind."""
     try:
         with open(claim_file(run_dir), "r+", encoding="utf-8") as file:
-            if not try_lock(file):
+            if not try_lock(file, shared=True):
                 raise _busy(run_dir, file)
     except FileNotFoundError:
         pass

@@ -4,15 +4,21 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# What schedulers send when a job must go, Ctrl-C, and what they send a while before they take the machine away.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# What schedulers send when a job must go, Ctrl-C, what they send a while before they take the machine away, and what
+# comes when a terminal or a connection is closed. One that is ignored when we start, as nohup has it, stays ignored.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """Those of STOP_SIGNALS that this process was not started to ignore."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], str]]:
     """A function that names the first stop signal that came inside the block, or ""; later ones change nothing."""
     asked: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in STOP_SIGNALS}
+    previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in heeded_signals()}
     try:
         yield lambda: signal.Signals(asked[0]).name if asked else ""
     finally:

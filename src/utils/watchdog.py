@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from src.utils.errors import EXIT_FAILED
+from src.utils.terminal import say
 
 LOOK_EVERY_S = 0.5
 GRACE_S = 3.0  # for a collective that does notice a lost peer, and says more
@@ -58,15 +59,17 @@ class Watchdog(threading.Thread):
             elif now - gone_since > GRACE_S:
                 self._end(f"process {gone[0]} is gone; this one was in {self.what} and ends too")
             if last_sign is not None and now - last_sign > self.limit_s:
-                traceback.print_stack(sys._current_frames()[threading.main_thread().ident or 0])
                 self._end(
                     f"no process has moved on for {self.limit_s:g} s in {self.what}: one of them is stuck or stopped. "
-                    "See above where this one waits; if a step really takes so long, raise --train.timeout-s"
+                    "See above where this one waits; if a step really takes so long, raise --train.timeout-s",
+                    traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0]),
                 )
 
-    def _end(self, message: str) -> None:
-        print(f"{os.path.basename(sys.argv[0])}: error (process {self.rank}): {message}", file=sys.stderr, flush=True)
-        os._exit(EXIT_FAILED)
+    def _end(self, message: str, stack: Sequence[str] = ()) -> None:
+        try:
+            say("".join([*stack, f"{os.path.basename(sys.argv[0])}: error (process {self.rank}): {message}"]))
+        finally:
+            os._exit(EXIT_FAILED)
 
 
 def _is_there(pid: int) -> bool:
