@@ -25,16 +25,15 @@ from src.data_processing.shards import read_manifest, stray_files
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.data_processing.verification import ensure_verified
 from src.model_assessment.assessment import Assessment
-from src.model_configs.my_llm_config import PRESETS
+from src.model_configs.command_line import config_from_command_line
 from src.model_utils.adamw_opt import learning_rate
 from src.model_utils.checkpoint_utils import prune
 from src.model_utils.checkpoint_saver import Saved
 from src.model_utils.debugging import non_finite_gradients
 from src.model_utils.disk_need import refuse_full_disk
 from src.model_utils.run_records import training_record
-from src.model_utils.training_state import check_machines
 from src.params import Config
-from src.run_setup import Run, check_alike, find_checkpoint, of_this_launch, open_data, prepare
+from src.run_setup import Run, check_alike, check_machines, where_to_go_on, of_this_launch, open_data, prepare
 from src.utils import hardware
 from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, exit_with
 from src.utils.handle_ddp import Processes, processes, world_size
@@ -45,7 +44,7 @@ from src.utils.stop_signals import stop_on_signals
 
 MAX_SKIPPED_STEPS = 10  # in a row
 MAX_RECORDED_WINDOWS = 256  # of a skipped step
-STOP_FILE = "STOP"  # a file of this name in the run directory asks for a stop, as a signal does
+STOP_FILE = "STOP"  # a file of this name in the run directory asks for a stop once training goes on
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         log = RunLogger(run_dir, procs.is_main)
         config = procs.main_only(lambda: of_this_launch(config, log))
         apart = check_machines(run_dir, claim_file(run_dir), procs)
-        checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log))
+        checkpoint = procs.main_only(lambda: where_to_go_on(config, manifest, precision, procs, log))
         if procs.from_main(checkpoint is not None and checkpoint.step == config.total_steps):
             return already_done(config, procs, log)
         for note in (stray_files(folder, manifest), assessment.note, apart):
@@ -102,7 +101,7 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
 def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: Callable[[], str | bool]) -> Outcome:
     """The loop: measure and save when due, then one step, until the last or until asked to stop."""
     config, procs, log, progress = run.config, run.procs, run.log, run.state.progress
-    recorded = procs.from_main(log.recorded())
+    recorded = procs.main_only(log.recorded)
     first_step, started = progress.step, time.perf_counter()
     log.start_bar(first_step, config.total_steps)
     with TrainingDataLoader(
@@ -333,17 +332,13 @@ def write_status(run: Run, state: str, exit_code: int | None, message: str) -> N
 
 def main() -> int:
     """The command line: a preset, and overrides of any of its fields."""
-    import tyro  # only the command line needs it
-
     dry_run = "--dry-run" in sys.argv[1:]
     if dry_run:
         sys.argv.remove("--dry-run")
-    presets = {name: ((preset.__doc__ or "").splitlines()[0], preset()) for name, preset in PRESETS.items()}
-    description = (
+    config = config_from_command_line(
         "Train a language model. The same command goes on where an earlier one stopped. With --dry-run, only check the "
         "settings, for as many processes as the environment variable WORLD_SIZE says."
     )
-    config = tyro.extras.overridable_config_cli(presets, description=description)
     if dry_run:
         config.grad_accumulation_steps(world_size())
         return EXIT_DONE

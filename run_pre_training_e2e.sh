@@ -172,7 +172,7 @@ stage "3/5 train: preset $PRESET, run $RUN_NAME, $NPROC process(es) on $NNODES m
 training=("$ROOT/pretrain.py" "$PRESET" --run-name "$RUN_NAME" "$@")
 before=$(cat "$RUN_DIR/status.json" 2>/dev/null || true)
 code=0
-if [ "$NPROC$NNODES$MAX_RESTARTS" = 110 ]; then
+if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ] && [ "$MAX_RESTARTS" = 0 ]; then
     as_child "$PYTHON" "${training[@]}" || code=$?
 else
     machines=()

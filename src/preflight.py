@@ -15,7 +15,7 @@ import sys
 import time
 
 from src import preflight_checks as checks
-from src.model_configs.my_llm_config import PRESETS
+from src.model_configs.command_line import config_from_command_line
 from src.params import ConfigError
 from src.preflight_checks import Preparation, Start
 from src.utils.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STORAGE, BusyError, UserError, exit_with
@@ -70,17 +70,13 @@ def check_all(start: Start) -> tuple[dict[str, dict[str, str]], int]:
 
 
 def main() -> int:
-    import tyro  # only the command line needs it
-
     started = time.perf_counter()
     os.chdir(os.environ.get("STARTED_IN") or ".")  # what relative paths are relative to
-    presets = {name: ((preset.__doc__ or "").splitlines()[0], preset()) for name, preset in PRESETS.items()}
-    description = (
+    config = config_from_command_line(
         "Say whether a start of pretrain.py with these settings can work, for as many processes as the environment "
         "variable WORLD_SIZE says (NPROC of them on this machine). Exit codes: 0 yes, 2 no, 4 no for storage alone, "
         "5 no because another process is training in the run's folder."
     )
-    config = tyro.extras.overridable_config_cli(presets, description=description)
     results, code = check_all(Start(config, world_size(), processes_here(), _preparation()))
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:

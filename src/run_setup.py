@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import socket
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from src.model_assessment.assessment import Assessment
 from src.model_assessment.hellaswag_items import Item
 from src.model_utils.adamw_opt import build_adamw
 from src.model_utils.checkpoint_saver import CheckpointSaver
-from src.model_utils.checkpoint_utils import Checkpoint
+from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps
 from src.model_utils.run_records import run_settings, settings_in_words
 from src.model_utils.spike_guard import SpikeGuard
 from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
@@ -68,6 +71,47 @@ def check_alike(
             raise UserError("the processes of a run need the same settings and data:\n  - " + "\n  - ".join(different))
 
     procs.together(refuse)
+
+
+def check_machines(run_dir: Path, claim: Path, procs: Processes) -> str:
+    """What is to be known where some machine does not share `run_dir` with the main process's, else "".
+
+    `claim` is a file that the main process has written there. Raises UserError where such a machine holds later
+    checkpoints than the main process's: the run would go back, or start anew, without a word.
+    """
+    text = procs.from_main(claim.read_text(encoding="utf-8") if procs.is_main else "")
+    root = run_dir / "checkpoints"
+    newest = max(checkpoint_steps(root), default=-1)
+    mains_newest = procs.from_main(newest)
+    apart = procs.is_machines_first and not _appears(claim, text)
+    machine = socket.gethostname()
+
+    def refuse_later() -> None:
+        if apart and newest > mains_newest:
+            raise UserError(
+                f"{machine} has checkpoints up to step {newest} in {root}, but the machine of process 0 does not see "
+                f"them; its own end at step {max(mains_newest, 0)}. Start with NODE_RANK=0 on {machine}, copy its run "
+                "directory, or remove it there"
+            )
+
+    procs.together(refuse_later)
+    others = [name for name in procs.gather(machine if apart else "") if name]
+    if not others:
+        return ""
+    return (
+        f"{run_dir} of process 0 cannot be seen from {', '.join(others)}: checkpoints are on process 0's machine only. "
+        "Start again with the same machine as NODE_RANK=0, or put TEMP_DATA_DIR on a disk that all share"
+    )
+
+
+def _appears(path: Path, text: str) -> bool:
+    """Whether `path` comes to hold `text` within some seconds: network file systems show new files late."""
+    for _ in range(10):
+        with suppress(OSError):
+            if path.read_text(encoding="utf-8") == text:
+                return True
+        time.sleep(0.5)
+    return False
 
 
 def open_data(config: Config, folder: Path, manifest: Manifest) -> tuple[WindowDataset, Assessment]:
@@ -128,7 +172,7 @@ def prepare(
     return Run(config, procs, log, manifest, state, guard, saver, forward, precision)
 
 
-def find_checkpoint(
+def where_to_go_on(
     config: Config, manifest: Manifest, precision: torch.dtype, procs: Processes, log: RunLogger
 ) -> Checkpoint | None:
     """The checkpoint to go on from, the log cut back to it; None for a run that starts at its first step."""

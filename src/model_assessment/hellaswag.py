@@ -142,14 +142,14 @@ def item_scores(
         batches = _batches(rows, token_budget)
         for first in range(0, len(batches), world_size):
             between_batches()
-            for batch in batches[first : first + world_size][
-                rank : rank + 1
-            ]:  # none, where the last ones don't suffice
-                means = iter(_mean_log_probs(model, [row for i in batch for row in rows[i]], device))
-                for i in batch:
-                    scores[i] = list(islice(means, len(rows[i])))
-                if on_progress:
-                    on_progress(len(scores))
+            if first + rank >= len(batches):
+                continue  # other processes have one batch more
+            batch = batches[first + rank]
+            means = iter(_mean_log_probs(model, [row for i in batch for row in rows[i]], device))
+            for i in batch:
+                scores[i] = list(islice(means, len(rows[i])))
+            if on_progress:
+                on_progress(len(scores))
     finally:
         model.train(was_training)
     return scores

@@ -1,8 +1,5 @@
 """What a run must remember to go on as if it had never stopped, and which checkpoint it goes on from."""
 
-import socket
-import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,47 +132,6 @@ def resume_point(
     for name in checkpoint_utils.remove_leftovers(root):
         notes.append(f"removed {name}, left by an interrupted save")
     return checkpoint, notes
-
-
-def check_machines(run_dir: Path, claim: Path, procs: Processes) -> str:
-    """What is to be known where some machine does not share `run_dir` with the main process's, else "".
-
-    `claim` is a file that the main process has written there. Raises UserError where such a machine holds later
-    checkpoints than the main process's: the run would go back, or start anew, without a word.
-    """
-    text = procs.from_main(claim.read_text(encoding="utf-8") if procs.is_main else "")
-    root = run_dir / "checkpoints"
-    newest = max(checkpoint_utils.checkpoint_steps(root), default=-1)
-    mains_newest = procs.from_main(newest)
-    apart = procs.is_machines_first and not _appears(claim, text)
-    machine = socket.gethostname()
-
-    def refuse_later() -> None:
-        if apart and newest > mains_newest:
-            raise UserError(
-                f"{machine} has checkpoints up to step {newest} in {root}, but the machine of process 0 does not see "
-                f"them; its own end at step {max(mains_newest, 0)}. Start with NODE_RANK=0 on {machine}, copy its run "
-                "directory, or remove it there"
-            )
-
-    procs.together(refuse_later)
-    others = [name for name in procs.gather(machine if apart else "") if name]
-    if not others:
-        return ""
-    return (
-        f"{run_dir} of process 0 cannot be seen from {', '.join(others)}: checkpoints are on process 0's machine only. "
-        "Start again with the same machine as NODE_RANK=0, or put TEMP_DATA_DIR on a disk that all share"
-    )
-
-
-def _appears(path: Path, text: str) -> bool:
-    """Whether `path` comes to hold `text` within some seconds: network file systems show new files late."""
-    for _ in range(10):
-        with suppress(OSError):
-            if path.read_text(encoding="utf-8") == text:
-                return True
-        time.sleep(0.5)
-    return False
 
 
 def _check_same_run(checkpoint: Checkpoint, asked: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from src.utils.terminal import console_may_fail, harmless, say
 
 
 class RunLogger:
-    """The log of one run directory. In processes other than the main one every method does nothing."""
+    """The log of one run directory. In processes other than the main one, methods that write do nothing."""
 
     def __init__(self, run_dir: Path, is_main: bool) -> None:
         self.run_dir = run_dir
