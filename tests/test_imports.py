@@ -22,6 +22,7 @@ LEVELS = [
     ("src/data_processing/", "src/model_utils/"),
     ("src/model_assessment/",),
     ("src/run_setup.py", "src/preflight.py", "src/preflight_checks.py"),
+    ("src/run_log.py",),
     ("pretrain.py",),
 ]
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("src/**/*.py"), ROOT / "pretrain.py"])
