@@ -34,6 +34,9 @@ from src.utils.handle_ddp import Processes
 from src.utils.logger import RunLogger
 
 
+SETTING_GROUPS = ("model", "optim", "train", "eval", "checkpoint")
+
+
 @dataclass(frozen=True)
 class Run:
     """What the parts of a run share."""
@@ -56,9 +59,11 @@ def check_alike(
     config: Config, procs: Processes, manifest: Manifest, precision: torch.dtype, items: Sequence[Item]
 ) -> None:
     """Raises UserError where a process was started with other settings or data than the first."""
-    settings = to_dict(replace(config, data=DataConfig()))  # a dataset may lie elsewhere on another machine
+    groups = to_dict(replace(config, data=DataConfig()))  # a dataset may lie elsewhere on another machine
     mine = {
-        **settings,
+        **{f"{group}.{name}": value for group in SETTING_GROUPS for name, value in groups[group].items()},
+        "run_name": config.run_name,
+        "resume": config.resume,
         "matmuls in": str(precision),
         "dataset (sha256 of its manifest)": manifest.sha256,
         "multiple-choice items (sha256)": hashlib.sha256(repr(items).encode()).hexdigest(),

@@ -201,7 +201,7 @@ def test_machines_with_other_settings_or_data_are_refused(commands: Commands, se
         found = ends(launchers)
     assert [code for code, _ in found] == [2, 2]
     assert "the processes of a run need the same settings and data" in found[1][1]
-    assert "'seed': 1" in found[1][1]
+    assert "train.seed: 1, in process 0 0" in found[1][1]
 
 
 STAND_INS = {
