@@ -33,7 +33,6 @@ from src.utils.errors import UserError
 from src.utils.handle_ddp import Processes
 from src.utils.logger import RunLogger
 
-
 SETTING_GROUPS = ("model", "optim", "train", "eval", "checkpoint")
 
 
