@@ -234,7 +234,8 @@ def slurm(commands: Commands, data: str, tmp_path: Path) -> Callable[..., subpro
         (tmp_path / "bin" / name).write_text(content)
         (tmp_path / "bin" / name).chmod(0o755)
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2"}
-    job |= {"SLURM_JOB_ID": str(int(free_port()) % 20000)}
+    port = next(port for port in map(int, iter(free_port, "")) if 20000 <= port < 40000)
+    job |= {"SLURM_JOB_ID": str(port - 20000)}  # the job's port is 20000 + its id % 20000
     job |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
     job |= {"PRESET": "debug", "RUN_NAME": "job", "NPROC": "1"}
 
