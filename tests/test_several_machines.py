@@ -43,11 +43,16 @@ def free_port() -> str:
 
 @contextmanager
 def machines(
-    commands: Commands, program: Path, *arguments: str, wait: int = 60, disks: tuple[Path, ...] = ()
+    commands: Commands,
+    program: Path,
+    *arguments: str,
+    wait: int = 60,
+    max_restarts: int = 3,
+    disks: tuple[Path, ...] = (),
 ) -> Iterator[list[subprocess.Popen]]:
     """Two launchers with a process each; what is left of them is killed at the end. `disks`: of their runs."""
     place = ["--machines", "2", "--master-addr", "127.0.0.1", "--master-port", free_port(), "--wait-seconds", str(wait)]
-    launch = [sys.executable, "-m", "src.utils.launch", *place]
+    launch = [sys.executable, "-m", "src.utils.launch", *place, "--max-restarts", str(max_restarts)]
     started = [
         subprocess.Popen(
             [*launch, "--machine", str(machine), str(program), *arguments],
@@ -124,6 +129,17 @@ def test_a_final_end_on_one_machine_is_final_on_all(commands: Commands, settings
     assert "error (process 1): the disk of process 1 is gone" in second[1]
     assert "starting again, 2" not in first[1] + second[1]
     assert "resume" not in first[1]
+
+
+def test_a_failure_without_restarts_left_ends_all(commands: Commands, tmp_path: Path):
+    """Here with a process on the other machine that would go on for ever."""
+    program = tmp_path / "program.py"
+    program.write_text("import os, sys, time\nsys.exit(1) if os.environ['RANK'] == '1' else time.sleep(600)\n")
+    with machines(commands, program, max_restarts=0) as launchers:
+        found = ends(launchers)
+    assert [code for code, _ in found] == [1, 1]
+    assert "launch: process 1 ended with exit code 1; giving up" in found[1][1]
+    assert all("Traceback" not in words for _, words in found)
 
 
 @pytest.mark.parametrize("machine", [0, 1])
@@ -234,7 +250,8 @@ def slurm(commands: Commands, data: str, tmp_path: Path) -> Callable[..., subpro
         (tmp_path / "bin" / name).write_text(content)
         (tmp_path / "bin" / name).chmod(0o755)
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2"}
-    job |= {"SLURM_JOB_ID": str(int(free_port()) % 20000)}
+    port = next(port for port in map(int, iter(free_port, "")) if 20000 <= port < 40000)
+    job |= {"SLURM_JOB_ID": str(port - 20000)}  # the job's port is 20000 + its id % 20000
     job |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
     job |= {"PRESET": "debug", "RUN_NAME": "job", "NPROC": "1"}
 

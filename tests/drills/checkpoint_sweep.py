@@ -92,16 +92,34 @@ def ends(config: Config, point: int = sys.maxsize) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def state(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[tuple[str, int]]]:
-    """The tensors of the last checkpoint, and what was recorded for which step."""
+def state(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[tuple[str, int]], list[tuple[str, int, str]]]:
+    """The tensors of the last checkpoint, what was measured at which step, and name, step and detail of the events."""
     last = run_dir / "checkpoints" / f"step_{STEPS:07d}"
     tensors = {f"{part}/{k}": v.clone() for part in PARTS for k, v in load_file(last / f"{part}.safetensors").items()}
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return tensors, sorted((r["kind"], r["step"]) for r in records if r["kind"] != "event")
+    events = [(r["name"], r["step"], r["detail"]) for r in records if r["kind"] == "event"]
+    return tensors, sorted((r["kind"], r["step"]) for r in records if r["kind"] != "event"), events
 
 
 def names(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    """Of everything in the folder of checkpoints, which may not be there yet."""
+    folder = run_dir / "checkpoints"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def expected_events(run_dir: Path) -> list[tuple[str, int, str]]:
+    """Name, step and detail of what the next start must record, by what a kill has left.
+
+    Each leftover once, and that the run goes on from the newest checkpoint that verifies, unless all is done.
+    """
+    left = names(run_dir)
+    whole = [
+        name for name in left if "." not in name and checkpoint_utils.damage(run_dir / "checkpoints" / name) is None
+    ]
+    step = int(whole[-1].removeprefix("step_")) if whole else 0
+    removed = [("checkpoints", step, f"removed {name}, left by an interrupted save") for name in left if "." in name]
+    going_on = [("resume", step, f"from {whole[-1]} of {STEPS} steps")] if 0 < step < STEPS else []
+    return removed + going_on
 
 
 def main(dataset: Path, out: Path) -> None:
@@ -119,7 +137,8 @@ def main(dataset: Path, out: Path) -> None:
         checkpoint=CheckpointConfig(every_steps=1),
     )
     assert ends(config) == 0
-    tensors, records = state(out / "whole")
+    tensors, records, events = state(out / "whole")
+    assert events == []
 
     def survived(point: int) -> bool:
         """False where there is no such point; asserts that a kill there changes nothing in the end."""
@@ -129,8 +148,10 @@ def main(dataset: Path, out: Path) -> None:
         if end == 0:
             return False
         assert end == -signal.SIGKILL, f"ended with {end} at point {point}"
+        expected = expected_events(run_dir)
         assert ends(killed) == 0, f"did not go on after a kill at point {point}"
-        tensors_now, records_now = state(run_dir)
+        tensors_now, records_now, events = state(run_dir)
+        assert events == expected, f"recorded after a kill at point {point}: {events}, expected {expected}"
         assert records_now == records, f"other records after a kill at point {point}: {records_now}"
         assert all(torch.equal(tensors[name], tensors_now[name]) for name in tensors), f"other bits after point {point}"
         assert names(run_dir) == names(out / "whole"), f"left after a kill at point {point}: {names(run_dir)}"

@@ -1,5 +1,6 @@
 """What the drills with two processes share: the program behind a few lines of a drill's own, under the launcher."""
 
+import math
 import os
 import subprocess
 import sys
@@ -43,20 +44,21 @@ class Pair:
     code: int
     stderr: str
     seconds: float
-    """From the last `moment()` to the end of the launcher."""
+    """From the last `moment()` to the end of the launcher; infinite where there was no moment."""
     gone: bool
     """Whether both processes had ended by then."""
 
 
 def run_pair(commands: Commands, folder: Path, lines: str, data: Path, *more: str) -> Pair:
     """Runs two processes of the run that `arguments` describes, which first execute `lines`; `folder` is for notes."""
-    program = folder / "program.py"
+    program, moment = folder / "program.py", folder / "moment"
+    for note in (moment, *folder.glob("pid_*")):  # of a run before this one
+        note.unlink(missing_ok=True)
     program.write_text(PREPARED.format(root=str(ROOT), folder=str(folder)) + lines + PROGRAM)
     launch = [sys.executable, "-m", "src.utils.launch", "--processes", "2", "--max-restarts", "0", str(program)]
     result: subprocess.CompletedProcess[str] = commands.run([*launch, *arguments(data, *more)])
     ended = time.time()
-    moment = folder / "moment"
-    seconds = ended - float(moment.read_text()) if moment.exists() else 0.0
+    seconds = ended - float(moment.read_text()) if moment.exists() else math.inf
     pids = [int(path.read_text()) for path in folder.glob("pid_*")]
     assert len(pids) == 2, result.stderr
     return Pair(result.returncode, result.stderr, seconds, not any(os.path.exists(f"/proc/{pid}") for pid in pids))

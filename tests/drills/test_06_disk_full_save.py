@@ -24,10 +24,12 @@ from tests.drills.small_run import (
 FILL = (
     AT_LINE
     + """
-import os
+import os, time
 from contextlib import suppress
 
 def fill():
+    while not os.path.isdir({earlier!r}):  # its save goes on while the next steps are done
+        time.sleep(0.01)
     with open({path!r}, "wb", buffering=0) as file:
         with suppress(OSError):
             while True:
@@ -44,8 +46,9 @@ def test_the_run_ends_and_goes_on_once_there_is_room(commands: Commands, dataset
     data, runs = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs"
     runs.mkdir()
     with mounts(small_disk(runs, kilobytes=4_096)) as disk:
-        other = runs / "another_program"
-        full = start_with(commands, FILL.format(path=str(other), left=left), data, *LONGER, under=disk.under)
+        other, earlier = runs / "another_program", runs / "drill" / "checkpoints" / "step_0000004"
+        lines = FILL.format(path=str(other), earlier=str(earlier), left=left)
+        full = start_with(commands, lines, data, *LONGER, under=disk.under)
         assert_stopped_and_whole(full.returncode, full.stderr, disk, runs)
         disk.path(other).unlink()
         again = start_with(commands, "", data, *LONGER, under=disk.under)

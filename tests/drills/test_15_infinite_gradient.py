@@ -4,24 +4,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import Commands
+from tests.drills.bad_numbers import BAD_GRADIENT, WATCHED, assert_given_up, changed_steps
 from tests.drills.pair import run_pair
 from tests.drills.small_run import LONGER
-from tests.drills.test_14_nan_loss import WATCHED, changed_steps
-
-BAD_GRADIENT = """
-def spoil(run):
-    gain = run.state.model.norm.weight
-    gain.register_hook(lambda gradient: gradient * float("inf") if run.state.progress.step == 5 else gradient)
-at_step(5, 1, spoil)
-"""
 
 
 def test_both_skip_the_step(commands: Commands, dataset: Callable[..., Path], tmp_path: Path) -> None:
     data = dataset(train_tokens=[700, 900], n_vocab=300)
-    ended = run_pair(commands, tmp_path, WATCHED + BAD_GRADIENT, data, *LONGER)
+    ended = run_pair(commands, tmp_path, WATCHED + BAD_GRADIENT.format(first=5, last=5), data, *LONGER)
     assert ended.code == 0, ended.stderr
     assert changed_steps(tmp_path) == [[step for step in range(12) if step != 5]] * 2
     (event,) = [record for record in commands.metrics("drill", "event") if record["name"] == "skipped step"]
     assert event["step"] == 6
     assert "not finite in 1 gradients, first norm.weight" in event["detail"]
     assert len(event["windows"]) == 8  # whose gradient it was is not known
+
+
+def test_too_many_in_a_row_end_the_run_with_what_was_good(
+    commands: Commands, dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = dataset(train_tokens=[700, 900], n_vocab=300)
+    assert_given_up(commands, tmp_path, WATCHED + BAD_GRADIENT.format(first=5, last=1000), data)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -32,19 +33,23 @@ exit_with(main)
 """
 
 
-def start(tmp_path: Path, case: str, *options: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, case: str, *options: str, stderr: IO | int = subprocess.PIPE) -> subprocess.Popen[str]:
     (tmp_path / "seen").mkdir(exist_ok=True)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(root=str(ROOT), case="\n".join(f"    {line}" for line in case.splitlines())))
     command = [sys.executable, "-m", "src.utils.launch", *options, "--folder", str(tmp_path), str(program), "seen"]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stderr=stderr, text=True)
 
 
 def outcome(tmp_path: Path, case: str, *options: str) -> tuple[int, str, int]:
     """Exit code, stderr, and how many times the processes were started."""
     with start(tmp_path, case, *options) as process:
         _, words = process.communicate(timeout=120)
-    return process.returncode, words, len({path.name.split("-")[0] for path in (tmp_path / "seen").iterdir()})
+    return process.returncode, words, starts(tmp_path)
+
+
+def starts(tmp_path: Path) -> int:
+    return len({path.name.split("-")[0] for path in (tmp_path / "seen").iterdir()})
 
 
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGABRT", "SIGSEGV"])
@@ -84,18 +89,28 @@ def test_the_first_final_code_counts_though_its_peer_dies_of_it(tmp_path: Path):
     assert "program.py: error (process 1): disk gone" in words
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_console_that_takes_nothing_prevents_no_restart(tmp_path: Path):
+    case = "if attempt == 0: os.kill(os.getpid(), signal.SIGKILL)\nif attempt == 1: raise KeyError('lost')\nreturn 2"
+    with open("/dev/full", "w") as full, start(tmp_path, case, stderr=full) as process:
+        assert process.wait(timeout=120) == 2
+    assert starts(tmp_path) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_stop_lets_the_processes_save_and_is_quiet(number: signal.Signals, tmp_path: Path):
+    """However often it is asked for: three times, in the first half of the save."""
     case = "for s in (signal.SIGINT, signal.SIGUSR1): signal.signal(s, signal.getsignal(signal.SIGTERM))\n"
     case += "(folder / 'ready').touch()\n"
-    case += "while not asked: time.sleep(0.01)\ntime.sleep(0.5)\n(folder / f'saved-{rank}').touch()\nreturn 143"
+    case += "while not asked: time.sleep(0.01)\ntime.sleep(2)\n(folder / f'saved-{rank}').touch()\nreturn 143"
     with start(tmp_path, case, "--processes", "2") as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "seen" / "ready").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.3)
-        process.send_signal(number)
+        for _ in range(3):
+            process.send_signal(number)
+            time.sleep(0.3)
         _, words = process.communicate(timeout=60)
     assert (process.returncode, words) == (143, "")
     assert {path.name for path in (tmp_path / "seen").glob("saved-*")} == {"saved-0", "saved-1"}

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from typing import IO
 
 from src.utils.root import ROOT
 
@@ -15,18 +16,20 @@ print("done")
 """
 
 
-def run(actions: str, limit_s: float = 60, peer_ends_after_s: float = 60) -> tuple[int, str, float]:
+def run(
+    actions: str, limit_s: float = 60, peer_ends_after_s: float = 60, stderr: IO | int = subprocess.PIPE
+) -> tuple[int, str, float]:
     """Exit code, stderr and seconds of a process that does `actions` beside a peer that ends by itself."""
     with subprocess.Popen(["sleep", str(peer_ends_after_s)]) as peer:
         script = WAITING.format(peer=peer.pid, limit_s=limit_s, actions=actions)
-        process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=stderr, text=True)
         started = time.monotonic()
         if peer_ends_after_s < 10:
             peer.wait()
-        _, stderr = process.communicate(timeout=30)
+        _, words = process.communicate(timeout=30)
         seconds = time.monotonic() - started
         peer.kill()
-    return process.returncode, stderr, seconds
+    return process.returncode, words, seconds
 
 
 def test_a_process_that_is_stuck_ends_and_names_what_it_did():
@@ -38,6 +41,11 @@ def test_a_process_that_is_stuck_ends_and_names_what_it_did():
     assert seconds < 10
 
 
+def test_a_console_that_takes_nothing_keeps_no_process_alive():
+    with open("/dev/full", "w") as full:
+        assert run("watchdog.doing('step 7'); time.sleep(60)", limit_s=1, stderr=full)[0] == 1
+
+
 def test_a_process_whose_peer_is_gone_ends_too():
     code, stderr, _ = run("watchdog.doing('step 7'); time.sleep(60)", peer_ends_after_s=1)
     assert code == 1
@@ -46,5 +54,5 @@ def test_a_process_whose_peer_is_gone_ends_too():
 
 def test_signs_of_life_and_an_end_keep_it_quiet():
     """Without a limit before the first thing it does, and none after the last."""
-    living = "time.sleep(2); watchdog.doing('step 1')\nfor _ in range(20): time.sleep(0.1); watchdog.alive()"
-    assert run(f"{living}\nwatchdog.close(); time.sleep(2)", limit_s=1)[:2] == (0, "")
+    living = "time.sleep(4); watchdog.doing('step 1')\nfor _ in range(40): time.sleep(0.1); watchdog.alive()"
+    assert run(f"{living}\nwatchdog.close(); time.sleep(4)", limit_s=3)[:2] == (0, "")
