@@ -194,7 +194,8 @@ def test_one_disk_for_data_and_checkpoints(monkeypatch: pytest.MonkeyPatch):
     assert checks.disk(a_part).is_doubtful  # 2.25 GB more, by an estimate
 
 
-def test_what_an_earlier_start_has_prepared_is_not_needed_again(tmp_path: Path):
+def test_what_an_earlier_start_has_prepared_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checks, "free_bytes", lambda path: 10**15)
     start = start_of(lf_llm_269m(), "new", Preparation("fineweb-edu"))
     assert "31.1 GB for data" in checks.disk(start).words
     work = tmp_path / "datasets" / "new" / ".preparing"
