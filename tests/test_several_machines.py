@@ -270,7 +270,7 @@ def slurm(commands: Commands, data: str, tmp_path: Path) -> Callable[..., subpro
 
 
 def test_a_preempted_job_goes_back_into_the_queue_and_on_to_the_end(commands: Commands, slurm):
-    overrides = ("--train.total-steps", "400")
+    overrides = ("--train.total-steps", "200")
     requeued = commands.temp_data / "requeued"
     with slurm(*overrides) as job:
         wait_for_steps(commands, "job", 5, [job])
@@ -279,13 +279,13 @@ def test_a_preempted_job_goes_back_into_the_queue_and_on_to_the_end(commands: Co
     assert job.returncode == 143, words
     assert len(requeued.read_text().splitlines()) == 1
     stopped_at = json.loads((commands.temp_data / "runs" / "job" / "status.json").read_text())["step"]
-    assert 0 < stopped_at < 400
+    assert 0 < stopped_at < 200
     with slurm(*overrides) as job:
         _, words = job.communicate(timeout=200)
     assert job.returncode == 0, words
-    assert f"resume: from step_{stopped_at:07d} of 400 steps" in words
+    assert f"resume: from step_{stopped_at:07d} of 200 steps" in words
     assert len(requeued.read_text().splitlines()) == 1
-    assert len(losses(commands, "job")) == 400
+    assert len(losses(commands, "job")) == 200
 
 
 def test_a_job_that_its_user_stopped_stays_stopped(commands: Commands, slurm):
