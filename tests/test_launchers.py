@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from src.model_utils.checkpoint_utils import damage
 from src.utils.check_environment import missing
 from src.utils.root import ROOT
 
@@ -120,12 +121,15 @@ def test_files_of_ones_own_stopped_by_a_signal_and_started_again(texts: Path, tm
 
 @pytest.fixture
 def started(tmp_path: Path):
-    """Starts a launcher in a session of its own: started(arguments, **variables); its stderr is kept in a file."""
+    """Starts a launcher in a session of its own: started(arguments, **variables); its stderr is kept in a file.
+
+    `under`: the command that starts it.
+    """
     running = []
 
-    def start(*arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+    def start(*arguments: str, under: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[bytes]:
         with open(tmp_path / "stderr", "wb") as words:
-            command = [str(ROOT / "run_pre_training_e2e.sh"), *arguments]
+            command = [*under, str(ROOT / "run_pre_training_e2e.sh"), *arguments]
             process = subprocess.Popen(
                 command, env=environment(**variables), cwd=tmp_path, stderr=words, start_new_session=True
             )
@@ -145,6 +149,16 @@ def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) ->
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def logged_steps(run: Path) -> int:
+    """How many training lines the run in that folder has written."""
+    log = run / "metrics.jsonl"
+    return log.read_text().count('"train"') if log.exists() else 0
+
+
+def wait_for_steps(process: subprocess.Popen[bytes], run: Path, lines: int) -> None:
+    wait_for(process, lambda: logged_steps(run) >= lines)
 
 
 def left_over(session: int) -> list[str]:
@@ -170,19 +184,57 @@ def test_a_stop_during_preparation_reaches_it_and_leaves_nothing_behind(texts: P
     assert "3/5" not in (tmp_path / "stderr").read_text()
 
 
-@pytest.mark.parametrize("restarts", ["0", "3"])
-def test_ctrl_c_reaches_all_and_is_quiet(restarts: str, texts: Path, tmp_path: Path, started):
+# Python's own hook for what is done before every program: here it makes each save take two seconds more.
+SLOW_SAVES = """
+import os, time
+
+rename = os.rename
+
+def slow_rename(source, target, **options):
+    if ".tmp-" in str(source):
+        open({saving!r}, "w").close()
+        time.sleep(2)
+    rename(source, target, **options)
+
+os.rename = slow_rename
+"""
+
+
+@pytest.mark.parametrize(("number", "restarts"), [(signal.SIGINT, "0"), (signal.SIGINT, "3"), (signal.SIGHUP, "3")])
+def test_a_stop_reaches_all_and_is_quiet(number: int, restarts: str, texts: Path, tmp_path: Path, started):
+    """Ctrl-C, and again during the save, and a terminal that is closed: both reach every process."""
     variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "TEMP_DATA_DIR": str(tmp_path / "data")}
-    log = tmp_path / "data" / "runs" / "laptop" / "metrics.jsonl"
-    process = started("--train.total-steps", "100000", *SMALL, MAX_RESTARTS=restarts, **variables)
-    wait_for(process, lambda: log.exists() and '"train"' in log.read_text())
-    os.killpg(process.pid, signal.SIGINT)
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(SLOW_SAVES.format(saving=str(tmp_path / "saving")))
+    variables |= {"PYTHONPATH": str(tmp_path / "hook"), "MAX_RESTARTS": restarts}
+    run = tmp_path / "data" / "runs" / "laptop"
+    process = started("--train.total-steps", "100000", *SMALL, **variables)
+    wait_for_steps(process, run, 1)
+    os.killpg(process.pid, number)
+    wait_for(process, (tmp_path / "saving").exists)
+    os.killpg(process.pid, number)
     assert process.wait(timeout=60) == 143
     words = (tmp_path / "stderr").read_text()
     assert "stopped on request after step" in words
     assert "Traceback" not in words
     assert "SignalException" not in words
     assert left_over(process.pid) == []
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert damage(run / "checkpoints" / f"step_{status['step']:07d}") is None
+
+
+def test_a_closed_terminal_is_not_heeded_under_nohup(texts: Path, tmp_path: Path, started):
+    variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "TEMP_DATA_DIR": str(tmp_path / "data")}
+    run = tmp_path / "data" / "runs" / "laptop"
+    process = started("--train.total-steps", "100000", *SMALL, under=("nohup",), **variables)
+    wait_for_steps(process, run, 1)
+    os.killpg(process.pid, signal.SIGHUP)
+    wait_for_steps(process, run, logged_steps(run) + 10)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    (event,) = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"event"' in line]
+    assert json.loads(event)["detail"] == "asked for by SIGTERM"
 
 
 def test_another_machine_waits_for_the_data_only_so_long(tmp_path: Path):
@@ -222,7 +274,7 @@ def test_two_processes_through_the_launcher(texts: Path, tmp_path: Path):
     variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "NPROC": "2", "TEMP_DATA_DIR": str(tmp_path / "data")}
     arguments = ["--run-name", "pair", "--train.total-steps", "2", "--train.device", "cpu", *SMALL]
     arguments += ["--train.micro-batch-size", "4"]
-    result = launch(ROOT / "run_pre_training_e2e.sh", *arguments, cwd=tmp_path, MASTER_PORT="29517", **variables)
+    result = launch(ROOT / "run_pre_training_e2e.sh", *arguments, cwd=tmp_path, **variables)
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "data" / "runs" / "pair" / "config.json").read_text())
     assert config["derived"]["world_size"] == 2
