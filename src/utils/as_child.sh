@@ -5,10 +5,11 @@ STOPPED=143
 trap 'exit "$STOPPED"' TERM INT USR1 HUP # between commands
 
 as_child() {
-    local code= now asked= signalled child
+    local code= now asked= signalled child=
+    trap 'asked=yes signalled=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT USR1 HUP
     "$@" &
     child=$!
-    trap 'asked=yes signalled=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT USR1 HUP
+    [ -z "$asked" ] || kill -TERM "$child" 2>/dev/null || true # asked before there was a child to ask
     while :; do
         signalled= now=0
         wait "$child" || now=$?
@@ -17,6 +18,7 @@ as_child() {
         [ -n "$signalled" ] || break # else the signal may have ended the wait, not the command
     done
     trap 'exit "$STOPPED"' TERM INT USR1 HUP
-    case "$asked$code" in yes130 | yes138 | yes129) code=$STOPPED ;; esac
+    # -1: bash lost the code, where the signal came at the very end
+    case "$asked$code" in yes130 | yes138 | yes129 | yes-1) code=$STOPPED ;; esac
     return "$code"
 }
