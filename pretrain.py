@@ -118,6 +118,8 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
                     measure(run, assessment, kind, stop)
             asked_by = who_asks_to_stop(run, stop)
             ending = bool(asked_by) or progress.step == config.total_steps
+            if asked_by:
+                log.info(f"stopping after step {progress.step}, asked for by {asked_by}")
             due = ending or (progress.step and progress.step % config.checkpoint.every_steps == 0)
             if due and not progress.skipped_in_a_row:  # checkpoints of a failing stretch would push out the good ones
                 save(run)
@@ -229,7 +231,7 @@ def measure(run: Run, assessment: Assessment, kind: str, stop: Callable[[], str 
         return  # made when the run goes on
     for record in records:
         run.log.metric(record.kind, step, **record.values)
-        run.log.info(record.words)
+        run.log.info(f"step {step}  {record.words}")
 
 
 def save(run: Run) -> None:

@@ -60,6 +60,13 @@ if [ "$NNODES" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
     echo "error: MASTER_ADDR is not set; with NNODES=$NNODES it must name the machine of NODE_RANK=0, on all of them" >&2
     exit 2
 fi
+case "$PRESET" in
+    debug | laptop | lf_llm_269m) ;;
+    *)
+        echo "error: PRESET is '$PRESET'; use debug, laptop or lf_llm_269m" >&2
+        exit 2
+        ;;
+esac
 [ -z "${DATA_PATH:-}" ] || DATA_SOURCE=${DATA_SOURCE:-files}
 case "${DATA_MAX_TOKENS:-1}" in
     *[!0-9_]* | 0*)
@@ -124,6 +131,10 @@ if [ -z "${NPROC:-}" ]; then
     if [ "$PRESET" != debug ] && [ "$PRESET" != laptop ] && command -v nvidia-smi >/dev/null; then
         NPROC=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
     fi
+fi
+if [ "$prepare_data" = yes ] && [ "$NODE_RANK" = 0 ] && [ "$DATA_SOURCE" = files ] && [ -z "${DATA_PATH:-}" ]; then
+    echo "error: DATA_PATH is not set; it names your text: a file, folder or pattern, or several, one a line" >&2
+    exit 2
 fi
 # A misspelt setting or a full disk should not be found after hours of preparing data.
 (

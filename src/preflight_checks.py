@@ -21,8 +21,9 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.data_processing.verification import check_in_seconds
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
-from src.model_utils.checkpoint_utils import checkpoint_steps
+from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
 from src.model_utils.disk_need import MAKE_ROOM, checkpoint_bytes, checkpoints_need
+from src.model_utils.training_state import check_settings
 from src.params import Config
 from src.utils import root
 from src.utils.disk import check_writable, existing_folder, free_bytes, size_text
@@ -216,11 +217,21 @@ def run_folder(start: Start) -> Found:
     steps, resume = checkpoint_steps(start.checkpoints), start.config.resume
     if resume.isdecimal() and int(resume) not in steps:
         there = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"--resume {resume}: {start.checkpoints} has no such checkpoint; steps that have one: {there}")
+        raise UserError(
+            f"--resume {resume}: {start.checkpoints} has no such checkpoint; steps that have one: {there}. Leave out "
+            "--resume to go on from the newest"
+        )
     if not steps or resume == "never":
         return Found(f"{start.run_dir}, {'begun anew, the old one set aside' if steps else 'new'}")
     at = steps[-1] if resume == "auto" else int(resume)
-    return Found(f"{start.run_dir}, goes on after step {at} of {start.config.total_steps}")
+    try:
+        checkpoint = read_unverified(step_dir(start.checkpoints, at))
+    except UserError as error:
+        if resume != "auto":
+            raise
+        return Found(f"{start.run_dir}, goes on from a checkpoint before step {at}, because: {error}", True)
+    check_settings(checkpoint, start.config)
+    return Found(f"{start.run_dir}, goes on after step {at} of {start.config.total_steps}, if its files verify")
 
 
 def disk(start: Start) -> Found:

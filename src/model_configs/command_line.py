@@ -9,4 +9,4 @@ def config_from_command_line(description: str) -> Config:
     import tyro  # only commands need it
 
     presets = {name: ((preset.__doc__ or "").splitlines()[0], preset()) for name, preset in PRESETS.items()}
-    return tyro.extras.overridable_config_cli(presets, description=description)
+    return tyro.extras.overridable_config_cli(presets, prog="python pretrain.py", description=description)

@@ -81,11 +81,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in `path`, a step_* directory, after verifying every file; raises UserError naming the bad one."""
     if problem := damage(path):
         raise UserError(f"cannot use the checkpoint {path}: {problem}")
-    return _read(path)
+    return read_unverified(path)
 
 
-def _read(path: Path) -> Checkpoint:
-    """Raises UserError where the manifest vouches for a state.json that is none."""
+def read_unverified(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, whose tensors may be damaged; raises UserError for a state.json that is none."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return Checkpoint(path, int(state["step"]), state)
@@ -104,7 +104,7 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
         if problem := damage(step_dir(root, step)):
             rejected.append(f"{step_dir(root, step)}: {problem}")
         else:
-            return _read(step_dir(root, step)), rejected
+            return read_unverified(step_dir(root, step)), rejected
     if rejected:
         raise UserError(
             "no checkpoint of this run can be used:\n  - " + "\n  - ".join(rejected) + "\nrestore one from a copy, "

@@ -123,7 +123,10 @@ def resume_point(
         path = checkpoint_utils.step_dir(root, int(config.resume))
         if not path.is_dir():
             steps = ", ".join(map(str, checkpoint_utils.checkpoint_steps(root))) or "none"
-            raise UserError(f"--resume {config.resume}: no checkpoint {path}; steps that have one: {steps}")
+            raise UserError(
+                f"--resume {config.resume}: no checkpoint {path}; steps that have one: {steps}. "
+                "Leave out --resume to go on from the newest"
+            )
         checkpoint = checkpoint_utils.open_checkpoint(path)
     if checkpoint is not None:
         _check_same_run(checkpoint, _deciding(config, dataset_sha256, str(precision)))
@@ -132,6 +135,12 @@ def resume_point(
     for name in checkpoint_utils.remove_leftovers(root):
         notes.append(f"removed {name}, left by an interrupted save")
     return checkpoint, notes
+
+
+def check_settings(checkpoint: Checkpoint, config: Config) -> None:
+    """Raises UserError as `resume_point` does where settings differ; data and precision are not compared."""
+    state = checkpoint.state
+    _check_same_run(checkpoint, _deciding(config, state["dataset_sha256"], state["precision"]))
 
 
 def _check_same_run(checkpoint: Checkpoint, asked: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,12 @@ class RunLogger:
             os.replace(temporary, self.run_dir / name)
         except OSError as error:
             self._warn(error)
+            with suppress(OSError):
+                temporary.unlink()
+            if name == "status.json":  # in the room that it has: a full disk is what it should tell of
+                with suppress(OSError), open(self.run_dir / name, "r+", encoding="utf-8") as file:
+                    file.write(text)
+                    file.truncate()
 
     def _append(self, name: str, line: str) -> None:
         try:
