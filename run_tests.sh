@@ -11,5 +11,7 @@ if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m ruff check .
     "$PYTHON" -m mypy
+    # Files side by side: most tests wait for processes that start, and use one core.
+    set -- --numprocesses auto --maxprocesses 4 --dist loadfile
 fi
 exec "$PYTHON" -m pytest "$@"
