@@ -113,10 +113,12 @@ class Agent(LocalElasticAgent):
         return result
 
     def _tell(self, result: RunResult) -> None:
-        rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+        # Those that a signal killed come first: the others may have ended because of them, in the same moment.
+        failures = sorted(result.failures.items(), key=lambda item: item[1].exitcode >= 0)
+        ends = ", ".join(f"process {rank} {how_it_ended(failure)}" for rank, failure in failures)
         restarts = self.get_worker_group().spec.max_restarts
         what = f"starting again, {self.attempt + 1} of {restarts} times" if self.attempt < restarts else "giving up"
-        say(f"process {rank} {how_it_ended(failure)}; {what}")
+        say(f"{ends}; {what}")
 
     def leave(self, code: int) -> None:
         """Lets the other machines know of the end before this one, which may hold the store, is gone."""
