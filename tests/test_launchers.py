@@ -327,7 +327,7 @@ def test_debug_mode_on_and_misspelt(tmp_path: Path):
     ("arguments", "variables", "expected"),
     [
         (["--train.total-stps", "5"], {}, "--train.total-steps"),
-        ([], {"PRESET": "foo"}, "debug, laptop, lf_llm_269m"),
+        ([], {"PRESET": "foo"}, "PRESET is 'foo'; use debug, laptop or lf_llm_269m"),
         (["--train.micro-batch-size", "3"], {}, "cannot share evenly"),
         ([], {"NPROC": "0"}, "NPROC is '0'; it must be a number of processes"),
         ([], {"NPROC": "x"}, "NPROC is 'x'; it must be a number of processes"),
