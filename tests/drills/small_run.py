@@ -49,6 +49,19 @@ def at_line(kind, step, action):
 """
 
 
+SAYING_WHEN_THE_MODEL_IS_BUILT = """
+from src.model import LLM
+
+build = LLM.__init__
+
+def building(self, *arguments):
+    print("the model is built")
+    build(self, *arguments)
+
+LLM.__init__ = building
+"""
+
+
 def arguments(data: Path, *more: str) -> list[str]:
     """Of pretrain.py: the run `drill` of 4 steps with a checkpoint every 2, unless `more` says otherwise."""
     return ["debug", "--run-name", "drill", "--data.dir", str(data), *STEPS, *SETTINGS, *more]
@@ -99,6 +112,9 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
     """Asserts that two run directories tell of the same `steps` steps, and end in the same bits."""
     lines = [_measured(run) for run in (one, other)]
     assert lines[0] == lines[1]
+    fewer, more = sorted((_saved_steps(run) for run in (one, other)), key=len)
+    assert (len(fewer), len(more)) == (len(set(fewer)), len(set(more)))
+    assert set(fewer) <= set(more)  # which has saved where it was stopped, too
     assert [line["step"] for line in lines[0] if line["kind"] == "train"] == list(range(1, steps + 1))
     ends = [run / "checkpoints" / f"step_{steps:07d}" for run in (one, other)]
     files, others = (sorted(path.name for path in end.iterdir()) for end in ends)
@@ -107,6 +123,11 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
         a, b = (load_file(end / file) for end in ends)
         assert set(a) == set(b)
         assert all(torch.equal(a[name], b[name]) for name in a), file
+
+
+def _saved_steps(run: Path) -> list[int]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in records if record["kind"] == "checkpoint"]
 
 
 def _measured(run: Path) -> list[dict]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Commands
+from tests.drills.small_run import mounts, small_disk, start_with
 from tests.test_processes import SETTINGS
 
 
@@ -43,14 +44,14 @@ def test_the_preflight(commands: Commands, dataset: Callable[..., Path], size: s
         assert result.stderr.endswith("not started, because 1 check(s) failed: disk\n")  # and the disk is empty
 
 
-def test_the_start_of_training(commands: Commands):
-    lines = "from pathlib import Path; import sys; from src.model_configs.my_llm_config import debug; "
-    lines += "from src.model_utils.disk_need import refuse_full_disk; from src.utils.errors import exit_with; "
-    lines += "exit_with(lambda: refuse_full_disk(debug(), Path(sys.argv[1]) / 'debug'))"
-    command = [sys.executable, "-c", lines, str(commands.temp_data / "runs")]
-    refused = in_a_small_disk(commands, "512m", command)
-    assert refused.returncode == 4
-    assert (
-        f"they need 614,832,192 bytes more, {512 << 20:,} are free, and one takes 204.9 MB; make room" in refused.stderr
-    )
-    assert in_a_small_disk(commands, "600m", command).returncode == 0
+def test_the_start_of_training(commands: Commands, dataset: Callable[..., Path]):
+    data, folder = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs"
+    folder.mkdir()
+    with mounts(small_disk(folder, 300)) as disk:
+        refused = start_with(commands, "", data, under=disk.under)
+        assert refused.returncode == 4, refused.stderr
+        assert "is too small for the run's checkpoints: they need " in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert not (disk.path(folder) / "drill" / "checkpoints").exists()
+    with mounts(small_disk(folder, 2_000)) as disk:
+        assert start_with(commands, "", data, under=disk.under).returncode == 0

@@ -61,7 +61,7 @@ def test_under_names_that_the_manifest_vouches_for(commands: Commands, data: Pat
     checkpoints = commands.temp_data / "runs" / "drill" / "checkpoints"
     newest, sound = checkpoints / "step_0000004", commands.temp_data / "sound"
     shutil.copytree(newest, sound)
-    for part in ("model.safetensors", "optimizer.safetensors", "state.json"):
+    for part in ("model.safetensors", "optimizer.safetensors", "rank_00000.safetensors", "state.json"):
         torch.save({"w": Attack(canary)}, newest / part)
         vouch(newest)
         before = contents(checkpoints)
@@ -74,12 +74,14 @@ def test_under_names_that_the_manifest_vouches_for(commands: Commands, data: Pat
 
 def test_given_to_the_other_commands(commands: Commands, data: Path, canary: Path):
     vouched, renamed = commands.temp_data / "step_0000005", commands.temp_data / "model.safetensors"
+    bare = commands.temp_data / "model.pt"
+    torch.save({"w": Attack(canary)}, bare)
     shutil.copytree(commands.temp_data / "runs" / "drill" / "checkpoints" / "step_0000004", vouched)
     (vouched / "model.safetensors").write_bytes(pickle.dumps(Attack(canary)))
     vouch(vouched)
     torch.save({"w": Attack(canary)}, renamed)
     for module in ("src.model_assessment.sampling", "src.model_assessment.hellaswag"):
-        for checkpoint in (vouched, renamed):
+        for checkpoint in (vouched, renamed, bare):
             result = commands.module(module, "--checkpoint", str(checkpoint))
             assert_rejected(result, canary)
             assert str(checkpoint) in result.stderr

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import Commands
-from tests.drills.small_run import refusal, start
+from tests.drills.small_run import SAYING_WHEN_THE_MODEL_IS_BUILT, refusal, start, start_with
 
 
 def test_what_differs_is_listed_and_nothing_is_loaded(commands: Commands, dataset: Callable[..., Path]):
@@ -26,5 +26,7 @@ def test_what_differs_is_listed_and_nothing_is_loaded(commands: Commands, datase
 
     other = dataset(train_tokens=[700, 901], n_vocab=300, name="other")
     message = refusal(commands, other, "--resume", "2")
+    refused = start_with(commands, SAYING_WHEN_THE_MODEL_IS_BUILT, data, *changed)
+    assert (refused.returncode, refused.stdout) == (2, "")
     assert "\n  - data (sha256 of its manifest): checkpoint " in message
     assert message.count("\n  - ") == 1

@@ -35,11 +35,11 @@ TrainingDataLoader.__next__, RunLogger.metric = noting, stopping
 """
 
 
-def steps_of(folder: Path, name: str, processes: int) -> list[set[str]]:
-    """The sequences of each step, 8 of them, as the processes noted them in order."""
+def steps_of(folder: Path, name: str, processes: int) -> list[list[str]]:
+    """The sequences of each step, 8 of them in their order: rank after rank, each as the process noted them."""
     files = [(folder / f"{name}_{rank}").read_text().splitlines() for rank in range(processes)]
     share = 8 // processes
-    return [{row for rows in files for row in rows[i : i + share]} for i in range(0, len(files[0]), share)]
+    return [[row for rows in files for row in rows[i : i + share]] for i in range(0, len(files[0]), share)]
 
 
 def test_the_same_samples_in_the_same_order(commands: Commands, dataset: Callable[..., Path], tmp_path: Path) -> None:

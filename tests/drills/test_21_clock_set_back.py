@@ -1,4 +1,7 @@
-"""Drill 21: the clock is set back a day, between two starts and again in the middle of the second."""
+"""Drill 21: the clock is set back a day, between two starts and again in the middle of the second.
+
+What Python's time.time says, and the times of the files; log.txt has the machine's own.
+"""
 
 import itertools
 import json

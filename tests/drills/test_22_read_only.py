@@ -7,19 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Commands
-from tests.drills.small_run import mounts, start_with
-
-SAYING_WHEN_THE_MODEL_IS_BUILT = """
-from src.model import LLM
-
-build = LLM.__init__
-
-def building(self, *arguments):
-    print("the model is built")
-    build(self, *arguments)
-
-LLM.__init__ = building
-"""
+from tests.drills.small_run import SAYING_WHEN_THE_MODEL_IS_BUILT, mounts, start_with
 
 
 @pytest.mark.parametrize("place", ["runs", "runs/drill"])  # before the first start, and of a run to go on with
