@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def test_the_second_names_the_first_and_follows_it_once_it_is_killed(commands: C
         assert first.stdout is not None
         try:
             assert first.stdout.readline() == "paused\n"
+            deadline = time.monotonic() + 60  # the save of step 2 goes on in the background
+            while not (runs / "drill" / "checkpoints" / "step_0000002").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
             before = contents(runs)
             for more in ((), ("--resume", "never")):
                 second = start(commands, data, *more)
