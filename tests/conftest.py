@@ -22,6 +22,12 @@ SHARED = ROOT.parent / "shared"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test meets the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def shared() -> Path:
     """Reference numbers, HellaSwag and text, where they lie beside the repository; skips the test elsewhere."""
