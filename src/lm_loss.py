@@ -2,9 +2,11 @@
 
 Logits over 50,257 words are by far the largest tensor of a small model. Here they exist once, in the
 dtype of the matmul, and become their own gradient in place: the float32 softmax is done a few rows
-at a time, while they are in cache, and the gradients of both inputs are computed in the forward pass,
-where the softmax is at hand. Shapes: N positions, D width, V vocabulary.
+at a time, while they are in cache, or in one compiled kernel, and the gradients of both inputs are
+computed in the forward pass, where the softmax is at hand. Shapes: N positions, D width, V vocabulary.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,45 +17,73 @@ import torch.nn.functional as F
 ROWS_CPU = 16
 ROWS_GPU = 4096
 
+# A GPU's matrix units want rows that begin at multiples of 16 bytes, and 50,257 is odd: there the logits get columns
+# that belong to no word. The weight that is trained and saved has none.
+GPU_COLUMNS = 64
 
-def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+Softmax = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
+
+
+def linear_cross_entropy(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, compiled_softmax: Softmax | None = None
+) -> torch.Tensor:
     """Mean over N of -log softmax(hidden @ weight^T)[target], a float32 scalar, as `F.cross_entropy` gives it.
 
     The matmuls run in the autocast dtype where autocast is on, the softmax and the sum in float32.
+    `compiled_softmax`: `softmax_` compiled, for all rows at once.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses the plain form by itself
+    if torch.compiler.is_compiling():  # as part of a larger compiled function: the compiler fuses the plain form
         return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N)
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, dtype, torch.is_grad_enabled())
+    softmax = compiled_softmax or _softmax_by_rows_
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, dtype, torch.is_grad_enabled(), softmax)
+
+
+def softmax_(logits_NV: torch.Tensor, targets_N: torch.Tensor, with_gradients: bool) -> torch.Tensor:
+    """Each row's -log softmax(logits)[target], (N,) float32.
+
+    With gradients `logits_NV` become the gradient of the sum of these in place: softmax - one hot of the target.
+    """
+    targets_N1 = targets_N[:, None]
+    log_probs = torch.log_softmax(logits_NV.float(), dim=-1)
+    losses_N = -log_probs.gather(1, targets_N1).squeeze(1)
+    if with_gradients and torch.compiler.is_compiling():  # a comparison can be part of the same kernel
+        words_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+        logits_NV.copy_(log_probs.exp() - (words_V == targets_N1).float())
+    elif with_gradients:
+        gradient = log_probs.exp_()
+        gradient.scatter_add_(1, targets_N1, torch.full_like(targets_N1, -1, dtype=torch.float32))
+        logits_NV.copy_(gradient)
+    return losses_N
+
+
+def _softmax_by_rows_(logits_NV: torch.Tensor, targets_N: torch.Tensor, with_gradients: bool) -> torch.Tensor:
+    rows = ROWS_CPU if logits_NV.device.type == "cpu" else ROWS_GPU
+    pairs = zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
+    return torch.cat([softmax_(logits, targets, with_gradients) for logits, targets in pairs])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, dtype, with_gradients):
-        N = len(targets_N)
-        rows = ROWS_CPU if hidden_ND.device.type == "cpu" else ROWS_GPU
+    def forward(ctx, hidden_ND, weight_VD, targets_N, dtype, with_gradients, softmax):
+        n_vocab = len(weight_VD)
+        padding = -n_vocab % GPU_COLUMNS if hidden_ND.device.type == "cuda" else 0
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
+        if padding:
+            weight = F.pad(weight, (0, 0, 0, padding))
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            logits_NV = hidden @ weight.T
-            losses_N = torch.empty(N, dtype=torch.float32, device=hidden.device)
-            for start in range(0, N, rows):
-                part = slice(start, start + rows)
-                targets = targets_N[part, None]
-                log_probs = torch.log_softmax(logits_NV[part].float(), dim=-1)
-                losses_N[part] = -log_probs.gather(1, targets).squeeze(1)
-                if with_gradients:  # d loss / d logits = (softmax - one hot of the target) / N
-                    gradient = log_probs.exp_()
-                    gradient.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
-                    logits_NV[part] = gradient.div_(N)
+            logits = hidden @ weight.T
+            losses_N = softmax(logits[:, :n_vocab], targets_N, with_gradients)
             if with_gradients:
-                ctx.save_for_backward(logits_NV @ weight, logits_NV.T @ hidden)
+                logits[:, n_vocab:] = 0
+                ctx.save_for_backward(logits @ weight, (logits.T @ hidden)[:n_vocab])
                 ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         return losses_N.mean()
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
         (grad_loss,) = grad_outputs
-        return grad_hidden.to(hidden_dtype) * grad_loss, grad_weight.to(weight_dtype) * grad_loss, None, None, None
+        grad_loss = grad_loss / len(ctx.saved_tensors[0])  # the gradients are of the sum over N, the loss is the mean
+        grads = (g.to(dtype) * grad_loss for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *grads, None, None, None, None

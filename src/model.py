@@ -3,14 +3,28 @@
 Shapes: B sequences, T positions, D width, V vocabulary.
 """
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from src.attention import KVCache
-from src.lm_loss import linear_cross_entropy
+from src.lm_loss import Softmax, linear_cross_entropy, softmax_
 from src.params import ConfigError, ModelConfig
+from src.rope import rope_tables
 from src.transformer_block import TransformerBlock
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """What runs in place of the model's own parts, for batches of one shape."""
+
+    shape_BT: torch.Size
+    blocks: list[Callable[..., torch.Tensor]]
+    softmax: Softmax
 
 
 class LLM(nn.Module):
@@ -24,20 +38,43 @@ class LLM(nn.Module):
         self.embedding = nn.Embedding(config.n_vocab, config.n_embd)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self._compiled: _Compiled | None = None
 
     def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V) of the token after each position; with int64 targets, the mean loss in nats (float32)."""
-        hidden_BTD = self.hidden(inputs_BT)
         if targets_BT is None:
-            return self.logits(hidden_BTD)
-        return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.embedding.weight, targets_BT.flatten())
+            return self.logits(self.hidden(inputs_BT))
+        compiled = self._compiled if self._compiled and self._compiled.shape_BT == inputs_BT.shape else None
+        hidden_ND = self.hidden(inputs_BT, blocks=compiled.blocks if compiled else None).flatten(0, 1)
+        softmax = compiled.softmax if compiled else None
+        return linear_cross_entropy(hidden_ND, self.embedding.weight, targets_BT.flatten(), softmax)
 
-    def hidden(self, inputs_BT: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
-        """The normed output of the last block, (B, T, D); `caches`, one a block, hold and take earlier positions."""
+    def hidden(
+        self,
+        inputs_BT: torch.Tensor,
+        caches: list[KVCache] | None = None,
+        blocks: Sequence[Callable[..., torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
+        """The normed output of the last block, (B, T, D); `caches`, one a block, hold and take earlier positions.
+
+        `blocks` run instead of the model's own.
+        """
         x_BTD = self.embedding(inputs_BT)
-        for i, block in enumerate(self.blocks):
+        run: Iterable[Callable[..., torch.Tensor]] = blocks or self.blocks
+        for i, block in enumerate(run):
             x_BTD = block(x_BTD, caches[i] if caches else None)
         return self.norm(x_BTD)
+
+    def compile_blocks(self, batch_size: int, backend: str = "inductor") -> None:
+        """From now on, batches of (batch_size, n_ctx) with targets run compiled; others, and sampling, as before.
+
+        One block is compiled and serves as all of them, which takes a fraction of the time of the whole model; nothing
+        but this shape is ever compiled. The compiling itself happens when such a batch first comes.
+        """
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        rope_tables(self.config.n_ctx, self.config.head_dim, self.config.rope_theta, self.embedding.weight.device)
+        shape_BT = torch.Size((batch_size, self.config.n_ctx))
+        self._compiled = _Compiled(shape_BT, [compiled(block) for block in self.blocks], compiled(softmax_))
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """The head: (..., D) to (..., V), in the autocast dtype where autocast is on."""
