@@ -8,6 +8,7 @@ is the whole run and can be called from Python. Shapes: B sequences, T positions
 """
 
 import src  # noqa: F401, I001 (before torch: see there)
+import gc
 import math
 import sys
 import time
@@ -27,8 +28,8 @@ from src.model_assessment.assessment import Assessment
 from src.model_configs.command_line import config_from_command_line
 from src.model_utils.adamw_opt import learning_rate
 from src.model_utils.checkpoint_utils import prune
-from src.model_utils.debugging import non_finite_gradients
 from src.model_utils.disk_need import refuse_full_disk
+from src.model_utils.step_numbers import StepNumbers
 from src.params import Config
 from src.run_log import log_training, record_saves, suspects, write_status
 from src.run_setup import Run, check_alike, check_machines, where_to_go_on, of_this_launch, open_data, prepare
@@ -93,6 +94,7 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
             write_status(run, "failed", getattr(error, "exit_code", None) or 1, str(error))
             raise
         finally:
+            gc.unfreeze()
             log.close_bar()
 
 
@@ -115,12 +117,15 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
         while True:
             for kind in assessment.due(progress.step):
                 if (kind, progress.step) not in recorded and not who_asks_to_stop(run, stop):
+                    pause(run, batches)
                     measure(run, assessment, kind, stop)
             asked_by = who_asks_to_stop(run, stop)
             ending = bool(asked_by) or progress.step == config.total_steps
             if asked_by:
                 log.info(f"stopping after step {progress.step}, asked for by {asked_by}")
             due = ending or (progress.step and progress.step % config.checkpoint.every_steps == 0)
+            if due:
+                pause(run, batches)
             if due and not progress.skipped_in_a_row:  # checkpoints of a failing stretch would push out the good ones
                 save(run)
             record_saves(run, run.saver.finished())
@@ -129,12 +134,23 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
             if progress.step == first_step:
                 started = time.perf_counter()  # measuring before the first step is not part of the pace
 
-            lr, loss, grad_norm = train_step(run, batches)
-
-            log.advance_bar(loss=f"{loss:.3f}")
-            if progress.step % config.train.log_every_steps == 0 or progress.step == config.total_steps:
+            run.clock.run()
+            numbers = train_step(run, batches)
+            run.unread.append(numbers)
+            line_due = progress.step % config.train.log_every_steps == 0 or progress.step == config.total_steps
+            take_in(run, batches, leave=1 if run.reads_late and not line_due else 0)
+            if progress.step == first_step + 1:
+                gc.collect()
+                gc.freeze()  # from now on the collector looks at new objects only, and steps don't wait for it
+            if line_due:
                 pace = (time.perf_counter() - started) / (progress.step - first_step)
-                log_training(run, lr, grad_norm, seconds_left=pace * (config.total_steps - progress.step))
+                log_training(run, numbers, seconds_left=pace * (config.total_steps - progress.step))
+
+
+def pause(run: Run, batches: TrainingDataLoader) -> None:
+    """Catches up with the steps taken, before something else than the next of them."""
+    take_in(run, batches)
+    run.clock.stop()
 
 
 def who_asks_to_stop(run: Run, stop: Callable[[], str | bool]) -> str:
@@ -152,13 +168,12 @@ def asks_to_stop(run: Run, stop: Callable[[], str | bool]) -> str:
     return f"the file {STOP_FILE}" if run.procs.is_main and (run.log.run_dir / STOP_FILE).exists() else ""
 
 
-def train_step(run: Run, batches: TrainingDataLoader) -> tuple[float, float, float]:
-    """One optimizer step; returns its learning rate, mean loss over all processes, and gradient norm."""
-    config, procs, progress = run.config, run.procs, run.state.progress
+def train_step(run: Run, batches: TrainingDataLoader) -> StepNumbers:
+    """One optimizer step, which changes nothing if its loss or gradient is not finite or its loss is a spike."""
+    config, procs, optimizer, progress = run.config, run.procs, run.state.optimizer, run.state.progress
     procs.doing(f"step {progress.step + 1}")
-    started = time.perf_counter()
     lr = learning_rate(progress.step, config.total_steps, config.warmup_steps, config.optim)
-    for group in run.state.optimizer.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = lr
     accumulation = config.grad_accumulation_steps(procs.world_size)
     losses = []
@@ -172,50 +187,66 @@ def train_step(run: Run, batches: TrainingDataLoader) -> tuple[float, float, flo
             with procs.collective():
                 loss.backward()
         losses.append(loss.detach())
-    local_losses = torch.stack(losses).tolist()
-    mean_loss = procs.sum([sum(local_losses)])[0] / procs.world_size
+    losses_M = torch.stack(losses)
+    mean_loss = procs.mean(losses_M.sum())
     parameters = list(run.state.model.parameters())
-    total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    grad_norm = total_norm.item()
-    # All numbers are the same in every process, so all take the step or all skip it.
-    finite = math.isfinite(mean_loss) and math.isfinite(grad_norm)
-    if finite and not run.guard.is_spike(mean_loss):
-        nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad_norm, total_norm)
-        run.state.optimizer.step()
-        progress.add_step(mean_loss, time.perf_counter() - started)
-    else:
-        what = "not finite" if not finite else "a spike"
-        skip_step(run, f"{what}: loss {mean_loss}, gradient norm {grad_norm}", suspects(run, batches, local_losses))
-    run.guard.add(mean_loss)
-    run.state.optimizer.zero_grad()
-    return lr, mean_loss, grad_norm
+    norms_P = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None])
+    grad_norm = torch.linalg.vector_norm(norms_P)
+    # The same numbers in every process, so all take the step or none. The optimizer looks at the flag on the device.
+    skip = (~torch.isfinite(mean_loss + grad_norm)).float()
+    if run.guard.z:
+        loss_now = mean_loss.item()
+        skip.clamp_(min=float(run.guard.is_spike(loss_now)))
+        run.guard.add(loss_now)
+    nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad_norm, grad_norm)
+    optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
+    optimizer.step()
+    optimizer.zero_grad()
+    progress.step += 1
+    return StepNumbers.send(progress.step, lr, losses_M, norms_P, torch.stack([mean_loss, grad_norm, skip]))
 
 
-def skip_step(run: Run, why: str, windows: list[tuple[int, int]]) -> None:
-    """Records a step that changes nothing, and the windows that may be the cause; too many in a row end the run."""
-    config, procs, progress = run.config, run.procs, run.state.progress
-    progress.skip_step()
-    bad = non_finite_gradients(run.state.model)
+def take_in(run: Run, batches: TrainingDataLoader, leave: int = 0) -> None:
+    """Reads the numbers of the steps taken, but for the last `leave`; all processes call it after the same step."""
+    while len(run.unread) > leave:
+        numbers = run.unread.popleft()
+        loss, _, skipped = numbers.read()
+        seconds = run.clock.lap()
+        run.log.advance_bar(loss=f"{loss:.3f}")
+        if skipped:
+            record_skip(run, batches, numbers)
+        else:
+            run.state.progress.add_loss(loss, seconds)
+
+
+def record_skip(run: Run, batches: TrainingDataLoader, numbers: StepNumbers) -> None:
+    """Records a step that changed nothing, and the windows that may be the cause; too many in a row end the run."""
+    config, progress = run.config, run.state.progress
+    progress.skipped_in_a_row += 1
+    loss, grad_norm, _ = numbers.read()
+    what = "a spike" if math.isfinite(loss) and math.isfinite(grad_norm) else "not finite"
+    names = [name for name, _ in run.state.model.named_parameters()]
+    bad = [name for name, norm in zip(names, numbers.norms_P.tolist(), strict=True) if not math.isfinite(norm)]
     where = f"; not finite in {len(bad)} gradients, first {bad[0]}" if bad else ""
+    windows = suspects(run, batches, numbers)
     look = f"--inspect --out '{config.data.dir}' --skipped '{config.run_name}' shows {len(windows)} window(s) of it"
     run.log.event(
         "skipped step",
-        progress.step,
-        f"{why}{where}; data_downloader {look}",
+        numbers.step,
+        f"{what}: loss {loss}, gradient norm {grad_norm}{where}; data_downloader {look}",
         n_ctx=config.model.n_ctx,
         windows=windows[:MAX_RECORDED_WINDOWS],
     )
     if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-        procs.together(lambda: give_up(run))
+        run.procs.together(lambda: give_up(run, numbers.step))
 
 
-def give_up(run: Run) -> None:
-    """Raises the error of a run that cannot go on."""
-    progress = run.state.progress
+def give_up(run: Run, step: int) -> None:
+    """Raises the error of a run that cannot go on after `step`."""
     raise NonFiniteError(
-        f"the last {progress.skipped_in_a_row} step(s), up to step {progress.step}, were skipped: loss or gradient not "
-        "finite, or the loss a spike. They changed no weights, and no checkpoint was saved since the first of them. "
-        "Start again with a lower --optim.max-lr or a longer --optim.warmup-steps under another --run-name"
+        f"the last {run.state.progress.skipped_in_a_row} step(s), up to step {step}, were skipped: loss or gradient "
+        "not finite, or the loss a spike. They changed no weights, and no checkpoint was saved since the first of "
+        "them. Start again with a lower --optim.max-lr or a longer --optim.warmup-steps under another --run-name"
     )
 
 
@@ -250,7 +281,7 @@ def finish(run: Run, asked_by: str) -> Outcome:
     procs.main_only(lambda: record_saves(run, run.saver.wait()))
     done = step == total_steps
     if done and run.state.progress.skipped_in_a_row:
-        procs.together(lambda: give_up(run))
+        procs.together(lambda: give_up(run, step))
     if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
         asked_by = f"the file {STOP_FILE}"  # also where a signal was faster: it decides what happens next
         try:

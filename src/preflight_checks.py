@@ -122,10 +122,11 @@ def backend(start: Start) -> Found | None:
     name = start.device()[1]
     if start.world_size == 1:
         return None
-    available = torch.distributed.is_available() and getattr(torch.distributed, f"is_{name}_available")()
-    if not available:
+    for part in (pair.split(":")[-1] for pair in name.split(",")):
+        if torch.distributed.is_available() and getattr(torch.distributed, f"is_{part}_available")():
+            continue
         raise UserError(
-            f"{name} is missing from PyTorch {torch.__version__}, and {start.world_size} processes need it; install "
+            f"{part} is missing from PyTorch {torch.__version__}, and {start.world_size} processes need it; install "
             "the build that requirements.txt pins, or start one process"
         )
     return Found(name)

@@ -6,15 +6,17 @@ from datetime import timedelta
 from src.data_processing.training_data_loader import TrainingDataLoader
 from src.model_utils.checkpoint_saver import Saved
 from src.model_utils.run_records import training_record
+from src.model_utils.step_numbers import StepNumbers
 from src.run_setup import Run
 
 
-def log_training(run: Run, lr: float, grad_norm: float, seconds_left: float) -> None:
+def log_training(run: Run, numbers: StepNumbers, seconds_left: float) -> None:
     """One training line; loss and speed are means over the steps since the last one, evaluations left out."""
     config, progress = run.config, run.state.progress
     if not progress.loss_steps:
         return  # every step since the last line was skipped
     record = training_record(config, progress, run.state.model, run.procs)
+    lr, (_, grad_norm, _) = numbers.lr, numbers.read()
     run.log.metric("train", progress.step, lr=lr, grad_norm=grad_norm, **record)
     used = f"  {record['mfu']:.1%} MFU" if record["mfu"] else ""
     run.log.info(
@@ -37,19 +39,19 @@ def record_saves(run: Run, saves: list[Saved]) -> None:
         )
 
 
-def suspects(run: Run, batches: TrainingDataLoader, losses: list[float]) -> list[tuple[int, int]]:
+def suspects(run: Run, batches: TrainingDataLoader, numbers: StepNumbers) -> list[tuple[int, int]]:
     """Shard of the manifest and window there of a step's samples: of the micro-batches whose own loss is not finite.
 
-    Of all of them, where there is no such loss. `losses` are those of this process's micro-batches.
+    Of all of them, where there is no such loss.
     """
-    bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+    bad = [micro_batch for micro_batch, loss in enumerate(numbers.losses_M.tolist()) if not math.isfinite(loss)]
     micro = run.config.train.micro_batch_size
-    windows = batches.step_windows(run.state.progress.step)
+    windows = batches.step_windows(numbers.step - 1)
     share = len(windows) // run.procs.world_size
     suspected = [
         window
-        for rank, numbers in enumerate(run.procs.gather(bad))
-        for number in numbers
+        for rank, micro_batches in enumerate(run.procs.gather(bad))
+        for number in micro_batches
         for window in windows[rank * share + number * micro : rank * share + (number + 1) * micro]
     ]
     return [(len(run.manifest.validation) + shard, window) for shard, window in suspected or windows]

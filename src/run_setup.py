@@ -4,9 +4,10 @@ import hashlib
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,10 +25,10 @@ from src.model_utils.checkpoint_saver import CheckpointSaver
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps
 from src.model_utils.run_records import run_settings, settings_in_words
 from src.model_utils.spike_guard import SpikeGuard
+from src.model_utils.step_numbers import StepClock, StepNumbers
 from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
 from src.model_utils.weight_init import init_weights
 from src.params import Config, DataConfig, to_dict
-from src.rope import rope_tables
 from src.utils.disk import set_aside
 from src.utils.errors import UserError
 from src.utils.handle_ddp import Processes
@@ -49,9 +50,14 @@ class Run:
     saver: CheckpointSaver
     """Of the main process; the others' stay idle."""
     forward: nn.Module
-    """The model as training calls it: compiled where asked for, gradients averaged over the processes."""
+    """The model as training calls it: gradients averaged over the processes."""
     precision: torch.dtype
     """Of matmuls."""
+    reads_late: bool
+    """Whether the numbers of a step are read once the next is under way."""
+    unread: deque[StepNumbers] = field(default_factory=deque)
+    """Of steps taken, the oldest first."""
+    clock: StepClock = field(default_factory=StepClock)
 
 
 def check_alike(
@@ -155,13 +161,11 @@ def prepare(
         state.restore(checkpoint, config.train.seed, procs)
     else:
         seed_random_state(config.train.seed, procs.rank)
-    forward: nn.Module = model
     if config.train.compile == "on" or (config.train.compile == "auto" and procs.device.type == "cuda"):
-        # made before compiling, so that the first step need not be compiled again once they are there
-        rope_tables(config.model.n_ctx, config.model.head_dim, config.model.rope_theta, procs.device)
-        forward = torch.compile(model)  # type: ignore[assignment]
+        model.compile_blocks(config.train.micro_batch_size)
+    forward: nn.Module = model
     if procs.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+        forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
     dataset = {
         "name": config.data.dir,
         "sources": manifest.origins,
@@ -173,7 +177,9 @@ def prepare(
     log.info(settings_in_words(settings, sum(shard.tokens for shard in manifest.train)))
     saver = CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync)
     guard = SpikeGuard(config.optim.spike_z, state.progress.recent_losses)
-    return Run(config, procs, log, manifest, state, guard, saver, forward, precision)
+    return Run(
+        config, procs, log, manifest, state, guard, saver, forward, precision, reads_late=procs.device.type == "cuda"
+    )
 
 
 def where_to_go_on(

@@ -246,15 +246,15 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config
     run_dir = train(every_step, stop_after(5)).run_dir
     before = final_tensors(run_dir, step=5)
     seen: list[dict[str, torch.Tensor]] = []
-    skip_step = pretrain.skip_step
+    record_skip = pretrain.record_skip
 
     def spy(run, *arguments):
         tensors = {f"model/{k}": v.clone() for k, v in run.state.model.state_dict().items()}
         optimizer = optimizer_tensors(run.state.model, run.state.optimizer)
         seen.append(tensors | {f"optimizer/{k}": v.clone() for k, v in optimizer.items()})
-        skip_step(run, *arguments)
+        record_skip(run, *arguments)
 
-    monkeypatch.setattr(pretrain, "skip_step", spy)
+    monkeypatch.setattr(pretrain, "record_skip", spy)
     monkeypatch.setattr(pretrain, "MAX_SKIPPED_STEPS", 3)
     poison_losses(monkeypatch)
     with pytest.raises(NonFiniteError, match=r"the last 3 step\(s\), up to step 8") as caught:

@@ -32,16 +32,12 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)
     """What the spike guard goes by."""
 
-    def add_step(self, loss: float, seconds: float) -> None:
-        self.step += 1
+    def add_loss(self, loss: float, seconds: float) -> None:
+        """Of a step that was not skipped."""
         self.skipped_in_a_row = 0
         self.loss_sum += loss
         self.loss_steps += 1
         self.seconds += seconds
-
-    def skip_step(self) -> None:
-        self.step += 1
-        self.skipped_in_a_row += 1
 
     def start_line(self) -> None:
         """Called after a training line: the next means start from here."""

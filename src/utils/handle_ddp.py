@@ -80,9 +80,16 @@ class Processes:
         if self.world_size == 1:
             return list(values)
         with self.collective():
-            sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+            sums = torch.tensor(values, dtype=torch.float64)
             torch.distributed.all_reduce(sums)
             return sums.tolist()
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean over all processes of a scalar on the device, where it stays: the program does not wait for it."""
+        if self.world_size > 1:
+            with self.collective():
+                torch.distributed.all_reduce(value)
+        return value / self.world_size
 
     def any(self, flag: bool) -> bool:
         """True where `flag` is true in any process."""
@@ -103,7 +110,7 @@ class Processes:
             return value
         values = [value]
         with self.collective():
-            torch.distributed.broadcast_object_list(values, src=0, device=self.device)
+            torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
 
     def tensors_from_main(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -188,7 +195,8 @@ def device_and_backend(asked: str, local_rank: int, n_processes: int) -> tuple[t
             raise UserError(f"device mps serves one process, not {n_processes}; start one, or use --train.device cpu")
         asked = "cpu"  # no backend connects several processes through MPS
     device = choose_device(asked, local_rank)
-    return device, "nccl" if device.type == "cuda" else "gloo"
+    # gradients through NCCL; decisions through gloo, on the CPU, so that they do not wait for what a GPU has to do
+    return device, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _stop_with_launcher() -> None:
