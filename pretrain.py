@@ -12,7 +12,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from src.model_configs.command_line import config_from_command_line
 from src.model_utils.adamw_opt import learning_rate
 from src.model_utils.checkpoint_utils import prune
 from src.model_utils.disk_need import refuse_full_disk
+from src.model_utils.profiling import profiler
 from src.model_utils.step_numbers import StepNumbers
 from src.params import Config
 from src.run_log import log_training, record_saves, suspects, write_status
@@ -104,16 +105,20 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
     recorded = procs.main_only(log.recorded)
     first_step, started = progress.step, time.perf_counter()
     log.start_bar(first_step, config.total_steps)
-    with TrainingDataLoader(
-        training,
-        seed=config.train.seed,
-        batch_size=config.batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=procs.rank,
-        world_size=procs.world_size,
-        device=procs.device,
-        first_step=first_step,
-    ) as batches:
+    gc.collect()
+    with (
+        profiler(config.profile, first_step, log) as recording,
+        TrainingDataLoader(
+            training,
+            seed=config.train.seed,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            rank=procs.rank,
+            world_size=procs.world_size,
+            device=procs.device,
+            first_step=first_step,
+        ) as batches,
+    ):
         while True:
             for kind in assessment.due(progress.step):
                 if (kind, progress.step) not in recorded and not who_asks_to_stop(run, stop):
@@ -137,10 +142,11 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
             run.clock.run()
             numbers = train_step(run, batches)
             run.unread.append(numbers)
+            if recording:
+                recording.step()
             line_due = progress.step % config.train.log_every_steps == 0 or progress.step == config.total_steps
             take_in(run, batches, leave=1 if run.reads_late and not line_due else 0)
             if progress.step == first_step + 1:
-                gc.collect()
                 gc.freeze()  # from now on the collector looks at new objects only, and steps don't wait for it
             if line_due:
                 pace = (time.perf_counter() - started) / (progress.step - first_step)
@@ -168,7 +174,7 @@ def asks_to_stop(run: Run, stop: Callable[[], str | bool]) -> str:
     return f"the file {STOP_FILE}" if run.procs.is_main and (run.log.run_dir / STOP_FILE).exists() else ""
 
 
-def train_step(run: Run, batches: TrainingDataLoader) -> StepNumbers:
+def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> StepNumbers:
     """One optimizer step, which changes nothing if its loss or gradient is not finite or its loss is a spike."""
     config, procs, optimizer, progress = run.config, run.procs, run.state.optimizer, run.state.progress
     procs.doing(f"step {progress.step + 1}")
@@ -257,7 +263,9 @@ def measure(run: Run, assessment: Assessment, kind: str, stop: Callable[[], str 
     context = hardware.autocast(procs.device, run.precision)
     model, asked = run.state.model, lambda: bool(asks_to_stop(run, stop))
     try:
-        records = assessment.run(kind, model, context, procs.rank, procs.world_size, procs.sum, asked)
+        records = assessment.run(
+            kind, model, run.config.micro_batch_size, context, procs.rank, procs.world_size, procs.sum, asked
+        )
     except StoppedError:
         return  # made when the run goes on
     for record in records:

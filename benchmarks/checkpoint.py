@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int)
     args = parser.parse_args()
     preset = PRESETS[args.preset]()
-    micro_batch_size = args.micro_batch_size or preset.train.micro_batch_size
+    micro_batch_size = args.micro_batch_size or preset.micro_batch_size
     config = replace(preset, train=replace(preset.train, micro_batch_size=micro_batch_size))
     with processes("auto", timeout_s=600) as procs:
         model = LLM(config.model)
@@ -80,7 +80,7 @@ def main() -> None:
 
 def make_step(config: Config, state: TrainingState, device: torch.device, precision: torch.dtype) -> Callable[[], None]:
     """One optimizer step of a micro-batch of random tokens."""
-    shape = (config.train.micro_batch_size, config.model.n_ctx)
+    shape = (config.micro_batch_size, config.model.n_ctx)
     inputs_BT, targets_BT = (torch.randint(config.model.n_vocab, shape, device=device) for _ in range(2))
 
     def step() -> None:

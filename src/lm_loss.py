@@ -1,9 +1,9 @@
 """The language-model loss without full float32 logits.
 
-Logits over 50,257 words are by far the largest tensor of a small model. Here they exist once, in the
-dtype of the matmul, and become their own gradient in place: the float32 softmax is done a few rows
-at a time, while they are in cache, or in one compiled kernel, and the gradients of both inputs are
-computed in the forward pass, where the softmax is at hand. Shapes: N positions, D width, V vocabulary.
+Logits over 50,257 words are by far the largest tensor of a small model. Here those of some thousand positions exist at
+a time, in the dtype of the matmul, and become their own gradient in place: the float32 softmax is done a few rows at a
+time, while they are in cache, or in one compiled kernel, and the gradients of both inputs are computed in the forward
+pass, where the softmax is at hand. Shapes: N positions, D width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,19 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# Rows of logits in float32 at once. On a CPU 16 x 50,257 x 4 bytes = 3 MB stay near a core's cache: 2,048 positions
-# of width 256 took 299 ms so, 338 with 64 rows, 721 in torch's plain form and 307 in that compiled
-# (benchmarks/lm_loss.py, two cores). A GPU wants few, large kernels.
+# Positions whose logits exist at once: 8,192 x 50,257 x 2 bytes = 0.8 GB in bf16. Enough to keep any device's matmuls
+# at their full rate; all 32,768 of the full-size micro-batch would be the peak of a step's memory.
+LOGIT_POSITIONS = 8_192
+
+# Rows of logits in float32 at once, where the softmax is not compiled. On a CPU 16 x 50,257 x 4 bytes = 3 MB stay near
+# a core's cache: 2,048 positions of width 256 took 299 ms so, 338 with 64 rows, 721 in torch's plain form and 307 in
+# that compiled (benchmarks/lm_loss.py, two cores). A GPU wants few, large kernels.
 ROWS_CPU = 16
 ROWS_GPU = 4096
 
 # A GPU's matrix units want rows that begin at multiples of 16 bytes, and 50,257 is odd: there the logits get columns
 # that belong to no word. The weight that is trained and saved has none.
-GPU_COLUMNS = 64
+MULTIPLE_OF_COLUMNS = {"cuda": 64}
 
 Softmax = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
@@ -68,18 +72,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, dtype, with_gradients, softmax):
         n_vocab = len(weight_VD)
-        padding = -n_vocab % GPU_COLUMNS if hidden_ND.device.type == "cuda" else 0
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
-        if padding:
+        if padding := -n_vocab % MULTIPLE_OF_COLUMNS.get(hidden.device.type, 1):
             weight = F.pad(weight, (0, 0, 0, padding))
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            logits = hidden @ weight.T
-            losses_N = softmax(logits[:, :n_vocab], targets_N, with_gradients)
-            if with_gradients:
-                logits[:, n_vocab:] = 0
-                ctx.save_for_backward(logits @ weight, (logits.T @ hidden)[:n_vocab])
-                ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
-        return losses_N.mean()
+        losses, grad_hidden, grad_weight = [], [], None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part, targets in zip(hidden.split(LOGIT_POSITIONS), targets_N.split(LOGIT_POSITIONS), strict=True):
+                logits = part @ weight.T
+                losses.append(softmax(logits[:, :n_vocab], targets, with_gradients))
+                if with_gradients:
+                    logits[:, n_vocab:] = 0
+                    grad_hidden.append(logits @ weight)
+                    grad = (logits.T @ part)[:n_vocab]
+                    # several parts are added up in float32; one alone stays as the matmul gave it
+                    grad_weight = grad if grad_weight is None else grad_weight.float().add_(grad)
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
+            ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
+        return torch.cat(losses).mean()
 
     @staticmethod
     def backward(ctx, *grad_outputs):

@@ -76,6 +76,10 @@ class LLM(nn.Module):
         shape_BT = torch.Size((batch_size, self.config.n_ctx))
         self._compiled = _Compiled(shape_BT, [compiled(block) for block in self.blocks], compiled(softmax_))
 
+    def compile_nothing(self) -> None:
+        """Undoes `compile_blocks`."""
+        self._compiled = None
+
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """The head: (..., D) to (..., V), in the autocast dtype where autocast is on."""
         return F.linear(hidden_BTD, self.embedding.weight)

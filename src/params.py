@@ -136,15 +136,15 @@ class TrainConfig:
     """Optimizer steps; None derives them from total_tokens."""
     batch_tokens: int = 524_288
     """Tokens in one optimizer step, over all processes and accumulation steps."""
-    micro_batch_size: int = 16
-    """Sequences in one forward pass of one process; gradient accumulation follows from it. Changes what dropout
-    draws, and otherwise no result but rounding."""
+    micro_batch_size: int | Literal["auto"] = 16
+    """Sequences in one forward pass of one process; gradient accumulation follows from it. auto: the most that fit.
+    Changes what dropout draws, and otherwise no result but rounding."""
     seed: int = 42
     """Seeds initial weights, dropout and data order."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """bf16 autocast or float32; auto takes bf16 where the hardware is good at it."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto compiles on CUDA only."""
+    """torch.compile of the blocks and the loss; auto compiles where measuring says that it pays."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes CUDA, else MPS, else the CPU."""
     log_every_steps: int = 50
@@ -153,7 +153,9 @@ class TrainConfig:
     """Seconds after which processes that wait for one that does not answer give up, naming the step."""
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "train", "total_tokens batch_tokens micro_batch_size log_every_steps timeout_s")
+        found = _not_positive(self, "train", "total_tokens batch_tokens log_every_steps timeout_s")
+        if self.micro_batch_size != "auto":
+            found += _not_positive(self, "train", "micro_batch_size")
         if self.total_steps is not None and self.total_steps < 1:
             found.append(f"train.total_steps = {self.total_steps} must be at least 1")
         if not 0 <= self.seed < 2**63:
@@ -230,6 +232,9 @@ class Config:
     resume: str = "auto"
     """auto: go on from the newest good checkpoint; never: start anew, at every start, setting an old run aside; or
     the step of a checkpoint, setting later ones aside."""
+    profile: int = 0
+    """Steps to record with PyTorch's profiler, soon after the start; the trace in the run's folder opens at
+    ui.perfetto.dev."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -244,6 +249,8 @@ class Config:
             found.append(f"run_name = {self.run_name!r} must be a plain folder name")
         if self.resume not in ("auto", "never") and not self.resume.isdecimal():
             found.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
+        if self.profile < 0:
+            found.append(f"profile = {self.profile} must not be negative; 0 records nothing")
         if not found and self.train.batch_tokens % self.model.n_ctx:
             multiple = max(1, round(self.train.batch_tokens / self.model.n_ctx)) * self.model.n_ctx
             found.append(
@@ -283,14 +290,20 @@ class Config:
         """Sequences in one optimizer step, over all processes."""
         return self.train.batch_tokens // self.model.n_ctx
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in one forward pass of one process; 1, the least there is, as long as auto is not settled."""
+        return 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_size
+
     def grad_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches each of `world_size` processes adds up for one step; raises ConfigError if it isn't whole."""
-        sequences, micro = self.batch_size, self.train.micro_batch_size
+        sequences, micro = self.batch_size, self.micro_batch_size
         if sequences % (micro * world_size) == 0:
             return sequences // (micro * world_size)
         what = (
             f"train.batch_tokens = {self.train.batch_tokens} is {sequences} sequences of {self.model.n_ctx} tokens, "
-            f"which {world_size} process(es) with train.micro_batch_size = {micro} cannot share evenly"
+            f"which {world_size} process(es) with train.micro_batch_size = {self.train.micro_batch_size} cannot "
+            "share evenly"
         )
         if sequences % world_size == 0:
             share = sequences // world_size

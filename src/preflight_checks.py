@@ -145,7 +145,7 @@ def memory(start: Start) -> Found | None:
     """On a CPU: PyTorch itself, weights, gradients and moments, activations and logits of a micro-batch, a process."""
     if start.device()[0].type != "cpu":
         return None
-    model, positions = start.config.model, start.config.train.micro_batch_size * start.config.model.n_ctx
+    model, positions = start.config.model, start.config.micro_batch_size * start.config.model.n_ctx
     # Fitted to what the presets debug and laptop took, 1.1 and 1.9 GB: 32 float32 values of the width in each layer.
     activations = positions * (4 * 32 * model.n_layer * model.n_embd + 2 * model.n_vocab)
     needed = start.processes_here * (400_000_000 + checkpoint_bytes(start.config) * 4 // 3 + activations)
@@ -190,7 +190,7 @@ def dataset(start: Start) -> Found:
     unread = check_in_seconds(folder, manifest)
     for shards, at_least in (
         (manifest.train, config.batch_size),
-        (manifest.validation, config.train.micro_batch_size),
+        (manifest.validation, config.micro_batch_size),
     ):
         WindowDataset(folder, shards, config.model.n_ctx, config.model.n_vocab, at_least)
     words = f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards, "

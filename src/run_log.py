@@ -45,7 +45,7 @@ def suspects(run: Run, batches: TrainingDataLoader, numbers: StepNumbers) -> lis
     Of all of them, where there is no such loss.
     """
     bad = [micro_batch for micro_batch, loss in enumerate(numbers.losses_M.tolist()) if not math.isfinite(loss)]
-    micro = run.config.train.micro_batch_size
+    micro = run.config.micro_batch_size
     windows = batches.step_windows(numbers.step - 1)
     share = len(windows) // run.procs.world_size
     suspected = [

@@ -25,6 +25,7 @@ from src.model_utils.checkpoint_saver import CheckpointSaver
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps
 from src.model_utils.run_records import run_settings, settings_in_words
 from src.model_utils.spike_guard import SpikeGuard
+from src.model_utils.start_choices import settle
 from src.model_utils.step_numbers import StepClock, StepNumbers
 from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
 from src.model_utils.weight_init import init_weights
@@ -156,13 +157,13 @@ def prepare(
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)
     model.to(procs.device).train()
+    was, step = procs.from_main((checkpoint.state["config"]["train"], checkpoint.step) if checkpoint else (None, 0))
+    config, notes = settle(config, was, config.total_steps - step, model, precision, procs)
     state = TrainingState(model, build_adamw(model, config.optim), Progress())
     if procs.any(checkpoint is not None):
         state.restore(checkpoint, config.train.seed, procs)
     else:
         seed_random_state(config.train.seed, procs.rank)
-    if config.train.compile == "on" or (config.train.compile == "auto" and procs.device.type == "cuda"):
-        model.compile_blocks(config.train.micro_batch_size)
     forward: nn.Module = model
     if procs.world_size > 1:
         forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -174,7 +175,7 @@ def prepare(
     }
     settings = run_settings(config, procs, model, precision, dataset)
     log.write_json("config.json", settings)
-    log.info(settings_in_words(settings, sum(shard.tokens for shard in manifest.train)))
+    log.info("\n".join([settings_in_words(settings, sum(shard.tokens for shard in manifest.train)), *notes]))
     saver = CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync)
     guard = SpikeGuard(config.optim.spike_z, state.progress.recent_losses)
     return Run(
@@ -209,11 +210,13 @@ def where_to_go_on(
         log.event("checkpoints", step, note)
     if checkpoint and step < config.total_steps:
         detail = f"from {checkpoint.path.name} of {config.total_steps} steps"
+        then = checkpoint.state["config"]["train"]
         for what, was, now in (
             ("processes", checkpoint.state["world_size"], procs.world_size),
-            ("micro-batch", checkpoint.state["config"]["train"]["micro_batch_size"], config.train.micro_batch_size),
+            ("micro-batch", then["micro_batch_size"], config.train.micro_batch_size),
+            ("compile", then["compile"], config.train.compile),
         ):
-            if was != now:
+            if was != now and "auto" not in (was, now):
                 detail += f"; {what} {now} instead of {was}: the same samples, but not the same bits"
         log.event("resume", step, detail)
     return checkpoint

@@ -4,11 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.lm_loss import linear_cross_entropy
+from src import lm_loss
+from src.lm_loss import linear_cross_entropy, softmax_
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 53])  # below, at and off the rows done at once
-def test_value_and_gradients_equal_torchs(n: int):
+@pytest.mark.parametrize("positions", [8_192, 20])  # all at once, and in parts
+@pytest.mark.parametrize("columns", [1, 64])  # as they are, and padded as on a GPU
+def test_value_and_gradients_equal_torchs(n: int, positions: int, columns: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lm_loss, "LOGIT_POSITIONS", positions)
+    monkeypatch.setattr(lm_loss, "MULTIPLE_OF_COLUMNS", {"cpu": columns})
     generator = torch.Generator().manual_seed(n)
     hidden = torch.randn(n, 12, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(101, 12, generator=generator, dtype=torch.float64).requires_grad_()
@@ -56,3 +61,15 @@ def test_the_form_for_the_compiler_equals_the_eager_one(monkeypatch: pytest.Monk
     eager = linear_cross_entropy(hidden, weight, targets)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert linear_cross_entropy(hidden, weight, targets).item() == pytest.approx(eager.item(), rel=1e-6)
+
+
+def test_compiled_by_itself_the_softmax_gives_the_same():
+    """Traced, not compiled to machine code; into logits that are part of wider rows, as where these are padded."""
+    wide = torch.randn(20, 40)
+    targets = torch.randint(33, (20,))
+    results = []
+    for function in (softmax_, torch.compile(softmax_, backend="aot_eager", fullgraph=True, dynamic=False)):
+        logits = wide.clone()[:, :33]
+        results.append((function(logits, targets, True), logits))
+        assert not function(logits, targets, False).requires_grad
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)

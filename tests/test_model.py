@@ -12,6 +12,7 @@ from src import global_cache
 from src.model import LLM
 from src.model_configs.my_llm_config import lf_llm_269m
 from src.model_utils.adamw_opt import build_adamw, learning_rate
+from src.model_utils.llama_format import llama_settings, llama_tensors
 from src.model_utils.weight_init import init_weights
 from src.params import ConfigError, ModelConfig, OptimConfig
 from tests.reference import CONFIG, ours, reference_model, reference_tensors
@@ -68,45 +69,11 @@ def test_logits_equal_transformers_llama():
     model = LLM(config).eval()
     for parameter in model.parameters():  # biases and gains too, so that a dropped one shows
         torch.nn.init.normal_(parameter, std=0.2)
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.n_vocab,
-            hidden_size=config.n_embd,
-            intermediate_size=config.ffn_hidden,
-            num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head,
-            max_position_embeddings=config.n_ctx,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            attention_bias=True,
-            mlp_bias=True,
-            tie_word_embeddings=True,
-        )
-    ).eval()
-    _copy_into_llama(model, llama)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_settings(config))).eval()
+    llama.load_state_dict(llama_tensors(model.state_dict(), config.n_layer))
     inputs = torch.randint(config.n_vocab, (3, config.n_ctx))
     with torch.no_grad():
         assert (model(inputs) - llama(inputs).logits).abs().max() < 1e-4
-
-
-def _copy_into_llama(model: LLM, llama: torch.nn.Module) -> None:
-    ours = model.state_dict()
-    theirs = {"model.embed_tokens.weight": ours["embedding.weight"], "model.norm.weight": ours["norm.weight"]}
-    theirs["lm_head.weight"] = ours["embedding.weight"]
-    for layer in range(model.config.n_layer):
-        here, there = f"blocks.{layer}.", f"model.layers.{layer}."
-        theirs[there + "input_layernorm.weight"] = ours[here + "attn_norm.weight"]
-        theirs[there + "post_attention_layernorm.weight"] = ours[here + "ffn_norm.weight"]
-        for kind in ("weight", "bias"):
-            qkv = ours[f"{here}attn.qkv_proj.{kind}"].chunk(3)
-            for name, part in zip("qkv", qkv, strict=True):
-                theirs[f"{there}self_attn.{name}_proj.{kind}"] = part
-            value, gate = ours[f"{here}ffn.in_proj.{kind}"].chunk(2)
-            theirs[f"{there}self_attn.o_proj.{kind}"] = ours[f"{here}attn.out_proj.{kind}"]
-            theirs[f"{there}mlp.up_proj.{kind}"] = value
-            theirs[f"{there}mlp.gate_proj.{kind}"] = gate
-            theirs[f"{there}mlp.down_proj.{kind}"] = ours[f"{here}ffn.out_proj.{kind}"]
-    llama.load_state_dict(theirs)
 
 
 def test_initial_loss_is_that_of_the_references_first_step():

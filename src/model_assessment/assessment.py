@@ -31,8 +31,8 @@ class Assessment:
 
     def __init__(self, config: Config, folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
-        batch_size = config.train.micro_batch_size
-        self.windows = WindowDataset(folder, manifest.validation, config.model.n_ctx, config.model.n_vocab, batch_size)
+        at_least = config.micro_batch_size
+        self.windows = WindowDataset(folder, manifest.validation, config.model.n_ctx, config.model.n_vocab, at_least)
         self.n_windows = min(max(1, config.eval.val_tokens // config.model.n_ctx), self.windows.n_windows)
         self.unigram_entropy = validation.unigram_entropy(self.windows, self.n_windows)
         held_out = manifest.validation[0]
@@ -65,6 +65,7 @@ class Assessment:
         self,
         kind: str,
         model: LLM,
+        batch_size: int,
         autocast: AbstractContextManager[Any],
         rank: int,
         world_size: int,
@@ -72,6 +73,8 @@ class Assessment:
         stop: Callable[[], bool],
     ) -> list[Record]:
         """The records of one kind; all processes call it together, with the same model.
+
+        `batch_size`: windows that validation takes at once.
 
         Soon after `stop()` is true in any process, raises StoppedError in all; for samples, which the first process
         makes alone, in that one only.
@@ -87,19 +90,25 @@ class Assessment:
 
         with autocast:
             if kind == "validation":
-                return [self._validation(model, rank, world_size, sum_over_ranks, check_all)]
+                return [self._validation(model, batch_size, rank, world_size, sum_over_ranks, check_all)]
             if kind == "hellaswag":
                 return [self._multiple_choice(model, rank, world_size, sum_over_ranks, check_all)]
             return self._samples(model, check_this) if rank == 0 else []
 
     def _validation(
-        self, model: LLM, rank: int, world_size: int, sum_over_ranks: Callable, check: Callable[[], None]
+        self,
+        model: LLM,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        sum_over_ranks: Callable,
+        check: Callable[[], None],
     ) -> Record:
         result = validation.validate(
             model,
             self.windows,
             n_windows=self.n_windows,
-            batch_size=self.config.train.micro_batch_size,
+            batch_size=batch_size,
             bytes_per_token=self.bytes_per_token,
             rank=rank,
             world_size=world_size,

@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMP_DATA = Path(os.environ.get("TEMP_DATA_DIR") or ROOT / "temp_data").absolute()
 DATASETS = TEMP_DATA / "datasets"
 RUNS = TEMP_DATA / "runs"
+COMPILE_CACHE = TEMP_DATA / "compile_cache"
 
 
 def dataset_dir(name: str) -> Path:

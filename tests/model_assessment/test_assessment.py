@@ -37,12 +37,12 @@ def test_stops_soon_and_leaves_the_model_as_it_was(assessment: Assessment, kind:
     model = LLM(assessment.config.model).train()
     hidden, passes = LLM.hidden, []
 
-    def counted(*arguments: Any) -> torch.Tensor:
+    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
         passes.append(1)
-        return hidden(*arguments)
+        return hidden(*arguments, **options)
 
     monkeypatch.setattr(LLM, "hidden", counted)
-    run = (kind, model, nullcontext(), 0, 1, list)
+    run = (kind, model, assessment.config.micro_batch_size, nullcontext(), 0, 1, list)
     assert assessment.run(*run, lambda: False)
     whole = len(passes)
     assert whole > 4
@@ -67,7 +67,9 @@ def test_all_processes_ask_equally_often(assessment: Assessment, kind: str):
 
         model = LLM(assessment.config.model)
         try:
-            assessment.run(kind, model, nullcontext(), rank, 3, add_up, lambda: False)
+            assessment.run(
+                kind, model, assessment.config.micro_batch_size, nullcontext(), rank, 3, add_up, lambda: False
+            )
         except AssertionError:  # this process alone has not scored all items
             assert kind == "hellaswag"
         asked.append(len(sums))
