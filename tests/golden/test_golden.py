@@ -1,11 +1,9 @@
 """The golden run, beside what was recorded; and the same compiled."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import pretrain
 from tests.golden import run
