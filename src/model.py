@@ -6,6 +6,7 @@ Shapes: B sequences, T positions, D width, V vocabulary.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class LLM(nn.Module):
             x_BTD = block(x_BTD, caches[i] if caches else None)
         return self.norm(x_BTD)
 
-    def compile_blocks(self, batch_size: int, backend: str = "inductor") -> None:
+    def compile_blocks(self, batch_size: int, backend: str | Callable[..., Any] = "inductor") -> None:
         """From now on, batches of (batch_size, n_ctx) with targets run compiled; others, and sampling, as before.
 
         One block is compiled and serves as all of them, which takes a fraction of the time of the whole model; nothing

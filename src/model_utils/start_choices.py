@@ -57,7 +57,10 @@ def _micro_batch_size(
     share = config.batch_size // procs.world_size
     sizes = [size for size in range(share, 0, -1) if share % size == 0]
     if was and was["micro_batch_size"] in sizes:
-        return was["micro_batch_size"], "as this run has had it"
+        before = was["micro_batch_size"]
+        fits = procs.device.type != "cuda" or _runs(before, model, precision, procs.device)
+        if not procs.any(not fits):  # it may go on on a smaller GPU
+            return before, "as this run has had it"
     found = procs.together(lambda: _largest_that_fits(sizes, model, precision, procs.device))
     size = min(procs.gather(found))
     return size, f"the largest of {share} sequences that divides them and fits, found by trying it without compiling"

@@ -1,0 +1,158 @@
+"""Choices by measuring, with measurements made up here; whole runs that choose are in tests/test_pretrain.py."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from src.model import LLM
+from src.model_utils import start_choices
+from src.model_utils.start_choices import settle
+from src.params import Config, ModelConfig, TrainConfig
+from src.utils import hardware
+from src.utils.errors import UserError
+from src.utils.handle_ddp import Processes
+
+ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def config(tiny_config: ModelConfig) -> Config:
+    """12 sequences a step, 100 steps."""
+    train = TrainConfig(batch_tokens=12 * 16, micro_batch_size=4, total_steps=100, compile="auto")
+    return Config(model=tiny_config, train=train)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[int]]:
+    """Makes the trial passes take these seconds, one after the other; returns the batch sizes that were tried."""
+
+    def make(seconds: list[float]) -> list[int]:
+        tried: list[int] = []
+        left: Iterator[float] = iter(seconds)
+
+        def seconds_of(batch_size: int, *_: Any) -> float:
+            tried.append(batch_size)
+            return next(left)
+
+        monkeypatch.setattr(start_choices, "_seconds_of", seconds_of)
+        return tried
+
+    return make
+
+
+def settled(config: Config, was: dict[str, Any] | None = None) -> tuple[Config, LLM, str]:
+    model = LLM(config.model)
+    chosen, notes = settle(config, was, config.total_steps, model, torch.float32, ALONE)
+    return chosen, model, "; ".join(notes)
+
+
+def auto_micro_batch(config: Config) -> Config:
+    return replace(config, train=replace(config.train, micro_batch_size="auto", compile="off"))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "expected"),
+    [(12.5, 12), (11.9, 6), (5.9, 4), (1.5, 1)],
+    ids=["all fit", "the next divisor", "not one in between", "one"],
+)
+def test_the_micro_batch_is_the_largest_that_fits_and_divides(
+    config: Config, sequences: float, expected: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Memory for so many sequences is free, besides the gradients and the optimizer's."""
+    one, two = (start_choices._bytes_of(n, LLM(config.model), torch.float32, ALONE.device) for n in (1, 2))
+    parameters = sum(parameter.numel() for parameter in LLM(config.model).parameters())
+    room = one + (sequences - 1) * (two - one) + 12 * parameters
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: int(2 * room))  # half of it is to be used
+    chosen, _, words = settled(auto_micro_batch(config))
+    assert chosen.train.micro_batch_size == expected
+    assert f"micro-batch: {expected} (the largest of 12" in words
+
+
+def test_memory_is_counted_as_autograd_keeps_it(config: Config):
+    """Twice the sequences keep twice the activations, and no parameter is among them."""
+    model = LLM(config.model)
+    one, two, four = (start_choices._bytes_of(n, model, torch.float32, ALONE.device) for n in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.1)
+    logits = config.model.n_ctx * config.model.n_vocab * 4
+    assert two - one > logits
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_sequence_fits(config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 1000)
+    with pytest.raises(UserError, match=r"not even one sequence of 16 tokens fits .* make the model or --model.n-ctx"):
+        settled(auto_micro_batch(config))
+
+
+def test_a_run_that_goes_on_keeps_its_choices(config: Config, passes: Callable[[list[float]], list[int]]):
+    tried = passes([])
+    auto = replace(config, train=replace(config.train, micro_batch_size="auto"))
+    chosen, model, words = settled(auto, was={"micro_batch_size": 3, "compile": "off"})
+    assert (chosen.train.micro_batch_size, chosen.train.compile) == (3, "off")
+    assert words.count("as this run has had it") == 2
+    assert not tried
+    assert model._compiled is None
+
+
+def test_a_micro_batch_that_another_number_of_processes_cannot_keep_is_found_anew(config: Config):
+    chosen, _, _ = settled(auto_micro_batch(config), was={"micro_batch_size": 5, "compile": "off"})
+    assert chosen.train.micro_batch_size == 12
+
+
+def test_a_short_run_is_not_compiled(config: Config, passes: Callable[[list[float]], list[int]]):
+    """100 steps of 3 micro-batches of 0.5 s take 150 s: the likely gain is less than compiling takes."""
+    tried = passes([0.9, 0.5])
+    chosen, model, words = settled(config)
+    assert chosen.train.compile == "off"
+    assert model._compiled is None
+    assert tried == [4, 4]
+    assert "compile: off (300 micro-batches of 0.5 s: compiling would take longer than it saves)" in words
+
+
+@pytest.mark.parametrize(("compiled", "expected"), [(0.7, "on"), (0.98, "off"), (1.5, "off")])
+def test_a_long_run_is_compiled_where_that_is_faster(
+    config: Config, compiled: float, expected: str, passes: Callable[[list[float]], list[int]]
+):
+    passes([1.2, 1.0, 20.0, compiled, compiled, compiled])
+    chosen, model, words = settled(config)
+    assert chosen.train.compile == expected
+    assert (model._compiled is not None) == (expected == "on")
+    assert f"compile: {expected} (a micro-batch takes {compiled:.3g} s" in words
+
+
+def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_blocks(self: LLM, batch_size: int) -> None:
+        def fails(*_: Any) -> torch.Tensor:
+            raise RuntimeError("no working C++ compiler was found\nand more lines")
+
+        original(self, batch_size, backend="eager")
+        assert self._compiled
+        self._compiled.blocks[0] = fails
+
+    original = LLM.compile_blocks
+    monkeypatch.setattr(LLM, "compile_blocks", compile_blocks)
+
+
+def test_without_a_compiler_a_run_is_not_compiled(
+    config: Config, passes: Callable[[list[float]], list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    asked = replace(config, train=replace(config.train, compile="on"))
+    broken_compiler(monkeypatch)
+    with pytest.raises(UserError, match=r"torch.compile failed: no working C\+\+ compiler was found; install"):
+        settled(asked)
+    monkeypatch.setattr(start_choices, "LIKELY_GAIN", 1e9)
+    chosen, model, words = settled(config)
+    assert chosen.train.compile == "off"
+    assert "compile: off (torch.compile failed: no working C++ compiler was found)" in words
+    assert model._compiled is None
+
+
+def test_what_is_tried_leaves_nothing_behind(config: Config):
+    model = LLM(config.model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settle(auto_micro_batch(config), None, 100, model, torch.float32, ALONE)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,103 @@
+"""What is compiled when: the blocks and the loss's softmax, for the training batch, and nothing else ever again."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from src.data_processing.tokenizer import load_tokenizer
+from src.model import LLM
+from src.model_assessment import hellaswag, sampling
+from src.model_assessment.hellaswag_items import Item
+from src.model_utils.weight_init import init_weights
+from src.params import ModelConfig
+
+
+class CountingBackend:
+    """Runs what it is given as it is, and counts how often it is given something."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: object) -> object:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def model(tiny_config: ModelConfig) -> LLM:
+    torch._dynamo.reset()
+    config = replace(tiny_config, n_vocab=50_257, n_layer=4)
+    model = LLM(config)
+    init_weights(model, config, seed=0)
+    return model
+
+
+def windows(model: LLM, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(model.config.n_vocab, (sequences, model.config.n_ctx + 1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def train(model: LLM, sequences: int) -> None:
+    for _ in range(3):
+        model(*windows(model, sequences)).backward()
+        model.zero_grad()
+
+
+def validate(model: LLM, sequences: int) -> None:
+    model.eval()
+    with torch.no_grad():
+        model(*windows(model, sequences))
+    model.train()
+
+
+def test_layers_share_what_is_compiled_and_other_shapes_are_not(model: LLM):
+    backend = CountingBackend()
+    model.compile_blocks(4, backend=backend)
+    train(model, 4)
+    assert backend.graphs == 2  # one block for all four layers, one softmax
+    validate(model, 4)
+    with_validation = backend.graphs
+    assert with_validation == 4  # the same without gradients and dropout
+
+    tokenizer = load_tokenizer()
+    for sequences in (1, 2, 3, 5):
+        validate(model, sequences)
+        train(model, sequences)
+    items = [Item(n, "a b " * n, ("c", "d e", "f", "g h i"), 0) for n in range(1, 6)]
+    hellaswag.evaluate(model, items, tokenizer.encode, protocol="test")
+    for prompt, n in (("One", 1), ("One two three", 3)):
+        sampling.sample(model, tokenizer, (prompt,), sampling.SamplingConfig(max_new_tokens=20), num_samples=n)
+    train(model, 4)
+    validate(model, 4)
+    assert backend.graphs == with_validation
+
+
+def test_another_model_in_the_same_process_compiles_its_own(model: LLM, tiny_config: ModelConfig):
+    backend = CountingBackend()
+    model.compile_blocks(4, backend=backend)
+    train(model, 4)
+    other = LLM(replace(tiny_config, n_vocab=50_257, n_layer=2, n_embd=48))
+    other.compile_blocks(2, backend=backend)
+    train(other, 2)
+    assert backend.graphs == 4
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, and there is no g++")
+def test_compiled_to_machine_code_it_computes_the_same(model: LLM, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Losses and gradients, in float32 and under bf16 autocast."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    inputs, targets = windows(model, 2)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        found = []
+        for compiled in (False, True):
+            if compiled:
+                model.compile_blocks(2)
+            else:
+                model.compile_nothing()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = model(inputs, targets)
+            found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+        for eager, fast in zip(*found, strict=True):
+            assert torch.linalg.vector_norm(fast - eager) <= tolerance * torch.linalg.vector_norm(eager)
