@@ -72,13 +72,16 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         # before anything reads a token; on each machine, because its disk may be its own
         procs.together(lambda: ensure_verified(folder, manifest, stop=stop) if procs.is_machines_first else None)
         training, assessment = procs.together(lambda: open_data(config, folder, manifest))
-        precision = hardware.choose_precision(config.train.precision, procs.device)
+        precision = procs.from_main(hardware.choose_precision(config.train.precision, procs.device))
         check_alike(config, procs, manifest, precision, assessment.items)
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
         log = RunLogger(run_dir, procs.is_main)
         config = procs.main_only(lambda: of_this_launch(config, log))
         apart = check_machines(run_dir, claim_file(run_dir), procs)
         checkpoint = procs.main_only(lambda: where_to_go_on(config, manifest, precision, procs, log))
+        if checkpoint and config.train.precision == "auto":
+            precision = getattr(torch, checkpoint.state["precision"].removeprefix("torch."))
+        precision = procs.from_main(precision)
         if procs.from_main(checkpoint is not None and checkpoint.step == config.total_steps):
             return already_done(config, procs, log)
         for note in (stray_files(folder, manifest), assessment.note, apart):

@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--data", default="pydocs", help="a dataset's name or folder")
     parser.add_argument("--micro-batch-size", type=int)
+    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="in a round")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -93,7 +94,7 @@ def main() -> None:
             batch_tokens=micro_batch_size * preset.model.n_ctx,
         ),
     )
-    precision = hardware.choose_precision(config.train.precision, device)
+    precision = hardware.choose_precision(args.precision, device)
     batches = real_batches(config, steps, device)
     timings: dict[str, Timing] = {name: Timing() for name in args.variants}
     rates: list[float] = []
@@ -318,6 +319,7 @@ def report(
         tflops = flops * tokens / step_ms / 1e9
         variants[name] = {
             "step_ms": round(step_ms, 2),
+            "rounds_ms": [round(ms, 1) for ms in timing.rounds_ms],
             "tokens_per_second": round(tokens / step_ms * 1e3, 1),
             "tflops": round(tflops, 4),
             "of_matmul_rate": round(tflops / matmul, 3),

@@ -30,6 +30,7 @@ from src.model_utils.step_numbers import StepClock, StepNumbers
 from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
 from src.model_utils.weight_init import init_weights
 from src.params import Config, DataConfig, to_dict
+from src.utils import hardware
 from src.utils.disk import set_aside
 from src.utils.errors import UserError
 from src.utils.handle_ddp import Processes
@@ -152,6 +153,8 @@ def prepare(
     log: RunLogger,
 ) -> Run:
     """Model, optimizer and progress, new or from the main process's checkpoint; config.json is written."""
+    if procs.device.type == "cpu":
+        hardware.keep_freed_memory()
     if procs.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = LLM(config.model)
@@ -175,7 +178,8 @@ def prepare(
     }
     settings = run_settings(config, procs, model, precision, dataset)
     log.write_json("config.json", settings)
-    log.info("\n".join([settings_in_words(settings, sum(shard.tokens for shard in manifest.train)), *notes]))
+    words = settings_in_words(settings, sum(shard.tokens for shard in manifest.train))
+    log.info("\n".join([words, f"precision: {hardware.precision_in_words(precision, procs.device)}", *notes]))
     saver = CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync)
     guard = SpikeGuard(config.optim.spike_z, state.progress.recent_losses)
     return Run(

@@ -51,8 +51,8 @@ def settings_in_words(settings: dict[str, Any], train_tokens: int) -> str:
     return (
         f"run {config['run_name']}: {derived['parameters']:,} parameters, {derived['total_steps']} steps of "
         f"{train['batch_tokens']:,} tokens: {epochs:.2g} times the {train_tokens:,} of {config['data']['dir']}\n"
-        f"on {derived['world_size']} x {machine.get('gpu') or machine['cpu']} ({machine['device']}), matmuls in "
-        f"{derived['precision']}, micro-batch {train['micro_batch_size']} x {config['model']['n_ctx']}, "
+        f"on {derived['world_size']} x {machine.get('gpu') or machine['cpu']} ({machine['device']}), "
+        f"micro-batch {train['micro_batch_size']} x {config['model']['n_ctx']}, "
         f"{derived['grad_accumulation_steps']} accumulation step(s)"
     )
 

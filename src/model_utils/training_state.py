@@ -109,7 +109,7 @@ def resume_point(
     """The checkpoint under `root` to go on from, if any, and what was done on the way, in words.
 
     Raises UserError where the one asked for is damaged or missing, where all are, or where it is of another
-    configuration; nothing has been moved then.
+    configuration; nothing has been moved then. A precision that was not asked for is the checkpoint's.
     """
     notes = []
     if config.resume == "auto":
@@ -125,7 +125,8 @@ def resume_point(
             )
         checkpoint = checkpoint_utils.open_checkpoint(path)
     if checkpoint is not None:
-        _check_same_run(checkpoint, _deciding(config, dataset_sha256, str(precision)))
+        ours = checkpoint.state["precision"] if config.train.precision == "auto" else str(precision)
+        _check_same_run(checkpoint, _deciding(config, dataset_sha256, ours))
         for name in checkpoint_utils.set_aside_after(root, checkpoint.step):
             notes.append(f"kept a checkpoint after step {checkpoint.step} as {name}")
     for name in checkpoint_utils.remove_leftovers(root):

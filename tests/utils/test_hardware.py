@@ -7,12 +7,30 @@ from src.utils.errors import UserError
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
+@pytest.mark.parametrize(("bf16", "float32", "expected"), [(1, 4, torch.bfloat16), (2, 1, torch.float32)])
+def test_precision_is_the_one_that_this_cpu_multiplies_faster(
+    bf16: float, float32: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """A clock that goes on by so much with each product."""
+    hardware._cpu_multiplies_bf16_faster.cache_clear()
+    now, product = [0.0], torch.Tensor.__matmul__
+
+    def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        now[0] += bf16 if a.dtype == torch.bfloat16 else float32
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert hardware.choose_precision("auto", CPU) == expected
+    hardware._cpu_multiplies_bf16_faster.cache_clear()
+
+
 def test_precision_follows_what_the_hardware_is_good_at(monkeypatch: pytest.MonkeyPatch):
+    hardware._cpu_multiplies_bf16_faster.cache_clear()
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     assert hardware.choose_precision("auto", CPU) == torch.float32
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert hardware.choose_precision("auto", CPU) == torch.bfloat16
     for capability, expected in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert hardware.choose_precision("auto", CUDA) == expected
