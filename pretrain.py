@@ -35,7 +35,7 @@ from src.params import Config
 from src.run_log import log_training, record_saves, suspects, write_status
 from src.run_setup import Run, check_alike, check_machines, where_to_go_on, of_this_launch, open_data, prepare
 from src.utils import hardware
-from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, exit_with
+from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, UserError, exit_with
 from src.utils.handle_ddp import Processes, processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
@@ -93,13 +93,28 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         write_status(run, "running", None, "")
         try:
             return run_steps(run, training, assessment, stop)
-        except Exception as error:
+        except Exception as raised:
+            error = in_words(raised, run)
             procs.leave()  # the others may be gone before the save under way is done
             write_status(run, "failed", getattr(error, "exit_code", None) or 1, str(error))
-            raise
+            if error is raised:
+                raise
+            raise error from raised
         finally:
             gc.unfreeze()
             log.close_bar()
+
+
+def in_words(error: Exception, run: Run) -> Exception:
+    """`error`, or what to do about it: a GPU too small for the run will not become larger by starting again."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return error
+    size = run.config.micro_batch_size
+    return UserError(
+        f"out of memory on {run.procs.device} in step {run.state.progress.step + 1}, with a micro-batch of {size} "
+        f"sequences: {str(error).splitlines()[0]} Start again with --train.micro-batch-size auto or less than {size}; "
+        "the steps stay the same, and the run goes on from its last checkpoint"
+    )
 
 
 def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: Callable[[], str | bool]) -> Outcome:

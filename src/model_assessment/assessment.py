@@ -116,8 +116,9 @@ class Assessment:
             between_batches=check,
         )
         values = {**vars(result), "unigram_entropy": self.unigram_entropy}
+        error = "" if result.stderr is None else f" +- {result.stderr:.4f}"
         words = (
-            f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
+            f"validation loss {result.loss:.4f}{error}, perplexity {result.perplexity:.2f}, "
             f"{result.bits_per_byte:.3f} bits a byte (unigram entropy {self.unigram_entropy:.4f})"
         )
         return Record("validation", values, words)

@@ -35,10 +35,10 @@ def key_figures(run: Run) -> list[KeyFigure]:
     if validations:
         last, best = validations[-1], _best(validations)
         lowest = f"lowest: {best['loss']:.3f} at step {best['step']:,}" if best else ""
+        error = f"± {fixed(last.get('stderr'))}; " if fixed(last.get("stderr")) else ""
+        note = error + ("the lowest" if best is last else lowest)
         figures = [
-            KeyFigure(
-                "Validation loss", fixed(last.get("loss")) or "not finite", "the lowest" if best is last else lowest
-            ),
+            KeyFigure("Validation loss", fixed(last.get("loss")) or "not finite", note.removesuffix("; ")),
             KeyFigure("Perplexity", perplexity(last.get("perplexity")), "on validation text"),
             KeyFigure("Bits per byte", fixed(last.get("bits_per_byte")), "on validation text"),
         ]

@@ -4,6 +4,7 @@ Shapes: B sequences, T positions.
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ class ValidationResult:
     """Bits to encode one byte of the text: comparable between tokenizers."""
     tokens: int
     """Predicted tokens."""
+    stderr: float | None
+    """Standard error of `loss`, from the spread of the batches; None where there is only one."""
+    seconds: float
+    """Wall time."""
 
 
 @torch.no_grad()
@@ -46,7 +51,8 @@ def validate(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    nats, tokens = 0.0, 0.0
+    started = time.perf_counter()
+    nats, squares, tokens, batches = 0.0, 0.0, 0.0, 0.0
     mine, most = range(rank, n_windows, world_size), len(range(0, n_windows, world_size))
     try:
         for first in range(0, most, batch_size):
@@ -57,17 +63,23 @@ def validate(
             windows = np.stack([dataset[number] for number in numbers])
             batch = torch.from_numpy(windows.astype(np.int64)).to(device)
             inputs_BT, targets_BT = batch[:, :-1], batch[:, 1:]
-            nats += model(inputs_BT, targets_BT).item() * targets_BT.numel()
+            loss = model(inputs_BT, targets_BT).item()
+            nats += loss * targets_BT.numel()
+            squares += loss**2 * targets_BT.numel()
             tokens += targets_BT.numel()
+            batches += 1
     finally:
         model.train(was_training)
-    nats, tokens = sum_over_ranks([nats, tokens])
+    nats, squares, tokens, batches = sum_over_ranks([nats, squares, tokens, batches])
     loss = nats / tokens
+    variance = max(0.0, squares / tokens - loss**2)  # of the batches' means
     return ValidationResult(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # exp overflows a float beyond 709
         bits_per_byte=loss / math.log(2) / bytes_per_token,
         tokens=int(tokens),
+        stderr=math.sqrt(variance / (batches - 1)) if batches > 1 else None,
+        seconds=time.perf_counter() - started,
     )
 
 

@@ -58,8 +58,9 @@ def laptop() -> Config:
 def lf_llm_269m() -> Config:
     """The published recipe: 10B tokens of FineWeb-Edu, 524,288 a step, on 8 GPUs of 80 GB.
 
-    Every default of the dataclasses is this recipe's value; the ones below are those that have no
-    default. Checkpoints are saved more often than the recipe's five, which are the ones kept for good.
+    Every default of the dataclasses is this recipe's value, but eval.val_tokens, which is a quarter of it; the ones
+    below are those that have no default. Checkpoints are saved more often than the recipe's five, which are the ones
+    kept for good.
     """
     return Config(
         run_name="lf_llm_269m",

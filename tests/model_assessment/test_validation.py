@@ -37,6 +37,16 @@ def test_loss_is_the_mean_over_the_first_windows(windows: WindowDataset, tiny_co
     assert result.bits_per_byte == pytest.approx(expected / math.log(2) / 4.0, rel=1e-5)
 
 
+def test_the_standard_error_is_that_of_the_batches_means(windows: WindowDataset, tiny_config: ModelConfig):
+    model = LLM(tiny_config)
+    result = validate(model, windows, n_windows=8, batch_size=2, bytes_per_token=4.0)
+    batches = torch.from_numpy(np.stack([windows[i] for i in range(8)]).astype("int64")).split(2)
+    with torch.no_grad():
+        means = [model.eval()(batch[:, :-1], batch[:, 1:]).item() for batch in batches]
+    assert result.stderr == pytest.approx(np.std(means, ddof=1) / math.sqrt(4), rel=1e-3)
+    assert validate(model, windows, n_windows=2, batch_size=2, bytes_per_token=4.0).stderr is None
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 9])
 def test_any_number_of_processes_measures_the_same_tokens(windows: WindowDataset, tiny_config, world_size: int):
     model = LLM(tiny_config)
@@ -46,7 +56,7 @@ def test_any_number_of_processes_measures_the_same_tokens(windows: WindowDataset
         # every process but one has nothing to divide by on its own, so give each the known total to return
         def collect(values):
             parts.append(list(values))
-            return [1.0, 1.0]
+            return [1.0, 1.0, 1.0, 1.0]
 
         validate(
             model,
@@ -58,7 +68,7 @@ def test_any_number_of_processes_measures_the_same_tokens(windows: WindowDataset
             world_size=world_size,
             sum_over_ranks=collect,
         )
-    nats, tokens = (sum(part[i] for part in parts) for i in (0, 1))
+    nats, tokens = (sum(part[i] for part in parts) for i in (0, 2))
     assert tokens == alone.tokens
     assert nats / tokens == pytest.approx(alone.loss, rel=1e-6)
 
