@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_another_model_in_the_same_process_compiles_its_own(model: LLM, tiny_con
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, and there is no g++")
-def test_compiled_to_machine_code_it_computes_the_same(model: LLM, tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_compiled_to_machine_code_it_computes_the_same(model: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Losses and gradients, in float32 and under bf16 autocast."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     inputs, targets = windows(model, 2)
@@ -101,3 +102,32 @@ def test_compiled_to_machine_code_it_computes_the_same(model: LLM, tmp_path, mon
             found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
         for eager, fast in zip(*found, strict=True):
             assert torch.linalg.vector_norm(fast - eager) <= tolerance * torch.linalg.vector_norm(eager)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, and there is no g++")
+def test_compiled_dropout_is_the_same_forward_and_backward(
+    tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The gradient is that of the loss: a compiler that draws dropout anew in the backward pass gives another one."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    model = LLM(replace(tiny_config, n_embd=48, residual_dropout=0.3, ffn_dropout=0.3)).train()
+    init_weights(model, model.config, seed=0)
+    model.compile_blocks(4)
+    inputs, targets = windows(model, 4)
+    parameters = list(model.parameters())
+    directions = [torch.randn_like(p) * p.detach().std().clamp(min=0.02) for p in parameters]
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(3)
+        return model(inputs, targets)
+
+    gradients = torch.autograd.grad(loss(), parameters)
+    slope = sum(float((gradient * d).sum()) for gradient, d in zip(gradients, directions, strict=True))
+    losses = []
+    for length in (1e-3, -2e-3):  # there, and as far to the other side
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(d, alpha=length)
+        losses.append(loss().item())
+    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(slope, rel=0.02)
