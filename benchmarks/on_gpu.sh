@@ -41,7 +41,7 @@ same_bits() { # a run that is killed and goes on, beside one that is not
     run gpu-whole "${settings[@]}" || return
     run gpu-halves "${settings[@]}" &
     until [ -e temp_data/runs/gpu-halves/checkpoints/step_0000004 ] || ! kill -0 $! 2>/dev/null; do sleep 0.2; done
-    kill -KILL $!
+    pkill -KILL -f -- "--run-name gpu-halves"
     wait $!
     run gpu-halves "${settings[@]}" || return
     for name in whole halves; do
