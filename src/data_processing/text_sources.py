@@ -114,16 +114,16 @@ def open_files(paths: Sequence[str], text_field: str) -> list[Files]:
     """
     texts = [path for path in paths if path.lower().endswith(TEXT_EXTENSIONS) and os.path.isfile(path)]
     grouped = set(texts)
-    sources, seen = [], set[Path]()
+    sources, seen = [], set[str]()
     for group in [texts if path in grouped else [path] for path in paths if path in texts[:1] or path not in grouped]:
         found, skipped = find_files(group)
         name = group[0] if len(group) == 1 else f"{len(group)} text files from {group[0]} on"
         if skipped:
             what = f"{len(skipped)} file(s) of {name} that end in none of {', '.join(EXTENSIONS)}"
             say(f"left out {what}, such as {skipped[0].name}")
-        if new := [file for file in found if file not in seen]:
+        if new := [file for file in found if os.path.realpath(file) not in seen]:
             sources.append(Files(name, new, text_field))
-            seen.update(new)
+            seen.update(map(os.path.realpath, new))
     return sources
 
 
@@ -136,26 +136,30 @@ def estimated_tokens(sizes: Mapping[Path, int]) -> int:
 def find_files(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """The files that `paths` name, sorted and each once, and what else lies there, of other kinds.
 
-    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count, and
-    links stand for what they lead to. Raises UserError for a path that leads to no file, for a file of an unknown
-    kind that is named itself, and for a folder that cannot be read.
+    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count. A link
+    keeps its own name, which says what kind of file it leads to: in the Hugging Face cache the target's name is a
+    hash. Raises UserError for a path that leads to no file, for a file of an unknown kind that is named itself, and
+    for a folder that cannot be read.
     """
     found: set[Path] = set()
-    skipped: set[Path] = set()
+    others: set[Path] = set()
     for given in paths:
         matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
         if not matches:
             what = "matches nothing" if glob.has_magic(given) else "does not exist"
             raise UserError(f"--path {given} {what} (seen from {Path.cwd()}); name a file, a folder or a pattern")
-        inside = {path for match in map(Path, matches) for path in (_files_below(match) if match.is_dir() else [match])}
-        readable = {path.resolve() for path in inside if path.name.lower().endswith(EXTENSIONS) and path.is_file()}
+        tops = [Path(match).absolute() for match in matches]
+        inside = {path for top in tops for path in (_files_below(top) if top.is_dir() else [top])}
+        readable = {path for path in inside if path.name.lower().endswith(EXTENSIONS) and path.is_file()}
         if not readable:
             is_file = not os.path.isdir(given) and matches == [given]
             what = "expected a file ending in" if is_file else "it holds no file ending in"
             raise UserError(f"--path {given}: {what} {', '.join(EXTENSIONS)}")
         found.update(readable)
-        skipped.update({path.resolve() for path in inside} - readable)
-    return sorted(found), sorted(skipped)
+        others.update(inside - readable)
+    targets = {os.path.realpath(path): path for path in sorted(found, reverse=True)}  # of several names the first
+    skipped = {os.path.realpath(path): path for path in sorted(others, reverse=True)}
+    return sorted(targets.values()), sorted(path for target, path in skipped.items() if target not in targets)
 
 
 def _files_below(root: Path) -> Iterator[Path]:

@@ -101,6 +101,21 @@ def test_a_file_more_or_less_is_another_request(tmp_path: Path) -> None:
         prepare(request(folder), tmp_path / "out", 1)
 
 
+def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name} blob").write_text(json.dumps({"text": f"{name} text"}) + '\n{"text": "one more"}\n')
+        os.utime(tmp_path / f"{name} blob", (0, 0))
+    link = tmp_path / "x.jsonl"
+    link.symlink_to("a blob")
+    prepare(request(link), tmp_path / "out", 1)
+    assert prepare(request(link), tmp_path / "out", 1).sources[0]["files"][0]["path"] == str(link)
+    link.unlink()
+    link.symlink_to("b blob")
+    os.utime(link, (2**32, 2**32), follow_symlinks=False)
+    with pytest.raises(UserError, match=f"{link} has other content"):
+        prepare(request(link), tmp_path / "out", 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
