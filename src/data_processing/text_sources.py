@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,17 @@ _BYTES_PER_TOKEN = 4
 _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
 # Of Python 3.11 with NumPy 2.2 and PyTorch 2.13; other versions differ by some percent.
 _PYDOCS_BYTES, _PYDOCS_TOKENS = 7_300_000, 2_400_000
+
+
+@dataclass(frozen=True)
+class Download:
+    """What a source still has to fetch before all of it can be read."""
+
+    bytes_left: int
+    bytes_per_s: float
+    """While something is fetched, lately; 0 where nothing came yet, or nothing any more."""
+    waited_s: float
+    """How long the source's reader has stood still until now, because what it asked for was not there yet."""
 
 
 class Source(ABC):
@@ -65,6 +77,10 @@ class Source(ABC):
     def status(self) -> str:
         """What there is to say beside progress, or nothing."""
         return ""
+
+    def download(self) -> Download | None:
+        """How far what is fetched in the background is; None where there is nothing of the kind."""
+        return None
 
     def close(self) -> None:  # noqa: B027
         """Ends what goes on in the background."""

@@ -2,6 +2,10 @@
 
 import hashlib
 import io
+import random
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from src.data_processing.shards import read_manifest
+from src.utils.root import ROOT
 from tests.conftest import Commands
 from tests.data_processing import stand_in_hub
 from tests.data_processing.documents import MODULE, all_decoded, some_texts
@@ -56,3 +61,41 @@ def test_fineweb_edu_from_a_hub(tmp_path: Path, commands: Commands) -> None:
     assert len(sample) == 40
     assert set(sample) < set(texts)
     assert set(sample) != set(texts[:40]), "not a sample, but the head of the first file"
+
+
+OFTEN = (
+    "from src.data_processing import data_downloader, progress; from src.utils.errors import exit_with; "
+    "progress._EVERY_S = 0.2; exit_with(data_downloader.main)"
+)
+
+
+def test_what_a_slow_hub_leaves_to_wait_for_is_said_from_its_first_bytes_on(tmp_path: Path, commands: Commands) -> None:
+    """One file in some 6 s, and next to nothing to tokenise."""
+    file = io.BytesIO()
+    chooser = random.Random(0)
+    table = pa.table({"text": some_texts(100), "id": [chooser.randbytes(12_000) for _ in range(100)]})
+    pq.write_table(table, file, compression="none")
+    path = "sample/10BT/000_00000.parquet"
+    with stand_in_hub.hub(FINEWEB_EDU[0], {path: file.getvalue()}, piece_s=0.08) as hub:
+        commands.environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf")}
+        command = [sys.executable, "-c", OFTEN, "--source", "fineweb-edu", "--out", "web", "--workers", "1"]
+        with subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=commands.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stderr is not None
+            said = [(time.monotonic(), line) for line in process.stderr]
+            ended = time.monotonic()
+    assert process.returncode == 0, said
+    lines = [(ended - moment, line) for moment, line in said if line.startswith("0%")]
+    assert len(lines) > 10, said
+    for left, line in lines:
+        told = re.search(r"about (\d+) s left", line)
+        if left > 1:
+            assert (told is None) == ("downloaded 0 of 1 files, 0 bytes of" in line), line
+        if told and 1 < left < 5:  # with the first piece or two the speed is a guess
+            assert left / 2 - 1 < int(told[1]) < left * 2 + 1, f"{left} s were left: {line}"
