@@ -1,18 +1,22 @@
 """FineWeb-Edu, whole or a part of it that is drawn from all of it."""
 
+import gzip
 import hashlib
 import io
+import json
 import random
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from src.data_processing.shards import read_manifest
+from src.data_processing.tokenizer import load_tokenizer
 from src.utils.root import ROOT
 from tests.conftest import Commands
 from tests.data_processing import stand_in_hub
@@ -61,6 +65,35 @@ def test_fineweb_edu_from_a_hub(tmp_path: Path, commands: Commands) -> None:
     assert len(sample) == 40
     assert set(sample) < set(texts)
     assert set(sample) != set(texts[:40]), "not a sample, but the head of the first file"
+
+
+def test_real_text_becomes_the_same_shards_from_the_hub_and_from_files(
+    shared: Path, tmp_path: Path, commands: Commands
+) -> None:
+    """The whole way twice, by processes of another number: only where the documents come from may differ."""
+    paths = [shared / "text" / f"{name}.jsonl.gz" for name in ("rust_book", "cpp_docs")]
+    texts = [[json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).splitlines()] for path in paths]
+    served = {}
+    for number, part in enumerate(texts):
+        file = io.BytesIO()
+        pq.write_table(pa.table({"text": part, "id": [str(i) for i in range(len(part))]}), file, row_group_size=500)
+        served[f"sample/10BT/00{number}_00000.parquet"] = file.getvalue()
+    options = ["--tokens-per-shard", "1_000_000", "--out"]
+    with stand_in_hub.hub(FINEWEB_EDU[0], served) as hub:
+        commands.environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf")}
+        web = commands.module(MODULE, "--source", "fineweb-edu", "--workers", "2", *options, "web")
+    files = commands.module(
+        MODULE, "--source", "files", "--path", *map(str, paths), "--workers", "1", *options, "files"
+    )
+    assert (web.returncode, files.returncode) == (0, 0), web.stderr + files.stderr
+    found, expected = (read_manifest(tmp_path / "datasets" / name) for name in ("web", "files"))
+    assert len(expected.shards) >= 3
+    assert [replace(shard, file="") for shard in found.shards] == [replace(shard, file="") for shard in expected.shards]
+    assert (found.counts, found.document_lengths) == (expected.counts, expected.document_lengths)
+    encode = load_tokenizer()._encoding.encode_ordinary
+    tokens = [sum(1 + len(encode(text)) for text in part if text.strip()) for part in texts]
+    assert [source["tokens"] for source in expected.sources] == tokens
+    assert [source["tokens"] for source in found.sources] == [sum(tokens)]
 
 
 OFTEN = (
