@@ -132,6 +132,28 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "files", "--path", "{}/one.txt"], 2, "--out DIR is needed", id="no out"),
         pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
         pytest.param(["--source", "pydocs", "--workers", "0"], 2, "0 is below 1", id="no workers"),
+        pytest.param(
+            ["--source", "pydocs", "--text-field", "text"], 2, "--text-field is for --source files", id="needless field"
+        ),
+        pytest.param(
+            ["--verify", "--out", "x", "--seed", "42", "--source", "pydocs"],
+            2,
+            "--source, --seed would change nothing: --verify takes --out only",
+            id="needless for verify",
+        ),
+        pytest.param(["--verify", "--out", "x", "--workers", "2"], 2, "--workers would", id="no workers verify"),
+        pytest.param(
+            ["--inspect", "--out", "x", "--max-tokens", "5"],
+            2,
+            "--max-tokens would change nothing: --inspect takes --out, --skipped, --windows only",
+            id="needless for inspect",
+        ),
+        pytest.param(
+            ["--repair", "--out", "x", "--tokens-per-shard", "5"],
+            2,
+            "--tokens-per-shard would change nothing: --repair takes --out, --workers only",
+            id="needless for repair",
+        ),
         pytest.param(["--verify", "--out", "absent"], 2, "no dataset at", id="nothing to verify"),
     ],
 )
