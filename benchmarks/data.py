@@ -1,11 +1,12 @@
-"""Preparing data: rates and memory, as one JSON object.
+"""Preparing data and loading it: rates and memory, as one JSON object.
 
-python -m benchmarks.data [--path FILES ...] [--megabytes 300] [--workers 1 2] [--repeats 5]
+python -m benchmarks.data [--path FILES ...] [--megabytes 300] [--workers 1 2] [--repeats 5] [--n-ctx 2048 256]
 
 The corpus is a file of JSON lines in a temporary folder: documents of paragraphs drawn at random from the texts at
 --path, or from the documentation that Python brings, so that no two are equal. tiktoken's `encode_ordinary` alone, on
 texts in memory and one core, is measured in turn with the whole command: process start, reading, tokenising,
-sorting, writing and fsync. Linux only, for the memory. Leave the machine alone meanwhile.
+sorting, writing and fsync. The training data loader is then measured on the dataset that the last preparation made,
+see benchmarks/loader.py. Linux only, for the memory. Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -22,9 +23,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import loader
 from src.data_processing.text_sources import PythonDocs, open_files
 from src.utils import hardware
 from src.utils.cores import available_cores
+from src.utils.errors import exit_with
 from src.utils.root import ROOT
 
 _TIKTOKEN_ALONE = """
@@ -46,6 +49,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=300, help="size of the corpus (default: 300)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--n-ctx", type=int, nargs="+", default=loader.N_CTX, help="of the loader (default: 2048 256)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -56,11 +60,13 @@ def main() -> None:
         for _ in range(args.repeats):  # in turn, so that a noisy machine is noisy for all of them
             alone.append(tiktoken_alone(corpus, documents // 8))
             for workers, runs in prepared.items():
-                runs.append(prepare(corpus, folder, workers))
+                shutil.rmtree(folder / "dataset", ignore_errors=True)
+                runs.append(prepare(corpus, folder / "dataset", workers))
         figures = {
             "corpus_megabytes": args.megabytes,
             "tiktoken_tokens_per_second": statistics.median(alone),
             "prepare": [summary(runs, workers, statistics.median(alone)) for workers, runs in prepared.items()],
+            "loader": [loader.loader_figures_in_a_process(folder / "dataset", n_ctx) for n_ctx in args.n_ctx],
             "machine": hardware.describe_machine(torch.device("cpu")),
         }
     print(json.dumps(figures))
@@ -100,9 +106,8 @@ def tiktoken_alone(corpus: Path, documents: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def prepare(corpus: Path, folder: Path, workers: int) -> dict[str, float]:
+def prepare(corpus: Path, out: Path, workers: int) -> dict[str, float]:
     """The command as a user types it; seconds from start to end, and the most memory that its processes held."""
-    out = folder / f"out {time.monotonic_ns()}"
     command = [sys.executable, "-m", "src.data_processing.data_downloader", "--source", "files", "--path", str(corpus)]
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -116,7 +121,6 @@ def prepare(corpus: Path, folder: Path, workers: int) -> dict[str, float]:
     seconds = time.perf_counter() - start
     assert process.stdout is not None, "it was asked for"
     tokens = json.loads(process.stdout.read())["tokens"]
-    shutil.rmtree(out)
     return {"tokens_per_second": tokens / seconds, "seconds": seconds, "peak_mb": memory}
 
 
@@ -162,4 +166,4 @@ def summary(runs: list[dict[str, float]], workers: int, alone: float) -> dict[st
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -21,7 +21,9 @@ from benchmarks.synthetic_dataset import make_sparse_dataset
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.utils import hardware
+from src.utils.errors import exit_with
 
+N_CTX = (2048, 256)
 BATCH_TOKENS = 524_288  # of one step of lf_llm_269m
 LATE_STEP = 1_000_000
 
@@ -29,7 +31,7 @@ LATE_STEP = 1_000_000
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of a dataset (default: a sparse one of 10B tokens)")
-    parser.add_argument("--n-ctx", type=int, nargs="+", default=[2048, 256])
+    parser.add_argument("--n-ctx", type=int, nargs="+", default=N_CTX)
     parser.add_argument("--seconds", type=float, default=3.0, help="how long batches are taken for each n_ctx")
     args = parser.parse_args()
     with ExitStack() as stack:
@@ -37,9 +39,14 @@ def main() -> None:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sparse"
             make_sparse_dataset(folder)
-        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1))
-        figures = [pool.apply(loader_figures, (folder, n_ctx, args.seconds)) for n_ctx in args.n_ctx]
+        figures = [loader_figures_in_a_process(folder, n_ctx, args.seconds) for n_ctx in args.n_ctx]
     print(json.dumps({"loader": figures, "machine": hardware.describe_machine(torch.device("cpu"))}))
+
+
+def loader_figures_in_a_process(folder: Path, n_ctx: int, seconds: float = 3.0) -> dict[str, float]:
+    """`loader_figures` in a process that has done nothing yet."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(loader_figures, (folder, n_ctx, seconds))
 
 
 def loader_figures(
@@ -106,4 +113,4 @@ def _counters(path: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from src.data_processing.preparation import prepare
 from src.data_processing.repair import repair, verify
@@ -21,6 +21,8 @@ from src.utils.root import dataset_dir, run_dir
 
 _DEFAULT_OUT = {"pydocs": "pydocs", "fineweb-edu": "fineweb-edu-sample-10BT"}
 _DEFAULT_WINDOWS = 4
+# What goes with each thing that is done to a dataset that is there.
+_TAKEN = {"verify": ("out",), "repair": ("out", "workers"), "inspect": ("out", "skipped", "windows")}
 
 
 def main() -> None:
@@ -61,7 +63,11 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_args()
+    given = _given(vars(args))
     is_there = args.verify or args.repair or args.inspect  # the dataset, already
+    for mode in (mode for mode in _TAKEN if mode in given):
+        if needless := [name for name in given if name not in (mode, *_TAKEN[mode])]:
+            parser.error(f"{_options(needless)} would change nothing: --{mode} takes {_options(_TAKEN[mode])} only")
     if args.source is None and not is_there:
         parser.error("--source is needed: fineweb-edu, files or pydocs")
     if args.source and args.out is None and "files" not in args.source:
@@ -74,10 +80,12 @@ def _parse_arguments() -> argparse.Namespace:
         parser.error("--skipped is empty; perhaps a variable that is not set")
     if args.skipped and not args.inspect:
         parser.error("--skipped is for --inspect")
-    if args.windows != _DEFAULT_WINDOWS and not args.skipped:
+    if "windows" in given and not args.skipped:
         parser.error("--windows is for --inspect --skipped RUN")
     if args.path and "files" not in (args.source or ()):
         parser.error("--path is for --source files")
+    if "text_field" in given and "files" not in (args.source or ()):
+        parser.error("--text-field is for --source files")
     if args.source and len(set(args.source)) < len(args.source):
         parser.error("--source names one source twice; several paths go behind one --path")
     if "" in args.path:
@@ -85,6 +93,17 @@ def _parse_arguments() -> argparse.Namespace:
     if not args.out:
         parser.error("--out DIR is needed: a name for the dataset, or a folder")
     return args
+
+
+def _given(names: Iterable[str]) -> list[str]:
+    """Those that stand on the command line, and be it with the value that is the default."""
+    parser = _parser()
+    parser.set_defaults(**dict.fromkeys(names))
+    return [name for name, value in vars(parser.parse_args()).items() if value is not None]
+
+
+def _options(names: Iterable[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,7 +183,7 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-field",
         default="text",
         metavar="NAME",
-        help="field or column that holds the text, for files of lines or rows (default: text)",
+        help="for --source files: field or column that holds the text, in files of lines or rows (default: text)",
     )
     parser.add_argument(
         "--max-tokens",

@@ -3,14 +3,15 @@
 import hashlib
 import queue
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -149,10 +150,8 @@ def document_key(data: bytes, seed: int) -> bytes:
 def _encode_in_processes(
     batches: Iterable[tuple[T, Documents]], n_workers: int, encode: Encode, ahead: int
 ) -> Iterator[tuple[T, EncodedBatch]]:
-    workers = [_Worker(encode) for _ in range(n_workers)]
+    workers: list[_Worker] = []
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
 
     def encode_elsewhere(documents: Documents) -> EncodedBatch:
         worker = idle.get()
@@ -163,6 +162,10 @@ def _encode_in_processes(
 
     threads = ThreadPoolExecutor(n_workers)  # each waits for one process at a time
     try:
+        with _interrupt_for_us_alone():
+            workers += [_Worker(encode) for _ in range(n_workers)]
+        for worker in workers:
+            idle.put(worker)
         pending: deque[tuple[T, Future[EncodedBatch]]] = deque()
         for label, documents in batches:
             pending.append((label, threads.submit(encode_elsewhere, documents)))
@@ -176,6 +179,30 @@ def _encode_in_processes(
         for worker in workers:
             worker.end()
         threads.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupt_for_us_alone() -> Iterator[None]:
+    """Ctrl-C is for the main process: those started inside never see it, from their first instruction on.
+
+    Here it waits until the block ends, because it would leave a process behind that was given half of what it needs.
+    """
+    asked: list[int] = []
+    resource_tracker.ensure_running()  # or the first start does that, and unblocks the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which a new process inherits
+    handler = signal.getsignal(signal.SIGINT)
+    # A thread's mask does not keep the signal from other threads; its handler runs in the main one.
+    waits = callable(handler) and threading.current_thread() is threading.main_thread()
+    if waits:
+        signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield
+    finally:
+        if waits:
+            signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if asked:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Worker:
@@ -209,7 +236,6 @@ class _Worker:
 
 def _serve(connection: Connection, encode: Encode) -> None:
     """Encodes what comes, until the other end is gone, and be it by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     with suppress(EOFError, OSError):
         while True:
             documents = connection.recv()

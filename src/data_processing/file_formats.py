@@ -96,8 +96,18 @@ def check_column(schema: Any, text_field: str, where: Path | str) -> None:
             f"{where}: {schema.names.count(text_field)} columns are named {text_field!r}; rename all but one"
         )
     kind = schema.field(text_field).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind  # as categories of pandas are written
+    if not any(is_text(values) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
         raise UserError(f"{where}: column {text_field!r} must hold text, found type {kind}")
+
+
+def one_buffer(values: Any) -> Any:
+    """An Arrow column of text, its values in a row: a part of a dictionary or of views is pickled with all of them."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    return values.cast(pa.large_binary()) if pa.types.is_string_view(values.type) else values
 
 
 def _read_lines(path: Path, text_field: str) -> Iterator[tuple[Lines, float]]:
@@ -166,7 +176,7 @@ def _read_parquet(path: Path, text_field: str, skip: int) -> Iterator[tuple[Colu
                 if skip:
                     skip -= 1
                     continue
-                yield Column(batch.column(0)), rows_read / file.metadata.num_rows
+                yield Column(one_buffer(batch.column(0))), rows_read / file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a sound parquet file ({error}); fetch it again or leave it out") from None
 
@@ -184,7 +194,7 @@ def _read_arrow(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
             tables = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
             read = 0
             for table in tables:
-                values = table.column(text_field)
+                values = one_buffer(table.column(text_field))
                 rows = _rows_per_batch(len(values), values.nbytes)
                 read += table.nbytes
                 for first in range(0, len(values), rows):

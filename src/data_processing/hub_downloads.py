@@ -7,6 +7,9 @@ cache holds is verified and used where it lies.
 
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +20,8 @@ from src.data_processing.hub_files import BadAnswerError, HubFile, HubListing, p
 from src.utils.disk import fingerprint, storage_errors, sync
 from src.utils.read_ahead import ReadAhead
 
+_SPEED_WINDOW_S = 60.0  # smooths out the ends of files and short stalls
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -26,7 +31,9 @@ class Progress:
     bytes_total: int
     files_there: int
     bytes_per_s: float
-    """Fetched since the last time this was asked for."""
+    """Over the last minute in which anything was being fetched, so not less where the caller is what takes time."""
+    waited_s: float
+    """How long the caller has waited for files."""
 
 
 class Downloads:
@@ -43,7 +50,10 @@ class Downloads:
         # Of each file; a thread changes the entries of its own file only.
         self._bytes_there = [file.bytes if n < first else self._on_disk(n) for n, file in enumerate(listing.files)]
         self._finished = [n < first for n in range(len(listing.files))]
-        self._last_asked = (time.monotonic(), sum(self._bytes_there))
+        self._fetching, self._waiting = _Stopwatch(), _Stopwatch()
+        self._fetched = [0] * len(listing.files)  # bytes that came over the network, of each file
+        self._measured = deque([(0.0, 0)])
+        """Seconds in which anything was being fetched and bytes that had come by then, each time it was asked for."""
 
     def __enter__(self) -> "Downloads":
         """Raises StorageError."""
@@ -64,7 +74,8 @@ class Downloads:
 
         A caller asks for files in order. Asking for more than `parallel` before it is done with any takes their disk.
         """
-        return self._ahead.result(number)
+        with self._waiting.running():
+            return self._ahead.result(number)
 
     def done_with(self, number: int) -> None:
         """Deletes file `number`, unless it lies in the user's own cache, and lets the next download start.
@@ -75,12 +86,17 @@ class Downloads:
         self._ahead.release(number)
 
     def progress(self) -> Progress:
-        now, there = time.monotonic(), sum(self._bytes_there)
-        then, before = self._last_asked
-        self._last_asked = (now, there)
         total = sum(file.bytes for file in self._listing.files)
-        rate = max(0, there - before) / max(now - then, 1e-9)
-        return Progress(there, total, sum(self._finished), rate)
+        there, files = sum(self._bytes_there), sum(self._finished)
+        return Progress(there, total, files, self._bytes_per_s(), self._waiting.seconds())
+
+    def _bytes_per_s(self) -> float:
+        seconds, fetched = self._fetching.seconds(), sum(self._fetched)
+        self._measured.append((seconds, fetched))
+        while len(self._measured) > 2 and self._measured[1][0] <= seconds - _SPEED_WINDOW_S:
+            self._measured.popleft()
+        then, before = self._measured[0]
+        return (fetched - before) / max(seconds - then, 1e-9)
 
     def _target(self, number: int) -> Path:
         return self._folder / self._listing.files[number].path.replace("/", "--")
@@ -115,13 +131,14 @@ class Downloads:
 
     def _download(self, number: int, stopping: threading.Event) -> Path:
         partial = self._partial(number)
-        persist(
-            self._listing.files[number].path,
-            self._listing.repository,
-            lambda: self._attempt(number, stopping),
-            stopping=stopping,
-            bytes_there=lambda: self._bytes_there[number],
-        )
+        with self._fetching.running():
+            persist(
+                self._listing.files[number].path,
+                self._listing.repository,
+                lambda: self._attempt(number, stopping),
+                stopping=stopping,
+                bytes_there=lambda: self._bytes_there[number],
+            )
         with storage_errors(partial):
             sync(partial)
             target = partial.rename(self._target(number))
@@ -152,6 +169,36 @@ class Downloads:
                     while rest:
                         rest = rest[output.write(rest) :]
                 self._bytes_there[number] += len(chunk)
+                self._fetched[number] += len(chunk)
+
+
+class _Stopwatch:
+    """Seconds in which one thread or more did a thing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._before, self._since = 0.0, 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._change(1)
+        try:
+            yield
+        finally:
+            self._change(-1)
+
+    def seconds(self) -> float:
+        with self._lock:
+            return self._before + (time.monotonic() - self._since if self._running else 0.0)
+
+    def _change(self, by: int) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._running:
+                self._before += now - self._since
+            self._running += by
+            self._since = now
 
 
 def _difference(path: Path, file: HubFile) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from src.data_processing.file_formats import check_column
+from src.data_processing.file_formats import check_column, one_buffer
 from src.data_processing.hub_files import BadAnswerError, HubListing, persist, read_range
 from src.utils.errors import UserError
 from src.utils.rand_idx_seq_gen import permutation
@@ -54,7 +54,8 @@ def remote_row_groups(listing: HubListing, column: str, seed: int, first: int = 
             def decode(part: "_Part", number: int = number, group: int = group) -> pa.Array:
                 # Not buffered ahead: that reads in threads of pyarrow's, which abort the process if it exits meanwhile.
                 file = pq.ParquetFile(part, metadata=footers[number], pre_buffer=False)
-                return file.read_row_group(group, columns=[column], use_threads=False).column(0).combine_chunks()
+                values = file.read_row_group(group, columns=[column], use_threads=False).column(0).combine_chunks()
+                return one_buffer(values)
 
             yield _decoded(part, listing, decode)
 

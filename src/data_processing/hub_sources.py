@@ -10,7 +10,7 @@ from src.data_processing.file_formats import Column, Documents, read_batches
 from src.data_processing.hub_downloads import Downloads
 from src.data_processing.hub_files import HubListing, list_files
 from src.data_processing.hub_row_groups import remote_row_groups
-from src.data_processing.text_sources import Source
+from src.data_processing.text_sources import Download, Source
 from src.data_processing.work_folder import DOWNLOADS
 from src.utils.disk import size_text
 from src.utils.errors import UserError
@@ -97,6 +97,12 @@ class _WholeFiles(Source):
             f"downloaded {now.files_there} of {len(self.unit_bytes)} files, {size_text(now.bytes_there)} of "
             f"{size_text(now.bytes_total)} ({size_text(now.bytes_per_s)}/s)"
         )
+
+    def download(self) -> Download | None:
+        if self._downloads is None:
+            return None
+        now = self._downloads.progress()
+        return Download(now.bytes_total - now.bytes_there, now.bytes_per_s, now.waited_s)
 
     def close(self) -> None:
         self._stack.close()

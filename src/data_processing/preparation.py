@@ -206,10 +206,12 @@ def _check_same_request(manifest: Manifest, request: Request, folder: Path) -> N
 def _changed_files(manifest: Manifest, paths: list[str], prepared: float) -> list[str]:
     """What differs between the files of the dataset and those that `paths` lead to now.
 
-    By name and size; by content where a file was written to since the time `prepared`.
+    By name and size; by content where a file was written to, or a link made, since the time `prepared`.
     """
     try:
-        now = {str(path): path.stat() for path in text_sources.find_files(paths)[0]}
+        files = text_sources.find_files(paths)[0]
+        now = {str(path): path.stat() for path in files}
+        changed = {str(path): max(path.stat().st_mtime, path.lstat().st_mtime) for path in files}
     except (UserError, OSError):
         return []  # gone since; the dataset stands without them
     then = {entry["path"]: entry for source in manifest.sources for entry in source.get("files", ())}
@@ -219,6 +221,6 @@ def _changed_files(manifest: Manifest, paths: list[str], prepared: float) -> lis
             changes.append(f"{path} is gone")
         elif now[path].st_size != entry["bytes"]:
             changes.append(f"{path} has {entry['bytes']} bytes there, {now[path].st_size} now")
-        elif now[path].st_mtime > prepared and fingerprint(Path(path))["sha256"] != entry["sha256"]:
+        elif changed[path] > prepared and fingerprint(Path(path))["sha256"] != entry["sha256"]:
             changes.append(f"{path} has other content")
     return sorted(changes)

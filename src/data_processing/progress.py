@@ -4,8 +4,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
+from src.data_processing.text_sources import Source
 from src.utils.terminal import CLEAR
 
 _EVERY_S = 10.0
@@ -15,9 +16,9 @@ _EVERY_S_ON_A_TERMINAL = 1.0
 class Progress:
     """Writes a line from a thread of its own until the `with` block ends; on a terminal, the same line again."""
 
-    def __init__(self, status: Callable[[], str]) -> None:
-        """`status`: what to add, such as how far a download is; or nothing."""
-        self._status = status
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """`sources` say how far their downloads are."""
+        self._sources = sources
         self._start = time.monotonic()
         self._first_share = self._share = 0.0
         self._documents = self._tokens = self._earlier_tokens = 0
@@ -44,10 +45,25 @@ class Progress:
             f"{self._tokens:,} tokens",
             f"{(self._tokens - self._earlier_tokens) / elapsed:,.0f} tokens/s",
         ]
+        seconds_left = self._seconds_left(elapsed)
+        if seconds_left is not None:
+            parts.append(f"about {_duration(seconds_left)} left")
+        return ", ".join([*parts, *filter(None, (source.status() for source in self._sources))])
+
+    def _seconds_left(self, elapsed: float) -> float | None:
+        """What the slower of the download and the tokenising will still take; None where it is not known."""
+        downloads = [download for source in self._sources if (download := source.download())]
+        busy = elapsed - sum(download.waited_s for download in downloads)
         done = self._share - self._first_share
+        estimates = []
         if done > 0.002 and elapsed > 2:
-            parts.append(f"about {_duration(elapsed * (1 - self._share) / done)} left")
-        return ", ".join([*parts, *filter(None, [self._status()])])
+            estimates.append(busy * (1 - self._share) / done)
+        for download in downloads:
+            if download.bytes_left:
+                if not download.bytes_per_s:
+                    return None
+                estimates.append(download.bytes_left / download.bytes_per_s)
+        return max(estimates, default=None)
 
     def __enter__(self) -> "Progress":
         self._thread.start()

@@ -98,10 +98,10 @@ def _write_again(manifest: Manifest, index: int, documents: SortedDocuments, wor
         prefix = shard.file[: name.start(1) - len("_i_")]
         again = write_planned(documents, ShardPlan(tuple(ranges), tokens), work, prefix, index)
     if again != shard:
-        found = f"{tokens} tokens" if again is None else f"sha256 {again.sha256}"
+        found = f"{tokens} tokens" if again is None else f"{again.documents} documents with sha256 {again.sha256}"
         raise UserError(
-            f"cannot repair {shard.file}: from the sources it would have {found}, expected {shard.tokens} tokens with "
-            f"sha256 {shard.sha256}; delete the folder and prepare the dataset again"
+            f"cannot repair {shard.file}: from the sources it would have {found}, expected {shard.tokens} tokens, "
+            f"{shard.documents} documents, with sha256 {shard.sha256}; delete the folder and prepare the dataset again"
         )
 
 

@@ -148,11 +148,17 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
 
 
 def shard_fault(
-    folder: Path, shard: Shard, n_vocab: int, full: bool = False, stop: Callable[[], object] = lambda: False
+    folder: Path,
+    shard: Shard,
+    n_vocab: int,
+    full: bool = False,
+    stop: Callable[[], object] = lambda: False,
+    end_of_text: int | None = None,
 ) -> str | None:
     """What `check_shard` finds wrong with the file, with path, expected and actual; None if nothing.
 
-    Raises StoppedError once `stop()` is true, which is asked before every 4 MiB.
+    With `full` and `end_of_text`, also whether this id stands there as often as documents are listed. Raises
+    StoppedError once `stop()` is true, which is asked before every 4 MiB.
     """
     path = folder / shard.file
     if not lies_in(folder, shard.file):
@@ -161,7 +167,7 @@ def shard_fault(
         with open(path, "rb") as file:
             _check_header(file, path, shard)
             if full:
-                _check_content(file, path, shard, n_vocab, stop)
+                _check_content(file, path, shard, n_vocab, stop, end_of_text)
     except FileNotFoundError:
         return f"{path} is missing: expected a shard of {shard.tokens} tokens"
     except OSError as error:
@@ -228,9 +234,10 @@ def _check_manifest(manifest: Manifest) -> None:
     if not manifest.validation or not manifest.train or manifest.shards[0].split != "validation":
         raise ValueError("it needs a validation shard first, then at least one training shard")
     check_names(manifest.shards)
-    total = sum(shard.tokens for shard in manifest.shards)
-    if manifest.counts["tokens"] != total:
-        raise ValueError(f"its shards hold {total} tokens, its total says {manifest.counts['tokens']}")
+    for name, unit in (("tokens", "tokens"), ("documents", "documents"), ("text_bytes", "bytes of text")):
+        total = sum(getattr(shard, name) for shard in manifest.shards)
+        if manifest.counts[name] != total:
+            raise ValueError(f"its shards hold {total} {unit}, its total says {manifest.counts[name]}")
 
 
 def check_names(shards: Iterable[Shard]) -> None:
@@ -262,12 +269,14 @@ def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:
         raise _Damaged(f"{path}: expected {expected} bytes, found {size}: the array is {what}")
 
 
-def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int, stop: Callable[[], object]) -> None:
+def _check_content(
+    file: BinaryIO, path: Path, shard: Shard, n_vocab: int, stop: Callable[[], object], end_of_text: int | None
+) -> None:
     """`file` stands at the first token, after the header."""
     header_bytes = file.tell()
     file.seek(0)
     digest = hashlib.sha256(file.read(header_bytes))
-    offset = 0
+    offset = documents = 0
     for chunk in _chunks(file):
         if stop():
             raise StoppedError(f"stopped on request while {path} was being read")
@@ -277,8 +286,14 @@ def _check_content(file: BinaryIO, path: Path, shard: Shard, n_vocab: int, stop:
             first = int(np.argmax(ids >= n_vocab))
             raise _Damaged(f"{path}: token {offset + first} is {ids[first]}; expected ids below {n_vocab}")
         offset += ids.size
+        documents += np.count_nonzero(ids == end_of_text)
     if digest.hexdigest() != shard.sha256:
         raise _Damaged(f"{path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
+    if end_of_text is not None and documents != shard.documents:
+        raise _Damaged(
+            f"{path}: expected {shard.documents} documents, found {documents}: the id {end_of_text} begins each of "
+            "them; the content is as prepared, so its manifest was changed"
+        )
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:

@@ -65,7 +65,7 @@ def encode_sources(
     shares = _Shares(sources)
     ahead = workers + 1 if request.is_limited else 8 * workers  # batches; to keep all busy while a run is written
     run = _Run(work, len(states), start)
-    with Progress(lambda: ", ".join(filter(None, (source.status() for source in sources)))) as progress:
+    with Progress(sources) as progress:
         progress.begin(max(shares.before(start), count.share), count.documents, count.tokens)
         for place, batch in encode_all(_batches(sources, start), workers, request.seed, ahead, wanted):
             leaves_a_download = place[:2] != run.end[:2] and sources[run.end.source].download_bytes

@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,17 @@ _BYTES_PER_TOKEN = 4
 _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
 # Of Python 3.11 with NumPy 2.2 and PyTorch 2.13; other versions differ by some percent.
 _PYDOCS_BYTES, _PYDOCS_TOKENS = 7_300_000, 2_400_000
+
+
+@dataclass(frozen=True)
+class Download:
+    """What a source still has to fetch before all of it can be read."""
+
+    bytes_left: int
+    bytes_per_s: float
+    """While something is fetched, lately; 0 where nothing came yet, or nothing any more."""
+    waited_s: float
+    """How long the source's reader has stood still until now, because what it asked for was not there yet."""
 
 
 class Source(ABC):
@@ -65,6 +77,10 @@ class Source(ABC):
     def status(self) -> str:
         """What there is to say beside progress, or nothing."""
         return ""
+
+    def download(self) -> Download | None:
+        """How far what is fetched in the background is; None where there is nothing of the kind."""
+        return None
 
     def close(self) -> None:  # noqa: B027
         """Ends what goes on in the background."""
@@ -114,16 +130,16 @@ def open_files(paths: Sequence[str], text_field: str) -> list[Files]:
     """
     texts = [path for path in paths if path.lower().endswith(TEXT_EXTENSIONS) and os.path.isfile(path)]
     grouped = set(texts)
-    sources, seen = [], set[Path]()
+    sources, seen = [], set[str]()
     for group in [texts if path in grouped else [path] for path in paths if path in texts[:1] or path not in grouped]:
         found, skipped = find_files(group)
         name = group[0] if len(group) == 1 else f"{len(group)} text files from {group[0]} on"
         if skipped:
             what = f"{len(skipped)} file(s) of {name} that end in none of {', '.join(EXTENSIONS)}"
             say(f"left out {what}, such as {skipped[0].name}")
-        if new := [file for file in found if file not in seen]:
+        if new := [file for file in found if os.path.realpath(file) not in seen]:
             sources.append(Files(name, new, text_field))
-            seen.update(new)
+            seen.update(map(os.path.realpath, new))
     return sources
 
 
@@ -136,26 +152,30 @@ def estimated_tokens(sizes: Mapping[Path, int]) -> int:
 def find_files(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """The files that `paths` name, sorted and each once, and what else lies there, of other kinds.
 
-    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count, and
-    links stand for what they lead to. Raises UserError for a path that leads to no file, for a file of an unknown
-    kind that is named itself, and for a folder that cannot be read.
+    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count. A link
+    keeps its own name, which says what kind of file it leads to: in the Hugging Face cache the target's name is a
+    hash. Raises UserError for a path that leads to no file, for a file of an unknown kind that is named itself, and
+    for a folder that cannot be read.
     """
     found: set[Path] = set()
-    skipped: set[Path] = set()
+    others: set[Path] = set()
     for given in paths:
         matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
         if not matches:
             what = "matches nothing" if glob.has_magic(given) else "does not exist"
             raise UserError(f"--path {given} {what} (seen from {Path.cwd()}); name a file, a folder or a pattern")
-        inside = {path for match in map(Path, matches) for path in (_files_below(match) if match.is_dir() else [match])}
-        readable = {path.resolve() for path in inside if path.name.lower().endswith(EXTENSIONS) and path.is_file()}
+        tops = [Path(match).absolute() for match in matches]
+        inside = {path for top in tops for path in (_files_below(top) if top.is_dir() else [top])}
+        readable = {path for path in inside if path.name.lower().endswith(EXTENSIONS) and path.is_file()}
         if not readable:
             is_file = not os.path.isdir(given) and matches == [given]
             what = "expected a file ending in" if is_file else "it holds no file ending in"
             raise UserError(f"--path {given}: {what} {', '.join(EXTENSIONS)}")
         found.update(readable)
-        skipped.update({path.resolve() for path in inside} - readable)
-    return sorted(found), sorted(skipped)
+        others.update(inside - readable)
+    targets = {os.path.realpath(path): path for path in sorted(found, reverse=True)}  # of several names the first
+    skipped = {os.path.realpath(path): path for path in sorted(others, reverse=True)}
+    return sorted(targets.values()), sorted(path for target, path in skipped.items() if target not in targets)
 
 
 def _files_below(root: Path) -> Iterator[Path]:

@@ -99,8 +99,15 @@ def _read_all(
 
     def read(number: int) -> tuple[int, dict[str, Any] | None, str | None]:
         shard = manifest.shards[number]
-        entry = _entry(folder, shard, manifest.n_vocab)  # as it was before its content was read
-        fault = shard_fault(folder, shard, manifest.n_vocab, full=True, stop=lambda: leaving.is_set() or stop())
+        entry = _entry(folder, shard, manifest)  # as it was before its content was read
+        fault = shard_fault(
+            folder,
+            shard,
+            manifest.n_vocab,
+            full=True,
+            stop=lambda: leaving.is_set() or stop(),
+            end_of_text=manifest.end_of_text,
+        )
         return number, entry, fault
 
     is_stopped = False
@@ -125,11 +132,11 @@ def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _entries(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Entries by file name, of the shards that are there."""
-    found = {shard.file: _entry(folder, shard, manifest.n_vocab) for shard in manifest.shards}
+    found = {shard.file: _entry(folder, shard, manifest) for shard in manifest.shards}
     return {file: entry for file, entry in found.items() if entry}
 
 
-def _entry(folder: Path, shard: Shard, n_vocab: int) -> dict[str, Any] | None:
+def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any] | None:
     """What was asked of the shard, and which file answered; None where there is none."""
     try:
         found = os.stat(folder / shard.file)
@@ -137,7 +144,9 @@ def _entry(folder: Path, shard: Shard, n_vocab: int) -> dict[str, Any] | None:
         return None
     return {
         "sha256": shard.sha256,
-        "n_vocab": n_vocab,
+        "documents": shard.documents,
+        "n_vocab": manifest.n_vocab,
+        "end_of_text": manifest.end_of_text,
         "size": found.st_size,
         "mtime_ns": found.st_mtime_ns,
         "ctime_ns": found.st_ctime_ns,

@@ -101,6 +101,21 @@ def test_a_file_more_or_less_is_another_request(tmp_path: Path) -> None:
         prepare(request(folder), tmp_path / "out", 1)
 
 
+def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name} blob").write_text(json.dumps({"text": f"{name} text"}) + '\n{"text": "one more"}\n')
+        os.utime(tmp_path / f"{name} blob", (0, 0))
+    link = tmp_path / "x.jsonl"
+    link.symlink_to("a blob")
+    prepare(request(link), tmp_path / "out", 1)
+    assert prepare(request(link), tmp_path / "out", 1).sources[0]["files"][0]["path"] == str(link)
+    link.unlink()
+    link.symlink_to("b blob")
+    os.utime(link, (2**32, 2**32), follow_symlinks=False)
+    with pytest.raises(UserError, match=f"{link} has other content"):
+        prepare(request(link), tmp_path / "out", 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -117,6 +132,28 @@ def test_a_file_more_or_less_is_another_request(tmp_path: Path) -> None:
         pytest.param(["--source", "files", "--path", "{}/one.txt"], 2, "--out DIR is needed", id="no out"),
         pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
         pytest.param(["--source", "pydocs", "--workers", "0"], 2, "0 is below 1", id="no workers"),
+        pytest.param(
+            ["--source", "pydocs", "--text-field", "text"], 2, "--text-field is for --source files", id="needless field"
+        ),
+        pytest.param(
+            ["--verify", "--out", "x", "--seed", "42", "--source", "pydocs"],
+            2,
+            "--source, --seed would change nothing: --verify takes --out only",
+            id="needless for verify",
+        ),
+        pytest.param(["--verify", "--out", "x", "--workers", "2"], 2, "--workers would", id="no workers verify"),
+        pytest.param(
+            ["--inspect", "--out", "x", "--max-tokens", "5"],
+            2,
+            "--max-tokens would change nothing: --inspect takes --out, --skipped, --windows only",
+            id="needless for inspect",
+        ),
+        pytest.param(
+            ["--repair", "--out", "x", "--tokens-per-shard", "5"],
+            2,
+            "--tokens-per-shard would change nothing: --repair takes --out, --workers only",
+            id="needless for repair",
+        ),
         pytest.param(["--verify", "--out", "absent"], 2, "no dataset at", id="nothing to verify"),
     ],
 )

@@ -2,8 +2,14 @@
 
 import hashlib
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +18,9 @@ from src.data_processing.encoding import EncodedBatch, encode_all, encode_batch
 from src.data_processing.file_formats import Texts
 from src.data_processing.tokenizer import load_tokenizer
 from src.utils.errors import UserError
-from tests.data_processing.documents import some_texts
+from src.utils.root import ROOT
+from tests.conftest import Commands
+from tests.data_processing.documents import MODULE, some_texts, write_json_lines
 
 
 def test_a_batch_holds_ids_lengths_and_keys() -> None:
@@ -85,6 +93,26 @@ def test_a_killed_worker_is_an_error_and_no_hang() -> None:
     with pytest.raises(UserError, match="a worker process was killed, most likely for lack of memory"):
         list(encoded)
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.05, 0.1, 0.2, 0.4])
+def test_ctrl_c_while_workers_start_is_one_line(tmp_path: Path, commands: Commands, delay_s: float) -> None:
+    """To all processes, as a terminal sends it, so long after the first of them is there."""
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(500, words=20_000))
+    command = [sys.executable, "-m", MODULE, "--source", "files", "--path", str(path), "--out", "x", "--workers", "4"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=commands.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not children.read_text():
+            assert process.poll() is None, "ended before a process was started"
+        time.sleep(delay_s)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=30)[1]  # to its end, which all that hold it open have come to
+    assert process.returncode == 130
+    assert said.splitlines()[-1:] == ["interrupted"], said
+    assert "Traceback" not in said
 
 
 def same(found: EncodedBatch, expected: EncodedBatch) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.data_processing.file_formats import BATCH_BYTES, Lines, read_batches
+from src.data_processing.file_formats import BATCH_BYTES, Column, Lines, one_buffer, read_batches
 from src.utils.errors import UserError
 from tests.data_processing.documents import some_texts, write_json_lines
 
@@ -41,6 +41,27 @@ def parquet_of_small_groups(path: Path) -> None:
     pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=100)
 
 
+def parquet_of_categories(path: Path) -> None:
+    """As pandas writes them."""
+    pq.write_table(pa.table({"text": pa.array(TEXTS).dictionary_encode()}), path, row_group_size=1_500)
+
+
+def parquet_of_views(path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array(TEXTS, pa.string_view())}), path, row_group_size=1_500)
+
+
+def arrow_file_of_categories(path: Path) -> None:
+    table = pa.table({"text": pa.array(TEXTS).dictionary_encode()})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2_500)
+
+
+def arrow_stream_of_views(path: Path) -> None:
+    table = pa.table({"text": pa.array(TEXTS, pa.string_view())})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2_500)
+
+
 def arrow_file(path: Path) -> None:
     table = pa.table({"text": TEXTS})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -61,7 +82,11 @@ def arrow_stream(path: Path) -> None:
         ("a.jsonl.zst", zst),
         ("a.parquet", parquet),
         ("b.parquet", parquet_of_small_groups),
+        ("c.parquet", parquet_of_categories),
+        ("d.parquet", parquet_of_views),
         ("a.arrow", arrow_file),
+        ("c.arrow", arrow_file_of_categories),
+        ("d.arrow", arrow_stream_of_views),
         ("b.arrow", arrow_stream),
     ],
 )
@@ -91,6 +116,18 @@ def test_lines_keep_their_numbers_over_batches(tmp_path: Path) -> None:
     assert isinstance(last, Lines)
     with pytest.raises(UserError, match="line 10001: not JSON"):
         list(last.texts())
+
+
+def test_categories_of_numbers_are_no_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([1, 2]).dictionary_encode()}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="column 'text' must hold text, found type int64"):
+        list(read_batches(tmp_path / "a.parquet", "text"))
+
+
+def test_categories_that_are_not_utf8_become_lone_surrogates() -> None:
+    text = pa.Array.from_buffers(pa.binary(), 1, pa.array([b"caf\xe9"]).buffers()).view(pa.string())
+    for column in (text.dictionary_encode(), text.cast(pa.string_view())):
+        assert list(Column(one_buffer(column)).texts()) == ["caf\udce9"]
 
 
 def test_a_file_that_is_no_arrow_or_zstd_file_is_named(tmp_path: Path) -> None:

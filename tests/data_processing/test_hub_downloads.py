@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from src.data_processing import hub_downloads
+from src.data_processing.hub_files import HubFile, HubListing
 from src.utils.root import ROOT
 from tests.conftest import Commands
 from tests.data_processing import hub_client
@@ -65,6 +67,26 @@ def test_every_byte_once_and_few_files_at_a_time(tmp_path: Path, reach: Callable
     assert 0 < found[0]["bytes_per_s"] < 3 * 2**14 / 0.01, "faster than the hub sends"
     begun = [PATHS.index(r.path.removeprefix("/storage/")) for r in served.requests if "/storage/" in r.path]
     assert (sorted(begun[:3]), sorted(begun[3:])) == ([0, 1, 2], [3, 4])
+
+
+def test_a_slow_caller_makes_no_slow_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 pieces in a second, for which the caller waits, and a second in which the next file must not begin."""
+
+    def slowly(listing: HubListing, file: HubFile, start: int, end: int) -> Iterator[bytes]:
+        for _ in range(20):
+            time.sleep(0.05)
+            yield bytes((end - start) // 20)
+
+    monkeypatch.setattr(hub_downloads, "read_range", slowly)
+    listing = HubListing("org/data", REVISION, tuple(HubFile(path, 20_000, None) for path in PATHS))
+    with hub_downloads.Downloads(listing, tmp_path, parallel=1) as downloads:
+        downloads.path(0)
+        time.sleep(1)
+        found = downloads.progress()
+        assert (found.bytes_there, found.bytes_total) == (20_000, 100_000)
+        assert 15_000 < found.bytes_per_s <= 20_000
+        assert 1.0 <= found.waited_s < 1.4
+        assert found.bytes_per_s == downloads.progress().bytes_per_s, "asked for again at once"
 
 
 def test_a_later_start_leaves_out_what_the_caller_has(tmp_path: Path, reach: Callable[[Hub], Commands]) -> None:

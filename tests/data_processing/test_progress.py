@@ -4,16 +4,36 @@ import io
 import re
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from src.data_processing import hub_files, progress
+from src.data_processing.file_formats import Documents
 from src.data_processing.progress import Progress
+from src.data_processing.text_sources import Download, Source
+
+
+class Fetched(Source):
+    """A source of which only how far its download is matters."""
+
+    def __init__(self, status: str = "", download: Download | None = None) -> None:
+        super().__init__({}, [], 0)
+        self._status, self._download = status, download
+
+    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+        raise AssertionError("nobody reads it")
+
+    def status(self) -> str:
+        return self._status
+
+    def download(self) -> Download | None:
+        return self._download
 
 
 def test_lines_while_it_goes_on(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "_EVERY_S", 0.05)
-    with Progress(lambda: "downloaded 1 of 2 files") as shown:
+    with Progress([Fetched(), Fetched("downloaded 1 of 2 files")]) as shown:
         shown.begin(0.25, documents=10, tokens=1_000)
         shown.update(0.5, documents=5, tokens=2_000)
         time.sleep(0.3)
@@ -26,12 +46,34 @@ def test_lines_while_it_goes_on(monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
 
 def test_what_is_left_counts_from_where_this_start_began(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of the whole in 100 s; half of it is left."""
-    shown = Progress(lambda: "")
+    shown = Progress([Fetched()])
     shown.begin(0.25, documents=0, tokens=500)
     shown.update(0.5, documents=1, tokens=1_000)
     started = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: started + 100)
     assert re.fullmatch(r"50%, 1 documents, 1,500 tokens, (9|10) tokens/s, about 3 min left", shown.line())
+
+
+@pytest.mark.parametrize(
+    ("share", "download", "left"),
+    [
+        pytest.param(0.5, Download(600, 2.0, waited_s=0.0), "about 5 min", id="the download is slower"),
+        pytest.param(0.5, Download(100, 2.0, waited_s=0.0), "about 2 min", id="tokenising is slower"),
+        pytest.param(0.0, Download(120, 2.0, waited_s=100.0), "about 60 s", id="nothing to tokenise yet"),
+        pytest.param(0.5, Download(20, 2.0, waited_s=70.0), "about 30 s", id="a wait says nothing of tokenising"),
+        pytest.param(0.5, Download(0, 0.0, waited_s=70.0), "about 30 s", id="all is there"),
+        pytest.param(0.5, Download(20, 0.0, waited_s=70.0), None, id="nothing comes any more"),
+    ],
+)
+def test_what_is_left_is_of_the_slower_of_download_and_tokenising(
+    monkeypatch: pytest.MonkeyPatch, share: float, download: Download, left: str | None
+) -> None:
+    """After 100 s."""
+    shown = Progress([Fetched(download=download), Fetched()])
+    shown.update(share, documents=1, tokens=1_000)
+    started = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: started + 100)
+    assert re.findall(r"about .* left", shown.line()) == ([f"{left} left"] if left else [])
 
 
 class Terminal(io.StringIO):
@@ -67,7 +109,7 @@ def test_a_note_stands_on_a_line_of_its_own_beside_the_line_of_progress(monkeypa
             assert terminal.screen()[-1].startswith("50%"), "the line of progress stands there"
             raise answer
 
-    with Progress(lambda: "") as shown:
+    with Progress([Fetched()]) as shown:
         shown.update(0.5, documents=1, tokens=1_000)
         hub_files.persist("it", "org/data", attempt)
         assert terminal.screen()[-1].startswith("50%")

@@ -23,6 +23,7 @@ from src.utils.errors import UserError
 from tests.conftest import manifest_of
 
 N_VOCAB = 50_257
+TOTALS = {"tokens": 3_000_150, "documents": 6, "text_bytes": 1_200}
 
 
 def make_dataset(folder: Path) -> Manifest:
@@ -159,7 +160,10 @@ def test_no_dataset_says_how_to_make_one(tmp_path: Path) -> None:
     [
         ({"format": 1}, "has format 1; this program reads format 2; delete the folder"),
         ({"shards": []}, "needs a validation shard first"),
-        ({"counts": {"tokens": 1}}, "hold 3000150 tokens, its total says 1"),
+        ({"counts": TOTALS | {"tokens": 1}}, "hold 3000150 tokens, its total says 1"),
+        ({"counts": TOTALS | {"documents": 7}}, "hold 6 documents, its total says 7"),
+        ({"counts": TOTALS | {"text_bytes": 0}}, "hold 1200 bytes of text, its total says 0"),
+        ({"counts": {"tokens": 3_000_150}}, "damaged.*documents"),
         ({"surprise": 1}, "damaged.*surprise"),
         ({"shards": [{"file": "x"}]}, "damaged"),
     ],

@@ -104,6 +104,35 @@ def test_what_else_lies_there_is_said_and_links_are_followed_once(
     assert f"left out 2 file(s) of {folder} that end in none of .txt" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["snapshots/f/x.parquet", "snapshots", "snapshots/*/*.parquet", "."])
+def test_a_link_has_its_own_name_and_its_target_may_have_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """As in the cache of the Hugging Face hub, where the files are called by their hashes."""
+    (tmp_path / "snapshots" / "f").mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "blobs" / "abc123")
+    for name in ("x", "y"):  # one blob
+        (tmp_path / "snapshots" / "f" / f"{name}.parquet").symlink_to("../../blobs/abc123")
+    monkeypatch.chdir(tmp_path)
+    sources = open_files([given, "snapshots/f/y.parquet"], "text")
+    assert [texts_in(source) for source in sources] == [["one", "two"]]
+    [described] = sources[0].details["files"]
+    assert described["path"] == str(tmp_path / "snapshots" / "f" / "x.parquet")
+    assert described["sha256"] == hashlib.sha256((tmp_path / "blobs" / "abc123").read_bytes()).hexdigest()
+    assert find_files([given])[1] == [], "the blob is read, by another name"
+
+
+def test_links_that_lead_nowhere_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "gone.txt").symlink_to("nothing")
+    (tmp_path / "round.txt").symlink_to("round.txt")
+    assert find_files([str(tmp_path)]) == (
+        [tmp_path / "a.txt"],
+        [tmp_path / "gone.txt", tmp_path / "round.txt"],
+    )
+
+
 def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("brackets")
     (tmp_path / "a1.txt").write_text("one")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from src.data_processing import verification
-from src.data_processing.shards import Manifest, read_manifest, shard_fault, unlisted_files
+from src.data_processing.shards import Manifest, Shard, read_manifest, shard_fault, unlisted_files
 from src.data_processing.verification import STAMP, ensure_verified
 from src.utils.errors import StoppedError, UserError
 
@@ -26,10 +26,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose content is read."""
     names: list[str] = []
 
-    def spy(folder: Path, shard, n_vocab: int, full: bool, stop: Callable[[], bool]):
+    def spy(folder: Path, shard: Shard, n_vocab: int, full: bool, stop: Callable[[], bool], end_of_text: int):
         assert full
         names.append(shard.file)
-        return shard_fault(folder, shard, n_vocab, full, stop)
+        return shard_fault(folder, shard, n_vocab, full, stop, end_of_text)
 
     monkeypatch.setattr(verification, "shard_fault", spy)
     return names
@@ -103,6 +103,22 @@ def test_every_fault_is_named_and_a_damaged_shard_is_never_stamped(folder: Path,
         assert lines[2] == f"{paths[1]}: token 699 is 300; expected ids below 300"
         assert lines[3] == f"{paths[2]} is missing: expected a shard of 900 tokens"
         assert len(reads) == 3
+
+
+def test_documents_that_are_not_there_are_found_although_every_byte_is_as_prepared(folder: Path):
+    """The manifest lists 10, 14 and 18 documents; one of them moves from the last shard to the one before."""
+    verified(folder)
+    manifest = folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert [shard["documents"] for shard in content["shards"]] == [10, 14, 18]
+    content["shards"][1]["documents"] += 1
+    content["shards"][2]["documents"] -= 1
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="2 of 3 shards") as caught:
+        verified(folder)
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    assert lines[1].startswith(f"{folder / content['shards'][1]['file']}: expected 15 documents, found 14: the id 299 ")
+    assert "expected 17 documents, found 18" in lines[2]
 
 
 @pytest.mark.parametrize(

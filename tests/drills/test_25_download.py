@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -162,6 +163,45 @@ def test_a_part_costs_a_part_and_is_the_same_twice(tmp_path: Path, commands: Com
     ]
     assert sum(per_file) == manifest.counts["documents"]
     assert sum(count > 0 for count in per_file) >= 2, "of several files"
+
+
+def test_kills_of_a_part_at_several_moments(tmp_path: Path, commands: Commands) -> None:
+    """While footers come, after one run and after three of row groups, and among the shards, of which there are 100."""
+    options = ["--max-tokens", "250_000", "--tokens-per-shard", "2_500"]
+    work = tmp_path / "datasets" / "killed" / ".preparing"
+    with hub(REPOSITORY, FILES, piece_s=0.02) as served:
+        reach(commands, served)
+        whole = commands.run(arguments("whole", *options))
+        assert whole.returncode == 0, whole.stderr
+        before = served.bytes_sent()
+        moments: list[Callable[[], bool]] = [
+            lambda: served.bytes_sent() > before,
+            (work / "run_000000.json").exists,
+            (work / "run_000002.json").exists,
+            (work / "shards.json").exists,
+        ]
+        for come in moments:
+            process = subprocess.Popen(
+                arguments("killed", *options),
+                cwd=ROOT,
+                env=commands.environment,
+                stderr=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+            while not come():
+                assert process.poll() is None, "finished before it could be killed"
+                time.sleep(0.002)
+            process.kill()
+            process.wait()
+            with pytest.raises(ValueError, match="preparation did not finish"):
+                read_manifest(work.parent)
+        assert len(list(work.parent.glob("*.npy"))) < 100
+        done = commands.run(arguments("killed", *options))
+    assert done.returncode == 0, done.stderr
+    assert "all documents are tokenised" in done.stderr
+    assert "shard(s) that are in" in done.stderr
+    assert contents(work.parent) == contents(tmp_path / "datasets" / "whole")
+    assert 230_000 < read_manifest(work.parent).counts["tokens"] <= 250_000
 
 
 def test_more_files_than_are_held_at_once_in_one_run(
