@@ -65,20 +65,24 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
     StorageError, NonFiniteError, StoppedError before the first step and LostPeerError.
     """
     with ExitStack() as stack:
-        procs = stack.enter_context(processes(config.train.device, config.train.timeout_s))
+        procs = stack.enter_context(processes(config.train.device, config.train.timeout_s, stop))
         procs.together(lambda: config.grad_accumulation_steps(procs.world_size))  # refused before anything is touched
         folder, run_dir = dataset_dir(config.data.dir), RUNS / config.run_name
         manifest = procs.together(lambda: read_manifest(folder))
         # before anything reads a token; on each machine, because its disk may be its own
-        procs.together(lambda: ensure_verified(folder, manifest, stop=stop) if procs.is_machines_first else None)
-        training, assessment = procs.together(lambda: open_data(config, folder, manifest))
+        procs.doing("verifying the dataset")
+        verify = procs.is_machines_first
+        procs.together_for_long(lambda: ensure_verified(folder, manifest, stop=stop) if verify else None)
+        procs.doing("opening the dataset")
+        training, assessment = procs.together_for_long(lambda: open_data(config, folder, manifest))
         precision = hardware.choose_precision(config.train.precision, procs.device)
         check_alike(config, procs, manifest, precision, assessment.items)
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
         log = RunLogger(run_dir, procs.is_main)
         config = procs.main_only(lambda: of_this_launch(config, log))
         apart = check_machines(run_dir, claim_file(run_dir), procs)
-        checkpoint = procs.main_only(lambda: where_to_go_on(config, manifest, precision, procs, log))
+        procs.doing("looking for a checkpoint")
+        checkpoint = procs.main_only(lambda: where_to_go_on(config, manifest, precision, procs, log), for_long=True)
         if procs.from_main(checkpoint is not None and checkpoint.step == config.total_steps):
             return already_done(config, procs, log)
         for note in (stray_files(folder, manifest), assessment.note, apart):
