@@ -7,7 +7,12 @@ A run lives in temp_data/runs/RUN_NAME, and the same command goes on where it st
 is the whole run and can be called from Python. Shapes: B sequences, T positions.
 """
 
-import src  # noqa: F401, I001 (before torch: see there)
+import src  # noqa: F401 (before torch: see there)
+from src.utils.stop_signals import end_at_once_on_ctrl_c
+
+if __name__ == "__main__":
+    end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
+
 import gc
 import math
 import sys
@@ -33,7 +38,7 @@ from src.model_utils.profiling import profiler
 from src.model_utils.step_numbers import StepNumbers
 from src.params import Config
 from src.run_log import log_training, record_saves, suspects, write_status
-from src.run_setup import Run, check_alike, check_machines, where_to_go_on, of_this_launch, open_data, prepare
+from src.run_setup import Run, check_alike, check_machines, of_this_launch, open_data, prepare, where_to_go_on
 from src.utils import hardware
 from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, exit_with
 from src.utils.handle_ddp import Processes, processes, world_size
