@@ -7,7 +7,12 @@ A run lives in temp_data/runs/RUN_NAME, and the same command goes on where it st
 is the whole run and can be called from Python. Shapes: B sequences, T positions.
 """
 
-import src  # noqa: F401, I001 (before torch: see there)
+import src  # noqa: F401 (before torch: see there)
+from src.utils.stop_signals import end_at_once_on_ctrl_c
+
+if __name__ == "__main__":
+    end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
+
 import gc
 import math
 import sys
@@ -33,7 +38,7 @@ from src.model_utils.profiling import profiler
 from src.model_utils.step_numbers import StepNumbers
 from src.params import Config
 from src.run_log import log_training, record_saves, suspects, write_status
-from src.run_setup import Run, check_alike, check_machines, where_to_go_on, of_this_launch, open_data, prepare
+from src.run_setup import Run, check_alike, check_machines, of_this_launch, open_data, prepare, where_to_go_on
 from src.utils import hardware
 from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, UserError, exit_with
 from src.utils.handle_ddp import Processes, processes, world_size
@@ -65,23 +70,26 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
     StorageError, NonFiniteError, StoppedError before the first step and LostPeerError.
     """
     with ExitStack() as stack:
-        procs = stack.enter_context(processes(config.train.device, config.train.timeout_s))
+        procs = stack.enter_context(processes(config.train.device, config.train.timeout_s, stop))
         procs.together(lambda: config.grad_accumulation_steps(procs.world_size))  # refused before anything is touched
         folder, run_dir = dataset_dir(config.data.dir), RUNS / config.run_name
         manifest = procs.together(lambda: read_manifest(folder))
         # before anything reads a token; on each machine, because its disk may be its own
-        procs.together(lambda: ensure_verified(folder, manifest, stop=stop) if procs.is_machines_first else None)
-        training, assessment = procs.together(lambda: open_data(config, folder, manifest))
+        procs.doing("verifying the dataset")
+        verify = procs.is_machines_first
+        procs.together_for_long(lambda: ensure_verified(folder, manifest, stop=stop) if verify else None)
+        procs.doing("opening the dataset")
+        training, assessment = procs.together_for_long(lambda: open_data(config, folder, manifest))
         precision = procs.from_main(hardware.choose_precision(config.train.precision, procs.device))
         check_alike(config, procs, manifest, precision, assessment.items)
         procs.main_only(lambda: stack.enter_context(claimed(run_dir)))
         log = RunLogger(run_dir, procs.is_main)
         config = procs.main_only(lambda: of_this_launch(config, log))
         apart = check_machines(run_dir, claim_file(run_dir), procs)
-        checkpoint = procs.main_only(lambda: where_to_go_on(config, manifest, precision, procs, log))
+        procs.doing("looking for a checkpoint")
+        checkpoint = procs.main_only(lambda: where_to_go_on(config, manifest, precision, procs, log), for_long=True)
         if checkpoint and config.train.precision == "auto":
             precision = getattr(torch, checkpoint.state["precision"].removeprefix("torch."))
-        precision = procs.from_main(precision)
         if procs.from_main(checkpoint is not None and checkpoint.step == config.total_steps):
             return already_done(config, procs, log)
         for note in (stray_files(folder, manifest), assessment.note, apart):

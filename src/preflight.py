@@ -8,7 +8,12 @@ folder STARTED_IN; with PREPARES_DATA=yes it prepares the dataset first, from wh
 DATA_MAX_TOKENS say.
 """
 
-import src  # noqa: F401, I001 (before torch: see there)
+import src  # noqa: F401 (before torch: see there)
+from src.utils.stop_signals import end_at_once_on_ctrl_c
+
+if __name__ == "__main__":
+    end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
+
 import json
 import os
 import sys

@@ -23,7 +23,7 @@ from src.data_processing.verification import check_in_seconds
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
 from src.model_utils.disk_need import MAKE_ROOM, checkpoint_bytes, checkpoints_need
-from src.model_utils.training_state import check_settings
+from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config
 from src.utils import root
 from src.utils.disk import check_writable, existing_folder, free_bytes, size_text
@@ -222,8 +222,12 @@ def run_folder(start: Start) -> Found:
             f"--resume {resume}: {start.checkpoints} has no such checkpoint; steps that have one: {there}. Leave out "
             "--resume to go on from the newest"
         )
-    if not steps or resume == "never":
-        return Found(f"{start.run_dir}, {'begun anew, the old one set aside' if steps else 'new'}")
+    if resume == "never":
+        is_there = start.run_dir.is_dir() and any(start.run_dir.iterdir())
+        return Found(f"{start.run_dir}, {'begun anew, the old one set aside' if is_there else 'new'}")
+    if not steps:
+        refuse_lost(start.checkpoints)
+        return Found(f"{start.run_dir}, new")
     at = steps[-1] if resume == "auto" else int(resume)
     try:
         checkpoint = read_unverified(step_dir(start.checkpoints, at))

@@ -161,7 +161,9 @@ def prepare(
     init_weights(model, config.model, config.train.seed)
     model.to(procs.device).train()
     was, step = procs.from_main((checkpoint.state["config"]["train"], checkpoint.step) if checkpoint else (None, 0))
+    procs.doing("trying out micro-batches and what to compile")
     config, notes = settle(config, was, config.total_steps - step, model, precision, procs)
+    procs.doing("preparing model and optimizer")
     state = TrainingState(model, build_adamw(model, config.optim), Progress())
     if procs.any(checkpoint is not None):
         state.restore(checkpoint, config.train.seed, procs)

@@ -1,11 +1,14 @@
 """What a person's mistakes meet: the message and the exit code of the real commands."""
 
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from src.model_utils import checkpoint_utils
+from src.utils.root import ROOT
 from tests.conftest import Commands
 
 
@@ -96,3 +99,12 @@ def test_every_command_has_help(commands: Commands, module: str):
     result = commands.module(f"src.{module}", "--help")
     assert result.returncode == 0
     assert "usage: " in result.stdout
+
+
+@pytest.mark.parametrize("program", [[str(ROOT / "pretrain.py")], ["-m", "src.preflight"]])
+def test_ctrl_c_while_torch_is_imported_is_quiet(commands: Commands, tmp_path: Path, program: list[str]):
+    """Here it comes from a module in torch's place."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    commands.environment["PYTHONPATH"] = str(tmp_path)
+    result = commands.run([sys.executable, *program, "debug"])
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")

@@ -1,5 +1,6 @@
 """Everything that is measured while a model trains: what is due at a step, and its records."""
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from src.params import Config
 from src.utils.errors import StoppedError, UserError
 
 SEED = 0  # of samples: the same at every step, so that steps can be compared
+ASK_EVERY_S = 0.2  # the other processes, while the first samples: often enough to stop soon, and no cost a token
 
 
 @dataclass(frozen=True)
@@ -76,24 +78,19 @@ class Assessment:
 
         `batch_size`: windows that validation takes at once.
 
-        Soon after `stop()` is true in any process, raises StoppedError in all; for samples, which the first process
-        makes alone, in that one only.
+        Soon after `stop()` is true in any process, raises StoppedError in all.
         """
 
         def check_all() -> None:
             if sum_over_ranks([float(stop())])[0]:
                 raise StoppedError("stopped while measuring")
 
-        def check_this() -> None:
-            if stop():
-                raise StoppedError("stopped while sampling")
-
         with autocast:
             if kind == "validation":
                 return [self._validation(model, batch_size, rank, world_size, sum_over_ranks, check_all)]
             if kind == "hellaswag":
                 return [self._multiple_choice(model, rank, world_size, sum_over_ranks, check_all)]
-            return self._samples(model, check_this) if rank == 0 else []
+            return self._samples(model, rank, world_size, sum_over_ranks, stop)
 
     def _validation(
         self,
@@ -139,7 +136,34 @@ class Assessment:
         words = f"{self.protocol}: {result.correct}/{result.total} = {result.acc_norm:.2%} +- {result.stderr:.2%}"
         return Record("hellaswag", vars(result), words)
 
-    def _samples(self, model: LLM, check: Callable[[], None]) -> list[Record]:
+    def _samples(
+        self, model: LLM, rank: int, world_size: int, sum_over_ranks: Callable, stop: Callable[[], bool]
+    ) -> list[Record]:
+        """Made by the first process alone; now and then it asks the others, which wait for that, whether to stop."""
+        last = time.monotonic()
+
+        def is_done(done: bool) -> bool:
+            """Whether the first process is; all processes call it together."""
+            asked, finished = sum_over_ranks([float(stop()), float(done)])
+            if asked and not finished:
+                raise StoppedError("stopped while sampling")
+            return bool(finished)
+
+        def check() -> None:
+            nonlocal last
+            if world_size == 1 or time.monotonic() - last >= ASK_EVERY_S:
+                is_done(False)
+                last = time.monotonic()
+
+        if rank != 0:
+            while not is_done(False):
+                pass
+            return []
+        records = self._sampled(model, check)
+        is_done(True)
+        return records
+
+    def _sampled(self, model: LLM, check: Callable[[], None]) -> list[Record]:
         settings = self.config.eval
         chosen = sampling.SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=SEED)
         samples = sampling.sample(

@@ -1,11 +1,13 @@
 """Checkpoints: named tensors and plain data <-> a directory that proves itself whole.
 
 `checkpoints/step_0000050/` holds safetensors files, state.json, and manifest.json with the size and
-sha256 of each. A save writes into `step_0000050.tmp-<pid>`, syncs every file, writes the manifest last,
-renames, reads everything back, and only then removes older checkpoints. A directory under its final
-name is never written again. Nothing here is unpickled.
+sha256 of each, as they should be: of what is in memory, not of what the disk made of it. A save writes
+into `step_0000050.tmp-<pid>`, syncs every file, writes the manifest last, renames, reads everything back
+from the disk, and only then removes older checkpoints. A directory under its final name is never written
+again. Nothing here is unpickled.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -56,11 +58,8 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
     temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        for name, tensors in parts.items():
-            save_file(tensors, temporary / f"{name}.safetensors")
-            sync(temporary / f"{name}.safetensors")
-        _write_json(temporary / "state.json", {"step": step, **state})
-        files = {path.name: fingerprint(path) for path in sorted(temporary.iterdir())}
+        files = {f"{name}.safetensors": _write_tensors(temporary, name, tensors) for name, tensors in parts.items()}
+        files["state.json"] = _write_json(temporary / "state.json", {"step": step, **state})
         _write_json(temporary / "manifest.json", {"step": step, "files": files})
         sync(temporary)
         os.rename(temporary, final)
@@ -72,8 +71,11 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
             f"the checkpoint of step {step} could not be saved in {root}: {error}. It needs {needed:,} bytes, "
             f"{free_bytes(root):,} are free; earlier ones are untouched. Make room, then start the same command again"
         ) from error
-    if problem := damage(final):
-        raise StorageError(f"the checkpoint just saved does not read back: {problem}; check the disk")
+    if problem := damage(final, from_disk=True):
+        raise StorageError(
+            f"the checkpoint just saved does not read back: {final}: {problem}; earlier ones are untouched. Check the "
+            "disk, then start the same command again"
+        )
     return sum(int(entry["bytes"]) for entry in files.values())
 
 
@@ -176,8 +178,11 @@ def set_aside_after(root: Path, step: int) -> list[str]:
     return moved
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint directory `path`, in words, or None if every file verifies."""
+def damage(path: Path, from_disk: bool = False) -> str | None:
+    """What is wrong with the checkpoint directory `path`, in words, or None if every file verifies.
+
+    `from_disk`: as `fingerprint` has it.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
@@ -192,7 +197,7 @@ def damage(path: Path) -> str | None:
         if not lies_in(path, name):
             return f"manifest.json lists {name!r}, which is not in this folder"
         try:
-            found = fingerprint(path / name)
+            found = fingerprint(path / name, from_disk)
         except OSError as error:
             return f"{name}: {error.strerror}"
         if found["bytes"] != size:
@@ -202,6 +207,33 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, int | str]:
+    """Writes `name`.safetensors in `folder`, onto the disk; returns the fingerprint that it should have.
+
+    Only the header, which says where each tensor lies, is taken from the file. Raises OSError, SafetensorError.
+    """
+    path = folder / f"{name}.safetensors"
+    save_file(tensors, path)
     sync(path)
+    kinds = [{key: (t.shape, t.dtype) for key, t in each.items()} for each in (tensors, load_file(path))]
+    if kinds[0] != kinds[1]:
+        raise OSError(f"{path.name} does not read back as it was written")
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    layout = json.loads(header)
+    layout.pop("__metadata__", None)
+    digest, size = hashlib.sha256(length + header), len(length) + len(header)
+    for key in sorted(layout, key=lambda key: layout[key]["data_offsets"]):
+        content = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content.data)
+        size += content.nbytes
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> dict[str, int | str]:
+    """Writes `content`, onto the disk; returns the fingerprint that the file should have."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+    return {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -15,6 +15,7 @@ from src.model_utils.load_model import load_weights
 from src.params import Config, from_dict, to_dict
 from src.utils.errors import UserError
 from src.utils.handle_ddp import Processes
+from src.utils.logger import RunLogger
 
 
 @dataclass
@@ -108,12 +109,15 @@ def resume_point(
 ) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint under `root` to go on from, if any, and what was done on the way, in words.
 
-    Raises UserError where the one asked for is damaged or missing, where all are, or where it is of another
-    configuration; nothing has been moved then. A precision that was not asked for is the checkpoint's.
+    Raises UserError where the one asked for is damaged or missing, where all are, also those that the run says it has
+    saved, or where it is of another configuration; nothing has been moved then. A precision that was not asked for is
+    the checkpoint's.
     """
     notes = []
     if config.resume == "auto":
         checkpoint, damaged = checkpoint_utils.newest_checkpoint(root)
+        if checkpoint is None:
+            refuse_lost(root)
         notes += [f"passed over a damaged checkpoint: {reason}" for reason in damaged]
     else:
         path = checkpoint_utils.step_dir(root, int(config.resume))
@@ -132,6 +136,27 @@ def resume_point(
     for name in checkpoint_utils.remove_leftovers(root):
         notes.append(f"removed {name}, left by an interrupted save")
     return checkpoint, notes
+
+
+def refuse_lost(root: Path) -> None:
+    """Raises UserError where `root`, a run's checkpoints folder without any, once had some, as its run's files say.
+
+    Another disk may not be mounted, or someone made room: starting over would hide that, and its log would be lost.
+    """
+    log = RunLogger(root.parent, is_main=False)
+    saved = max((step for kind, step in log.recorded() if kind == "checkpoint"), default=None)
+    if root.is_symlink() and not root.exists():
+        found = f"{root} is a link to {root.readlink()}, which is not there"
+    elif saved is not None:
+        found = f"{root} holds no checkpoint, but metrics.jsonl says that the run saved one at step {saved}"
+    elif log.status().get("state") == "done":
+        found = f"{root} holds no checkpoint, but status.json says that the run is done"
+    else:
+        return
+    raise UserError(
+        f"{found}; nothing was changed. Restore the checkpoints from a copy, mount the disk that they are on, or use "
+        "--resume never, which sets the run aside and starts anew"
+    )
 
 
 def check_settings(checkpoint: Checkpoint, config: Config) -> None:

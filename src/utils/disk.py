@@ -107,9 +107,14 @@ def size_text(n_bytes: float) -> str:
     return f"{n_bytes:.1f} TB"
 
 
-def fingerprint(path: Path) -> dict[str, int | str]:
-    """A file's size and hash, as {"bytes": ..., "sha256": ...}. Raises OSError."""
+def fingerprint(path: Path, from_disk: bool = False) -> dict[str, int | str]:
+    """A file's size and hash, as {"bytes": ..., "sha256": ...}. Raises OSError.
+
+    `from_disk`: where the system can forget what it keeps of the file in memory, so that the disk has to answer.
+    """
     with open(path, "rb") as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         digest = hashlib.sha256()
         while chunk := file.read(1 << 22):
             digest.update(chunk)

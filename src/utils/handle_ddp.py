@@ -5,26 +5,32 @@ data; LOCAL_RANK is its place on this machine and decides the device, and who re
 """
 
 import ctypes
+import json
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
 
-from src.utils.errors import LostPeerError, PeerError, UserError
+from src.utils.errors import LostPeerError, PeerError, StoppedError, UserError
 from src.utils.hardware import choose_device
 from src.utils.watchdog import Watchdog
 
-# Of the backend itself, which must bear that one process reads and hashes a whole dataset while the others wait.
-# In training the watchdog's limit, which names the step, is over long before.
+# Of the backend itself. The watchdog's limit, which names what was being done, is over long before.
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
+# For all processes to come, before there is a watchdog: importing PyTorch from a cold network disk takes minutes.
+MEETING_SECONDS = 600.0
+SIGN_SECONDS = 1.0  # between signs of life, where one process works for long
 
 T = TypeVar("T")
 
@@ -119,17 +125,21 @@ class Processes:
             return tensors
         kinds = self.from_main({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
         received = {}
-        with self.collective():
-            for name, (shape, dtype) in kinds.items():
+        for name, (shape, dtype) in kinds.items():
+            with self.collective():
                 tensor = tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)
                 on_device = tensor.to(self.device)
                 torch.distributed.broadcast(on_device, src=0)
                 received[name] = on_device.cpu()
         return received
 
-    def main_only(self, action: Callable[[], T]) -> T:
-        """Runs `action` in the main process; all get its result. If it fails, all of them raise."""
-        return cast(T, self.from_main(self.together(lambda: action() if self.is_main else None)))
+    def main_only(self, action: Callable[[], T], for_long: bool = False) -> T:
+        """Runs `action` in the main process; all get its result. If it fails, all of them raise.
+
+        `for_long`: as `together_for_long` does.
+        """
+        together = self.together_for_long if for_long else self.together
+        return cast(T, self.from_main(together(lambda: action() if self.is_main else None)))
 
     def together(self, action: Callable[[], T]) -> T:
         """Runs `action` in every process; if any fails, all raise.
@@ -151,13 +161,34 @@ class Processes:
                 raise PeerError(*foreign)
         return cast(T, result)
 
+    def together_for_long(self, action: Callable[[], T]) -> T:
+        """As `together`, for what may take some processes hours, such as reading a dataset: the others wait as long.
+
+        It runs in a thread; meanwhile the processes answer each other, so one that is stopped is still missed.
+        """
+        if self.world_size == 1:
+            return action()
+        job: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                job.set_result(action())
+            except BaseException as error:
+                job.set_exception(error)
+
+        Thread(target=work, name="work", daemon=True).start()  # a daemon: after a lost peer nobody waits for its end
+        while self.any(not wait([job], SIGN_SECONDS).done):
+            pass
+        return self.together(job.result)
+
 
 @contextmanager
-def processes(device: str, timeout_s: float) -> Iterator[Processes]:
+def processes(device: str, timeout_s: float, stop: Callable[[], object] = lambda: False) -> Iterator[Processes]:
     """Joins the process group that torchrun describes in the environment, if any, and leaves it at the end.
 
     `device` is auto, cpu, cuda or mps. `timeout_s`: the longest that anything the processes are `doing` together may
-    go without a sign of life. Raises UserError for a device that isn't there.
+    go without a sign of life. Raises UserError for a device that isn't there, LostPeerError where a process does not
+    come, StoppedError once `stop()` is true while it is waited for.
     """
     rank, local_rank, n_processes = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0), world_size()
     _stop_with_launcher()
@@ -168,16 +199,18 @@ def processes(device: str, timeout_s: float) -> Iterator[Processes]:
         yield Processes(rank, local_rank, n_processes, chosen)
         return
     # The store outlives the processes. Started again, they would find the addresses of the dead.
-    store, _, _ = next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS)))
     store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    torch.distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=n_processes, timeout=COLLECTIVE_TIMEOUT
-    )
-    watchdog = Watchdog(rank, _peers_of_this_machine(rank), timeout_s)
+    watchdog = Watchdog(rank, _meet(store, rank, n_processes, stop), timeout_s)
+    procs = Processes(rank, local_rank, n_processes, chosen, watchdog)
+    store.set_timeout(COLLECTIVE_TIMEOUT)
     # Leaving the group waits for the others. After an error they may be stuck in a collective that this process
     # will never join, so then it just ends, and the launcher ends them.
-    procs = Processes(rank, local_rank, n_processes, chosen, watchdog)
     try:
+        with procs.collective():
+            torch.distributed.init_process_group(
+                backend, store=store, rank=rank, world_size=n_processes, timeout=COLLECTIVE_TIMEOUT
+            )
         yield procs
         procs.any(False)  # nobody leaves, and is missed, before the last has done its work
     finally:
@@ -211,13 +244,26 @@ def world_size() -> int:
     return _from_environment("WORLD_SIZE", 1)
 
 
-def _peers_of_this_machine(rank: int) -> dict[int, int]:
-    """Rank and process id of the other processes that the same launcher started."""
-    everyone: list[Any] = [None] * world_size()
-    machine = (socket.gethostname(), os.environ.get("GROUP_RANK"))
-    torch.distributed.all_gather_object(everyone, (machine, os.getpid()))
-    mine = everyone[rank][0]
-    return {other: pid for other, (place, pid) in enumerate(everyone) if place == mine and other != rank}
+def _meet(store: torch.distributed.Store, rank: int, n_processes: int, stop: Callable[[], object]) -> dict[int, int]:
+    """Waits for all processes; returns rank and process id of the others that the same launcher started.
+
+    Looks again and again rather than wait in the store, where signals are not heard.
+    """
+    machine = [socket.gethostname(), os.environ.get("GROUP_RANK")]
+    store.set(f"there/{rank}", json.dumps([machine, os.getpid()]))
+    deadline = time.monotonic() + MEETING_SECONDS
+    missing = list(range(n_processes))
+    while missing := [other for other in missing if not store.check([f"there/{other}"])]:
+        if stop():
+            raise StoppedError("stopped on request before anything was trained")
+        if time.monotonic() > deadline:
+            raise LostPeerError(
+                f"after {MEETING_SECONDS:g} s process {', '.join(map(str, missing))} of {n_processes} has not come: it "
+                "is stuck or stopped, or its machine cannot be reached; start the same command again"
+            )
+        time.sleep(0.05)
+    everyone = [json.loads(store.get(f"there/{other}")) for other in range(n_processes)]
+    return {other: pid for other, (place, pid) in enumerate(everyone) if place == machine and other != rank}
 
 
 def processes_here() -> int:

@@ -43,6 +43,7 @@ STOP_SECONDS = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"))
 RESTART_SECONDS = min(30, STOP_SECONDS)  # for ending by themselves, where others have failed
 END_SECONDS = 10  # for processes with nothing to save, and for the other machines to read how the run ended
 POLL_SECONDS = 0.2
+STOPPED_IN_VAIN = "stopped before there was anything to save, or without saving"
 
 
 class EndedError(Exception):
@@ -88,16 +89,20 @@ class Agent(LocalElasticAgent):
         """Called by torchrun for a signal, and at the end."""
         for number in STOP_SIGNALS:  # one more would leave processes that are saving alone
             signal.signal(number, signal.SIG_IGN)
-        self._end_processes(timeout)
+        self._end_processes(timeout, death_sig)
 
-    def _end_processes(self, seconds: int) -> None:
+    def _end_processes(self, seconds: int, number: signal.Signals = signal.SIGTERM) -> None:
         if self._pcontext is not None:  # PyTorch 2.11's own has no time to set
-            self._pcontext.close(signal.SIGTERM, seconds)
+            self._pcontext.close(number, seconds)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        stopped = self._was_stopped()  # before torchrun ends the others in the same way
         result = super()._monitor_workers(worker_group)
         store, failed = store_of(worker_group), f"failed/{self.attempt}"
         code = recorded_exit_code() if result.state == WorkerState.FAILED else None
+        if stopped and code is None:
+            say(STOPPED_IN_VAIN)
+            code = EXIT_STOPPED
         if code is not None:
             store.set("ended", str(code))
         elif store.check(["ended"]):
@@ -111,6 +116,11 @@ class Agent(LocalElasticAgent):
         elif result.state == WorkerState.HEALTHY and store.check([failed]):
             return RunResult(WorkerState.UNHEALTHY)  # ours may wait for a process of another machine for long
         return result
+
+    def _was_stopped(self) -> bool:
+        """Whether a request to stop has ended a process, which did not come so far as to heed it."""
+        ends = [handler.proc.poll() for handler in cast(Any, self._pcontext).subprocess_handlers.values()]
+        return any(-end in STOP_SIGNALS for end in ends if end is not None)
 
     def _tell(self, result: RunResult) -> None:
         # Those that a signal killed come first: the others may have ended because of them, in the same moment.
@@ -172,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     except SignalException:
         code = EXIT_STOPPED
         if recorded_exit_code() is None:
-            say("stopped before there was anything to save, or without saving")
+            say(STOPPED_IN_VAIN)
     except EndedError as end:
         code = end.code
     except LostMachineError as error:

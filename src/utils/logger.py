@@ -100,7 +100,7 @@ class RunLogger:
         if not self.is_main or not (self.run_dir / "metrics.jsonl").exists():
             return
         lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in self._records() if r["step"] <= step]
-        self._replace("metrics.jsonl", "".join(lines))
+        self._replace("metrics.jsonl", "".join(lines), lasting=True)
 
     def _records(self) -> list[dict[str, Any]]:
         records = []
@@ -122,14 +122,21 @@ class RunLogger:
         if self.is_main:
             try:
                 sync(self.run_dir / "metrics.jsonl")
+            except FileNotFoundError:
+                pass  # a run that stops before its first line
             except OSError as error:
                 self._warn(error)
 
-    def _replace(self, name: str, text: str) -> None:
+    def _replace(self, name: str, text: str, lasting: bool = False) -> None:
+        """`lasting`: a power cut leaves the old content or the new one, not an empty file."""
         temporary = self.run_dir / f"{name}.tmp"
         try:
             temporary.write_text(text, encoding="utf-8", errors="replace")
+            if lasting:
+                sync(temporary)
             os.replace(temporary, self.run_dir / name)
+            if lasting:
+                sync(self.run_dir)
         except OSError as error:
             self._warn(error)
             with suppress(OSError):

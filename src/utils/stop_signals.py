@@ -14,6 +14,12 @@ def heeded_signals() -> list[signal.Signals]:
     return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+def end_at_once_on_ctrl_c() -> None:
+    """Until there is something to finish, Ctrl-C ends this process as the others do: at once, without a traceback."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], str]]:
     """A function that names the first stop signal that came inside the block, or ""; later ones change nothing."""

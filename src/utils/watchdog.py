@@ -26,7 +26,7 @@ class Watchdog(threading.Thread):
         super().__init__(name="watchdog", daemon=True)
         self.rank, self.peers, self.limit_s = rank, peers, limit_s
         self.what = "the start"
-        self._last_sign: float | None = None  # no limit before the first `doing`: the start may read a whole dataset
+        self._last_sign = time.monotonic()
         self._closed = threading.Event()
         self.start()
 
@@ -36,8 +36,7 @@ class Watchdog(threading.Thread):
 
     def alive(self) -> None:
         """A sign of life: all processes have just answered each other."""
-        if self._last_sign is not None:
-            self._last_sign = time.monotonic()
+        self._last_sign = time.monotonic()
 
     def close(self) -> None:
         """Called once no process needs this one any more, or this one is about to end.
@@ -58,7 +57,7 @@ class Watchdog(threading.Thread):
                 gone_since = now
             elif now - gone_since > GRACE_S:
                 self._end(f"process {gone[0]} is gone; this one was in {self.what} and ends too")
-            if last_sign is not None and now - last_sign > self.limit_s:
+            if now - last_sign > self.limit_s:
                 self._end(
                     f"no process has moved on for {self.limit_s:g} s in {self.what}: one of them is stuck or stopped. "
                     "See above where this one waits; if a step really takes so long, raise --train.timeout-s",

@@ -1,10 +1,11 @@
-"""Drill 9: no checkpoint of a run can be used, each for a reason of its own."""
+"""Drill 9: no checkpoint of a run can be used, each for a reason of its own, or none is there any more."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import Commands
-from tests.drills.small_run import LONGER, flip_a_byte, refusal, start
+from tests.drills.small_run import LONGER, arguments, flip_a_byte, refusal, start
 
 
 def test_nothing_starts_from_scratch_in_silence(commands: Commands, dataset: Callable[..., Path]):
@@ -33,3 +34,33 @@ def test_nothing_starts_from_scratch_in_silence(commands: Commands, dataset: Cal
     anew = start(commands, data, *every_step, "--resume", "never")
     assert anew.returncode == 0, anew.stderr
     assert (commands.temp_data / "runs/drill.set-aside-1/checkpoints" / flipped.name).is_dir()
+
+
+def test_checkpoints_that_are_gone_are_no_new_run(commands: Commands, dataset: Callable[..., Path]):
+    """Neither for training nor for the preflight: their disk is not mounted, or someone made room."""
+    data, run_dir = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs" / "drill"
+    assert start(commands, data).returncode == 0
+    checkpoints, elsewhere = run_dir / "checkpoints", commands.temp_data / "unmounted"
+
+    def refused(found: str) -> None:
+        for message in (
+            refusal(commands, data),
+            commands.module("src.preflight", *arguments(data)).stderr,
+        ):
+            assert found in message
+            assert (
+                "Restore the checkpoints from a copy, mount the disk that they are on, or use --resume nev" in message
+            )
+
+    shutil.rmtree(checkpoints)
+    refused(f"{checkpoints} holds no checkpoint, but metrics.jsonl says that the run saved one at step 4; nothing was")
+    checkpoints.symlink_to(elsewhere)
+    refused(f"{checkpoints} is a link to {elsewhere}, which is not there; nothing was changed")
+    checkpoints.unlink()
+    log = (run_dir / "metrics.jsonl").rename(commands.temp_data / "metrics.jsonl")
+    refused(f"{checkpoints} holds no checkpoint, but status.json says that the run is done; nothing was changed")
+    log.rename(run_dir / "metrics.jsonl")
+    words = commands.module("src.preflight", *arguments(data, "--resume", "never")).stderr
+    assert f"run folder:   {run_dir}, begun anew, the old one set aside" in words
+    assert start(commands, data, "--resume", "never").returncode == 0
+    assert len(commands.metrics("drill.set-aside-1", "train")) == len(commands.metrics("drill", "train")) == 4

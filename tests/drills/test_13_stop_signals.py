@@ -1,4 +1,4 @@
-"""Drill 13: a request to stop, to one process only, in the midst of a step, of an evaluation, of a save."""
+"""Drill 13: a request to stop, to one process only, in the midst of a step, an evaluation, samples, a save."""
 
 import json
 from pathlib import Path
@@ -39,6 +39,25 @@ def counted(self, *inputs):
     return forward(self, *inputs)
 LLM.forward = counted
 """
+# The first process makes 200 tokens, which take half a minute; after the fifth one the other is asked to stop.
+WHILE_THE_OTHER_SAMPLES = """
+import signal
+from src.model_assessment import sampling
+choose, tokens = sampling._choose, []
+def slowly(*arguments):
+    time.sleep(0.15)
+    tokens.append(1)
+    if len(tokens) == 5:
+        moment()
+        with open(os.path.join(folder, "pid_1")) as file:
+            os.kill(int(file.read()), signal.SIGTERM)
+    return choose(*arguments)
+sampling._choose = slowly
+"""
+SAMPLES = (
+    *("--model.n-vocab", "50257", "--eval.sample-every-steps", "100"),
+    *("--eval.sample-prompts", "", "--eval.samples-per-prompt", "1", "--eval.sample-tokens", "200"),
+)
 # Each process validates 5 windows in 3 batches, at steps 0, 3 and 6.
 EVALUATED = IN_AN_EVALUATION.replace("{batch}", "7")
 
@@ -78,3 +97,16 @@ def test_all_stop_together_and_go_on_to_the_same_bits(
     assert validated == ([0, 3] if where == EVALUATED else [0, 3, 6])
     assert run_pair(commands, tmp_path, "", data, *LONGER).code == 0
     assert_same_run(reference, run_dir, steps=12)
+
+
+def test_samples_that_the_other_process_makes_are_given_up(
+    commands: Commands, tmp_path: Path, whole: tuple[Path, Path]
+) -> None:
+    stopped = run_pair(commands, tmp_path, WHILE_THE_OTHER_SAMPLES, whole[0], *LONGER, *SAMPLES)
+    assert stopped.code == 143, stopped.stderr
+    assert stopped.seconds < 10
+    assert stopped.gone
+    assert "stopped on request after step 0 (SIGTERM)" in stopped.stderr
+    assert commands.metrics("drill", "sample") == []
+    assert run_pair(commands, tmp_path, "", whole[0], *LONGER, *SAMPLES).code == 0
+    assert [record["step"] for record in commands.metrics("drill", "sample")] == [0, 12]

@@ -112,6 +112,37 @@ def test_a_failed_save_leaves_nothing_and_says_what_it_needs(root: Path, monkeyp
     assert [p.name for p in root.iterdir()] == ["step_0000005"]
 
 
+@pytest.mark.parametrize("where", [3, 20, -2])  # in the header's length, in the header, in a tensor
+def test_a_file_that_is_not_what_was_written_is_no_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, where: int):
+    """Though it is read back as it lies on the disk: the hash is of what is in memory."""
+    ck.save_checkpoint(root, 5, PARTS, {})
+    save_file = ck.save_file
+
+    def save_badly(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file(tensors, path)
+        content = bytearray(path.read_bytes())
+        content[where] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(ck, "save_file", save_badly)
+    with pytest.raises(StorageError, match=r"read back|could not be saved"):
+        ck.save_checkpoint(root, 6, PARTS, {})
+    assert ck.damage(root / "step_0000005") is None
+    checkpoint, _ = ck.newest_checkpoint(root)
+    assert checkpoint is not None
+    assert checkpoint.step == 5
+
+
+def test_the_disk_is_asked_and_not_the_memory(root: Path, monkeypatch: pytest.MonkeyPatch):
+    if not hasattr(os, "posix_fadvise"):
+        pytest.skip("this system does not let go of what it keeps of a file")
+    advice = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *what: advice.append((os.fstat(file).st_size, *what)))
+    ck.save_checkpoint(root, 5, PARTS, {})
+    sizes = [path.stat().st_size for path in (root / "step_0000005").iterdir() if path.name != "manifest.json"]
+    assert sorted(advice) == sorted((size, 0, 0, os.POSIX_FADV_DONTNEED) for size in sizes)
+
+
 def test_pruning_keeps_the_newest_and_the_multiples(root: Path):
     for step in (5, 10, 15, 20, 25, 30):
         ck.save_checkpoint(root, step, PARTS, {})

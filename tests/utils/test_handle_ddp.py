@@ -1,9 +1,12 @@
 """Decisions that processes share, here with threads for processes; tests/test_processes.py has real ones."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 from src.utils.errors import PeerError, StorageError, UserError
 from src.utils.handle_ddp import Processes
+from src.utils.root import ROOT
 
 CPU = torch.device("cpu")
 
@@ -101,3 +105,36 @@ def test_main_only_runs_in_one_process_and_all_get_its_result():
     found = outcomes(raising({0: error}), "main_only")
     assert found[0] is error
     assert [type(other) for other in found[1:]] == [PeerError, PeerError]
+
+
+# Two real processes, which have three seconds for each thing they do.
+TWO = """
+import sys, time
+sys.path.insert(0, {root!r})
+from src.utils.errors import StorageError, exit_with
+from src.utils.handle_ddp import processes
+
+def main():
+    with processes("cpu", timeout_s=3) as procs:
+        {action}
+
+exit_with(main)
+"""
+
+
+def two(tmp_path: Path, action: str) -> tuple[int, str]:
+    """Exit code and stderr of two processes that do `action` with `procs`."""
+    program = tmp_path / "program.py"
+    program.write_text(TWO.format(root=str(ROOT), action=action))
+    launch = [sys.executable, "-m", "src.utils.launch", "--processes", "2", "--max-restarts", "0", str(program)]
+    result = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return result.returncode, result.stderr
+
+
+def test_a_process_may_work_longer_than_the_others_wait_for_each_other(tmp_path: Path):
+    assert two(tmp_path, "assert procs.main_only(lambda: time.sleep(7) or 'read', for_long=True) == 'read'") == (0, "")
+
+
+def test_an_error_of_long_work_ends_all_in_its_way(tmp_path: Path):
+    action = "procs.together_for_long(lambda: (_ for _ in ()).throw(StorageError('gone')) if procs.rank else None)"
+    assert two(tmp_path, action) == (4, "program.py: error (process 1): gone\n")

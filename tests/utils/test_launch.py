@@ -99,7 +99,9 @@ def test_a_console_that_takes_nothing_prevents_no_restart(tmp_path: Path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_stop_lets_the_processes_save_and_is_quiet(number: signal.Signals, tmp_path: Path):
     """However often it is asked for: three times, in the first half of the save."""
-    case = "for s in (signal.SIGINT, signal.SIGUSR1): signal.signal(s, signal.getsignal(signal.SIGTERM))\n"
+    case = (
+        "for s in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP): signal.signal(s, signal.getsignal(signal.SIGTERM))\n"
+    )
     case += "(folder / 'ready').touch()\n"
     case += "while not asked: time.sleep(0.01)\ntime.sleep(2)\n(folder / f'saved-{rank}').touch()\nreturn 143"
     with start(tmp_path, case, "--processes", "2") as process:
@@ -114,3 +116,36 @@ def test_a_stop_lets_the_processes_save_and_is_quiet(number: signal.Signals, tmp
         _, words = process.communicate(timeout=60)
     assert (process.returncode, words) == (143, "")
     assert {path.name for path in (tmp_path / "seen").glob("saved-*")} == {"saved-0", "saved-1"}
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_stop_of_one_process_that_cannot_heed_it_yet_is_a_stop(number: str, tmp_path: Path):
+    case = f"signal.signal(signal.{number}, signal.SIG_DFL)\n"
+    case += f"if rank == '1': os.kill(os.getpid(), signal.{number})\ntime.sleep(1)"
+    code, words, starts = outcome(tmp_path, case, "--processes", "2")
+    assert (code, starts) == (143, 1)
+    assert words == "launch: stopped before there was anything to save, or without saving\n"
+
+
+def test_what_dies_of_its_peers_end_was_not_stopped(tmp_path: Path):
+    """The launcher ends it with the signal that asks for a stop."""
+    case = "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nif attempt: return 0\n"
+    case += "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    code, words, starts = outcome(tmp_path, case, "--processes", "2")
+    assert (code, starts) == (0, 2)
+    assert "process 1 was killed by SIGKILL" in words
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_the_processes_learn_which_signal_it_was(number: signal.Signals, tmp_path: Path):
+    case = "from src.utils.stop_signals import stop_on_signals\n"
+    case += "with stop_on_signals() as stop:\n    (folder / 'ready').touch()\n    while not stop(): time.sleep(0.01)\n"
+    case += "    (folder / stop()).touch()\nreturn 143"
+    with start(tmp_path, case) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "seen" / "ready").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 143
+    assert (tmp_path / "seen" / number.name).exists()

@@ -1,8 +1,10 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from src.utils import logger
 from src.utils.logger import RunLogger
 
 
@@ -37,6 +39,28 @@ def test_going_back_forgets_later_records_and_half_a_line(tmp_path: Path):
     log.forget_after(2)
     assert log.recorded() == {("train", 1), ("train", 2)}
     assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
+
+
+def test_what_is_kept_is_on_the_disk_before_it_takes_the_place_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A power cut after a rename may otherwise leave an empty file."""
+    log = RunLogger(tmp_path, is_main=True)
+    log.metric("train", 1, loss=1.0)
+    replace, done = os.replace, []
+
+    def replacing(old: Path, new: Path) -> None:
+        done.append(f"replace {new.name}")
+        replace(old, new)
+
+    monkeypatch.setattr(logger, "sync", lambda path: done.append(f"sync {path.name}"))
+    monkeypatch.setattr(os, "replace", replacing)
+    log.forget_after(1)
+    assert done == ["sync metrics.jsonl.tmp", "replace metrics.jsonl", f"sync {tmp_path.name}"]
+    assert log.recorded() == {("train", 1)}
+
+
+def test_a_log_without_a_line_yet_is_nothing_to_warn_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    RunLogger(tmp_path, is_main=True).sync()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_log_that_cannot_be_written_is_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

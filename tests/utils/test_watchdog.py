@@ -52,7 +52,14 @@ def test_a_process_whose_peer_is_gone_ends_too():
     assert "process 1 is gone; this one was in step 7" in stderr
 
 
+def test_a_process_that_is_stuck_before_the_first_thing_it_says_ends_too():
+    code, stderr, _ = run("time.sleep(60)", limit_s=1)
+    assert code == 1
+    assert "(process 0): no process has moved on for 1 s in the start" in stderr
+
+
 def test_signs_of_life_and_an_end_keep_it_quiet():
-    """Without a limit before the first thing it does, and none after the last."""
-    living = "time.sleep(4); watchdog.doing('step 1')\nfor _ in range(40): time.sleep(0.1); watchdog.alive()"
-    assert run(f"{living}\nwatchdog.close(); time.sleep(4)", limit_s=3)[:2] == (0, "")
+    """Without a limit after the last thing it does."""
+    living = "for _ in range(40): time.sleep(0.1); watchdog.alive()"
+    actions = f"{living}\nwatchdog.doing('step 1')\n{living}\nwatchdog.close(); time.sleep(4)"
+    assert run(actions, limit_s=3)[:2] == (0, "")
