@@ -26,7 +26,7 @@ from src.model_utils.disk_need import MAKE_ROOM, checkpoint_bytes, checkpoints_n
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config
 from src.utils import root
-from src.utils.disk import check_writable, existing_folder, free_bytes, size_text
+from src.utils.disk import check_writable, existing_folder, free_bytes, refuse_dangling, size_text
 from src.utils.errors import StorageError, UserError
 from src.utils.handle_ddp import device_and_backend
 from src.utils.hardware import available_memory_bytes, choose_precision, describe_machine
@@ -211,6 +211,7 @@ def data_folder(start: Start) -> Found:
 
 
 def run_folder(start: Start) -> Found:
+    refuse_dangling(start.run_dir)
     folders = {existing_folder(folder) for folder in (root.RUNS, start.run_dir, start.checkpoints)}
     for folder in sorted(folders):
         check_writable(folder)
