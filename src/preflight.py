@@ -80,7 +80,8 @@ def main() -> int:
     config = config_from_command_line(
         "Say whether a start of pretrain.py with these settings can work, for as many processes as the environment "
         "variable WORLD_SIZE says (NPROC of them on this machine). Exit codes: 0 yes, 2 no, 4 no for storage alone, "
-        "5 no because another process is training in the run's folder."
+        "5 no because another process is training in the run's folder.",
+        prog="python -m src.preflight",
     )
     results, code = check_all(Start(config, world_size(), processes_here(), _preparation()))
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))

@@ -26,7 +26,7 @@ from src.model_utils.disk_need import MAKE_ROOM, checkpoint_bytes, checkpoints_n
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config
 from src.utils import root
-from src.utils.disk import check_writable, existing_folder, free_bytes, size_text
+from src.utils.disk import check_writable, existing_folder, free_bytes, refuse_dangling, size_text
 from src.utils.errors import StorageError, UserError
 from src.utils.handle_ddp import device_and_backend
 from src.utils.hardware import available_memory_bytes, choose_precision, describe_machine
@@ -185,6 +185,9 @@ def dataset(start: Start) -> Found:
     config, folder = start.config, start.dataset
     if not start.is_prepared and start.preparation:
         return _to_be_prepared(start, start.preparation)
+    if not start.is_prepared:
+        what = "its preparation did not finish" if folder.is_dir() else "no such folder"
+        raise UserError(f"no dataset at {folder}: {what}; prepare it with: {_preparing(folder)}")
     manifest = read_manifest(folder)
     _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)
     unread = check_in_seconds(folder, manifest)
@@ -211,6 +214,7 @@ def data_folder(start: Start) -> Found:
 
 
 def run_folder(start: Start) -> Found:
+    refuse_dangling(start.run_dir)
     folders = {existing_folder(folder) for folder in (root.RUNS, start.run_dir, start.checkpoints)}
     for folder in sorted(folders):
         check_writable(folder)
@@ -298,6 +302,13 @@ def _to_be_prepared(start: Start, preparation: Preparation) -> Found:
         instead = "set DATA_SOURCE to files or pydocs, unless all was downloaded before"
         return Found(f"{words}, but {hub.ENDPOINT} does not answer; {instead}", True)
     return Found(words)
+
+
+def _preparing(folder: Path) -> str:
+    """The command that prepares `folder` from what its name says: a dataset's folder is named after its source."""
+    name = folder.name
+    source = next((source for source in ("fineweb-edu", "pydocs") if name.startswith(source)), "files --path FILES")
+    return f"python -m src.data_processing.data_downloader --source {source} --out '{folder}'"
 
 
 def _check_vocabulary(config: Config, folder: Path, name: str, n_vocab: int) -> None:

@@ -80,7 +80,9 @@ def test_all_failures_at_once_and_what_to_do(commands: Commands, tmp_path: Path)
     assert json.loads(result.stdout)["failed"] == ["processes", "HellaSwag", "dataset", "run folder"]
     assert "5 cannot share evenly; with 1 process(es), micro_batch_size can be 1, 2, 4, 8, 16 or 32" in result.stderr
     assert "cannot read nothing.jsonl: No such file or directory; give a local copy" in result.stderr
-    assert f"no dataset at {tmp_path}/datasets/nowhere: no folder; prepare it with: python -m src." in result.stderr
+    assert (
+        f"no dataset at {tmp_path}/datasets/nowhere: no such folder; prepare it with: python -m src." in result.stderr
+    )
     assert f"--resume 7: {tmp_path}/runs/laptop/checkpoints has no such checkpoint" in result.stderr
     assert result.stderr.endswith("4 check(s) failed: processes, HellaSwag, dataset, run folder\n")
     assert list(tmp_path.iterdir()) == []
@@ -171,6 +173,19 @@ def test_data_that_cannot_serve_the_run(data: Path):
         checks.dataset(start_of(narrow, data))
     with pytest.raises(UserError, match=r"set --model\.n-vocab 50257"):
         checks.dataset(start_of(narrow, "new", Preparation("pydocs")))
+
+
+def test_a_dataset_that_is_missing_is_prepared_from_what_its_name_says(tmp_path: Path):
+    for config, source in ((debug(), "pydocs"), (laptop(), "files --path FILES"), (lf_llm_269m(), "fineweb-edu")):
+        folder = tmp_path / "datasets" / config.data.dir
+        with pytest.raises(UserError, match=rf"data_downloader --source {source} --out '{folder}'$"):
+            checks.dataset(Start(config, 1, 1))
+
+
+def test_its_help_calls_it_by_its_name(commands: Commands):
+    words = commands.module("src.preflight", "debug", "--help").stdout
+    assert "python -m src.preflight debug" in words
+    assert "pretrain.py debug" not in words
 
 
 def test_files_to_prepare_from_that_are_not_there(tmp_path: Path):

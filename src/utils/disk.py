@@ -65,6 +65,15 @@ def existing_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder))
 
 
+def refuse_dangling(path: Path) -> None:
+    """Raises StorageError where `path` or a folder above it is a link to nothing, as where a disk is not mounted."""
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            raise StorageError(
+                f"{link} is a link to {link.readlink()}, which is not there; mount its disk, or remove it"
+            )
+
+
 def free_bytes(path: Path) -> int:
     """Bytes free where `path` lies or would lie."""
     return shutil.disk_usage(existing_folder(path)).free

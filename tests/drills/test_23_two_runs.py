@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from src.utils.root import ROOT
 from tests.conftest import Commands
 from tests.drills.small_run import AT_LINE, PROGRAM, arguments, contents, start
@@ -25,6 +27,10 @@ def pause():
 at_line("train", 3, pause)
 """
 )
+
+
+# The step that is under way takes some seconds more.
+SLOW_STEP = PAUSE.replace("time.sleep(600)", "time.sleep(4)")
 
 
 def test_the_second_names_the_first_and_follows_it_once_it_is_killed(commands: Commands, dataset: Callable[..., Path]):
@@ -60,4 +66,32 @@ def test_the_second_names_the_first_and_follows_it_once_it_is_killed(commands: C
             first.kill()
     third = start(commands, data)
     assert third.returncode == 0, third.stderr
+    assert [line["step"] for line in commands.metrics("drill", "train")] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets go of processes whose launcher is gone")
+def test_one_whose_launcher_is_killed_is_waited_for(
+    commands: Commands, dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It is asked to stop, and has a step to finish and a checkpoint to save."""
+    data, program = dataset(train_tokens=[700, 900], n_vocab=300), tmp_path / "program.py"
+    program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SLOW_STEP}{PROGRAM}")
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "src.utils.launch", str(program), *arguments(data)],
+        env=commands.environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with launcher:
+        assert launcher.stdout is not None
+        try:
+            assert launcher.stdout.readline() == "paused\n"
+        finally:
+            launcher.kill()
+        second = start(commands, data)
+    assert second.returncode == 0, second.stderr
+    assert f"has lost its launcher and still holds {commands.temp_data / 'runs' / 'drill'}" in second.stderr
+    assert "resume: from step_0000003 of 4 steps" in second.stderr
     assert [line["step"] for line in commands.metrics("drill", "train")] == [1, 2, 3, 4]

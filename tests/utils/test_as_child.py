@@ -1,6 +1,9 @@
 """as_child.sh: a command's own exit code, whatever signals come meanwhile."""
 
 import subprocess
+import sys
+
+import pytest
 
 from src.utils.root import ROOT
 
@@ -24,3 +27,25 @@ def test_a_signal_together_with_the_end_answers_with_the_commands_code_or_that_o
     assert (len(codes), result.stderr) == (200, "")
     assert set(codes) <= {"4", "143"}
     assert codes.count("4") > 120
+
+
+# The command, a Python program that hears all four, asks its shell and says which one comes back.
+HEARD = """
+. "$0"
+as_child "$1" -c '
+import os, signal, sys, time
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    signal.signal(number, lambda came, _: (print(signal.Signals(came).name), sys.exit(143)))
+os.kill(os.getppid(), signal.Signals[sys.argv[1]])
+time.sleep(30)
+' "$2"
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "heard"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGUSR1", "SIGUSR1"), ("SIGHUP", "SIGHUP")]
+)
+def test_a_signal_comes_through_as_it_is_but_for_ctrl_c(sent: str, heard: str):
+    command = ["bash", "-c", HEARD, str(ROOT / "src" / "utils" / "as_child.sh"), sys.executable, sent]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (143, f"{heard}\n", "")
