@@ -20,6 +20,7 @@ from src.utils.root import ROOT
 SMALL = [
     *("--model.n-embd", "32", "--model.n-head", "2", "--model.n-layer", "1", "--model.n-ctx", "64"),
     *("--train.batch-tokens", "512", "--train.micro-batch-size", "8", "--train.log-every-steps", "2"),
+    *("--train.compile", "off"),
     *("--eval.val-tokens", "1024", "--eval.hellaswag-items", "8", "--eval.sample-tokens", "4"),
 ]
 

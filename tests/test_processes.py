@@ -19,6 +19,7 @@ SETTINGS = [
     *("--model.n-vocab", "300", "--model.n-ctx", "16", "--model.n-embd", "16", "--model.n-head", "2"),
     *("--model.n-layer", "2", "--train.batch-tokens", "128", "--train.micro-batch-size", "2"),
     *("--train.device", "cpu", "--train.precision", "float32", "--train.log-every-steps", "1"),
+    *("--train.compile", "off"),  # which auto would try for runs as long as some of these claim to be
     *("--eval.val-tokens", "160", "--eval.hellaswag-items", "0", "--eval.sample-prompts"),
 ]
 
