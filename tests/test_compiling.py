@@ -1,6 +1,9 @@
 """What is compiled when: the blocks and the loss's softmax, for the training batch, and nothing else ever again."""
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from src.model_assessment import hellaswag, sampling
 from src.model_assessment.hellaswag_items import Item
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig
+from src.utils.root import ROOT
 
 
 class CountingBackend:
@@ -131,3 +135,13 @@ def test_compiled_dropout_is_the_same_forward_and_backward(
                 p.add_(d, alpha=length)
         losses.append(loss().item())
     assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(slope, rel=0.02)
+
+
+def test_what_is_compiled_lies_where_the_log_says(tmp_path: Path):
+    program = "import src, torch._inductor.runtime.cache_dir_utils as d; print(d.cache_dir())"
+    environment = {**os.environ, "TEMP_DATA_DIR": str(tmp_path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == str(tmp_path / "compile_cache")

@@ -17,7 +17,6 @@ from src.params import Config
 from src.utils import hardware
 from src.utils.errors import UserError
 from src.utils.handle_ddp import Processes, processes_here
-from src.utils.root import COMPILE_CACHE
 
 # What compiling a block and the loss takes with cold caches, seconds, and the least share of a step that it saves where
 # it helps: measured on CPUs (LOG.md), guessed for GPUs, where only runs of minutes depend on it. Runs that cannot win
@@ -136,7 +135,6 @@ def _compile(
     asked, kind = config.train.compile, procs.device.type
     if asked == "off":
         return False, "as asked for"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILE_CACHE))
     if asked == "on":
         model.compile_blocks(config.micro_batch_size)
         seconds = _try_compiled(config, model, precision, procs, 1)
