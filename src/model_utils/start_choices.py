@@ -15,7 +15,7 @@ import torch
 from src.model import LLM
 from src.params import Config
 from src.utils import hardware
-from src.utils.errors import UserError
+from src.utils.errors import PeerError, UserError
 from src.utils.handle_ddp import Processes, processes_here
 
 # What compiling a block and the loss takes with cold caches, seconds, and the least share of a step that it saves where
@@ -154,7 +154,7 @@ def _compile(
     model.compile_blocks(config.micro_batch_size)
     try:
         first, *later = _try_compiled(config, model, precision, procs, 4)
-    except UserError as error:
+    except (UserError, PeerError) as error:  # here, or in another process: none compiles
         model.compile_nothing()
         return False, str(error).split(";")[0]
     compiled = _mean(later, procs)

@@ -12,7 +12,7 @@ from src.model_utils import start_choices
 from src.model_utils.start_choices import settle
 from src.params import Config, ModelConfig, TrainConfig
 from src.utils import hardware
-from src.utils.errors import UserError
+from src.utils.errors import PeerError, UserError
 from src.utils.handle_ddp import Processes
 
 ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -147,6 +147,18 @@ def test_without_a_compiler_a_run_is_not_compiled(
     chosen, model, words = settled(config)
     assert chosen.train.compile == "off"
     assert "compile: off (torch.compile failed: no working C++ compiler was found)" in words
+    assert model._compiled is None
+
+
+def test_without_a_compiler_on_another_machine_a_run_is_not_compiled(config: Config, monkeypatch: pytest.MonkeyPatch):
+    def failed_elsewhere(*_: object) -> list[float]:
+        raise PeerError("torch.compile failed: no working C++ compiler was found; install one", 2)
+
+    monkeypatch.setattr(start_choices, "_try_compiled", failed_elsewhere)
+    monkeypatch.setitem(start_choices.COMPILE_SECONDS, "cpu", 0.0)
+    chosen, model, words = settled(config)
+    assert chosen.train.compile == "off"
+    assert "torch.compile failed: no working C++ compiler was found)" in words
     assert model._compiled is None
 
 
