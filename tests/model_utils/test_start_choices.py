@@ -9,7 +9,7 @@ import torch
 
 from src.model import LLM
 from src.model_utils import start_choices
-from src.model_utils.start_choices import settle
+from src.model_utils.start_choices import Trial, settle
 from src.params import Config, ModelConfig, TrainConfig
 from src.utils import hardware
 from src.utils.errors import PeerError, UserError
@@ -33,11 +33,11 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[int]
         tried: list[int] = []
         left: Iterator[float] = iter(seconds)
 
-        def seconds_of(batch_size: int, *_: Any) -> float:
+        def take(_: Trial, batch_size: int) -> float:
             tried.append(batch_size)
             return next(left)
 
-        monkeypatch.setattr(start_choices, "_seconds_of", seconds_of)
+        monkeypatch.setattr(Trial, "seconds", take)
         return tried
 
     return make
@@ -62,33 +62,57 @@ def test_the_micro_batch_is_the_largest_that_fits_and_divides(
     config: Config, sequences: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Memory for so many sequences is free, besides the gradients and the optimizer's."""
-    one, two = (start_choices._bytes_of(n, LLM(config.model), torch.float32, ALONE.device) for n in (1, 2))
-    parameters = sum(parameter.numel() for parameter in LLM(config.model).parameters())
-    room = one + (sequences - 1) * (two - one) + 12 * parameters
+    trial = Trial(LLM(config.model), torch.float32, ALONE.device)
+    one, two = trial._bytes_of(1), trial._bytes_of(2)
+    room = one + (sequences - 1) * (two - one)
     monkeypatch.setattr(hardware, "available_memory_bytes", lambda: int(2 * room))  # half of it is to be used
     chosen, _, words = settled(auto_micro_batch(config))
     assert chosen.train.micro_batch_size == expected
     assert f"micro-batch: {expected} (the largest of 12" in words
 
 
-def test_memory_is_counted_as_autograd_keeps_it(config: Config):
-    """Twice the sequences keep twice the activations, and no parameter is among them."""
+def test_memory_is_counted_as_autograd_keeps_it(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """Twice the sequences keep twice the activations, no parameter is among them, and logits have their bound."""
     model = LLM(config.model)
-    one, two, four = (start_choices._bytes_of(n, model, torch.float32, ALONE.device) for n in (1, 2, 4))
-    assert four - two == pytest.approx(2 * (two - one), rel=0.1)
+    trial = Trial(model, torch.float32, ALONE.device)
+    one, two, four = (trial._bytes_of(n) for n in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.01)
+    assert trial._activation_bytes(4) - trial._activation_bytes(2) == pytest.approx(
+        2 * (trial._activation_bytes(2) - trial._activation_bytes(1)), rel=0.1
+    )
     logits = config.model.n_ctx * config.model.n_vocab * 4
-    assert two - one > logits
+    monkeypatch.setattr(start_choices, "LOGIT_POSITIONS", 2 * config.model.n_ctx)
+    assert trial._bytes_of(4) == four - 2 * logits
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_pass_that_fails_leaves_no_gradients(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """As where a compiler fails at the first backward pass, or memory ends in it."""
+    model = LLM(config.model)
+    trial = Trial(model, torch.float32, ALONE.device)
+    for raised, expected in ((RuntimeError("broken"), RuntimeError), (torch.OutOfMemoryError("full. A"), UserError)):
+
+        def fails(_: torch.Tensor, error: Exception = raised) -> None:
+            raise error
+
+        hook = model.embedding.weight.register_hook(fails)
+        with pytest.raises(expected):
+            trial.seconds(2)
+        hook.remove()
+        assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_no_sequence_fits(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 1000)
-    with pytest.raises(UserError, match=r"not even one sequence of 16 tokens fits .* make the model or --model.n-ctx"):
+    with pytest.raises(UserError, match=r"not even one sequence of 16 tokens fits .*; make the model or --model.n-ctx"):
         settled(auto_micro_batch(config))
 
 
-def test_a_run_that_goes_on_keeps_its_choices(config: Config, passes: Callable[[list[float]], list[int]]):
+def test_a_run_that_goes_on_keeps_its_choices(
+    config: Config, passes: Callable[[list[float]], list[int]], monkeypatch: pytest.MonkeyPatch
+):
     tried = passes([])
+    monkeypatch.setattr(Trial, "fits", lambda *_: True)
     auto = replace(config, train=replace(config.train, micro_batch_size="auto"))
     chosen, model, words = settled(auto, was={"micro_batch_size": 3, "compile": "off"})
     assert (chosen.train.micro_batch_size, chosen.train.compile) == (3, "off")
@@ -98,8 +122,9 @@ def test_a_run_that_goes_on_keeps_its_choices(config: Config, passes: Callable[[
 
 
 def test_a_micro_batch_that_another_number_of_processes_cannot_keep_is_found_anew(config: Config):
-    chosen, _, _ = settled(auto_micro_batch(config), was={"micro_batch_size": 5, "compile": "off"})
+    chosen, _, words = settled(auto_micro_batch(config), was={"micro_batch_size": 5, "compile": "off"})
     assert chosen.train.micro_batch_size == 12
+    assert "5 until now: the same samples, but not the same bits" in words
 
 
 def test_a_short_run_is_not_compiled(config: Config, passes: Callable[[list[float]], list[int]]):
