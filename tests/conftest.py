@@ -18,8 +18,9 @@ from src.utils.root import ROOT
 
 SHARED = ROOT.parent / "shared"
 
-# A shell's background jobs ignore Ctrl-C, and so would the commands that the tests interrupt.
+# A shell's background jobs ignore Ctrl-C, and nohup's SIGHUP, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -296,7 +296,7 @@ def test_memory_that_will_not_do(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_precision_that_is_emulated(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("src.utils.hardware._cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr("src.utils.hardware._cpu_multiplies_bf16_faster", lambda: False)
     train = replace(debug().train, device="cpu", precision="bf16")
     assert checks.precision(start_of(replace(debug(), train=train))).is_doubtful
     assert (

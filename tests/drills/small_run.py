@@ -132,7 +132,7 @@ def _saved_steps(run: Path) -> list[int]:
 
 def _measured(run: Path) -> list[dict]:
     """What was computed, each line once, without times, sizes and speeds, which no two runs share."""
-    differ = {"time", "tokens_per_second", "step_ms", "memory_gb"}
+    differ = {"time", "seconds", "tokens_per_second", "step_ms", "memory_gb"}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     computed = [record for record in records if record["kind"] in ("train", "validation")]
     return [{k: v for k, v in record.items() if k not in differ} for record in computed]

@@ -47,7 +47,7 @@ def test_the_other_gives_up_and_names_the_step(
     [
         ("handle_ddp._meet", "error: after 10 s process 1 of 2 has not come: it is stuck or stopped"),
         ("pretrain.open_data", "error (process 0): no process has moved on for 10 s in opening the dataset"),
-        ("run_setup.settle", "error (process 0): no process has moved on for 10 s in trying out micro-batches"),
+        ("run_setup.settle", "error (process 0): no process has moved on for 10 s in preparing model and optimizer"),
     ],
 )
 def test_the_other_gives_up_before_the_first_step(
