@@ -69,7 +69,10 @@ declare -A SECONDS_OF=([train_step]=420 [lm_loss]=60 [startup]=300 [profile]=200
     [precisions]=400 [checkpoint]=120 [overheads]=200 [nccl]=200)
 [ $# -gt 0 ] || set -- train_step lm_loss startup profile auto_micro_batch same_bits precisions checkpoint overheads nccl
 export -f "${!SECONDS_OF[@]}" run benchmark
-rm -rf "$RUNS"/gpu-*
+for part in "$@"; do
+    [ -n "${SECONDS_OF[$part]:-}" ] || { echo "error: no part is called '$part'; there are: ${!SECONDS_OF[*]}" >&2; exit 2; }
+done
+rm -rf "$RUNS"/gpu-{whole,halves,bf16,float32,profile,auto,nccl}
 for part in "$@"; do
     started=$SECONDS code=0
     echo "== $part" | tee -a "$OUT/log.txt"

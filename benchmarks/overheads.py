@@ -35,6 +35,7 @@ from src.model_utils.training_state import Progress, TrainingState
 from src.model_utils.weight_init import init_weights
 from src.params import Config
 from src.utils import hardware
+from src.utils.errors import exit_with
 from src.utils.handle_ddp import Processes
 from src.utils.logger import RunLogger
 from src.utils.root import dataset_dir
@@ -168,4 +169,4 @@ def add_up(args: argparse.Namespace, config: Config, unit: dict[str, float]) -> 
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -47,6 +47,7 @@ from src.params import Config
 from src.rope import apply_rope
 from src.run_setup import prepare
 from src.utils import hardware
+from src.utils.errors import exit_with
 from src.utils.handle_ddp import Processes
 from src.utils.logger import RunLogger
 from src.utils.root import dataset_dir
@@ -346,4 +347,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)
