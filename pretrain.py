@@ -14,13 +14,10 @@ if __name__ == "__main__":
     end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
 
 import gc
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,36 +29,20 @@ from src.data_processing.verification import ensure_verified
 from src.model_assessment.assessment import Assessment
 from src.model_configs.command_line import config_from_command_line
 from src.model_utils.adamw_opt import learning_rate
-from src.model_utils.checkpoint_utils import prune
 from src.model_utils.disk_need import refuse_full_disk
 from src.model_utils.profiling import profiler
 from src.model_utils.start_choices import out_of_memory
 from src.model_utils.step_numbers import StepNumbers
 from src.params import Config
-from src.run_log import log_training, record_saves, suspects, write_status
+from src.run_log import STOP_FILE, Outcome, already_done, finish, log_training, record_saves, record_skip, write_status
 from src.run_setup import Run, check_alike, check_machines, of_this_launch, open_data, prepare, where_to_go_on
 from src.utils import hardware
-from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, exit_with
-from src.utils.handle_ddp import Processes, processes, world_size
+from src.utils.errors import EXIT_DONE, StoppedError, exit_with
+from src.utils.handle_ddp import processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
 from src.utils.run_directory import claim_file, claimed
 from src.utils.stop_signals import stop_on_signals
-
-MAX_SKIPPED_STEPS = 10  # in a row
-MAX_RECORDED_WINDOWS = 256  # of a skipped step
-STOP_FILE = "STOP"  # a file of this name in the run directory asks for a stop once training goes on
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    run_dir: Path
-    step: int
-    """Completed optimizer steps."""
-    exit_code: int
-    """0 if every step is done, 143 if the run was asked to stop; it saved, unless its last steps were skipped."""
 
 
 def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Outcome:
@@ -246,37 +227,6 @@ def take_in(run: Run, batches: TrainingDataLoader, leave: int = 0) -> None:
             run.state.progress.add_loss(loss, seconds)
 
 
-def record_skip(run: Run, batches: TrainingDataLoader, numbers: StepNumbers) -> None:
-    """Records a step that changed nothing, and the windows that may be the cause; too many in a row end the run."""
-    config, progress = run.config, run.state.progress
-    progress.skipped_in_a_row += 1
-    loss, grad_norm, _ = numbers.read()
-    what = "a spike" if math.isfinite(loss) and math.isfinite(grad_norm) else "not finite"
-    names = [name for name, _ in run.state.model.named_parameters()]
-    bad = [name for name, norm in zip(names, numbers.norms_P.tolist(), strict=True) if not math.isfinite(norm)]
-    where = f"; not finite in {len(bad)} gradients, first {bad[0]}" if bad else ""
-    windows = suspects(run, batches, numbers)
-    look = f"--inspect --out '{config.data.dir}' --skipped '{config.run_name}' shows {len(windows)} window(s) of it"
-    run.log.event(
-        "skipped step",
-        numbers.step,
-        f"{what}: loss {loss}, gradient norm {grad_norm}{where}; data_downloader {look}",
-        n_ctx=config.model.n_ctx,
-        windows=windows[:MAX_RECORDED_WINDOWS],
-    )
-    if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-        run.procs.together(lambda: give_up(run, numbers.step))
-
-
-def give_up(run: Run, step: int) -> None:
-    """Raises the error of a run that cannot go on after `step`."""
-    raise NonFiniteError(
-        f"the last {run.state.progress.skipped_in_a_row} step(s), up to step {step}, were skipped: loss or gradient "
-        "not finite, or the loss a spike. They changed no weights, and no checkpoint was saved since the first of "
-        "them. Start again with a lower --optim.max-lr or a longer --optim.warmup-steps under another --run-name"
-    )
-
-
 def measure(run: Run, assessment: Assessment, kind: str, stop: Callable[[], str | bool]) -> None:
     """Makes and logs the records of one kind for this step, or none if asked to stop in the middle."""
     procs, step = run.procs, run.state.progress.step
@@ -301,43 +251,6 @@ def save(run: Run) -> None:
     parts = state.parts(procs)
     plain = state.plain(run.config, run.manifest.sha256, run.precision, procs.world_size)
     procs.main_only(lambda: record_saves(run, run.saver.start(state.progress.step, parts, plain)))
-
-
-def finish(run: Run, asked_by: str) -> Outcome:
-    """The last words of a run that is done or was asked to stop; raises NonFiniteError if its last steps failed."""
-    procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
-    procs.doing(f"the checkpoint of step {step}")
-    procs.main_only(lambda: record_saves(run, run.saver.wait()))
-    done = step == total_steps
-    if done and run.state.progress.skipped_in_a_row:
-        procs.together(lambda: give_up(run, step))
-    if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
-        asked_by = f"the file {STOP_FILE}"  # also where a signal was faster: it decides what happens next
-        try:
-            stop_file.unlink()
-        except OSError as error:
-            log.info(f"warning: {stop_file} cannot be removed ({error.strerror}); the next start will stop at once")
-    if asked_by:
-        log.event("stop", step, f"asked for by {asked_by}")
-    words = all_done(total_steps) if done else f"stopped on request after step {step} ({asked_by})"
-    log.info(f"{words}; everything is in {log.run_dir}")
-    code = EXIT_DONE if done else EXIT_STOPPED
-    write_status(run, "done" if done else "stopped", code, words)
-    return Outcome(log.run_dir, step, code)
-
-
-def already_done(config: Config, procs: Processes, log: RunLogger) -> Outcome:
-    """The end of a start that finds nothing left to do, also after a kill between the last save and the last words."""
-    step, keep = config.total_steps, config.checkpoint
-    procs.main_only(lambda: prune(log.run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {step}))
-    log.info(f"{all_done(step)}; everything is in {log.run_dir}")
-    if log.status().get("state") != "done":
-        log.write_status("done", step, step, EXIT_DONE, all_done(step))
-    return Outcome(log.run_dir, step, EXIT_DONE)
-
-
-def all_done(total_steps: int) -> str:
-    return f"all {total_steps} steps are done"
 
 
 def main() -> int:

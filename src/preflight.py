@@ -34,6 +34,7 @@ CHECKS = {
     "device": checks.device,
     "backend": checks.backend,
     "precision": checks.precision,
+    "compiler": checks.compiler,
     "memory": checks.memory,
     "tokenizer": checks.tokenizer,
     "HellaSwag": checks.hellaswag,

@@ -6,9 +6,12 @@ does, with the value found and what to do.
 
 import os
 import platform
+import shutil
+import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,9 +23,11 @@ from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.data_processing.verification import check_in_seconds
+from src.lm_loss import LOGIT_POSITIONS
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
 from src.model_utils.disk_need import MAKE_ROOM, checkpoint_bytes, checkpoints_need
+from src.model_utils.start_choices import COMPILE_SECONDS
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config
 from src.utils import root
@@ -138,7 +143,25 @@ def precision(start: Start) -> Found:
     name, best = (str(choose_precision(how, chosen)).removeprefix("torch.") for how in (asked, "auto"))
     if asked == "bf16" and name != best:
         return Found(f"{name}, which this {chosen.type} only emulates; --train.precision auto takes {best}", True)
-    return Found(f"{name} ({asked})")
+    return Found(f"{name} ({'the faster one here' if asked == 'auto' else 'as asked for'})")
+
+
+def compiler(start: Start) -> Found:
+    """Whether torch.compile finds what it needs on this kind of device."""
+    asked, kind = start.config.train.compile, start.device()[0].type
+    if asked == "off" or (asked == "auto" and kind not in COMPILE_SECONDS):
+        return Found("not needed: nothing is compiled")
+    program = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if kind == "cuda":
+        program = os.environ.get("CC") or "gcc"  # for what starts Triton's kernels
+    missing = "Triton" if kind == "cuda" and find_spec("triton") is None else program
+    if missing == program and shutil.which(program):
+        when = "measured at the start, if the run is long enough to win" if asked == "auto" else "as asked for"
+        return Found(f"{program}; {when}; results are kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']}")
+    words = f"no {missing}, which torch.compile needs"
+    if asked == "on":
+        raise UserError(f"{words}; install it, or leave out --train.compile on")
+    return Found(f"{words}: nothing will be compiled; with it a long run may be faster", True)
 
 
 def memory(start: Start) -> Found | None:
@@ -147,7 +170,8 @@ def memory(start: Start) -> Found | None:
         return None
     model, positions = start.config.model, start.config.micro_batch_size * start.config.model.n_ctx
     # Fitted to what the presets debug and laptop took, 1.1 and 1.9 GB: 32 float32 values of the width in each layer.
-    activations = positions * (4 * 32 * model.n_layer * model.n_embd + 2 * model.n_vocab)
+    activations = positions * 4 * 32 * model.n_layer * model.n_embd
+    activations += min(positions, LOGIT_POSITIONS) * 2 * model.n_vocab
     needed = start.processes_here * (400_000_000 + checkpoint_bytes(start.config) * 4 // 3 + activations)
     free = available_memory_bytes()
     words = f"roughly {size_text(needed)} needed, {size_text(free)} free"

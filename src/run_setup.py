@@ -162,7 +162,7 @@ def prepare(
     model.to(procs.device).train()
     was, step = procs.from_main((checkpoint.state["config"]["train"], checkpoint.step) if checkpoint else (None, 0))
     procs.doing("trying out micro-batches and what to compile")
-    config, notes = settle(config, was, config.total_steps - step, model, precision, procs)
+    config, notes = settle(config, was, config.total_steps - step, model, precision, procs, log.info)
     procs.doing("preparing model and optimizer")
     state = TrainingState(model, build_adamw(model, config.optim), Progress())
     if procs.any(checkpoint is not None):

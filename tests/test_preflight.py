@@ -3,10 +3,12 @@
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from src import preflight_checks as checks
 from src.data_processing import verification
 from src.model_configs.my_llm_config import debug, laptop, lf_llm_269m
 from src.params import Config, ConfigError, DataConfig, EvalConfig
-from src.preflight_checks import Preparation, Start
+from src.preflight_checks import Found, Preparation, Start
 from src.utils import root
 from src.utils.errors import BusyError, StorageError, UserError
 from src.utils.run_directory import claimed
@@ -299,9 +301,33 @@ def test_precision_that_is_emulated(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("src.utils.hardware._cpu_multiplies_bf16_faster", lambda: False)
     train = replace(debug().train, device="cpu", precision="bf16")
     assert checks.precision(start_of(replace(debug(), train=train))).is_doubtful
-    assert (
-        checks.precision(start_of(replace(debug(), train=replace(train, precision="auto")))).words == "float32 (auto)"
-    )
+    found = checks.precision(start_of(replace(debug(), train=replace(train, precision="auto"))))
+    assert found.words == "float32 (the faster one here)"
+
+
+def test_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    train = replace(debug().train, device="cpu")
+
+    def compiler(asked: Literal["auto", "on", "off"]) -> Found:
+        return checks.compiler(start_of(replace(debug(), train=replace(train, compile=asked))))
+
+    assert not compiler("off").is_doubtful
+    assert compiler("auto").is_doubtful
+    with pytest.raises(UserError, match="no no-such-compiler, which"):
+        compiler("on")
+    monkeypatch.setenv("CXX", sys.executable)
+    assert compiler("on").words.startswith(f"{sys.executable}; as asked for; results are kept in ")
+
+
+def test_a_folder_for_compiled_code_that_cannot_be_made(commands: Commands, tmp_path: Path):
+    """PyTorch makes it when it is imported for training, and ends there."""
+    (tmp_path / "file").touch()
+    commands.environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "file" / "cache")
+    lines = "import os, src, torch._dynamo; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    result = commands.run([sys.executable, "-c", lines])
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).parent == Path(tempfile.gettempdir())
 
 
 def test_a_prepared_dataset_may_lie_where_nobody_can_write(data: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import pretrain
 from pretrain import Outcome, train
+from src import run_log
 from src.model import LLM
 from src.model_utils import checkpoint_utils
 from src.model_utils.adamw_opt import optimizer_tensors
@@ -256,7 +257,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config
         record_skip(run, *arguments)
 
     monkeypatch.setattr(pretrain, "record_skip", spy)
-    monkeypatch.setattr(pretrain, "MAX_SKIPPED_STEPS", 3)
+    monkeypatch.setattr(run_log, "MAX_SKIPPED_STEPS", 3)
     poison_losses(monkeypatch)
     with pytest.raises(NonFiniteError, match=r"the last 3 step\(s\), up to step 8") as caught:
         train(every_step)
@@ -304,7 +305,7 @@ def test_a_gradient_that_is_not_finite_is_named(config: Config, monkeypatch: pyt
         self.get_parameter("blocks.1.ffn.out_proj.bias").register_hook(lambda gradient: gradient * float("inf"))
 
     monkeypatch.setattr(LLM, "__init__", poisoned)
-    monkeypatch.setattr(pretrain, "MAX_SKIPPED_STEPS", 1)
+    monkeypatch.setattr(run_log, "MAX_SKIPPED_STEPS", 1)
     with pytest.raises(NonFiniteError):
         train(config)
     text = (pretrain.RUNS / "whole" / "metrics.jsonl").read_text()
@@ -420,3 +421,8 @@ def test_a_profile_of_some_steps_lies_in_the_run(config: Config):
     assert sum(event["name"].startswith("ProfilerStep#") for event in events) == 3
     assert any(event["name"] == "aten::mm" for event in events)
     assert "aten::mm" in (run_dir / "profile" / names[1]).read_text()
+
+
+def test_a_profile_is_named_after_the_steps_it_holds(config: Config):
+    run_dir = train(replace(config, profile=100)).run_dir
+    assert (run_dir / "profile" / f"steps_0000003_to_{STEPS:07d}.txt").exists()

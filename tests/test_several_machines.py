@@ -89,6 +89,13 @@ def ends(launchers: list[subprocess.Popen]) -> list[tuple[int, str]]:
     return list(zip([process.returncode for process in launchers], words, strict=True))
 
 
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def wait_for_steps(commands: Commands, run: str, steps: int, launchers: list[subprocess.Popen]) -> None:
     log, deadline = commands.temp_data / "runs" / run / "metrics.jsonl", time.monotonic() + 120
     while not (log.exists() and log.read_text().count('"train"') >= steps):
@@ -129,6 +136,33 @@ def test_a_final_end_on_one_machine_is_final_on_all(commands: Commands, settings
     assert "error (process 1): the disk of process 1 is gone" in second[1]
     assert "starting again, 2" not in first[1] + second[1]
     assert "resume" not in first[1]
+
+
+@pytest.mark.parametrize("max_restarts", [0, 3])
+def test_a_final_end_counts_where_its_machine_is_late_to_see_it(max_restarts: int, commands: Commands, tmp_path: Path):
+    """The first machine sees its own process fail because of it, and would start again or end with 1."""
+    ended = tmp_path / "ended"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\nfrom pathlib import Path\n"
+        f"ended = Path({str(ended)!r})\n"
+        "ended.with_name('started' + os.environ['RANK']).touch()\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    while not ended.with_name('paused').exists(): time.sleep(0.1)\n"
+        "    Path(os.environ['EXIT_CODE_FILE']).write_text('4')\n"
+        "    ended.touch()\n    sys.exit(4)\n"
+        "while not ended.exists(): time.sleep(0.1)\n"
+        "sys.exit(1)\n"
+    )
+    with machines(commands, program, max_restarts=max_restarts) as launchers:
+        wait_until(lambda: all(ended.with_name(f"started{rank}").exists() for rank in range(2)))
+        launchers[1].send_signal(signal.SIGSTOP)
+        ended.with_name("paused").touch()
+        wait_until(ended.exists)
+        time.sleep(3)  # for the first machine to see what happened to its own process
+        launchers[1].send_signal(signal.SIGCONT)
+        found = ends(launchers)
+    assert [code for code, _ in found] == [4, 4]
 
 
 def test_a_failure_without_restarts_left_ends_all(commands: Commands, tmp_path: Path):

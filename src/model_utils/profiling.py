@@ -25,17 +25,19 @@ def profiler(steps: int, first_step: int, log: RunLogger) -> Iterator[torch.prof
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    begin = first_step + WARM_UP_STEPS
-    name = f"steps_{begin + 1:07d}_to_{begin + steps:07d}"
     with torch.profiler.profile(
         activities=activities,
         schedule=torch.profiler.schedule(wait=0, warmup=WARM_UP_STEPS, active=steps, repeat=1),
-        on_trace_ready=partial(_write, log.run_dir / "profile", name, log),
+        on_trace_ready=partial(_write, log.run_dir / "profile", first_step, log),
     ) as recording:
         yield recording
+    if recording.step_num <= WARM_UP_STEPS:
+        log.info(f"warning: no profile: the run ended within its first {WARM_UP_STEPS} steps, which are not recorded")
 
 
-def _write(folder: Path, name: str, log: RunLogger, recording: torch.profiler.profile) -> None:
+def _write(folder: Path, first_step: int, log: RunLogger, recording: torch.profiler.profile) -> None:
+    done = recording.step_num  # fewer than asked for where the run ends before
+    name = f"steps_{first_step + WARM_UP_STEPS + 1:07d}_to_{first_step + done:07d}"
     trace = folder / f"{name}.json.gz"
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     try:

@@ -6,6 +6,7 @@ same bits. All is tried out on random tokens; nothing of it stays in the model.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -104,20 +105,27 @@ class Trial:
 
 
 def settle(
-    config: Config, was: dict[str, Any] | None, steps_left: int, model: LLM, precision: torch.dtype, procs: Processes
+    config: Config,
+    was: dict[str, Any] | None,
+    steps_left: int,
+    model: LLM,
+    precision: torch.dtype,
+    procs: Processes,
+    say: Callable[[str], None],
 ) -> tuple[Config, list[str]]:
     """`config` without "auto" in train.micro_batch_size and train.compile, and what was found out, in words.
 
     The model is compiled from then on where that was chosen. `was`: the settings `train` of the checkpoint that the run
-    goes on from, if any. All processes call it together, before the model takes part in anything that they share.
-    Raises UserError where not even one sequence fits, or where compiling was asked for and fails.
+    goes on from, if any. `say` hears beforehand of what takes long. All processes call it together, before the model
+    takes part in anything that they share. Raises UserError where not even one sequence fits, or where compiling was
+    asked for and fails.
     """
     trial, notes = Trial(model, precision, procs.device), []
     if config.train.micro_batch_size == "auto":
         size, why = _micro_batch_size(config, was, trial, procs)
         notes.append(f"micro-batch: {size} ({why})")
         config = replace(config, train=replace(config.train, micro_batch_size=size))
-    on, why = _compile(config, was, steps_left, trial, procs)
+    on, why = _compile(config, was, steps_left, trial, procs, say)
     notes.append(f"compile: {'on' if on else 'off'} ({why})")
     if procs.device.type == "cuda":  # the peak that is logged is the training's
         torch.cuda.empty_cache()
@@ -156,7 +164,12 @@ def _micro_batch_size(config: Config, was: dict[str, Any] | None, trial: Trial, 
 
 
 def _compile(
-    config: Config, was: dict[str, Any] | None, steps_left: int, trial: Trial, procs: Processes
+    config: Config,
+    was: dict[str, Any] | None,
+    steps_left: int,
+    trial: Trial,
+    procs: Processes,
+    say: Callable[[str], None],
 ) -> tuple[bool, str]:
     asked, kind, size = config.train.compile, procs.device.type, config.micro_batch_size
     if asked == "off":
@@ -170,7 +183,7 @@ def _compile(
             return False, reason
     if reason:
         trial.model.compile_blocks(size)
-        return True, f"{reason}; {_took(_try_compiled(size, trial, procs, 1)[0])}"
+        return True, f"{reason}; {_took(_try_compiled(size, trial, procs, 1, say)[0])}"
 
     eager = _mean(procs.together(lambda: [trial.seconds(size) for _ in range(2)])[1:], procs)
     micro_steps = steps_left * config.grad_accumulation_steps(procs.world_size)
@@ -178,7 +191,7 @@ def _compile(
         return False, f"{micro_steps} micro-batches of {eager:.2g} s: compiling would take longer than it saves"
     trial.model.compile_blocks(size)
     try:
-        first, *later = _try_compiled(size, trial, procs, 4)
+        first, *later = _try_compiled(size, trial, procs, 4, say)
     except (UserError, PeerError) as error:  # here, or in another process: none compiles
         trial.model.compile_nothing()
         return False, str(error).split(";")[0]
@@ -193,8 +206,9 @@ def _took(seconds: float) -> str:
     return f"compiling took {seconds:.1f} s, its results are kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']}"
 
 
-def _try_compiled(size: int, trial: Trial, procs: Processes, times: int) -> list[float]:
+def _try_compiled(size: int, trial: Trial, procs: Processes, times: int, say: Callable[[str], None]) -> list[float]:
     """Seconds of each pass of the compiled model; the first compiles. Where one process fails, all raise."""
+    say("compiling the model, which takes seconds to a minute; a request to stop is heard afterwards")
 
     def attempt() -> list[float]:
         try:

@@ -43,6 +43,7 @@ STOP_SECONDS = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"))
 RESTART_SECONDS = min(30, STOP_SECONDS)  # for ending by themselves, where others have failed
 END_SECONDS = 10  # for processes with nothing to save, and for the other machines to read how the run ended
 POLL_SECONDS = 0.2
+ENDED = "ended"  # the key in the store of the machines
 STOPPED_IN_VAIN = "stopped before there was anything to save, or without saving"
 
 
@@ -74,7 +75,10 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.attempt += 1
         machines = machines_of(worker_group)
-        ready = self._meet(worker_group, f"ready/{self.attempt}", self.wait_seconds)
+        store = store_of(worker_group)
+        ready = self._meet(worker_group, f"ready/{self.attempt}", self.wait_seconds, until=ENDED)
+        if store.check([ENDED]):  # another machine, which found the end later than this one the failure
+            raise EndedError(int(store.get(ENDED)))
         if ready < machines:
             raise LostMachineError(
                 f"{ready} of {machines} machines are there after {self.wait_seconds:.0f} s; see "
@@ -104,9 +108,9 @@ class Agent(LocalElasticAgent):
             say(STOPPED_IN_VAIN)
             code = EXIT_STOPPED
         if code is not None:
-            store.set("ended", str(code))
-        elif store.check(["ended"]):
-            code = int(store.get("ended"))
+            store.set(ENDED, str(code))
+        elif store.check([ENDED]):
+            code = int(store.get(ENDED))
         if code is not None:
             self._end_processes(STOP_SECONDS)  # one may be at the end of a save
             raise EndedError(code)
@@ -130,23 +134,37 @@ class Agent(LocalElasticAgent):
         what = f"starting again, {self.attempt + 1} of {restarts} times" if self.attempt < restarts else "giving up"
         say(f"{ends}; {what}")
 
-    def leave(self, code: int) -> None:
-        """Lets the other machines know of the end before this one, which may hold the store, is gone."""
+    def leave(self, code: int) -> int:
+        """The exit code of the run, of which a machine may know more than this one; all of them agree on it here.
+
+        A machine which has no final code waits for the others' word, the first one also until all have heard it:
+        the store ends with it.
+        """
         group = self.get_worker_group()
         if self.attempt < 0 or machines_of(group) == 1:
-            return
+            return code
+        store = store_of(group)
         if code in FINAL_CODES:
-            store_of(group).set("ended", str(code))
-        if cast(int, group.group_rank) == 0:  # the store ends with this process
+            store.set(ENDED, str(code))
+        self._meet(group, "ending", END_SECONDS, until=ENDED)
+        if store.check([ENDED]):
+            code = int(store.get(ENDED))
+        if cast(int, group.group_rank) == 0:
             self._meet(group, "left", END_SECONDS)
         else:
-            store_of(group).add("left", 1)
+            store.add("left", 1)
+        return code
 
-    def _meet(self, worker_group: WorkerGroup, name: str, seconds: float) -> int:
-        """How many machines have come to the point called `name`, all of them or those within that time."""
+    def _meet(self, worker_group: WorkerGroup, name: str, seconds: float, until: str = "") -> int:
+        """How many machines have come to the point called `name`, once all have or the time is over.
+
+        `until`: a key of the store that makes waiting needless.
+        """
         store, deadline = store_of(worker_group), time.monotonic() + seconds
         there = store.add(name, 1)
         while there < machines_of(worker_group) and time.monotonic() < deadline:
+            if until and store.check([until]):
+                break
             time.sleep(POLL_SECONDS)  # rather than wait in the store, where signals are not heard
             there = store.add(name, 0)
         return there
@@ -196,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
     code = recorded_exit_code() or code
     if agent is not None:
         with suppress(torch.distributed.DistError):
-            agent.leave(code)
+            code = agent.leave(code)
     return code
 
 

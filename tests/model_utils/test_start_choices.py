@@ -45,7 +45,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[int]
 
 def settled(config: Config, was: dict[str, Any] | None = None) -> tuple[Config, LLM, str]:
     model = LLM(config.model)
-    chosen, notes = settle(config, was, config.total_steps, model, torch.float32, ALONE)
+    chosen, notes = settle(config, was, config.total_steps, model, torch.float32, ALONE, print)
     return chosen, model, "; ".join(notes)
 
 
@@ -190,6 +190,6 @@ def test_without_a_compiler_on_another_machine_a_run_is_not_compiled(config: Con
 def test_what_is_tried_leaves_nothing_behind(config: Config):
     model = LLM(config.model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settle(auto_micro_batch(config), None, 100, model, torch.float32, ALONE)
+    settle(auto_micro_batch(config), None, 100, model, torch.float32, ALONE, print)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
