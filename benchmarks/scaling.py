@@ -1,6 +1,6 @@
 """What several processes cost: one and two of them here, and by arithmetic eight GPUs.
 
-python -m benchmarks.scaling {debug,laptop,lf_llm_269m} --data DATASET [--steps 8 --step-ms MS --link-gb-per-s F]
+python -m benchmarks.scaling {debug,laptop,lf_llm_269m} --data DATASET [--steps 8 --step-ms MS]
 
 Measured: real runs of `pretrain.py` through the launcher, with one process and with two, each with the same
 micro-batch, one thread a process and one micro-batch a step; and the all-reduce of gradients of the model's size

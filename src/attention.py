@@ -1,6 +1,6 @@
 """Causal multi-head self-attention, and the keys and values it remembers while sampling.
 
-Shapes: B sequences, T positions, D width, H heads, K head dimension.
+Shapes: B sequences, T positions, S positions including those that were cached, D width, H heads, K head dimension.
 """
 
 import torch
@@ -39,7 +39,18 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x_BTD: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        cache: KVCache | None = None,
+        positions_BT: torch.Tensor | None = None,
+        mask_BTS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention over what `cache` holds and `x_BTD`, which it then holds too: (B, T, D).
+
+        `positions_BT`: int64, by which RoPE turns (B may be 1); None: those that follow the cached ones.
+        `mask_BTS`: bool, what each position sees (B may be 1); None: everything up to itself.
+        """
         B, T, D = x_BTD.shape
         q, k, v = (
             part.view(B, T, self.config.n_head, self.config.head_dim).transpose(1, 2)
@@ -47,13 +58,17 @@ class Attention(nn.Module):
         )
         start = cache.length if cache else 0
         cos, sin = rope_tables(self.config.n_ctx, self.config.head_dim, self.config.rope_theta, x_BTD.device)
-        cos, sin = cos[start : start + T], sin[start : start + T]
+        if positions_BT is None:
+            cos, sin = cos[start : start + T], sin[start : start + T]
+        else:
+            cos, sin = cos[positions_BT][:, None], sin[positions_BT][:, None]  # the same for all heads
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache:
             k, v = cache.append(k, v)
         # A single new position sees everything before it; several after a prefix need their own mask.
-        mask = None
-        if start and T > 1:
+        mask = None if mask_BTS is None else mask_BTS[:, None]
+        if mask is None and start and T > 1:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x_BTD.device).tril(start)
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and T > 1)
+        is_causal = mask is None and start == 0 and T > 1
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.out_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))

@@ -54,16 +54,19 @@ class LLM(nn.Module):
         self,
         inputs_BT: torch.Tensor,
         caches: list[KVCache] | None = None,
+        positions_BT: torch.Tensor | None = None,
+        mask_BTS: torch.Tensor | None = None,
         blocks: Sequence[Callable[..., torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """The normed output of the last block, (B, T, D); `caches`, one a block, hold and take earlier positions.
 
-        `blocks` run instead of the model's own.
+        `positions_BT` and `mask_BTS` are for other orders than one after the other: see Attention. `blocks` run instead
+        of the model's own.
         """
         x_BTD = self.embedding(inputs_BT)
         run: Iterable[Callable[..., torch.Tensor]] = blocks or self.blocks
         for i, block in enumerate(run):
-            x_BTD = block(x_BTD, caches[i] if caches else None)
+            x_BTD = block(x_BTD, caches[i] if caches else None, positions_BT, mask_BTS)
         return self.norm(x_BTD)
 
     def compile_blocks(self, batch_size: int, backend: str | Callable[..., Any] = "inductor") -> None:

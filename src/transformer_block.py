@@ -19,6 +19,12 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.ffn = FFN(config)
 
-    def forward(self, x_BTD: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        x_BTD = x_BTD + self.dropout(self.attn(self.attn_norm(x_BTD), cache))
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        cache: KVCache | None = None,
+        positions_BT: torch.Tensor | None = None,
+        mask_BTS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x_BTD = x_BTD + self.dropout(self.attn(self.attn_norm(x_BTD), cache, positions_BT, mask_BTS))
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))

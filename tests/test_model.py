@@ -122,6 +122,25 @@ def test_a_position_does_not_see_the_future(tiny_config: ModelConfig):
     assert difference[9:].min() > 0
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_branches_in_one_row_are_what_they_are_alone(tiny_config: ModelConfig, cached: bool):
+    """Two continuations of one beginning, which don't see each other, by their positions and a mask."""
+    model = LLM(tiny_config).eval()
+    start, left, right = (torch.randint(tiny_config.n_vocab, (1, n)) for n in (5, 3, 4))
+    positions = torch.cat([torch.arange(5), torch.arange(5, 8), torch.arange(5, 9)])[None]
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()
+    mask[8:, 5:8] = False
+    row = torch.cat((start, left, right), dim=1)
+    caches = model.new_caches(1, torch.float32) if cached else None
+    if cached:
+        model.hidden(start, caches)
+        row, positions, mask = row[:, 5:], positions[:, 5:], mask[5:]
+    found = model.hidden(row, caches, positions, mask[None])
+    for branch, place in ((left, slice(-7, -4)), (right, slice(-4, None))):
+        alone = model.hidden(torch.cat((start, branch), dim=1))[:, 5:]
+        torch.testing.assert_close(found[:, place], alone, atol=1e-5, rtol=1e-5)
+
+
 def test_two_models_of_other_shapes_in_one_process(tiny_config: ModelConfig):
     """The second one's rotary tables must be its own, in whichever order they are called."""
     other = ModelConfig(n_vocab=97, n_ctx=48, n_embd=32, n_head=2, n_layer=2, residual_dropout=0.0, ffn_dropout=0.0)
