@@ -25,6 +25,7 @@ from src.model_utils.checkpoint_utils import save_checkpoint
 from src.model_utils.training_state import Progress, TrainingState
 from src.model_utils.weight_init import init_weights
 from src.params import Config
+from src.utils.errors import exit_with
 from src.utils.handle_ddp import processes
 from src.utils.hardware import autocast, choose_precision, describe_machine
 
@@ -104,4 +105,4 @@ def timed(action: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

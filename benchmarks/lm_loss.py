@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from src import lm_loss
+from src.utils.errors import exit_with
 from src.utils.hardware import autocast, choose_device, describe_machine
 
 VOCABULARY = 50_257
@@ -66,4 +67,4 @@ def _synchronize(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

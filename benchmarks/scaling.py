@@ -32,6 +32,7 @@ from src.model_configs.my_llm_config import PRESETS, lf_llm_269m
 from src.model_utils.debugging import count_parameters
 from src.params import Config
 from src.utils import hardware
+from src.utils.errors import exit_with
 from src.utils.root import ROOT, dataset_dir
 
 # Bytes a second through one GPU's links in each direction, from the makers' data sheets, in 10^9, and the share of them
@@ -89,10 +90,10 @@ def parameters_of(config: Config) -> int:
 
 def all_reduce_ms(numbers: int) -> float:
     """Median of seven all-reduces of so many float32 between two processes of this machine, by gloo."""
-    with tempfile.NamedTemporaryFile() as store, tempfile.NamedTemporaryFile("r") as result:
-        torch.multiprocessing.spawn(_all_reduce, (store.name + ".store", result.name, numbers), nprocs=2)
-        os.unlink(store.name + ".store")
-        return json.load(result)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result"
+        torch.multiprocessing.spawn(_all_reduce, (f"{folder}/store", str(result), numbers), nprocs=2)
+        return json.loads(result.read_text())
 
 
 def _all_reduce(rank: int, store: str, result: str, numbers: int) -> None:
@@ -133,4 +134,4 @@ def predicted(micro_batch_ms: float, link_gb_per_s: float, gpus: int = 8) -> dic
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

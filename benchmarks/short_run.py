@@ -19,6 +19,7 @@ import pretrain
 from src.model_configs.my_llm_config import PRESETS
 from src.params import CheckpointConfig
 from src.utils import hardware
+from src.utils.errors import exit_with
 
 
 def main() -> None:
@@ -63,4 +64,4 @@ def measure(args: argparse.Namespace, compile_setting: Literal["on", "off"]) -> 
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from src.model_configs.my_llm_config import PRESETS
 from src.utils import hardware
+from src.utils.errors import exit_with
 from src.utils.root import ROOT, dataset_dir
 
 # As little else as can be: the smallest validation, one line a step.
@@ -75,4 +76,4 @@ def first_step_s(args: argparse.Namespace, temp_data: Path, compile_setting: str
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

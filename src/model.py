@@ -39,12 +39,16 @@ class LLM(nn.Module):
         self.embedding = nn.Embedding(config.n_vocab, config.n_embd)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.head: nn.Module | None = None
+        """Gives the logits in place of the embedding's weight, where that is also kept in another form."""
         self._compiled: _Compiled | None = None
 
     def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V) of the token after each position; with int64 targets, the mean loss in nats (float32)."""
         if targets_BT is None:
             return self.logits(self.hidden(inputs_BT))
+        if self.head:
+            return F.cross_entropy(self.logits(self.hidden(inputs_BT)).flatten(0, 1).float(), targets_BT.flatten())
         compiled = self._compiled if self._compiled and self._compiled.shape_BT == inputs_BT.shape else None
         hidden_ND = self.hidden(inputs_BT, blocks=compiled.blocks if compiled else None).flatten(0, 1)
         softmax = compiled.softmax if compiled else None
@@ -86,7 +90,7 @@ class LLM(nn.Module):
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """The head: (..., D) to (..., V), in the autocast dtype where autocast is on."""
-        return F.linear(hidden_BTD, self.embedding.weight)
+        return self.head(hidden_BTD) if self.head else F.linear(hidden_BTD, self.embedding.weight)
 
     def new_caches(self, batch_size: int, dtype: torch.dtype) -> list[KVCache]:
         """An empty cache for each block, on the model's device."""

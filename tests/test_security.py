@@ -249,8 +249,11 @@ def test_samples_keep_their_lines_and_lose_their_control(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
 ):
     text = f"line\n\tindented {CONTROL}"
-    made = sampling.Sample("prompt", text, (1,), False, 1.0)
-    loaded = SimpleNamespace(model=None, path=Path("step_0000001"), autocast=lambda: None)
+    made = sampling.Sample("prompt", text, (1,), (-1.0,), "length", 1.0)
+    model = SimpleNamespace(config=SimpleNamespace(n_ctx=16))
+    loaded = SimpleNamespace(
+        model=model, path=Path("step_0000001"), device=torch.device("cpu"), precision=torch.float32
+    )
     monkeypatch.setattr(sampling, "load_model", lambda *_: loaded)
     monkeypatch.setattr(sampling, "sample", lambda *_: [made])
     monkeypatch.setattr(sampling, "stream", lambda *_: iter(text))

@@ -42,11 +42,13 @@ def validate(
     world_size: int = 1,
     sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
     between_batches: Callable[[], None] = lambda: None,
+    batch_losses: list[float] | None = None,
 ) -> ValidationResult:
     """The loss of `model` over the first `n_windows` windows, which the processes share out between them.
 
     `model(inputs_BT, targets_BT)` gives the mean loss in nats; `bytes_per_token` is the text's mean.
-    `between_batches` is called equally often in every process, and may raise to give up.
+    `between_batches` is called equally often in every process, and may raise to give up. `batch_losses` takes the loss
+    of each batch of this process.
     """
     was_training = model.training
     model.eval()
@@ -68,6 +70,8 @@ def validate(
             squares += loss**2 * targets_BT.numel()
             tokens += targets_BT.numel()
             batches += 1
+            if batch_losses is not None:
+                batch_losses.append(loss)
     finally:
         model.train(was_training)
     nats, squares, tokens, batches = sum_over_ranks([nats, squares, tokens, batches])

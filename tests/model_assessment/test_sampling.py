@@ -8,12 +8,11 @@ import torch
 
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
-from src.model_assessment.sampling import SamplingConfig, _window_start, generate, sample, stream
+from src.model_assessment.generation import LIKELIEST, SamplingConfig, _window_start, generate
+from src.model_assessment.sampling import sample, stream
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig
 from src.utils.errors import UserError
-
-NO_END = -1  # an id no model produces
 
 
 @pytest.fixture
@@ -33,17 +32,17 @@ def word_model() -> LLM:
     return model
 
 
-def tokens(model: LLM, prompt: list[list[int]], config: SamplingConfig, **options) -> list[list[int]]:
-    samples = options.pop("samples", list(range(len(prompt))))
-    steps = list(generate(model, torch.tensor(prompt), config, samples, options.pop("end", NO_END), **options))
-    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+def tokens(model: LLM, prompts: list[list[int]], config: SamplingConfig, **options) -> list[list[int]]:
+    samples = options.pop("samples", list(range(len(prompts))))
+    steps = [tokens for tokens, _ in generate(model, prompts, config, samples, set(), **options)]
+    return [list(row) for row in zip(*steps, strict=True)]
 
 
 @pytest.mark.parametrize(
     "config", [SamplingConfig(60, temperature=0), SamplingConfig(60, 0.9, top_k=20, top_p=0.9, seed=4)]
 )
 def test_the_cache_changes_nothing_also_past_the_context(model: LLM, config: SamplingConfig):
-    prompt = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
+    prompt = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [7], list(range(14))]
     assert model.config.n_ctx == 16
     assert tokens(model, prompt, config) == tokens(model, prompt, config, use_cache=False)
 
@@ -101,15 +100,100 @@ def test_the_seed_and_the_sample_decide_not_the_batch(model: LLM):
     assert tokens(model, [[1, 2]], replace(config, seed=4), samples=[0]) != [both[0]]
 
 
-def test_a_row_ends_at_end_of_text_while_others_go_on(model: LLM):
-    config = SamplingConfig(30, temperature=1.0, seed=3)
-    free = tokens(model, [[1, 2], [1, 2], [1, 2]], config)
-    end = free[0][4]
-    ended = tokens(model, [[1, 2], [1, 2], [1, 2]], config, end=end)
+@pytest.mark.parametrize("config", [SamplingConfig(40, temperature=0), SamplingConfig(40, seed=3)])
+def test_rows_of_unequal_length_are_what_they_are_alone(model: LLM, config: SamplingConfig):
+    """Also where one after the other passes the context of 16."""
+    prompts = [[1, 2], list(range(15)), [9, 8, 7, 6, 5, 4, 3], list(range(40))]
+    together = tokens(model, prompts, config, samples=[0] * 4)
+    assert together == [tokens(model, [prompt], config, samples=[0])[0] for prompt in prompts]
+
+
+def test_log_probabilities_are_the_plain_models(model: LLM):
+    config = SamplingConfig(8, temperature=0.7, top_k=5, repetition_penalty=1.3, seed=2)
+    sequence = [3, 1, 4]
+    for (token,), (log_prob,) in generate(model, [sequence], config, [0], set()):
+        with torch.no_grad():
+            log_probs = torch.log_softmax(model.eval()(torch.tensor([sequence]))[0, -1], dim=-1)
+        assert log_prob == pytest.approx(log_probs[token].item(), abs=1e-4)
+        sequence.append(token)
+
+
+def test_min_p_keeps_what_is_likely_enough(model: LLM):
+    prompt = [[3, 1, 4]] * 500
+    with torch.no_grad():
+        probs = torch.softmax(model.eval()(torch.tensor([prompt[0]]))[0, -1], dim=-1)
+    allowed = (probs >= 0.2 * probs.max()).nonzero().flatten().tolist()
+    assert 1 < len(allowed) < 50
+    assert {row[0] for row in tokens(model, prompt, SamplingConfig(1, min_p=0.2))} == set(allowed)
+
+
+def test_repetition_penalty_is_transformers(model: LLM):
+    processor = pytest.importorskip("transformers").RepetitionPenaltyLogitsProcessor(penalty=1.7)
+    sequence = [3, 1, 4, 1]
+    found = tokens(model, [sequence], SamplingConfig(12, temperature=0, repetition_penalty=1.7))[0]
+    assert found != tokens(model, [sequence], SamplingConfig(12, temperature=0))[0]
+    for token in found:
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([sequence]))[:, -1]
+        assert token == int(processor(torch.tensor([sequence]), logits).argmax())
+        sequence.append(token)
+
+
+def test_top_p_past_the_likeliest_of_a_large_vocabulary(word_model: LLM):
+    """A new model finds all words about equally likely: half the probability takes far more than LIKELIEST of them."""
+    config = SamplingConfig(1, top_p=0.5, seed=1)
+    drawn = {row[0] for row in tokens(word_model, [[5]] * 200, config)}
+    with torch.no_grad():
+        probs, order = torch.softmax(word_model.eval()(torch.tensor([[5]]))[0, -1], dim=-1).sort(descending=True)
+    places = {token: place for place, token in enumerate(order.tolist())}
+    nucleus = int((probs.cumsum(0) < 0.5).sum()) + 1
+    assert LIKELIEST < max(places[token] for token in drawn) <= nucleus
+
+
+def test_a_row_ends_at_end_of_text_while_others_go_on(word_model: LLM):
+    """The token that the model likes best in the third place is taken for the end of text."""
+    tokenizer = load_tokenizer()
+    config = SamplingConfig(8, temperature=0)
+    free = sample(word_model, tokenizer, ["One", "Two words"], config)
+    end = free[0].tokens[2]
+
+    class Ending(type(tokenizer)):
+        end_of_text = end
+
+    ending = Ending.__new__(Ending)
+    ending.__dict__.update(tokenizer.__dict__)
+    ended = sample(word_model, ending, ["One", "Two words"], config)
     for with_end, without in zip(ended, free, strict=True):
-        stop = without.index(end) + 1 if end in without else len(without)
-        assert with_end == without[:stop]
-    assert len(ended[0]) <= 5
+        place = without.tokens.index(end) if end in without.tokens else len(without.tokens)
+        assert with_end.tokens == without.tokens[:place]
+        assert len(with_end.log_probs) == place
+        assert with_end.finish_reason == ("end_of_text" if end in without.tokens else "length")
+    assert ended[0].finish_reason == "end_of_text"
+
+
+@pytest.mark.parametrize("place", [3, 17])
+def test_a_stop_text_ends_a_continuation_before_it(word_model: LLM, place: int):
+    """Also one that begins in one token and ends in another, and nothing of it is shown before."""
+    tokenizer = load_tokenizer()
+    config = SamplingConfig(12, temperature=1.0, seed=5)
+    (free,) = sample(word_model, tokenizer, ["One"], config)
+    stop = free.text[place : place + 9]
+    stopping = replace(config, stop=("never there", stop))
+    (stopped,) = sample(word_model, tokenizer, ["One"], stopping)
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == free.tokens[: len(stopped.tokens)]
+    assert len(stopped.tokens) < len(free.tokens)
+    assert "".join(stream(word_model, tokenizer, "One", stopping)) == stopped.text
+
+
+def test_text_that_only_begins_like_a_stop_text_comes_in_the_end(word_model: LLM):
+    tokenizer = load_tokenizer()
+    config = SamplingConfig(6, temperature=1.0, seed=5)
+    (free,) = sample(word_model, tokenizer, ["One"], config)
+    waiting = replace(config, stop=(free.text[-4:] + "and more",))
+    assert sample(word_model, tokenizer, ["One"], waiting)[0].text == free.text
+    assert "".join(stream(word_model, tokenizer, "One", waiting)) == free.text
 
 
 def test_prompts_of_any_length_and_none(word_model: LLM):
@@ -135,8 +219,8 @@ def test_streaming_gives_the_same_text(word_model: LLM):
 
 
 def test_settings_that_cannot_work_are_all_named():
-    with pytest.raises(UserError, match=r"max_new_tokens = 0 .* temperature = -1 .* top_p = 0"):
-        SamplingConfig(max_new_tokens=0, temperature=-1, top_p=0)
+    with pytest.raises(UserError, match=r"max_new_tokens = 0 .* temperature = -1 .* top_p = 0 .* min_p = 2 .* stop"):
+        SamplingConfig(max_new_tokens=0, temperature=-1, top_p=0, min_p=2, stop=("",))
 
 
 def test_the_model_goes_back_to_training(model: LLM):

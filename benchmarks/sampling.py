@@ -1,0 +1,136 @@
+"""Tokens a second while sampling, beside transformers' `generate` and the reference's loop without a cache.
+
+python -m benchmarks.sampling {debug,laptop,lf_llm_269m} [--tokens 48 --repeats 5 --weights bf16] prints a JSON object.
+
+New weights, the same for all; the likeliest token is taken each time. "one": one sequence, beside transformers with the
+same weights in the same dtype. "four": four sequences, beside a loop that gives the model the whole text again for each
+token, with logits at all positions, as the reference does (in autocast, weights in float32). The variants take turns;
+medians. `same_tokens`: the share of the tokens of "one" that transformers chose as well: rounding may decide ties.
+`read_gb_per_s`: how fast this device reads a matrix of 1 GB while multiplying a vector by it; the weights' bytes
+divided by it are the least that a token can take.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from src.model import LLM
+from src.model_assessment.generation import SamplingConfig, generate
+from src.model_configs.my_llm_config import PRESETS
+from src.model_utils.llama_format import llama_settings, llama_tensors
+from src.model_utils.stored_weights import store_weights
+from src.model_utils.weight_init import init_weights
+from src.utils import hardware
+from src.utils.errors import exit_with
+
+PROMPT = list(range(100, 132))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sampling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--tokens", type=int, default=48, help="new ones in each sequence")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--weights", default="bf16", choices=("float32", "bf16"), help="of ours and transformers'")
+    args = parser.parse_args()
+    config = PRESETS[args.preset]().model
+    device = hardware.choose_device("auto")
+    new = LLM(config)
+    init_weights(new, config, seed=0)
+    models = {kind: stored(new, kind, device) for kind in dict.fromkeys((args.weights, "int8"))}
+    theirs = transformers_model(new, models[args.weights].embedding.weight.dtype, device)
+    new.to(device).eval()
+    lists: dict[str, list[int]] = {}
+    variants: dict[str, Callable[[], list[int]]] = {
+        "ours": partial(ours, models[args.weights], 1, args.tokens),
+        "ours, int8": partial(ours, models["int8"], 1, args.tokens),
+        "transformers": partial(transformers, theirs, args.tokens, device),
+        "ours, four": partial(ours, models[args.weights], 4, args.tokens),
+        "no cache, four": partial(no_cache, new, 4, args.tokens, device),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(args.repeats + 1):  # the first is not counted
+        for name, variant in variants.items():
+            started = time.perf_counter()
+            lists[name] = variant()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    rates = {
+        name: (4 if "four" in name else 1) * args.tokens / statistics.median(values) for name, values in seconds.items()
+    }
+    pairs = zip(lists["ours"], lists["transformers"], strict=True)
+    weights = sum(tensor.nbytes for tensor in models[args.weights].state_dict().values())
+    result = {
+        "preset": args.preset,
+        "weights": args.weights,
+        "tokens_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "of_transformers": round(rates["ours"] / rates["transformers"], 3),
+        "of_no_cache": round(rates["ours, four"] / rates["no cache, four"], 3),
+        "same_tokens": sum(a == b for a, b in pairs) / args.tokens,
+        "read_gb_per_s": round(read_gb_per_s(device), 1),
+        "weight_gb": round(weights / 1e9, 3),
+        "machine": hardware.describe_machine(device),
+    }
+    print(json.dumps(result))
+
+
+def stored(new: LLM, kind: str, device: torch.device) -> LLM:
+    model = LLM(new.config)
+    model.load_state_dict(new.state_dict())
+    store_weights(model, kind, torch.float32)
+    return model.to(device).eval()
+
+
+def transformers_model(new: LLM, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**llama_settings(new.config)))
+    model.load_state_dict(llama_tensors(new.state_dict(), new.config.n_layer))
+    model.generation_config.eos_token_id = None
+    return model.to(device, dtype).eval()
+
+
+def ours(model: LLM, rows: int, tokens: int) -> list[int]:
+    """The new tokens of the first row."""
+    config = SamplingConfig(tokens, temperature=0)
+    return [chosen[0] for chosen, _ in generate(model, [PROMPT] * rows, config, range(rows), set())]
+
+
+@torch.inference_mode()
+def transformers(model: torch.nn.Module, tokens: int, device: torch.device) -> list[int]:
+    prompt_BT = torch.tensor([PROMPT], device=device)
+    made_BT = model.generate(
+        prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
+    return made_BT[0, len(PROMPT) :].tolist()
+
+
+@torch.no_grad()
+def no_cache(model: LLM, rows: int, tokens: int, device: torch.device) -> list[int]:
+    ids_BT = torch.tensor([PROMPT] * rows, device=device)
+    for _ in range(tokens):
+        with torch.autocast(device.type, torch.bfloat16):
+            logits_BTV = model(ids_BT)
+        ids_BT = torch.cat((ids_BT, logits_BTV[:, -1:].float().argmax(dim=-1)), dim=1)
+    return ids_BT[0, len(PROMPT) :].tolist()
+
+
+def read_gb_per_s(device: torch.device) -> float:
+    matrix, vector = torch.ones(16_384, 16_384, device=device), torch.ones(16_384, device=device)
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        (matrix @ vector)[0].item()
+        seconds.append(time.perf_counter() - started)
+    return matrix.nbytes / min(seconds) / 1e9
+
+
+if __name__ == "__main__":
+    exit_with(main)
