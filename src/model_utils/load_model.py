@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a model that can be called."""
+"""From a checkpoint or an exported folder on disk to a model that can be called."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,7 +9,9 @@ import torch
 
 from src.model import LLM
 from src.model_utils.checkpoint_utils import find_checkpoint
-from src.params import Config, from_dict
+from src.model_utils.export_folder import read_origin
+from src.model_utils.llama_folder import WEIGHTS, is_model_folder, read_model_folder
+from src.params import Config, TrainConfig, from_dict
 from src.utils.errors import UserError
 from src.utils.hardware import autocast, choose_device, choose_precision
 from src.utils.root import run_dir
@@ -21,9 +23,11 @@ class LoadedModel:
     model: LLM
     """In eval mode, on `device`, weights in float32."""
     config: Config
+    """The run's; of another program's model its shape, and the defaults for the rest."""
     path: Path
-    """The step_* directory it was read from."""
+    """The step_* directory or exported folder it was read from."""
     step: int
+    """0 where that is not known."""
     dataset_sha256: str
     """Of the manifest of the data it was trained on; empty if the checkpoint does not say."""
     device: torch.device
@@ -36,29 +40,28 @@ class LoadedModel:
 
 
 def load_model(checkpoint: Path, device: str = "auto") -> LoadedModel:
-    """The model in a run directory (its newest good checkpoint) or a step_* directory.
+    """The model in a run directory (its newest good checkpoint), a step_* directory or an exported folder.
 
-    A bare name means a run under temp_data/runs. Raises UserError for one that is missing or damaged.
+    A bare name means a run under temp_data/runs, or else a folder here. An exported folder is one of ours, or of
+    another program's with a Llama of our architecture. Raises UserError for one that is missing, damaged or different.
     """
-    found, rejected = find_checkpoint(run_dir(str(checkpoint)))
-    for reason in rejected:
-        say(f"warning: passed over a damaged checkpoint: {reason}")
-    if "config" not in found.state:
-        raise UserError(f"{found.path / 'state.json'} holds no config; was it saved by another program?")
-    config = from_dict(found.state["config"])
+    path = run_dir(str(checkpoint))
+    if not path.exists() and checkpoint.exists():
+        path = checkpoint.absolute()
+    read = _read_exported if is_model_folder(path) else _read_checkpoint
+    found = read(path)
     chosen = choose_device(device)
     with torch.device("meta"):
-        model = LLM(config.model)
-    load_weights(model, found.tensors("model"), found.path, assign=True)
-    precision = choose_precision(config.train.precision, chosen)
+        model = LLM(found.config.model)
+    load_weights(model, found.tensors, found.path, assign=True)
     return LoadedModel(
         model=model.to(chosen).eval(),
-        config=config,
+        config=found.config,
         path=found.path,
         step=found.step,
-        dataset_sha256=found.state.get("dataset_sha256", ""),
+        dataset_sha256=found.dataset_sha256,
         device=chosen,
-        precision=precision,
+        precision=choose_precision(found.config.train.precision, chosen),
     )
 
 
@@ -71,3 +74,34 @@ def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, a
         lines = [f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}" for n in wrong]
         raise UserError(f"{origin} holds another model's weights:\n  - " + "\n  - ".join(lines[:10]))
     model.load_state_dict(tensors, assign=assign)
+
+
+@dataclass(frozen=True)
+class _Found:
+    config: Config
+    tensors: dict[str, torch.Tensor]
+    path: Path
+    step: int
+    dataset_sha256: str
+
+
+def _read_checkpoint(path: Path) -> _Found:
+    if path.suffix == ".gguf" or (any(path.glob("*.gguf")) and not (path / "checkpoints").exists()):
+        raise UserError(f"{path} is GGUF, which is for llama.cpp; name the run, or its export in the format hf")
+    found, rejected = find_checkpoint(path)
+    for reason in rejected:
+        say(f"warning: passed over a damaged checkpoint: {reason}")
+    if "config" not in found.state:
+        raise UserError(f"{found.path / 'state.json'} holds no config; was it saved by another program?")
+    config, sha256 = from_dict(found.state["config"]), found.state.get("dataset_sha256", "")
+    return _Found(config, found.tensors("model"), found.path, found.step, sha256)
+
+
+def _read_exported(path: Path) -> _Found:
+    origin = read_origin(path, "config.json", WEIGHTS)
+    shape, tensors = read_model_folder(path)
+    if origin is None:
+        # A batch of one sequence, because the default one is no multiple of every context.
+        config = Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1))
+        return _Found(config, tensors, path, step=0, dataset_sha256="")
+    return _Found(from_dict(origin.config), tensors, path, origin.step, origin.dataset_sha256)

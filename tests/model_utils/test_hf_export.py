@@ -1,0 +1,171 @@
+"""The exported folder, opened by transformers without code of ours, against our own model and tokenizer; its card."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.data_processing.tokenizer import load_tokenizer
+from src.model_assessment.generation import SamplingConfig, generate
+from src.model_utils.export_folder import EXPORT
+from src.model_utils.hf_export import export
+from src.params import ModelConfig
+from tests.conftest import Commands
+from tests.model_utils.exports import HARD_TEXTS, SHAPE, make_run, small_model
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_export: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(tiny_export)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_export: Path) -> Any:
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(tiny_export, output_loading_info=True)
+    assert not any(loading.values()), loading
+    return model.eval()
+
+
+def test_logits_equal_ours(llama: Any):
+    assert type(llama) is transformers.LlamaForCausalLM
+    assert llama.dtype == torch.float32
+    ids_BT = torch.randint(SHAPE.n_vocab, (3, SHAPE.n_ctx))
+    with torch.no_grad():
+        assert (llama(ids_BT).logits - small_model()(ids_BT)).abs().max() < 1e-4
+
+
+def test_every_embedding_can_be_trained_on(llama: Any):
+    """A padding token in config.json would leave the end-of-text token's out."""
+    assert llama.get_input_embeddings().padding_idx is None
+
+
+def test_bf16_weights_are_the_rounded_ones(tiny_run: Path, tiny_export: Path, tmp_path: Path):
+    export(tiny_run, tmp_path / "half", "hf", "bf16")
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert llama.dtype == torch.bfloat16
+    full = load_file(tiny_export / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "half/model.safetensors").items():
+        assert torch.equal(tensor, full[name].bfloat16()), name
+
+
+def test_greedy_text_is_ours_token_for_token(llama: Any, tokenizer: Any):
+    prompt = load_tokenizer().encode("The water cycle begins when")
+    steps = generate(small_model(), [prompt], SamplingConfig(40, temperature=0), [0], set())
+    ours = [tokens[0] for tokens, _ in steps]
+    inputs = tokenizer("The water cycle begins when", return_tensors="pt")
+    theirs = llama.generate(**inputs, max_new_tokens=40, do_sample=False)[0]
+    assert theirs.tolist() == prompt + ours
+    assert len(set(ours)) > 10
+
+
+def test_prompts_of_unequal_length_in_one_batch(llama: Any, tokenizer: Any):
+    prompts = ["One", "Two words", "It is three", "A longer prompt than the others"]
+    batch = llama.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=8, do_sample=False)
+    for prompt, row in zip(prompts, batch, strict=True):
+        alone = llama.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+        assert row[-8:].tolist() == alone[0, -8:].tolist()
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_ids_of_hard_texts(tokenizer: Any, text: str):
+    ids = load_tokenizer().encode(text)
+    assert tokenizer(text, verbose=False).input_ids == ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_ids_at_characters_of_every_class(tokenizer: Any):
+    """Beside a letter, a digit, a space and themselves: the class that a character has decides where pieces end."""
+    code_points = [c for c in (*range(0x20000), *range(0x20000, 0x110000, 257)) if not 0xD800 <= c < 0xE000]
+    for first in range(0, len(code_points), 10_000):
+        text = "".join(f"a{chr(c)}1{chr(c)} {chr(c)}{chr(c)}" for c in code_points[first : first + 10_000])
+        assert tokenizer(text, verbose=False).input_ids == load_tokenizer().encode(text)
+
+
+def test_ids_of_real_text(tokenizer: Any, shared: Path):
+    for path in sorted((shared / "text").glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            texts = [json.loads(line)["text"] for line, _ in zip(lines, range(15), strict=False)]
+        for text in texts:
+            assert tokenizer(text, verbose=False).input_ids == load_tokenizer().encode(text), path
+
+
+def test_the_control_token_as_text(tokenizer: Any):
+    """transformers makes the token of it, as of every special token; ours, and theirs when told so, keep the text."""
+    ours = load_tokenizer()
+    assert tokenizer("a<|endoftext|>b").input_ids == [*ours.encode("a"), ours.end_of_text, *ours.encode("b")]
+    assert tokenizer("a<|endoftext|>b", split_special_tokens=True).input_ids == ours.encode("a<|endoftext|>b")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.model_max_length) == (50_256, 50_256, 64)
+    assert tokenizer.decode([64, 50_256, 65], skip_special_tokens=True) == ours.decode([64, 65])
+
+
+def test_a_model_of_other_tokens_goes_without_our_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shape = ModelConfig(n_vocab=512, n_ctx=16, n_embd=32, n_head=2, n_layer=1)
+    export(make_run(tmp_path / "other", small_model(shape)), tmp_path / "hf", "hf", "float32")
+    assert "without a tokenizer" in capsys.readouterr().err
+    assert not list((tmp_path / "hf").glob("tokenizer*"))
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids_BT = torch.arange(16)[None]
+    with torch.no_grad():
+        assert (llama(ids_BT).logits - small_model(shape)(ids_BT)).abs().max() < 1e-4
+    assert llama.generation_config.eos_token_id is None
+
+
+def test_the_card_has_the_runs_figures_up_to_the_step(tiny_export: Path):
+    card = (tiny_export / "README.md").read_text()
+    parameters = sum(parameter.numel() for parameter in small_model().parameters())
+    for figure in (f"{parameters:,} parameters", "5.4321", "228.60", "2.4567", "7,680 (by step 30)", "28.75% ± 5.00%"):
+        assert figure in card, figure
+    assert "some-protocol (x)" in card
+    assert "PSF License" in card
+    assert "2,358,597 tokens" in card
+    assert "licence is not recorded" in card  # of the files
+    assert "4.9876" not in card  # of a later step
+    assert "6.5000" not in card
+
+
+def test_what_is_not_known_is_left_out_of_the_card(tmp_path: Path):
+    run = make_run(tmp_path / "bare", small_model(), [{"kind": "validation", "step": 40, "loss": None, "tokens": 9}])
+    (run / "config.json").unlink()
+    export(run, tmp_path / "hf", "hf", "float32")
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "Measured" not in card
+    assert "Text:" not in card
+    assert "Tokens seen" not in card
+    assert "None" not in card
+
+
+def test_folders_of_whoever_trained_it_stay_private(tiny_export: Path):
+    for path in tiny_export.glob("*"):
+        assert b"/home/somebody" not in path.read_bytes(), path.name
+    assert json.loads((tiny_export / EXPORT).read_text())["config"]["data"]["dir"] == "novels"
+
+
+def test_a_checkpoint_away_from_its_run(tiny_run: Path, tmp_path: Path):
+    shutil.copytree(tiny_run / "checkpoints/step_0000040", tmp_path / "step_0000040")
+    export(tmp_path / "step_0000040", tmp_path / "hf", "hf", "float32")
+    assert "Measured" not in (tmp_path / "hf/README.md").read_text()
+
+
+def test_the_command_and_sampling_from_what_it_made(tiny_run: Path, tmp_path: Path, commands: Commands):
+    out = tmp_path / "hf"
+    result = commands.module("src.model_utils.hf_export", "--checkpoint", str(tiny_run), "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["export"] == str(out)
+    assert report["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
+    sampled = commands.module(
+        *("src.model_assessment.sampling", "--checkpoint", str(out), "--prompt", "It is", "--temperature", "0"),
+        *("--max-new-tokens", "12", "--weights", "float32"),
+    )
+    assert sampled.returncode == 0, sampled.stderr
+    prompt = load_tokenizer().encode("It is")
+    greedy = generate(small_model(), [prompt], SamplingConfig(12, temperature=0), [0], set())
+    sample = json.loads(sampled.stdout.splitlines()[-1])["samples"][0]
+    assert sample["tokens"] == [tokens[0] for tokens, _ in greedy]
