@@ -1,0 +1,132 @@
+"""Models measured side by side: the same figures as elsewhere, and differences that are about the models alone."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src.data_processing.tokenizer import load_tokenizer
+from src.model_assessment.evaluate import Evaluated, table
+from src.model_utils.hf_export import export
+from tests.conftest import Commands
+from tests.data_processing.documents import some_texts, write_json_lines
+from tests.model_utils.exports import make_run, small_model
+from tests.test_processes import SETTINGS, train
+
+
+def evaluated(commands: Commands, *arguments: str) -> tuple[dict, str]:
+    """The JSON of a command that ended well, and what stands before it."""
+    done = commands.module("src.model_assessment.evaluate", "--device", "cpu", *arguments)
+    assert done.returncode == 0, done.stderr
+    tables, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    return json.loads(last), tables
+
+
+def test_a_run_has_the_loss_that_it_logged(commands: Commands, dataset: Callable[..., Path]):
+    data = str(dataset(train_tokens=[700, 900], n_vocab=300))
+    train(commands, data, "a", "--train.total-steps", "20")
+    train(commands, data, "b", "--train.total-steps", "40", "--optim.max-lr", "0.01")
+    tokens = SETTINGS[SETTINGS.index("--eval.val-tokens") + 1]
+    result, tables = evaluated(commands, "--checkpoint", "a", "b", "--val-tokens", tokens)
+    for name, found in zip("ab", result["results"], strict=True):
+        logged = commands.metrics(name, "validation")[-1]
+        for key in ("loss", "perplexity", "bits_per_byte", "tokens"):
+            assert found["validation"][key] == pytest.approx(logged[key], rel=1e-5), key
+        assert found["multiple_choice"] == {}
+    assert [each["step"] for each in result["results"]] == [20, 40]
+    lines = tables.splitlines()
+    assert len(lines) == 4
+    assert lines[3].startswith("| b ")
+    assert f"{result['results'][1]['validation']['loss']:.4f}" in lines[3]
+
+
+def test_the_error_of_a_difference_is_of_pairs():
+    """Batches that differ by far more than the models do."""
+    first_losses = [2.0, 7.0, 4.0, 5.0]
+    changes = [0.11, 0.09, 0.12, 0.08]
+    common = Evaluated("a", 1, "as trained", 16, 10, {"loss": statistics.mean(first_losses)}, {}, first_losses)
+    losses = [loss + change for loss, change in zip(first_losses, changes, strict=True)]
+    second = replace(common, checkpoint="b", validation={"loss": statistics.mean(losses)}, batch_losses=losses)
+    found = second.less(common)
+    assert found is not None
+    assert found[0] == pytest.approx(0.1)
+    assert found[1] == pytest.approx(np.std(changes, ddof=1) / math.sqrt(4))
+    assert replace(second, n_ctx=32).less(common) is None
+    assert replace(second, batch_losses=[2.1]).less(replace(common, batch_losses=[2.0])) == (found[0], None)
+
+
+def test_table_names_every_protocol_it_has_figures_of():
+    values = {"loss": 3.25, "stderr": 0.5, "perplexity": 25.8, "bits_per_byte": 1.05}
+    choice = {
+        "reference": {"acc_norm": 0.31, "stderr": 0.02, "total": 1_500, "protocol": "first (its words)"},
+        "lm_eval": {
+            "acc": 0.27,
+            "acc_stderr": 0.01,
+            "acc_norm": 0.33,
+            "acc_norm_stderr": 0.03,
+            "total": 1_500,
+            "protocol": "second (other words)",
+        },
+    }
+    text = table([Evaluated("/runs/x/checkpoints/step_0000007", 7, "int8", 16, 1_000, values, choice, [])])
+    assert "| x     | 7    | int8    | 1,000      | 3.2500 ± 0.5000 | 25.80 " in text
+    head, row = (line.strip("|").split(" | ") for line in (text.split("\n")[4], text.split("\n")[6]))
+    cells = dict(zip(map(str.strip, head), map(str.strip, row), strict=True))
+    assert cells["first acc_norm"] == "31.00% ± 2.00%"
+    assert cells["second acc"] == "27.00% ± 1.00%"
+    assert cells["second acc_norm"] == "33.00% ± 3.00%"
+    assert "first: (its words)\nsecond: (other words)" in text
+
+
+def test_an_export_other_weights_and_multiple_choice(commands: Commands, tmp_path: Path):
+    run = make_run(commands.temp_data / "runs" / "words", small_model())
+    export(run, tmp_path / "exported", "hf", "float32")
+    texts = write_json_lines(tmp_path / "a.jsonl", some_texts(60))
+    prepared = commands.module(
+        "src.data_processing.data_downloader", "--source", "files", "--path", str(texts), "--out", "text"
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    weights = ("--weights", "float32", "int8", "--val-tokens", "2000")
+    asked = ("--checkpoint", "words", str(tmp_path / "exported"), "--data", "text", *weights)
+    result, tables = evaluated(commands, *asked, "--hellaswag", "held-out", "--limit", "6")
+    exact, int8, exported, exported_int8 = result["results"]
+    assert exported["validation"]["loss"] == pytest.approx(exact["validation"]["loss"], abs=1e-6)
+    assert exported_int8["validation"]["loss"] == pytest.approx(int8["validation"]["loss"], abs=1e-6)
+    assert 0 < abs(int8["loss_less_first"]["difference"]) < 0.2
+    for each in result["results"]:
+        choice = each["multiple_choice"]
+        assert list(choice) == ["reference"]
+        assert choice["reference"]["total"] == 6
+        assert choice["reference"]["protocol"].startswith("held-out-ctx-mean-logprob (not HellaSwag")
+    assert "HellaSwag" not in tables.replace("not HellaSwag", "")
+    assert load_tokenizer().n_vocab == 50_257  # of the model too: ids of the text are words it knows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nosuch"], "no checkpoint at"),
+        (["--checkpoint", "words", "--data", "nosuch"], "no dataset at"),
+        (["--checkpoint", "words", "--data", "ids", "--val-tokens", "0"], "--val-tokens is 0"),
+        (["--checkpoint", "words", "--data", "ids", "--limit", "3"], "name its items with --hellaswag"),
+        (["--checkpoint", "words", "--data", "ids", "--hellaswag", "/nope"], "cannot read /nope"),
+        (["--checkpoint", "small", "--data", "ids"], "knows 97"),
+    ],
+)
+def test_a_mistake_is_named(
+    arguments: list[str], message: str, commands: Commands, dataset: Callable[..., Path], tmp_path: Path
+):
+    dataset(train_tokens=[900], n_vocab=50_257, name="ids")
+    run = make_run(commands.temp_data / "runs" / "words", small_model())
+    small = replace(small_model().config, n_vocab=97)
+    make_run(commands.temp_data / "runs" / "small", small_model(small))
+    assert run.is_dir()
+    done = commands.module("src.model_assessment.evaluate", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
