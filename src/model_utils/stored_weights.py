@@ -49,7 +49,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias_O", bias_O)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_NI = x.flatten(0, -2)
+        x_NI = x.reshape(-1, x.shape[-1])
         if x.device.type == "cpu" and len(x_NI) <= FEW_ROWS:
             y_NO = torch._weight_int8pack_mm(x_NI, self.weight_OI, self.scale_O)
         else:

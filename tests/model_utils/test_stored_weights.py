@@ -27,6 +27,7 @@ def test_an_int8_layer_is_within_half_a_step_of_its_weights(rows: int):
     step = weight.abs().amax(dim=1) / 254
     bound = x.abs().sum(dim=1, keepdim=True) * step + 2**-6 * (1 + exact.abs())
     assert ((found - exact).abs() < bound).all()
+    assert torch.equal(layer(x[0].bfloat16()), layer(x[:1].bfloat16())[0])
     assert layer.weight_OI.dtype == torch.int8
     assert layer.weight_OI.abs().amax(dim=1).eq(127).all()
 
