@@ -11,7 +11,8 @@ if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m ruff check .
     "$PYTHON" -m mypy
-    # Files side by side: most tests wait for processes that start, and use one core.
-    set -- --numprocesses auto --maxprocesses 4 --dist loadfile
+    # Files side by side, one more than there are cores, since many tests wait for time to pass.
+    workers=$("$PYTHON" -c 'from src.utils.cores import available_cores; print(min(available_cores(), 4) + 1)')
+    set -- --numprocesses "$workers" --dist loadfile
 fi
 exec "$PYTHON" -m pytest "$@"

@@ -84,7 +84,12 @@ class Agent(LocalElasticAgent):
                 f"{ready} of {machines} machines are there after {self.wait_seconds:.0f} s; see "
                 "what keeps the others, then start the same command on all of them again"
             )
-        return super()._start_workers(worker_group)
+        started = super()._start_workers(worker_group)
+        # Where one fails, PyTorch ends the others itself, with 30 s for those that hear nothing.
+        context = cast(Any, self._pcontext)
+        close = context.close
+        context.close = lambda number=None, timeout=RESTART_SECONDS: close(number, timeout)
+        return started
 
     def _stop_workers(self, worker_group: WorkerGroup, *_: object) -> None:
         self._end_processes(RESTART_SECONDS)
