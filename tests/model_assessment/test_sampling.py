@@ -150,19 +150,14 @@ def test_top_p_past_the_likeliest_of_a_large_vocabulary(word_model: LLM):
     assert LIKELIEST < max(places[token] for token in drawn) <= nucleus
 
 
-def test_a_row_ends_at_end_of_text_while_others_go_on(word_model: LLM):
+def test_a_row_ends_at_end_of_text_while_others_go_on(word_model: LLM, monkeypatch: pytest.MonkeyPatch):
     """The token that the model likes best in the third place is taken for the end of text."""
     tokenizer = load_tokenizer()
     config = SamplingConfig(8, temperature=0)
     free = sample(word_model, tokenizer, ["One", "Two words"], config)
     end = free[0].tokens[2]
-
-    class Ending(type(tokenizer)):
-        end_of_text = end
-
-    ending = Ending.__new__(Ending)
-    ending.__dict__.update(tokenizer.__dict__)
-    ended = sample(word_model, ending, ["One", "Two words"], config)
+    monkeypatch.setattr(type(tokenizer), "end_of_text", end)
+    ended = sample(word_model, tokenizer, ["One", "Two words"], config)
     for with_end, without in zip(ended, free, strict=True):
         place = without.tokens.index(end) if end in without.tokens else len(without.tokens)
         assert with_end.tokens == without.tokens[:place]

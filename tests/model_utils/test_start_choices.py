@@ -1,4 +1,4 @@
-"""Choices by measuring, with measurements made up here; whole runs that choose are in tests/test_pretrain.py."""
+"""Choices by measuring, with measurements made up here; whole runs that choose are in tests/whole_runs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
