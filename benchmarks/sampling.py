@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import torch
 
@@ -106,7 +107,7 @@ def ours(model: LLM, rows: int, tokens: int) -> list[int]:
 @torch.inference_mode()
 def transformers(model: torch.nn.Module, tokens: int, device: torch.device) -> list[int]:
     prompt_BT = torch.tensor([PROMPT], device=device)
-    made_BT = model.generate(
+    made_BT = cast(Any, model).generate(
         prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=tokens, do_sample=False, pad_token_id=0
     )
     return made_BT[0, len(PROMPT) :].tolist()

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from typing import Any
 
 from src.model_assessment.generation import SamplingConfig
 from src.utils.errors import UserError
@@ -65,8 +66,8 @@ def _obey(line: str, config: SamplingConfig) -> SamplingConfig:
         _say(f"there is no /{name}; /help says what there is")
     else:
         try:
-            new = (value.replace("\\n", "\n"),) if name == "stop" and value else () if name == "stop" else None
-            config = replace(config, **{name: types[name](value) if new is None else new})
+            new: Any = types[name](value) if name != "stop" else (value.replace("\\n", "\n"),) if value else ()
+            config = replace(config, **{name: new})
             _say(f"{name} {getattr(config, name)!r}")
         except UserError as error:
             _say(str(error))

@@ -29,17 +29,20 @@ def store_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtype:
     model.requires_grad_(False)
     model.bfloat16()
     if kind == "int8":
-        for block in model.blocks:
-            for part in (block.attn, block.ffn):
-                for name, layer in list(part.named_children()):
-                    if isinstance(layer, nn.Linear):
-                        setattr(part, name, Int8Linear(layer.weight, layer.bias))
+        for part in list(model.modules()):
+            for name, layer in list(part.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(part, name, Int8Linear(layer.weight, layer.bias))
         model.head = Int8Linear(model.embedding.weight, None)
     return torch.bfloat16
 
 
 class Int8Linear(nn.Module):
     """x W^T + b with W in int8, each row scaled so that its largest value is 127: symmetric, rounded to nearest."""
+
+    weight_OI: torch.Tensor
+    scale_O: torch.Tensor
+    bias_O: torch.Tensor | None
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()

@@ -1,0 +1,111 @@
+"""Whole runs with losses and gradients that are not finite, or jump."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import pretrain
+from pretrain import train
+from src import run_log
+from src.model import LLM
+from src.model_utils.adamw_opt import optimizer_tensors
+from src.params import CheckpointConfig, Config
+from src.utils.errors import NonFiniteError
+from tests.whole_runs.records import assert_same_bits, final_tensors, stop_after
+
+
+def poison_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every training loss NaN, and leaves evaluations as they are."""
+    forward = LLM.forward
+
+    def poisoned(self, inputs, targets=None):
+        loss = forward(self, inputs, targets)
+        return loss * float("nan") if self.training else loss
+
+    monkeypatch.setattr(LLM, "forward", poisoned)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config, monkeypatch: pytest.MonkeyPatch):
+    every_step = replace(config, checkpoint=CheckpointConfig(every_steps=1))
+    run_dir = train(every_step, stop_after(5)).run_dir
+    before = final_tensors(run_dir, step=5)
+    seen: list[dict[str, torch.Tensor]] = []
+    record_skip = pretrain.record_skip
+
+    def spy(run, *arguments):
+        tensors = {f"model/{k}": v.clone() for k, v in run.state.model.state_dict().items()}
+        optimizer = optimizer_tensors(run.state.model, run.state.optimizer)
+        seen.append(tensors | {f"optimizer/{k}": v.clone() for k, v in optimizer.items()})
+        record_skip(run, *arguments)
+
+    monkeypatch.setattr(pretrain, "record_skip", spy)
+    monkeypatch.setattr(run_log, "MAX_SKIPPED_STEPS", 3)
+    poison_losses(monkeypatch)
+    with pytest.raises(NonFiniteError, match=r"the last 3 step\(s\), up to step 8") as caught:
+        train(every_step)
+    assert caught.value.exit_code == 3
+    assert len(seen) == 3
+    for tensors in seen:
+        assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_0000004", "step_0000005"]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r.get("name") == "skipped step"] == [6, 7, 8]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 3, 8)
+
+
+def test_a_run_whose_last_steps_are_not_finite_has_failed(config: Config, monkeypatch: pytest.MonkeyPatch):
+    run_dir = train(config, stop_after(10)).run_dir
+    poison_losses(monkeypatch)
+    with pytest.raises(NonFiniteError, match=r"the last 2 step\(s\), up to step 12"):
+        train(config)
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_0000005", "step_0000010"]
+
+
+def test_a_gradient_that_is_not_finite_is_named(config: Config, monkeypatch: pytest.MonkeyPatch):
+    original = LLM.__init__
+
+    def poisoned(self, *arguments):
+        original(self, *arguments)
+        self.get_parameter("blocks.1.ffn.out_proj.bias").register_hook(lambda gradient: gradient * float("inf"))
+
+    monkeypatch.setattr(LLM, "__init__", poisoned)
+    monkeypatch.setattr(run_log, "MAX_SKIPPED_STEPS", 1)
+    with pytest.raises(NonFiniteError):
+        train(config)
+    text = (pretrain.RUNS / "whole" / "metrics.jsonl").read_text()
+    assert "not finite in 1 gradients, first blocks.1.ffn.out_proj.bias" in text
+
+
+def test_a_loss_spike_is_skipped_and_the_guard_goes_on_after_a_stop(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """The loss of step 31 is 40 nats too high, for which the guard needs the losses before the stop."""
+    forward, steps = LLM.forward, {"done": 0}
+
+    def jumping(self, inputs_BT, targets_BT):
+        loss = forward(self, inputs_BT, targets_BT)
+        return loss + 40.0 * (self.training and steps["done"] == 30)
+
+    step = pretrain.train_step
+
+    def counted(run, batches):
+        steps["done"] = run.state.progress.step
+        return step(run, batches)
+
+    monkeypatch.setattr(LLM, "forward", jumping)
+    monkeypatch.setattr(pretrain, "train_step", counted)
+    longer = replace(config.train, total_steps=36)
+    guarded = replace(config, train=longer, optim=replace(config.optim, spike_z=6.0))
+    whole = train(guarded)
+    (event,) = [r for r in map(json.loads, (whole.run_dir / "metrics.jsonl").open()) if r.get("name") == "skipped step"]
+    assert event["step"] == 31
+    assert event["detail"].startswith("a spike: loss 4")
+    assert len(event["windows"]) == guarded.batch_size
+    assert all(shard in (1, 2) for shard, _ in event["windows"])  # 0 is the validation shard
+    halved = replace(guarded, run_name="halved")
+    assert train(halved, stop_after(25)).step == 25
+    outcome = train(halved)
+    assert_same_bits(whole.run_dir, outcome.run_dir, step=36)
+    unguarded = train(replace(guarded, run_name="unguarded", optim=config.optim))
+    assert "skipped step" not in (unguarded.run_dir / "metrics.jsonl").read_text()
