@@ -5,8 +5,9 @@
 #
 # Without names, all parts, at most 40 minutes. Each adds a line to OUT/results.jsonl, with the object that it
 # printed last, and what it said to OUT/log.txt; one that fails, or takes longer than it may, does not stop the others.
-# Variables: PRESET (lf_llm_269m; a smaller one for a trial on a CPU), DATA (pydocs: a prepared dataset), PYTHON, and
-# WHEELS, a folder of wheels to install first on a machine without a network.
+# Variables: PRESET (lf_llm_269m; a smaller one for a trial on a CPU), DATA (pydocs: a prepared dataset), HELLASWAG (its
+# validation set as a file, for the part of that name), PYTHON, and WHEELS, a folder of wheels to install first on a
+# machine without a network.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHON=${PYTHON:-python} PRESET=${PRESET:-lf_llm_269m} DATA=${DATA:-pydocs} OUT=${OUT:?name a folder for the results}
@@ -29,6 +30,8 @@ lm_loss() { benchmark lm_loss --tokens 32768 --width 1024; }
 startup() { benchmark startup "$PRESET" --data "$DATA" --repeats 1; }
 checkpoint() { benchmark checkpoint "$PRESET" --out "$OUT/saves"; }
 overheads() { benchmark overheads "$PRESET" --data "$DATA" --compile --items 400; }
+sampling() { benchmark sampling "$PRESET"; }
+hellaswag() { benchmark hellaswag "$PRESET" --data "$HELLASWAG"; }
 auto_micro_batch() { run gpu-auto --train.total-steps 2 --train.micro-batch-size auto; }
 profile() { run gpu-profile --train.total-steps 6 --profile 2 && cp "$RUNS"/gpu-profile/profile/* "$OUT"; }
 nccl() {
@@ -66,8 +69,9 @@ END
 }
 
 declare -A SECONDS_OF=([train_step]=420 [lm_loss]=60 [startup]=300 [profile]=200 [auto_micro_batch]=200 [same_bits]=300
-    [precisions]=400 [checkpoint]=120 [overheads]=200 [nccl]=200)
-[ $# -gt 0 ] || set -- train_step lm_loss startup profile auto_micro_batch same_bits precisions checkpoint overheads nccl
+    [precisions]=400 [checkpoint]=120 [overheads]=200 [nccl]=200 [sampling]=200 [hellaswag]=200)
+[ $# -gt 0 ] || set -- train_step lm_loss startup profile auto_micro_batch same_bits precisions checkpoint overheads nccl \
+    sampling hellaswag
 export -f "${!SECONDS_OF[@]}" run benchmark
 for part in "$@"; do
     [ -n "${SECONDS_OF[$part]:-}" ] || { echo "error: no part is called '$part'; there are: ${!SECONDS_OF[*]}" >&2; exit 2; }
