@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,37 +34,44 @@ at_line("train", 3, pause)
 SLOW_STEP = PAUSE.replace("time.sleep(600)", "time.sleep(4)")
 
 
-def test_the_second_names_the_first_and_follows_it_once_it_is_killed(commands: Commands, dataset: Callable[..., Path]):
-    data, runs = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs"
-    first = subprocess.Popen(
-        [sys.executable, "-c", PAUSE + PROGRAM, *arguments(data)],
+@contextmanager
+def until_paused(commands: Commands, *command: str) -> Iterator[subprocess.Popen]:
+    """A Python process that has come to its pause; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
         env=commands.environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    with first:
-        assert first.stdout is not None
+    with process:
+        assert process.stdout is not None
         try:
-            assert first.stdout.readline() == "paused\n"
-            deadline = time.monotonic() + 60  # the save of step 2 goes on in the background
-            while not (runs / "drill" / "checkpoints" / "step_0000002").exists():
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            before = contents(runs)
-            for more in ((), ("--resume", "never")):
-                second = start(commands, data, *more)
-                assert second.returncode == 5, second.stderr
-                assert "Traceback" not in second.stderr
-                assert f"another process is training in {runs / 'drill'}: " in second.stderr
-                holder = re.search(r'\{"pid": (\d+), "host": "(.*)"\}', second.stderr)
-                assert holder is not None
-                assert (int(holder[1]), holder[2]) == (first.pid, socket.gethostname())
-                assert contents(runs) == before
-            os.kill(first.pid, 0)  # undisturbed
+            assert process.stdout.readline() == "paused\n"
+            yield process
         finally:
-            first.kill()
+            process.kill()
+
+
+def test_the_second_names_the_first_and_follows_it_once_it_is_killed(commands: Commands, dataset: Callable[..., Path]):
+    data, runs = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs"
+    with until_paused(commands, "-c", PAUSE + PROGRAM, *arguments(data)) as first:
+        deadline = time.monotonic() + 60  # the save of step 2 goes on in the background
+        while not (runs / "drill" / "checkpoints" / "step_0000002").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        before = contents(runs)
+        for more in ((), ("--resume", "never")):
+            second = start(commands, data, *more)
+            assert second.returncode == 5, second.stderr
+            assert "Traceback" not in second.stderr
+            assert f"another process is training in {runs / 'drill'}: " in second.stderr
+            holder = re.search(r'\{"pid": (\d+), "host": "(.*)"\}', second.stderr)
+            assert holder is not None
+            assert (int(holder[1]), holder[2]) == (first.pid, socket.gethostname())
+            assert contents(runs) == before
+        os.kill(first.pid, 0)  # undisturbed
     third = start(commands, data)
     assert third.returncode == 0, third.stderr
     assert [line["step"] for line in commands.metrics("drill", "train")] == [1, 2, 3, 4]
@@ -76,20 +84,8 @@ def test_one_whose_launcher_is_killed_is_waited_for(
     """It is asked to stop, and has a step to finish and a checkpoint to save."""
     data, program = dataset(train_tokens=[700, 900], n_vocab=300), tmp_path / "program.py"
     program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SLOW_STEP}{PROGRAM}")
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "src.utils.launch", str(program), *arguments(data)],
-        env=commands.environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    with launcher:
-        assert launcher.stdout is not None
-        try:
-            assert launcher.stdout.readline() == "paused\n"
-        finally:
-            launcher.kill()
+    with until_paused(commands, "-m", "src.utils.launch", str(program), *arguments(data)) as launcher:
+        launcher.kill()
         second = start(commands, data)
     assert second.returncode == 0, second.stderr
     assert f"has lost its launcher and still holds {commands.temp_data / 'runs' / 'drill'}" in second.stderr
