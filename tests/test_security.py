@@ -40,6 +40,10 @@ FORBIDDEN_CALLS = {
     *("pd.read_pickle", "pandas.read_pickle", "np.lib.format.read_array", "numpy.lib.format.read_array"),
 }
 
+READING_TENSORS = "torch.load with weights_only=True"
+# Others' files in a format that is none of ours; how far that can be trusted, its own tests say.
+KNOWN_OFFENCES = {"src/model_utils/reference_format.py": [READING_TENSORS]}
+
 
 def offences(code: str) -> Iterator[str]:
     """What in `code` could run data, or a shell."""
@@ -52,7 +56,9 @@ def offences(code: str) -> Iterator[str]:
         yield from {module.split(".")[0] for module in modules} & FORBIDDEN_MODULES
         if isinstance(node, ast.Call):
             name, options = ast.unparse(node.func), {option.arg: ast.unparse(option.value) for option in node.keywords}
-            if name in FORBIDDEN_BUILTINS | FORBIDDEN_CALLS:
+            if name == "torch.load" and options.get("weights_only") == "True":
+                yield READING_TENSORS
+            elif name in FORBIDDEN_BUILTINS | FORBIDDEN_CALLS:
                 yield name
             if name in ("np.load", "numpy.load") and options.get("allow_pickle") != "False":
                 yield "np.load without allow_pickle=False"
@@ -62,7 +68,8 @@ def offences(code: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_runs_data(path: Path):
-    assert list(offences(path.read_text(encoding="utf-8"))) == []
+    known = KNOWN_OFFENCES.get(path.relative_to(ROOT).as_posix(), [])
+    assert list(offences(path.read_text(encoding="utf-8"))) == known
 
 
 @pytest.mark.parametrize(
@@ -71,6 +78,8 @@ def test_no_file_runs_data(path: Path):
         "import pickle",
         "from dill import loads",
         "import torch\ntorch.load('x')",
+        "torch.load('x', weights_only=False)",
+        "torch.load('x', weights_only=True)",
         "from torch import load",
         "np.load(path)",
         "np.load(path, allow_pickle=True)",

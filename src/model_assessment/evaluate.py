@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from src.data_processing.shards import Manifest, read_manifest
+from src.data_processing.shards import MANIFEST, Manifest, check_shard, read_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.model_assessment import hellaswag
@@ -24,12 +24,11 @@ from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import LoadedModel, load_model
 from src.model_utils.stored_weights import WEIGHTS, store_weights
 from src.utils.errors import UserError, exit_with
-from src.utils.hardware import autocast, describe_machine
+from src.utils.hardware import autocast, choose_device, describe_machine
 from src.utils.root import dataset_dir
 from src.utils.terminal import say
 
 BATCH_TOKENS = 2_048  # of a validation batch, the same for all models: only then are their batches pairs
-AS_TRAINED = "as trained"
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,9 @@ class Evaluated:
     checkpoint: str
     step: int
     weights: str
+    """What they are kept in: float32, bf16 or int8."""
+    matmuls: str
+    """What they are computed in."""
     n_ctx: int
     parameters: int
     validation: dict[str, Any]
@@ -64,19 +66,12 @@ def evaluate(
 ) -> Evaluated:
     """Measures a model on the first `val_tokens` of the held-out text in `folder`, and on the questions.
 
-    `weights` says how the model is to keep its weights, which it then does for good; AS_TRAINED leaves them. Raises
-    UserError where the text cannot serve this model.
+    `weights` says how the model is to keep its weights, which it then does for good. Raises UserError where the text
+    cannot serve this model.
     """
     config, held_out = loaded.config.model, manifest.validation[0]
-    if manifest.n_vocab > config.n_vocab:
-        raise UserError(
-            f"{folder} holds ids of {manifest.tokenizer} up to {manifest.n_vocab - 1}, and {loaded.path} knows "
-            f"{config.n_vocab}; give a dataset of its own tokenizer with --data"
-        )
     parameters = count_parameters(loaded.model)
-    precision = loaded.precision
-    if weights != AS_TRAINED:
-        precision = store_weights(loaded.model, weights, loaded.precision)
+    precision = store_weights(loaded.model, weights, loaded.precision)
     windows = WindowDataset(folder, manifest.validation, config.n_ctx, config.n_vocab, at_least=1)
     losses: list[float] = []
     with autocast(loaded.device, precision):
@@ -93,6 +88,7 @@ def evaluate(
         checkpoint=str(loaded.path),
         step=loaded.step,
         weights=weights,
+        matmuls=str(precision).removeprefix("torch."),
         n_ctx=config.n_ctx,
         parameters=parameters,
         validation=asdict(result),
@@ -126,13 +122,17 @@ def main() -> int:
             raise UserError(f"{name} is {value}; it must be at least 1")
     if args.hellaswag == "none" and (args.limit or args.protocol):
         raise UserError("--limit and --protocol are about multiple choice; name its items with --hellaswag")
-    first = load_model(args.checkpoint[0], args.device)
+    first = load_model(args.checkpoint[0], "cpu")
     folder = dataset_dir(args.data or first.config.data.dir)
-    if args.data is None and not first.dataset_sha256:
-        raise UserError(f"{first.path} does not say which text it was trained beside; give a dataset with --data")
+    if args.data is None and not (folder / MANIFEST).exists():
+        raise UserError(
+            f"the text that {first.path} was trained beside is not in {folder}; name it, or another, with --data"
+        )
     manifest, tokenizer = read_manifest(folder), load_tokenizer()
+    check_all(args.checkpoint, folder, manifest)
     questions = None
     if args.hellaswag != "none":
+        check_shard(folder, manifest.validation[0], tokenizer.n_vocab)
         shard = folder / manifest.validation[0].file
         protocol, items = hellaswag.choose_items(args.hellaswag, args.limit or _usual_limit(args), shard, tokenizer)
         questions = Questions(protocol, items, tokenizer, args.protocol)
@@ -141,10 +141,9 @@ def main() -> int:
     for checkpoint in args.checkpoint:
         for weights in args.weights:
             loaded = load_model(checkpoint, args.device)  # anew for each: storing weights is for good
-            if loaded.dataset_sha256 != manifest.sha256:
-                say(f"note: {loaded.path} was not trained beside {folder}, and may have been trained on its text")
             say(f"measuring {loaded.path}, weights {weights}, on {loaded.device}")
             found.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, questions))
+            del loaded  # before the next one comes
     print(table(found))
     results = []
     for each in found:
@@ -152,11 +151,24 @@ def main() -> int:
         del values["batch_losses"]
         less = each.less(found[0]) if each is not found[0] else None
         results.append(values | {"loss_less_first": less and {"difference": less[0], "stderr": less[1]}})
-    machine = describe_machine(first.device)
+    machine = describe_machine(choose_device(args.device))
     print(
         json.dumps({"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine})
     )
     return 0
+
+
+def check_all(checkpoints: Sequence[str], folder: Path, manifest: Manifest) -> None:
+    """Raises UserError for a model that cannot be measured on this text, before any is."""
+    for checkpoint in checkpoints:
+        loaded = load_model(checkpoint, "cpu")
+        if manifest.n_vocab > loaded.config.model.n_vocab:
+            raise UserError(
+                f"{folder} holds ids of {manifest.tokenizer} up to {manifest.n_vocab - 1}, and {loaded.path} knows "
+                f"{loaded.config.model.n_vocab}; give a dataset of its own tokenizer with --data"
+            )
+        if loaded.dataset_sha256 != manifest.sha256:
+            say(f"note: {loaded.path} was not trained beside {folder}, and may have been trained on its text")
 
 
 def table(found: Sequence[Evaluated]) -> str:
@@ -168,7 +180,7 @@ def table(found: Sequence[Evaluated]) -> str:
             [
                 _name(each),
                 f"{each.step:,}",
-                each.weights,
+                _weights(each),
                 f"{each.parameters:,}",
                 _with_error(values["loss"], values["stderr"], ".4f"),
                 f"{values['perplexity']:.2f}",
@@ -180,7 +192,7 @@ def table(found: Sequence[Evaluated]) -> str:
     legend = {}
     choices = []
     for each in found:
-        row = {"model": _name(each), "weights": each.weights, "items": ""}
+        row = {"model": _name(each), "weights": _weights(each), "items": ""}
         for result in each.multiple_choice.values():
             short, _, words = result["protocol"].partition(" ")
             legend[short] = words
@@ -200,6 +212,10 @@ def _name(each: Evaluated) -> str:
     """The run's name and step folder, or the export's."""
     path = Path(each.checkpoint)
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+
+
+def _weights(each: Evaluated) -> str:
+    return each.weights + (" (computed in bf16)" if (each.weights, each.matmuls) == ("float32", "bfloat16") else "")
 
 
 def _with_error(value: float, stderr: float | None, form: str) -> str:
@@ -228,7 +244,6 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint",
         required=True,
         nargs="+",
-        type=Path,
         metavar="CHECKPOINT",
         help="runs (folders or names), step_* folders or exports; the others are compared with the first",
     )
@@ -250,9 +265,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights",
         nargs="+",
-        default=[AS_TRAINED],
-        choices=[AS_TRAINED, *WEIGHTS[1:]],
-        help="how to keep the weights, one after the other: float32 or bf16 or int8 (default: as trained)",
+        default=["float32"],
+        choices=WEIGHTS[1:],
+        help="how to keep the weights, one after the other (default: float32, as they are saved; computed in bf16 "
+        "where training would be)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     return parser

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from src.attention import KVCache
 from src.model import LLM
@@ -75,13 +76,15 @@ def generate(
     config: SamplingConfig,
     samples: Sequence[int],
     ended: set[int],
+    n_tokens: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[tuple[list[int], list[float]]]:
     """Each row's next token and the log-probability that the model gave it, in nats, config.max_new_tokens times.
 
     prompts: token ids, at least one in each row. samples: which sample of its prompt each row is, for its random
     numbers. ended: rows whose tokens are of no interest any more; the caller adds to them, and once it holds all,
-    nothing more comes. Without the cache every token reads its whole window again, which takes longer and gives the
+    nothing more comes. n_tokens: ids from there on are no tokens, though the model may have logits for them, and are
+    never chosen. Without the cache every token reads its whole window again, which takes longer and gives the
     same tokens. The log-probability is the model's own, whatever the settings leave of it.
     """
     was_training = model.training
@@ -98,7 +101,7 @@ def generate(
                 hidden_BTD = window.read_all(rows)
             else:
                 hidden_BTD = window.read_last(rows) if use_cache else window.read_all(rows)
-            logits_BV = model.logits(hidden_BTD[:, -1]).float().cpu()
+            logits_BV = model.logits(hidden_BTD[:, -1])[:, :n_tokens].float().cpu()
             log_norms_B = logits_BV.logsumexp(dim=-1)
             draws_B = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
             next_B = _choose(_penalized(logits_BV, rows, config.repetition_penalty), draws_B, config)
@@ -178,8 +181,10 @@ def _likeliest(probs_BV: torch.Tensor, config: SamplingConfig) -> tuple[torch.Te
     probs_BK, order_BK = probs_BV.topk(min(config.top_k or LIKELIEST, n_vocab), dim=-1)
     if config.top_k:
         probs_BK /= probs_BK.sum(dim=-1, keepdim=True)
-    elif (probs_BK.sum(dim=-1) < config.top_p).any():
-        probs_BK, order_BK = probs_BV.sort(dim=-1, descending=True)
+    elif (short_B := probs_BK.sum(dim=-1) < config.top_p).any():  # row by row: no row's choice depends on the others
+        rest = n_vocab - probs_BK.shape[1]
+        probs_BK, order_BK = F.pad(probs_BK, (0, rest)), F.pad(order_BK, (0, rest))
+        probs_BK[short_B], order_BK[short_B] = probs_BV[short_B].sort(dim=-1, descending=True)
     before_BK = probs_BK.cumsum(dim=-1) - probs_BK
     probs_BK[before_BK >= config.top_p] = 0  # never the first: nothing comes before it
     return probs_BK, order_BK

@@ -40,7 +40,7 @@ def converse(pieces: Callable[[str, SamplingConfig], Iterator[str]], config: Sam
         except KeyboardInterrupt:
             pass
         print(flush=True)
-        config = replace(config, seed=config.seed + 1)
+        config = replace(config, seed=(config.seed + 1) % 2**63)
 
 
 def _next_line() -> str | None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
@@ -29,7 +28,7 @@ class Sample:
     text: str
     """The continuation alone, without a stop text and what comes after it."""
     tokens: tuple[int, ...]
-    """Its token ids, without the end-of-text token."""
+    """The ids that were made, with those of a stop text, but without the end-of-text token."""
     log_probs: tuple[float, ...]
     """What the model itself gave each of them, in nats, whatever the settings left of it."""
     finish_reason: str
@@ -50,15 +49,18 @@ def sample(
     """`num_samples` continuations of each prompt, in order; all run as one batch.
 
     An empty prompt starts a new document; of one longer than the model's context, it sees the end. `autocast` is the
-    context to call the model in. `between_tokens` may raise to give up.
+    context to call the model in. `between_tokens` may raise to give up. Raises UserError for a prompt with tokens that
+    the model does not know.
     """
-    encoded = [_encode_prompt(tokenizer, prompt) for prompt in prompts for _ in range(num_samples)]
+    encoded = [
+        _encode_prompt(tokenizer, prompt, model.config.n_vocab) for prompt in prompts for _ in range(num_samples)
+    ]
     numbers = [number for _ in prompts for number in range(num_samples)]
     made = [_Continuation(tokenizer, config.stop) for _ in encoded]
     ended: set[int] = set()
     started = time.perf_counter()
     with autocast or nullcontext():
-        for tokens, log_probs in generate(model, encoded, config, numbers, ended):
+        for tokens, log_probs in generate(model, encoded, config, numbers, ended, tokenizer.n_vocab):
             between_tokens()
             for i, (token, log_prob) in enumerate(zip(tokens, log_probs, strict=True)):
                 if i not in ended:
@@ -89,10 +91,11 @@ def stream(
     autocast: AbstractContextManager[Any] | None = None,
 ) -> Iterator[str]:
     """The text of `sample`'s first continuation, piece by piece as it is made, cut only between characters."""
+    prompts = [_encode_prompt(tokenizer, prompt, model.config.n_vocab)]
     made = _Continuation(tokenizer, config.stop)
     ended: set[int] = set()
     with autocast or nullcontext():
-        for (token,), (log_prob,) in generate(model, [_encode_prompt(tokenizer, prompt)], config, [0], ended):
+        for (token,), (log_prob,) in generate(model, prompts, config, [0], ended, tokenizer.n_vocab):
             yield made.add(token, log_prob)
             if made.finish_reason:
                 ended.add(0)
@@ -149,8 +152,15 @@ def _overlap(text: str, stop: str) -> int:
     return next(size for size in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:size]))
 
 
-def _encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    return tokenizer.encode(prompt) or [tokenizer.end_of_text]
+def _encode_prompt(tokenizer: Tokenizer, prompt: str, n_vocab: int) -> list[int]:
+    """At least one id. Raises UserError for one that a model of a smaller vocabulary than the tokenizer's lacks."""
+    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    if (unknown := max(ids)) >= n_vocab:
+        raise UserError(
+            f"the model knows the tokens below {n_vocab}, and {prompt!r} needs token {unknown} of {tokenizer.name}; "
+            "choose another prompt, or a model that was trained with this tokenizer"
+        )
+    return ids
 
 
 def _readable(text: str) -> str:
@@ -219,9 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         "with --stream or --interactive the text alone. Control characters are shown as escapes; the JSON has the "
         "exact texts.",
     )
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="a run (folder or name), a step_* folder or an export"
-    )
+    parser.add_argument("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
     parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=50, help="length of a continuation (default: 50)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")

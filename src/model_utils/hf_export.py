@@ -29,11 +29,11 @@ _TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _BYTES = {"float32": 4, "bf16": 2, "q8_0": 34 / 32}  # a number of a matrix; q8_0 has a float16 scale for 32 of them
 
 
-def export(checkpoint: Path, out: Path, form: str, dtype: str, overwrite: bool = False) -> None:
+def export(checkpoint: str | Path, out: Path, form: str, dtype: str, overwrite: bool = False) -> None:
     """Exports the model in `checkpoint`, which is as `load_model` has it, to the folder `out`.
 
-    `form` is hf or gguf; `dtype`, of matrices, float32, bf16 or, in gguf, q8_0. Raises UserError for a model that
-    cannot be exported so, or an `out` that must not be overwritten; StorageError.
+    `form` is hf or gguf; `dtype` is float32, bf16 or, in gguf, q8_0: of all weights in hf, of matrices in gguf. Raises
+    UserError for a model that cannot be exported so, or an `out` that must not be overwritten; StorageError.
     """
     if form == "hf" and dtype not in _TORCH_DTYPES:
         raise UserError(f"--dtype {dtype} is a type of GGUF; add --format gguf, or choose float32 or bf16")
@@ -155,13 +155,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Export a trained model for other programs: as a folder that transformers opens, or as GGUF for "
         "llama.cpp. Prints one JSON object as the last line.",
     )
-    parser.add_argument("--checkpoint", type=Path, help="a run (folder or name), a step_* folder, or an export in hf")
+    parser.add_argument("--checkpoint", help="a run (folder or name), a step_* folder, or an export in hf")
     parser.add_argument("--out", required=True, type=Path, help="the folder to make, or with --push one made before")
     parser.add_argument("--format", choices=("hf", "gguf"), help="Hugging Face folder (default) or GGUF file")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bf16", "q8_0"),
-        help="how matrices are stored (default: float32); q8_0, a byte a number and a scale for 32, is for gguf",
+        help="how weights are stored (default: float32), in gguf those of matrices; q8_0, a byte a number and a scale "
+        "for 32, is for gguf",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export that nobody has changed")
     parser.add_argument("--push", metavar="OWNER/NAME", help="list what would go to this repository on the hub")

@@ -1,5 +1,6 @@
 """An exported folder to a model repository on the Hugging Face hub."""
 
+import glob
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,7 +32,12 @@ def upload(folder: Path, files: Iterable[str], repository: str, message: str) ->
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(files), commit_message=message)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[glob.escape(name) for name in files],
+            commit_message=message,
+        )
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError) as error:
         reason, remedy = f"{type(error).__name__}: {error}", "check the connection, or name a mirror in HF_ENDPOINT"
         if isinstance(error, HfHubHTTPError):

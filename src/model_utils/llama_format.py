@@ -49,8 +49,8 @@ def llama_tensors(ours: dict[str, torch.Tensor], n_layer: int) -> dict[str, torc
 def model_config(settings: dict[str, Any], origin: object) -> ModelConfig:
     """The inverse of `llama_settings`: the shape that the config.json of a LlamaForCausalLM means, without dropout.
 
-    A field that is missing has the value that transformers then takes. Raises UserError naming `origin`, and the field
-    and value that our architecture does not have.
+    Sizes must be there; another field that is missing has the value that transformers then takes. Raises UserError
+    naming `origin`, and the field and value that our architecture does not have.
     """
     for field, if_missing, ours in (
         ("model_type", None, "llama"),

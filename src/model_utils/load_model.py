@@ -39,15 +39,16 @@ class LoadedModel:
         return autocast(self.device, self.precision)
 
 
-def load_model(checkpoint: Path, device: str = "auto") -> LoadedModel:
+def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
     """The model in a run directory (its newest good checkpoint), a step_* directory or an exported folder.
 
-    A bare name means a run under temp_data/runs, or else a folder here. An exported folder is one of ours, or of
-    another program's with a Llama of our architecture. Raises UserError for one that is missing, damaged or different.
+    A bare name means a run under temp_data/runs, or else a folder here; the text ./NAME is a folder. An exported folder
+    is one of ours, or of another program's with a Llama of our architecture. Raises UserError for one that is missing,
+    damaged or different.
     """
     path = run_dir(str(checkpoint))
-    if not path.exists() and checkpoint.exists():
-        path = checkpoint.absolute()
+    if not path.exists() and Path(checkpoint).exists():
+        path = Path(checkpoint).absolute()
     read = _read_exported if is_model_folder(path) else _read_checkpoint
     found = read(path)
     chosen = choose_device(device)
@@ -101,6 +102,7 @@ def _read_exported(path: Path) -> _Found:
     origin = read_origin(path, "config.json", WEIGHTS)
     shape, tensors = read_model_folder(path)
     if origin is None:
+        say(f"warning: {path} is another program's model; here it reads and writes the tokens of r50k_base, GPT-2's")
         # A batch of one sequence, because the default one is no multiple of every context.
         config = Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1))
         return _Found(config, tensors, path, step=0, dataset_sha256="")

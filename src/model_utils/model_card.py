@@ -57,7 +57,7 @@ def model_card(origin: Origin, config: ModelConfig, parameters: int, dtype: str,
         "## Architecture",
         "A decoder of the architecture Llama, with biases in all projections: RMSNorm, rotary positions, causal "
         "attention, SwiGLU, and a head that shares the embedding's weight. "
-        f"Matrices are stored as {dtype}.",
+        f"{'Matrices' if is_gguf else 'Weights'} are stored as {dtype}.",
         "\n".join(["| | |", "| --- | --- |", *(f"| {text} | {getattr(config, n):,} |" for n, text in _SHAPE.items())]),
         *_training(origin),
         *_measured(origin.figures),

@@ -113,7 +113,7 @@ class Agent(LocalElasticAgent):
             say(STOPPED_IN_VAIN)
             code = EXIT_STOPPED
         if code is not None:
-            store.set(ENDED, str(code))
+            code = agreed_end(store, code)
         elif store.check([ENDED]):
             code = int(store.get(ENDED))
         if code is not None:
@@ -150,7 +150,7 @@ class Agent(LocalElasticAgent):
             return code
         store = store_of(group)
         if code in FINAL_CODES:
-            store.set(ENDED, str(code))
+            agreed_end(store, code)
         self._meet(group, "ending", END_SECONDS, until=ENDED)
         if store.check([ENDED]):
             code = int(store.get(ENDED))
@@ -177,6 +177,11 @@ class Agent(LocalElasticAgent):
 
 def store_of(worker_group: WorkerGroup) -> torch.distributed.Store:
     return cast(torch.distributed.Store, worker_group.store)  # torch leaves it to types to guess
+
+
+def agreed_end(store: torch.distributed.Store, code: int) -> int:
+    """The final exit code of the run: the first that a machine has said."""
+    return int(store.compare_set(ENDED, "", str(code)))
 
 
 def machines_of(worker_group: WorkerGroup) -> int:

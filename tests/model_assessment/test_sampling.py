@@ -8,7 +8,7 @@ import torch
 
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
-from src.model_assessment.generation import LIKELIEST, SamplingConfig, _window_start, generate
+from src.model_assessment.generation import LIKELIEST, SamplingConfig, _choose, _window_start, generate
 from src.model_assessment.sampling import sample, stream
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig
@@ -204,6 +204,33 @@ def test_prompts_of_any_length_and_none(word_model: LLM):
         assert each.text == tokenizer.decode(list(each.tokens))
         assert len(each.tokens) <= 8
         assert each.tokens_per_second > 0
+
+
+def test_top_p_of_a_row_is_its_own_matter():
+    """A row of few likely tokens, in bf16, which has many ties, beside one that must be sorted as a whole."""
+    peaked, flat = torch.randn(5_000).bfloat16().float() * 4, torch.zeros(5_000)
+    config = SamplingConfig(1, top_p=0.9)
+    for draw in torch.rand(300, dtype=torch.float64):
+        alone = _choose(peaked[None], draw[None], config)
+        assert torch.equal(_choose(torch.stack((flat, peaked)), draw.repeat(2), config)[1:], alone)
+
+
+@pytest.mark.parametrize(("n_vocab", "prompt"), [(300, "wonderful"), (50_304, "ab")])
+def test_a_vocabulary_other_than_the_tokenizers(n_vocab: int, prompt: str):
+    """Of a larger one only the tokenizer's tokens are chosen; a prompt that a smaller one lacks is refused."""
+    tokenizer = load_tokenizer()
+    config = ModelConfig(n_vocab=n_vocab, n_ctx=16, n_embd=16, n_head=2, n_layer=1)
+    model = LLM(config)
+    init_weights(model, config, seed=0)
+    if n_vocab < tokenizer.n_vocab:
+        with pytest.raises(UserError, match=r"the model knows the tokens below 300, and 'wonderful' needs token \d+"):
+            sample(model, tokenizer, [prompt], SamplingConfig(4))
+        assert sample(model, tokenizer, ["!"], SamplingConfig(4))[0].tokens
+        return
+    with torch.no_grad():
+        model.embedding.weight[tokenizer.n_vocab :] = 100 * model.hidden(torch.tensor([[64, 65]]))[0, -1]
+    (made,) = sample(model, tokenizer, [prompt], SamplingConfig(8, temperature=0))
+    assert max(made.tokens, default=0) < tokenizer.n_vocab
 
 
 def test_streaming_gives_the_same_text(word_model: LLM):
