@@ -12,6 +12,7 @@ from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
 from src.model_assessment import hellaswag, sampling, validation
+from src.model_assessment.hellaswag_protocols import reference_texts
 from src.params import Config
 from src.utils.errors import StoppedError, UserError
 
@@ -51,6 +52,7 @@ class Assessment:
                 if data != "held-out":
                     raise
                 self.note = f"no multiple choice in this run: {error}"  # a small corpus can still be trained on
+        self.encode = hellaswag.encoder(self.items, reference_texts, tokenizer, hellaswag.REFERENCE)
 
     def due(self, step: int) -> list[str]:
         """The kinds of records to make after `step` steps; all of them before the first and after the last step."""
@@ -126,7 +128,7 @@ class Assessment:
         result = hellaswag.evaluate(
             model,
             self.items,
-            self.tokenizer.encode,
+            self.encode,
             protocol=self.protocol,
             rank=rank,
             world_size=world_size,

@@ -1,11 +1,12 @@
 """HellaSwag: how often does the model find the right one of four endings the likeliest?
 
-The task is Zellers et al. 2019, https://arxiv.org/abs/1905.07830. Protocol: the raw `ctx`, then each ending
-after a single space, the two encoded separately; the choice is the ending whose tokens have the highest
-mean log-probability. An item is correct if that is its `label`; guessing gives 25%.
+The task is Zellers et al. 2019, https://arxiv.org/abs/1905.07830; guessing gives 25%. Two protocols, whose numbers
+cannot be compared with each other, are measured side by side (hellaswag_protocols.py has their texts):
 
-Rows, a context with one of its endings, are scored many at a time. Shapes: B rows of a batch, T positions,
-D width, V vocabulary, N positions of a batch whose next token belongs to an ending.
+reference   the raw `ctx`, then an ending after a single space; the choice is the ending whose tokens have the highest
+            mean log-probability. What a run's own records hold.
+lm-eval     lm-evaluation-harness's: `acc` chooses the ending of the highest log-probability, `acc_norm` that of the
+            highest log-probability a character.
 """
 
 import argparse
@@ -15,39 +16,41 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from src.data_processing.shards import check_shard, read_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
+from src.model_assessment.hellaswag_cache import cached_encode
 from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
+from src.model_assessment.hellaswag_protocols import (
+    HELD_OUT_PROTOCOL,
+    HELLASWAG_PROTOCOL,
+    LM_EVAL_PROTOCOL,
+    lm_eval_choices,
+    lm_eval_lacks,
+    lm_eval_texts,
+    reference_texts,
+)
+from src.model_assessment.multiple_choice import Question, score_endings
 from src.model_utils.load_model import LoadedModel, load_model
 from src.utils.errors import UserError, exit_with
 from src.utils.root import dataset_dir
 
-# What a result says about itself. The second is never to be read as the first.
-HELLASWAG_PROTOCOL = (
-    "hellaswag-ctx-mean-logprob (HellaSwag: raw ctx, ending of the highest mean log-probability a token)"
-)
-HELD_OUT_PROTOCOL = "held-out-ctx-mean-logprob (not HellaSwag: a stand-in from held-out text, scored the same way)"
-
-# Tokens of a batch, padding included. A CPU is fastest while activations stay near its caches: 4,096 beat 16,384 by
-# a quarter at width 256. A GPU wants large kernels.
-TOKENS_CPU = 4_096
-TOKENS_GPU = 32_768
-# Positions whose logits exist at once, 50,257 x 4 bytes each in float32.
-LOGIT_ROWS_CPU = 128
-LOGIT_ROWS_GPU = 2_048
+REFERENCE, LM_EVAL, BOTH = "reference", "lm-eval", "both"
+Texts = Callable[[Item], tuple[str, list[str]]]
+"""An item's context and endings, as a protocol asks."""
 
 
 @dataclass(frozen=True)
 class HellaSwagResult:
+    """By the reference's protocol."""
+
     acc_norm: float
     """correct / total; the field's name for accuracy by length-normalized log-probability."""
     correct: int
@@ -56,13 +59,37 @@ class HellaSwagResult:
     """Standard error of acc_norm as a binomial share: sqrt(p (1 - p) / total)."""
     protocol: str
     seconds: float
-    """Wall time, encoding included."""
+    """Wall time, with the encoding of what was not encoded before."""
+
+
+@dataclass(frozen=True)
+class LmEvalResult:
+    """By lm-eval's protocol."""
+
+    acc: float
+    acc_stderr: float
+    """As lm-eval has it, by the sample's variance: sqrt(p (1 - p) / (total - 1))."""
+    acc_norm: float
+    acc_norm_stderr: float
+    total: int
+    protocol: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was asked for; None what was not, or could not be measured."""
+
+    reference: HellaSwagResult | None
+    lm_eval: LmEvalResult | None
+    note: str = ""
+    """Why lm-eval's protocol is left out, in words, where nobody asked for that."""
 
 
 def choose_items(
     data: str, limit: int | None, validation_shard: Path | None, tokenizer: Tokenizer
 ) -> tuple[str, list[Item]]:
-    """The protocol's text and the first `limit` items of `data`.
+    """The text of the reference's protocol and the first `limit` items of `data`.
 
     "auto" fetches HellaSwag, "held-out" makes a stand-in from the documents of `validation_shard`, the same one
     every time, and anything else is a file. Raises UserError.
@@ -74,154 +101,124 @@ def choose_items(
     return HELLASWAG_PROTOCOL, fetch_items(limit) if data == "auto" else load_items(Path(data), limit)
 
 
+def measure(
+    model: LLM,
+    items: Sequence[Item],
+    tokenizer: Tokenizer,
+    *,
+    protocol: str = HELLASWAG_PROTOCOL,
+    asked: str | None = None,
+    on_progress: Callable[[str, int], None] = lambda protocol, done: None,
+) -> Measured:
+    """The accuracies of `model` on `items`, by the protocols that are `asked`; None: by all that these items allow.
+
+    `protocol` is the text that `choose_items` gave with the items. `on_progress` gets a protocol's text and the number
+    of items done by it. Autocast is the caller's. Raises UserError where lm-eval's protocol is asked for and cannot be,
+    and for a model of a smaller vocabulary than the tokenizer's.
+    """
+    if model.config.n_vocab < tokenizer.n_vocab:
+        raise UserError(
+            f"the model knows the tokens below {model.config.n_vocab}, and {tokenizer.name} has {tokenizer.n_vocab}; "
+            "choose a model that was trained with this tokenizer"
+        )
+    lacks = "these items are not HellaSwag" if protocol == HELD_OUT_PROTOCOL else lm_eval_lacks(items)
+    if lacks and asked in (LM_EVAL, BOTH):
+        raise UserError(
+            f"lm-eval's protocol is for HellaSwag in its original format: {lacks}; use --protocol reference"
+        )
+    reference, lm_eval = None, None
+    if asked != LM_EVAL:
+        encode = encoder(items, reference_texts, tokenizer, REFERENCE)
+        progress = partial(on_progress, protocol)
+        reference = evaluate(model, items, encode, protocol=protocol, on_progress=progress)
+    if asked != REFERENCE and not lacks:
+        encode = encoder(items, lm_eval_texts, tokenizer, LM_EVAL)
+        lm_eval = evaluate_lm_eval(model, items, encode, on_progress=partial(on_progress, LM_EVAL_PROTOCOL))
+    note = f"without lm-eval's protocol: {lacks}" if lacks and asked is None else ""
+    return Measured(reference, lm_eval, note)
+
+
 def evaluate(
     model: LLM,
     items: Sequence[Item],
     encode: Callable[[str], list[int]],
     *,
     protocol: str,
-    rank: int = 0,
-    world_size: int = 1,
     sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
-    token_budget: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
-    between_batches: Callable[[], None] = lambda: None,
+    **scoring: Any,
 ) -> HellaSwagResult:
-    """The accuracy of `model` on `items`, which the processes share out between them.
+    """The accuracy of `model` on `items` by the reference's protocol; the processes share the items out between them.
 
     `protocol` says what the items are; `sum_over_ranks` adds up each value over all processes. The result is
-    the same for any `world_size`. The rest is as for `item_scores`.
+    the same for any number of them. `scoring`: the options of `score_endings`.
     """
-    assert items, "an accuracy needs items"
     started = time.perf_counter()
-    scores = item_scores(
-        model,
-        items,
-        encode,
-        rank=rank,
-        world_size=world_size,
-        token_budget=token_budget,
-        on_progress=on_progress,
-        between_batches=between_batches,
-    )
-    hits = sum(_is_correct(values, items[i].label) for i, values in scores.items())
-    correct, total = (int(value) for value in sum_over_ranks([hits, len(scores)]))
-    assert total == len(items), f"{total} items were scored of {len(items)}"
-    share = correct / total
-    stderr = math.sqrt(share * (1 - share) / total)
-    return HellaSwagResult(share, correct, total, stderr, protocol, time.perf_counter() - started)
+    scores = score_endings(model, questions(items, reference_texts, encode), **scoring)
+    means = {i: [log_prob / tokens for log_prob, tokens in found] for i, found in scores.items()}
+    (correct,) = _count_right(items, [means], sum_over_ranks)
+    share = correct / len(items)
+    stderr = math.sqrt(share * (1 - share) / len(items))
+    return HellaSwagResult(share, correct, len(items), stderr, protocol, time.perf_counter() - started)
 
 
-@torch.no_grad()
-def item_scores(
+def evaluate_lm_eval(
     model: LLM,
     items: Sequence[Item],
     encode: Callable[[str], list[int]],
     *,
-    rank: int = 0,
-    world_size: int = 1,
-    token_budget: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
-    between_batches: Callable[[], None] = lambda: None,
-) -> dict[int, list[float]]:
-    """For each of this process's items, by index: its endings' mean log-probabilities a token, in nats.
-
-    A batch holds at most `token_budget` tokens, padding included, and at least one item; None suits the device.
-    Rounding depends on which items share a batch, so that must not depend on `world_size`: all processes form
-    the same batches, and deal out whole ones. A row longer than the model's context loses its beginning.
-    Autocast is the caller's. `on_progress` gets the number of items this process has done. `between_batches` is
-    called equally often in every process, and may raise to give up.
-    """
-    device = model.embedding.weight.device
-    token_budget = token_budget or (TOKENS_CPU if device.type == "cpu" else TOKENS_GPU)
-    rows = [_rows(item, encode, model.config.n_ctx) for item in items]
-    scores: dict[int, list[float]] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        batches = _batches(rows, token_budget)
-        for first in range(0, len(batches), world_size):
-            between_batches()
-            if first + rank >= len(batches):
-                continue  # other processes have one batch more
-            batch = batches[first + rank]
-            means = iter(_mean_log_probs(model, [row for i in batch for row in rows[i]], device))
-            for i in batch:
-                scores[i] = list(islice(means, len(rows[i])))
-            if on_progress:
-                on_progress(len(scores))
-    finally:
-        model.train(was_training)
-    return scores
+    sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
+    **scoring: Any,
+) -> LmEvalResult:
+    """The accuracies by lm-eval's protocol, on items of which `lm_eval_lacks` nothing; otherwise as `evaluate`."""
+    started = time.perf_counter()
+    scores = score_endings(model, questions(items, lm_eval_texts, encode), **scoring)
+    sums = {i: [log_prob for log_prob, _ in found] for i, found in scores.items()}
+    a_character = {
+        i: [value / len(choice) for value, choice in zip(found, lm_eval_choices(items[i]), strict=True)]
+        for i, found in sums.items()
+    }
+    shares = [right / len(items) for right in _count_right(items, [sums, a_character], sum_over_ranks)]
+    acc, acc_norm = ((share, math.sqrt(share * (1 - share) / max(1, len(items) - 1))) for share in shares)
+    return LmEvalResult(*acc, *acc_norm, len(items), LM_EVAL_PROTOCOL, time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
-class _Row:
-    tokens: list[int]
-    scored: int
-    """How many tokens at the end are the ending's."""
+def questions(items: Sequence[Item], texts: Texts, encode: Callable[[str], list[int]]) -> list[Question]:
+    """The items as token ids, context and endings encoded one by one."""
+    asked = map(texts, items)
+    return [Question(encode(context), [encode(ending) for ending in endings]) for context, endings in asked]
 
 
-def _rows(item: Item, encode: Callable[[str], list[int]], n_ctx: int) -> list[_Row]:
-    """One row an ending. The last token is only predicted, so that n_ctx + 1 tokens fit."""
-    context = encode(item.ctx)
-    endings = [encode(" " + ending) for ending in item.endings]
-    return [_Row((context + ending)[-n_ctx - 1 :], min(len(ending), n_ctx)) for ending in endings]
+def encoder(items: Sequence[Item], texts: Texts, tokenizer: Tokenizer, name: str) -> Callable[[str], list[int]]:
+    """`tokenizer.encode` that has the items' texts at hand; `name` is the protocol's, for the file that keeps them."""
+    return cached_encode([text for c, endings in map(texts, items) for text in (c, *endings)], tokenizer, name)
 
 
-def _batches(rows: list[list[_Row]], token_budget: int) -> list[list[int]]:
-    """Indices of items, batch by batch; items of similar length together, the longest first.
-
-    The four rows of an item stay together. The longest first, so that what does not fit fails at once.
-    """
-    longest = [max(len(row.tokens) for row in item_rows) for item_rows in rows]
-    batches: list[list[int]] = []
-    rows_left = 0
-    for i in sorted(range(len(rows)), key=lambda i: -longest[i]):
-        if rows_left < len(rows[i]):
-            batches.append([])
-            rows_left = token_budget // longest[i]
-        batches[-1].append(i)
-        rows_left -= len(rows[i])
-    return batches
+def _count_right(
+    items: Sequence[Item],
+    rules: Sequence[dict[int, list[float]]],
+    sum_over_ranks: Callable[[Sequence[float]], Sequence[float]],
+) -> list[int]:
+    """By each rule's values of the endings of this process's items, how many of all items the processes get right."""
+    assert items, "an accuracy needs items"
+    right = [sum(_is_right(values, items[i].label) for i, values in rule.items()) for rule in rules]
+    total, *correct = (int(value) for value in sum_over_ranks([len(rules[0]), *right]))
+    assert total == len(items), f"{total} items were scored of {len(items)}"
+    return correct
 
 
-def _mean_log_probs(model: LLM, rows: list[_Row], device: torch.device) -> list[float]:
-    """For each row, the mean over its ending's tokens of their log-probability in nats."""
-    inputs_BT = np.zeros((len(rows), max(len(row.tokens) for row in rows) - 1), dtype=np.int64)
-    for b, row in enumerate(rows):  # padded on the right, which causal attention never looks at
-        inputs_BT[b, : len(row.tokens) - 1] = row.tokens[:-1]
-    hidden_BTD = model.hidden(torch.from_numpy(inputs_BT).to(device))
-
-    ends = [len(row.tokens) - 1 for row in rows]  # position t predicts token t + 1
-    row_N = np.repeat(np.arange(len(rows)), [row.scored for row in rows])
-    position_N = np.concatenate([np.arange(end - row.scored, end) for row, end in zip(rows, ends, strict=True)])
-    targets_N = np.concatenate([row.tokens[-row.scored :] for row in rows])
-    scored = torch.from_numpy(np.stack([row_N, position_N, targets_N])).to(device)
-
-    log_probs_N = _log_probs(model, hidden_BTD[scored[0], scored[1]], scored[2]).cpu().double()
-    return [part.mean().item() for part in log_probs_N.split([row.scored for row in rows])]
-
-
-def _log_probs(model: LLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """log softmax(head(hidden))[target], (N,) float32, with the logits of few positions at once."""
-    size = LOGIT_ROWS_CPU if hidden_ND.device.type == "cpu" else LOGIT_ROWS_GPU
-    parts = zip(hidden_ND.split(size), targets_N.split(size), strict=True)
-    return torch.cat([-F.cross_entropy(model.logits(h).float(), t, reduction="none") for h, t in parts])
-
-
-def _is_correct(scores: list[float], label: int) -> bool:
+def _is_right(values: list[float], label: int) -> bool:
     """A model that gives NaN or infinity knows nothing, and must not score 25% by the order of endings."""
-    return math.isfinite(sum(scores)) and scores.index(max(scores)) == label
+    return math.isfinite(sum(values)) and values.index(max(values)) == label
 
 
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.hellaswag",
-        description="Measure a trained model on HellaSwag. Prints one JSON object as the last line.",
+        description="Measure a trained model on HellaSwag. Prints one JSON object as the last line: the figures of the "
+        "reference's protocol, and as lm_eval those of lm-evaluation-harness's.",
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a run (folder or name) or a step_* folder")
+    parser.add_argument("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
     parser.add_argument(
         "--data",
         help="HellaSwag as .jsonl or .jsonl.gz, or 'held-out' for a stand-in from the validation text the model was "
@@ -229,6 +226,12 @@ def main() -> int:
     )
     parser.add_argument(
         "--limit", type=int, help="take the first so many items (default: all; held-out: as in training)"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=(REFERENCE, LM_EVAL, BOTH),
+        help="reference: raw ctx, mean log-probability a token; lm-eval: lm-evaluation-harness's texts, acc and "
+        "acc_norm (default: both, or reference alone where the items lack what lm-eval asks by)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
@@ -243,10 +246,19 @@ def main() -> int:
     protocol, items = choose_items(args.data or "auto", limit, validation_shard, tokenizer)
     print(f"{len(items)} items on {loaded.device}: {protocol}", file=sys.stderr)
     with loaded.autocast():
-        result = evaluate(
-            loaded.model, items, tokenizer.encode, protocol=protocol, on_progress=_progress_printer(len(items))
+        measured = measure(
+            loaded.model,
+            items,
+            tokenizer,
+            protocol=protocol,
+            asked=args.protocol,
+            on_progress=_progress_printer(len(items)),
         )
-    print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **asdict(result)}))
+    if measured.note:
+        print(measured.note, file=sys.stderr)
+    reference = asdict(measured.reference) if measured.reference else {}
+    lm_eval = {"lm_eval": asdict(measured.lm_eval)} if measured.lm_eval else {}
+    print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **reference, **lm_eval}))
     return 0
 
 
@@ -263,14 +275,14 @@ def _validation_shard(loaded: LoadedModel) -> Path:
     return folder / manifest.validation[0].file
 
 
-def _progress_printer(total: int, every_seconds: float = 10.0) -> Callable[[int], None]:
+def _progress_printer(total: int, every_seconds: float = 10.0) -> Callable[[str, int], None]:
     last = time.monotonic()
 
-    def print_progress(done: int) -> None:
+    def print_progress(protocol: str, done: int) -> None:
         nonlocal last
         if time.monotonic() - last >= every_seconds:
             last = time.monotonic()
-            print(f"{done} of {total} items", file=sys.stderr)
+            print(f"{protocol.split(' ', 1)[0]}: {done} of {total} items", file=sys.stderr)
 
     return print_progress
 

@@ -20,18 +20,24 @@ from src.utils.errors import UserError
 
 HUB_TIMEOUT_SECONDS = 5
 NEEDED = "needed: ind (an integer), ctx (text), endings (four texts) and label (0 to 3)"
+PARTS = ("activity_label", "ctx_a", "ctx_b")
+"""Fields of an item that only lm-eval's protocol asks by: texts where there are any; HellaSwag's own file has them."""
 INSTEAD = "give a local copy (.jsonl or .jsonl.gz, original format), or 'held-out' for a stand-in from held-out text"
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question. In the protocol's rows a single space stands between `ctx` and an ending."""
+    """One question. By the reference's protocol a single space stands between `ctx` and an ending."""
 
     ind: int
     ctx: str
     endings: tuple[str, ...]
     label: int
     """Index of the right one of the four endings."""
+    activity_label: str | None = None
+    ctx_a: str | None = None
+    ctx_b: str | None = None
+    """May be empty. `ctx` is ctx_a, or ctx_a and ctx_b; None where the file does not have them apart."""
 
 
 def load_items(path: Path, limit: int | None = None) -> list[Item]:
@@ -102,11 +108,13 @@ def _as_item(record: Any, where: str) -> Item:
         "ctx": _is_text(record.get("ctx")),
         "endings": isinstance(endings, list) and len(endings) == 4 and all(map(_is_text, endings)),
         "label": str(record.get("label")) in ("0", "1", "2", "3"),  # the hub's are strings
+        **{name: record[name] is None or isinstance(record[name], str) for name in PARTS if name in record},
     }
     if wrong := [name for name, good in found.items() if not good]:
         values = ", ".join(f"{name} = {_short(record[name])}" if name in record else f"no {name}" for name in wrong)
         raise UserError(f"{where}: found {values}; {NEEDED}")
-    return Item(record["ind"], record["ctx"], tuple(record["endings"]), int(record["label"]))
+    parts = (record.get(name) for name in PARTS)
+    return Item(record["ind"], record["ctx"], tuple(record["endings"]), int(record["label"]), *parts)
 
 
 def _is_text(value: Any) -> bool:

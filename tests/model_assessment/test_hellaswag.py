@@ -1,315 +1,195 @@
-"""The protocol against a slow reading of its definition; files, ranks and the command besides."""
+"""Both protocols against a slow reading of their definitions; ranks and the command besides."""
 
-import gzip
 import json
 import math
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
-import torch
-from huggingface_hub import constants as hub
-from torch import nn
 
 from src.data_processing import shards
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment.hellaswag import (
+    BOTH,
+    LM_EVAL,
+    REFERENCE,
+    Measured,
+    evaluate,
+    evaluate_lm_eval,
+    measure,
+)
+from src.model_assessment.hellaswag_items import Item, load_items
+from src.model_assessment.hellaswag_protocols import (
     HELD_OUT_PROTOCOL,
     HELLASWAG_PROTOCOL,
-    evaluate,
-    item_scores,
+    LM_EVAL_PROTOCOL,
+    lm_eval_choices,
+    lm_eval_texts,
 )
-from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
 from src.model_utils.checkpoint_utils import save_checkpoint, step_dir
-from src.params import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig, to_dict
+from src.params import Config, DataConfig, EvalConfig, TrainConfig, to_dict
 from src.utils.errors import UserError
 from tests.conftest import Commands, manifest_of
+from tests.model_assessment.choices import (
+    ITEMS,
+    RECORD,
+    FixedTaste,
+    encode,
+    make_model,
+    slow_log_probs,
+    slow_means,
+)
 
 COMMAND = "src.model_assessment.hellaswag"
-encode = load_tokenizer().encode
-
-RECORD: dict[str, Any] = {
-    "ind": 7,
-    "ctx": "A man sits.",
-    "endings": ["stands up.", "is a roof.", "sings it.", "ate."],
-    "label": 2,
-}
-ITEMS = [
-    Item(0, "The cat sat on the mat and", ("looked around.", "flew to the moon in a red rocket.", "ate", "sang"), 0),
-    Item(1, "Rain", ("falls.", "is made of iron and wool, as everybody knows.", "sleeps a while.", "runs"), 2),
-    Item(2, "She opened the old book slowly; then she", ("read it aloud.", "read it.", "drank the sea.", "barked"), 1),
-    Item(3, "Naïve café owners, 10,042 of them,", ("served ☕ all day.", "slept.", "counted to ten.", "left"), 3),
-    Item(4, "word " * 40 + "end", ("of the line.", "and so on and on.", "word word", "of it all"), 2),
+WHOLE_ITEMS = [
+    replace(item, activity_label="Any [x] thing", ctx_a=item.ctx, ctx_b=last)
+    for item, last in zip(ITEMS, ("", "he", "the LADY", "[step]", "so"), strict=True)
 ]
 
 
-def make_model(n_ctx: int = 64, seed: int = 0) -> LLM:
-    """Weights far from their initial scale, so that scores differ between endings and depend on the context."""
-    torch.manual_seed(seed)
-    model = LLM(ModelConfig(n_ctx=n_ctx, n_embd=16, n_head=2, n_layer=2, residual_dropout=0.5, ffn_dropout=0.5))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    return model
+def slow_lm_eval(model: LLM, items: list[Item]) -> tuple[float, float]:
+    """acc and acc_norm."""
+    right = np.zeros(2)
+    for item in items:
+        context, endings = lm_eval_texts(item)
+        sums = np.array([sum(slow_log_probs(model, context, ending)) for ending in endings])
+        lengths = [len(choice) for choice in lm_eval_choices(item)]
+        right += [np.argmax(sums) == item.label, np.argmax(sums / lengths) == item.label]
+    acc, acc_norm = (right / len(items)).tolist()
+    return acc, acc_norm
 
 
-@torch.no_grad()
-def slow_score(model: LLM, ctx: str, ending: str) -> float:
-    """The definition, one ending at a time, through the whole float64 log-softmax."""
-    context, continuation = encode(ctx), encode(" " + ending)
-    tokens = (context + continuation)[-(model.config.n_ctx + 1) :]
-    log_probs = torch.log_softmax(model(torch.tensor([tokens[:-1]]))[0].double(), dim=-1)
-    scored = range(max(1, len(tokens) - len(continuation)), len(tokens))
-    return sum(log_probs[t - 1, tokens[t]].item() for t in scored) / len(scored)
+def right_by_mean(model: LLM, items: list[Item]) -> int:
+    best = {i: values.index(max(values)) for i, values in slow_means(model, items).items()}
+    return sum(best[i] == item.label for i, item in enumerate(items))
 
 
-def slow_scores(model: LLM, items: list[Item]) -> dict[int, list[float]]:
-    model.eval()
-    return {i: [slow_score(model, item.ctx, ending) for ending in item.endings] for i, item in enumerate(items)}
+@pytest.mark.parametrize("n_ctx", [64, 12])
+def test_the_references_accuracy(n_ctx: int) -> None:
+    found = []
+    for seed in range(4):
+        model = make_model(n_ctx, seed)
+        result = evaluate(model, ITEMS, encode, protocol="test")
+        found.append(right_by_mean(model, ITEMS))
+        assert (result.correct, result.total, result.protocol) == (found[-1], 5, "test")
+        assert result.acc_norm == found[-1] / 5
+        assert result.stderr == pytest.approx(math.sqrt(result.acc_norm * (1 - result.acc_norm) / 5))
+    assert len(set(found)) > 1
 
 
-def assert_close(scores: dict[int, list[float]], expected: dict[int, list[float]], tolerance: float = 1e-5) -> None:
-    assert scores.keys() == expected.keys()
-    for i, values in expected.items():
-        assert scores[i] == pytest.approx(values, abs=tolerance)
-
-
-@pytest.mark.parametrize("token_budget", [1, 300, 100_000])
-@pytest.mark.parametrize("n_ctx", [64, 12, 4])
-def test_scores_are_those_of_one_ending_at_a_time(n_ctx: int, token_budget: int) -> None:
-    """n_ctx = 12 crops contexts; 4 is shorter than some endings, whose last 4 tokens remain."""
-    model = make_model(n_ctx)
-    expected = slow_scores(model, ITEMS)
-    assert_close(item_scores(model, ITEMS, encode, token_budget=token_budget), expected)
-    best = {i: values.index(max(values)) for i, values in expected.items()}
-    result = evaluate(model, ITEMS, encode, protocol="test", token_budget=token_budget)
-    assert result.correct == sum(best[i] == item.label for i, item in enumerate(ITEMS))
-    assert (result.total, result.protocol, result.acc_norm) == (5, "test", result.correct / 5)
-    assert result.stderr == pytest.approx(math.sqrt(result.acc_norm * (1 - result.acc_norm) / 5))
-
-
-def test_batches_keep_to_the_token_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
-    sizes: list[int] = []
-    hidden = model.hidden
-
-    def measured(inputs_BT: torch.Tensor) -> torch.Tensor:
-        sizes.append(inputs_BT.numel())
-        return hidden(inputs_BT)
-
-    monkeypatch.setattr(model, "hidden", measured)
-    item_scores(model, ITEMS[:4] * 10, encode, token_budget=400)
-    assert 1 < len(sizes) < 40
-    assert max(sizes) <= 400
-
-
-def test_autocast_is_the_callers_and_the_softmax_stays_in_float32() -> None:
-    model = make_model()
-    expected = slow_scores(model, ITEMS)
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = item_scores(model, ITEMS, encode)
-    assert scores != item_scores(model, ITEMS, encode)
-    assert_close(scores, expected, tolerance=0.3)
-    scores = item_scores(make_model().bfloat16(), ITEMS, encode)  # no autocast to fall back on
-    single = [  # endings of one token: no mean hides what their score came in
-        score
-        for i, item in enumerate(ITEMS)
-        for ending, score in zip(item.endings, scores[i], strict=True)
-        if len(encode(" " + ending)) == 1
-    ]
-    assert any(value != torch.tensor(value).bfloat16().item() for value in single)
-
-
-def test_dropout_is_off_and_the_models_mode_comes_back() -> None:
-    model = make_model()
-    for training in (True, False):
-        model.train(training)
-        scores = item_scores(model, ITEMS, encode)
-        assert model.training is training
-    assert scores == item_scores(model.train(), ITEMS, encode)
-
-    def interrupt(done: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        item_scores(model, ITEMS, encode, on_progress=interrupt)
-    assert model.training
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_any_number_of_ranks_gives_the_same_result_to_the_bit(world_size: int) -> None:
-    model, items = make_model().eval(), ITEMS * 3
-    alone = item_scores(model, items, encode, token_budget=200)
-    parts = [
-        item_scores(model, items, encode, rank=rank, world_size=world_size, token_budget=200)
-        for rank in range(world_size)
-    ]
-    assert sum(len(part) for part in parts) == len(items)
-    assert {i: values for part in parts for i, values in part.items()} == alone
+@pytest.mark.parametrize("n_ctx", [64, 12])
+def test_lm_evals_accuracies(n_ctx: int) -> None:
+    found = []
+    for seed in range(4):
+        model = make_model(n_ctx, seed)
+        items = [replace(item, label=(item.label + seed) % 4) for item in WHOLE_ITEMS]
+        result = evaluate_lm_eval(model, items, encode)
+        found.append(slow_lm_eval(model, items))
+        assert (result.acc, result.acc_norm) == found[-1]
+        assert (result.total, result.protocol) == (5, LM_EVAL_PROTOCOL)
+        for share, stderr in ((result.acc, result.acc_stderr), (result.acc_norm, result.acc_norm_stderr)):
+            hits = [1.0] * round(5 * share) + [0.0] * (5 - round(5 * share))
+            assert stderr == pytest.approx(np.std(hits, ddof=1) / math.sqrt(5))
+    assert len({acc for acc, _ in found}) > 1
+    assert any(acc != acc_norm for acc, acc_norm in found)
 
 
 def test_every_rank_reports_the_sum() -> None:
-    model, items, ranks = make_model().eval(), ITEMS * 2, 3
-    barrier, contributions = threading.Barrier(ranks), [[0.0, 0.0]] * ranks
-    results: list[Any] = [None] * ranks
+    model, ranks = make_model().eval(), 3
 
-    def one_rank(rank: int) -> None:
-        def sum_over_ranks(values: Any) -> list[float]:
-            contributions[rank] = list(values)
-            barrier.wait(timeout=30)
-            return [sum(column) for column in zip(*contributions, strict=True)]
+    def on_all_ranks(way: Any, items: list[Item], **options: Any) -> list[Any]:
+        barrier, contributions = threading.Barrier(ranks), [[0.0]] * ranks
+        results: list[Any] = [None] * ranks
 
-        results[rank] = evaluate(
-            model,
-            items,
-            encode,
-            protocol="test",
-            rank=rank,
-            world_size=ranks,
-            sum_over_ranks=sum_over_ranks,
-            token_budget=100,
-        )
+        def one_rank(rank: int) -> None:
+            def sum_over_ranks(values: Any) -> list[float]:
+                contributions[rank] = list(values)
+                barrier.wait(timeout=30)
+                return [sum(column) for column in zip(*contributions, strict=True)]
 
-    threads = [threading.Thread(target=one_rank, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    alone = evaluate(model, items, encode, protocol="test", token_budget=100)
-    assert all((r.correct, r.total, r.stderr) == (alone.correct, alone.total, alone.stderr) for r in results)
+            shared_out = {"rank": rank, "world_size": ranks, "sum_over_ranks": sum_over_ranks, "token_budget": 100}
+            results[rank] = replace(way(model, items, encode, **shared_out, **options), seconds=0.0)
+
+        threads = [threading.Thread(target=one_rank, args=(rank,)) for rank in range(ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    alone = evaluate(model, ITEMS * 2, encode, protocol="test", token_budget=100)
+    assert on_all_ranks(evaluate, ITEMS * 2, protocol="test") == [replace(alone, seconds=0.0)] * ranks
+    by_lm_eval = evaluate_lm_eval(model, WHOLE_ITEMS * 2, encode, token_budget=100)
+    assert on_all_ranks(evaluate_lm_eval, WHOLE_ITEMS * 2) == [replace(by_lm_eval, seconds=0.0)] * ranks
 
 
-class FixedTaste(nn.Module):
-    """Gives the same logits everywhere: high for some words, low for the rest."""
+def test_what_a_model_prefers_by_each_rule() -> None:
+    """The right ending is three likely words of 11 characters, each wrong one a less likely word of 7."""
+    items = [
+        Item(i, "So", tuple("yes yes yes" if j == i % 4 else "nothing" for j in range(4)), i % 4, "A", "b", "c")
+        for i in range(12)
+    ]
 
-    def __init__(self, logits: dict[str, float]) -> None:
-        super().__init__()
-        self.config = ModelConfig(n_ctx=32)
-        self.embedding = nn.Embedding(self.config.n_vocab, 1)
-        self.logits_V = torch.zeros(self.config.n_vocab)
-        for word, value in logits.items():
-            (token,) = encode(word)
-            self.logits_V[token] = value
+    def accuracies(yes: float, nothing: float) -> tuple[float, float, float]:
+        """By the mean a token, the sum, and the sum a character."""
+        model: Any = FixedTaste({" yes": yes, " nothing": nothing})
+        by_lm_eval = evaluate_lm_eval(model, items, encode)
+        return evaluate(model, items, encode, protocol="test").acc_norm, by_lm_eval.acc, by_lm_eval.acc_norm
 
-    def hidden(self, inputs_BT: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*inputs_BT.shape, 1)
-
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        return self.logits_V + hidden_ND
+    assert accuracies(yes=11.0, nothing=11.5) == (0.0, 0.0, 0.0)
+    assert accuracies(yes=11.5, nothing=11.0) == (1.0, 0.0, 0.0)  # a word costs 0.75 nats, and 1.25
+    assert accuracies(yes=12.0, nothing=11.0) == (1.0, 0.0, 1.0)  # 0.52 and 1.52
+    assert accuracies(yes=16.0, nothing=11.0) == (1.0, 1.0, 1.0)  # 0.01 and 5.01
 
 
-def test_a_model_that_prefers_the_answers_is_always_right() -> None:
-    """By the mean, not the sum: the right ending is the longest, and each of its tokens costs something."""
-    items = [Item(i, "So", tuple("yes yes yes" if j == i % 4 else "no" for j in range(4)), i % 4) for i in range(12)]
-    right: Any = FixedTaste({" yes": 12.0, " no": 11.0})
-    assert evaluate(right, items, encode, protocol="test").acc_norm == 1.0
-    wrong: Any = FixedTaste({" yes": 11.0, " no": 12.0})
-    assert evaluate(wrong, items, encode, protocol="test").acc_norm == 0.0
+def test_lm_eval_divides_by_characters_not_bytes() -> None:
+    """An é is one of two bytes: 0.65 nats a character, 0.32 a byte; `it` has 0.57 of either."""
+    model: Any = FixedTaste({" é": 12.0, " it": 11.5})
+    items = [Item(0, "So", ("é", "it", "it", "it"), label, "A", "b", "c") for label in (0, 1)]
+    result = evaluate_lm_eval(model, items, encode)
+    assert [evaluate_lm_eval(model, [item], encode).acc_norm for item in items] == [0.0, 1.0]
+    assert (result.acc, result.acc_norm) == (0.5, 0.5)
 
 
 def test_a_model_that_gives_nan_is_never_right() -> None:
     broken: Any = FixedTaste({" yes": math.nan})
     assert evaluate(broken, ITEMS, encode, protocol="test").correct == 0
+    by_lm_eval = evaluate_lm_eval(broken, WHOLE_ITEMS, encode)
+    assert (by_lm_eval.acc, by_lm_eval.acc_norm) == (0.0, 0.0)
 
 
-def test_progress_reaches_the_number_of_items() -> None:
-    done: list[int] = []
-    item_scores(make_model(), ITEMS, encode, token_budget=1, on_progress=done.append)
-    assert done == [1, 2, 3, 4, 5]
+def test_both_protocols_are_measured_where_the_items_allow_it() -> None:
+    model, tokenizer = make_model(), load_tokenizer()
+    seen: dict[str, int] = {}
 
+    def on_progress(protocol: str, done: int) -> None:
+        seen[protocol] = done
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_files_are_read_plain_or_compressed(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"items{suffix}"
-    text = "".join(json.dumps({**RECORD, "ind": ind, "other": None}) + "\n" for ind in range(3)) + "\n"
-    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
-    items = load_items(path)
-    assert items[1] == Item(1, "A man sits.", ("stands up.", "is a roof.", "sings it.", "ate."), 2)
-    assert [item.ind for item in items] == [0, 1, 2]
-    assert load_items(path, limit=2) == items[:2]
-    assert load_items(path, limit=9) == items
+    def known(measured: Measured) -> tuple[bool, bool]:
+        return measured.reference is not None, measured.lm_eval is not None
 
+    both = measure(model, WHOLE_ITEMS, tokenizer, on_progress=on_progress)
+    assert both.reference is not None
+    assert both.lm_eval is not None
+    assert both.reference.correct == right_by_mean(model, WHOLE_ITEMS)
+    assert (both.lm_eval.acc, both.lm_eval.acc_norm) == slow_lm_eval(model, WHOLE_ITEMS)
+    assert both.note == ""
+    assert seen == {HELLASWAG_PROTOCOL: 5, LM_EVAL_PROTOCOL: 5}
+    assert known(measure(model, WHOLE_ITEMS, tokenizer, asked=REFERENCE)) == (True, False)
+    assert known(measure(model, WHOLE_ITEMS, tokenizer, asked=LM_EVAL)) == (False, True)
 
-@pytest.mark.parametrize(
-    ("line", "found"),
-    [
-        ("not json", "'not json', which is not JSON"),
-        ("[1, 2]", "[1, 2], which is not a JSON object"),
-        (json.dumps({**RECORD, "label": 4}), "label = 4"),
-        (json.dumps({**RECORD, "label": ""}), "label = ''"),
-        (json.dumps({**RECORD, "label": True}), "label = True"),
-        (json.dumps({**RECORD, "ctx": " "}), "ctx = ' '"),
-        (json.dumps({**RECORD, "ind": "x", "ctx": 3}), "ind = 'x', ctx = 3"),
-        (json.dumps({**RECORD, "endings": ["a", "b", "c"]}), "endings = ['a', 'b', 'c']"),
-        (json.dumps({**RECORD, "endings": ["a", "b", "c", ""]}), "endings = ['a', 'b', 'c', '']"),
-        (json.dumps({k: v for k, v in RECORD.items() if k != "endings"}), "no endings"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: str, found: str) -> None:
-    path = tmp_path / "items.jsonl"
-    path.write_text(json.dumps(RECORD) + "\n" + line + "\n")
-    with pytest.raises(UserError) as error:
-        load_items(path)
-    assert f"{path}, line 2: found {found}" in str(error.value)
-    assert "needed: ind" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("empty.jsonl", b"", "is empty"),
-        ("blank.jsonl", b"\n \n", "is empty"),
-        ("absent.jsonl", None, "No such file"),
-        ("not_gzip.jsonl.gz", json.dumps(RECORD).encode(), "gzip"),
-        ("cut_short.jsonl.gz", gzip.compress(json.dumps(RECORD).encode() * 50, mtime=0)[:-20], "end-of-stream"),
-        ("damaged.jsonl.gz", gzip.compress(b"x" * 9, mtime=0)[:10] + b"\xff" * 30, "decompressing"),
-        ("binary.jsonl", b"\xff\xfe\x00", "codec"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        load_items(path)
-    assert str(path) in str(error.value)
-    assert words in str(error.value)
-
-
-def test_the_hubs_records_become_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)  # no look at the network
-    records = [{**RECORD, "ind": ind, "label": "3"} for ind in range(3)]
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, split: {("Rowan/hellaswag", "validation"): records}[name, split]
-    )
-    assert fetch_items() == [Item(ind, RECORD["ctx"], tuple(RECORD["endings"]), 3) for ind in range(3)]
-    assert len(fetch_items(2)) == 2
-
-
-def test_an_unreachable_hub_is_said_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
-    started = time.monotonic()
-    with pytest.raises(UserError, match=r"http://127.0.0.1:9 does not answer.*local copy.*held-out"):
-        fetch_items()
-    assert time.monotonic() - started < 10
-
-
-def test_the_real_validation_set(shared: Path) -> None:
-    items = load_items(shared / "eval" / "hellaswag_val.jsonl.gz")
-    assert len(items) == 10_042
-    assert (items[0].ind, items[0].ctx, items[0].label) == (24, "A man is sitting on a roof. he", 3)
-    assert items[0].endings[3] == "starts pulling up roofing on a roof."
-    model = make_model(n_ctx=128)
-    scores = item_scores(model, items[:100], encode)
-    some = range(0, 100, 5)
-    expected = slow_scores(model, [items[i] for i in some])
-    assert_close({i: scores[n] for i, n in enumerate(some)}, expected)
+    alone = measure(model, ITEMS, tokenizer)
+    assert known(alone) == (True, False)
+    assert alone.note == "without lm-eval's protocol: item ind 0 has no activity_label, ctx_a, ctx_b"
+    for asked in (LM_EVAL, BOTH):
+        with pytest.raises(UserError, match="item ind 0 has no activity_label, ctx_a, ctx_b; use --protocol reference"):
+            measure(model, ITEMS, tokenizer, asked=asked)
+        with pytest.raises(UserError, match="not HellaSwag"):
+            measure(model, WHOLE_ITEMS, tokenizer, protocol=HELD_OUT_PROTOCOL, asked=asked)
 
 
 @pytest.fixture
@@ -351,12 +231,30 @@ def test_the_command_measures_a_checkpoint(commands: Commands, checkpoint: Path)
     done = commands.module(COMMAND, "--checkpoint", str(checkpoint), "--data", str(data), "--limit", "5")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
+    items, model = load_items(data, 5), make_model()
+    lm_eval = result.pop("lm_eval")
     assert result.pop("seconds") > 0
-    right = slow_scores(make_model(), load_items(data, 1))[0]
-    correct = 5 * (right.index(max(right)) == RECORD["label"])
+    assert lm_eval.pop("seconds") > 0
+    correct = right_by_mean(model, items)
     expected = {"checkpoint": str(checkpoint), "step": 3, "acc_norm": correct / 5, "correct": correct, "total": 5}
     assert result == {**expected, "stderr": 0.0, "protocol": HELLASWAG_PROTOCOL}
+    acc, acc_norm = slow_lm_eval(model, items)
+    errors = {"acc_stderr": 0.0, "acc_norm_stderr": 0.0}
+    assert lm_eval == {"acc": acc, "acc_norm": acc_norm, **errors, "total": 5, "protocol": LM_EVAL_PROTOCOL}
     assert "5 items on" in done.stderr
+
+
+def test_the_command_measures_by_the_protocol_that_is_asked(commands: Commands, checkpoint: Path) -> None:
+    data = commands.temp_data / "items.jsonl"
+    data.write_text(json.dumps(RECORD))
+    arguments = ("--checkpoint", str(checkpoint), "--data", str(data))
+    done = commands.module(COMMAND, *arguments, "--protocol", "lm-eval")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]).keys() == {"checkpoint", "step", "lm_eval"}
+    data.write_text(json.dumps({**RECORD, "ctx_a": None}))
+    done = commands.module(COMMAND, *arguments, "--protocol", "both")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "original format: item ind 7 has no ctx_a; use --protocol reference" in done.stderr
 
 
 def test_the_command_never_calls_the_stand_in_hellaswag(commands: Commands, checkpoint: Path) -> None:

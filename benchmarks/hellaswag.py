@@ -1,0 +1,139 @@
+"""HellaSwag by the reference's protocol, ours beside the reference's algorithm, as one JSON object.
+
+python -m benchmarks.hellaswag {debug,laptop,lf_llm_269m} --data FILE [--checkpoint DIR] [--items 100 --rounds 5]
+
+The reference takes one item at a time: its four rows, padded to the longest, through the model to logits of every
+position in float32; then the cross-entropy of all of them, and a masked mean. Both score the same items, every so
+many-th of the file, from the same token ids, in the same precision; they take turns, and each figure is the median over
+the rounds after one that is not counted. The weights are those of `--checkpoint`, or random.
+
+The run fails if the scores differ by more than rounding. `other_choices` counts the items whose choice is another one,
+`largest_gap` is the most by which two choices' scores lie apart there, by the reference's: ties of rounding.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from src.data_processing.tokenizer import load_tokenizer
+from src.model import LLM
+from src.model_assessment.hellaswag import questions
+from src.model_assessment.hellaswag_items import load_items
+from src.model_assessment.hellaswag_protocols import reference_texts
+from src.model_assessment.multiple_choice import Question, score_endings
+from src.model_configs.my_llm_config import PRESETS
+from src.model_utils.load_model import load_model
+from src.model_utils.weight_init import init_weights
+from src.utils import hardware
+from src.utils.errors import UserError, exit_with
+
+Scores = list[list[float]]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # nats a token
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.hellaswag", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--data", required=True, type=Path, help="HellaSwag as .jsonl or .jsonl.gz")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a run or a step_* folder, whose model takes the preset's place"
+    )
+    parser.add_argument("--items", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
+    args = parser.parse_args()
+    if min(args.items, args.rounds) < 1:
+        raise UserError(f"--items is {args.items} and --rounds {args.rounds}; both must be at least 1")
+    device = hardware.choose_device("auto")
+    precision = hardware.choose_precision(args.precision, device)
+    items = load_items(args.data)
+    items = items[:: max(1, len(items) // args.items)][: args.items]
+    model = (load_model(args.checkpoint).model if args.checkpoint else random_model(args.preset)).to(device).eval()
+    asked = questions(items, reference_texts, load_tokenizer().encode)
+    with hardware.autocast(device, precision), torch.no_grad():
+        seconds, scores = take_turns({"ours": ours, "reference": reference}, model, asked, args.rounds)
+    differences = [abs(a - b) for pair in zip(*scores.values(), strict=True) for a, b in zip(*pair, strict=True)]
+    if max(differences) > TOLERANCE[precision]:
+        raise SystemExit(f"not the same work: scores differ by {max(differences):.2g} nats a token")
+    gaps = [max(theirs) - theirs[choice(found)] for found, theirs in zip(*scores.values(), strict=True)]
+    others = [gap for gap in gaps if gap > 0]
+    print(
+        json.dumps(
+            {
+                "preset": args.preset,
+                "weights": args.checkpoint or "random",
+                "precision": str(precision).removeprefix("torch."),
+                "items": len(items),
+                "rounds": args.rounds,
+                "seconds": {name: round(value, 3) for name, value in seconds.items()},
+                "times_as_fast": round(seconds["reference"] / seconds["ours"], 2),
+                "other_choices": len(others),
+                "largest_gap": max(others, default=0.0),
+                "largest_score_difference": max(differences),
+                "machine": hardware.describe_machine(device),
+            }
+        )
+    )
+
+
+def take_turns(
+    ways: dict[str, Callable[[LLM, Sequence[Question]], Scores]], model: LLM, asked: Sequence[Question], rounds: int
+) -> tuple[dict[str, float], dict[str, Scores]]:
+    """Each way's median seconds for all questions, and its scores."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    scores: dict[str, Scores] = {}
+    for _ in range(1 + rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            scores[name] = way(model, asked)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}, scores
+
+
+def ours(model: LLM, asked: Sequence[Question]) -> Scores:
+    scores = score_endings(model, asked)
+    return [[log_prob / tokens for log_prob, tokens in scores[i]] for i in range(len(asked))]
+
+
+def reference(model: LLM, asked: Sequence[Question]) -> Scores:
+    return [reference_scores(model, question) for question in asked]
+
+
+def reference_scores(model: LLM, question: Question) -> list[float]:
+    """All four rows, whole, through the model; their last position predicts nothing that is asked for."""
+    rows = [[*question.context, *ending] for ending in question.endings]
+    n_ctx = model.config.n_ctx
+    tokens_BT = torch.zeros(len(rows), min(n_ctx + 1, max(map(len, rows))), dtype=torch.int64)
+    scored_BT = torch.zeros_like(tokens_BT)
+    for b, (row, ending) in enumerate(zip(rows, question.endings, strict=True)):
+        row = row[-n_ctx - 1 :]
+        tokens_BT[b, : len(row)] = torch.tensor(row)
+        scored_BT[b, max(1, len(row) - len(ending)) : len(row)] = 1
+    tokens_BT, scored_BT = (x.to(model.embedding.weight.device) for x in (tokens_BT, scored_BT))
+    logits_BTV = model(tokens_BT[:, :n_ctx]).float()[:, : tokens_BT.shape[1] - 1]
+    losses_N = F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="none")
+    losses_BT = losses_N.view(len(rows), -1) * scored_BT[:, 1:]
+    return (-losses_BT.sum(dim=1) / scored_BT.sum(dim=1)).tolist()
+
+
+def choice(scores: list[float]) -> int:
+    return scores.index(max(scores))
+
+
+def random_model(preset: str) -> LLM:
+    config = PRESETS[preset]()
+    model = LLM(config.model)
+    init_weights(model, config.model, config.train.seed)
+    return model
+
+
+if __name__ == "__main__":
+    exit_with(main)
