@@ -121,7 +121,8 @@ def measure(
             f"the model knows the tokens below {model.config.n_vocab}, and {tokenizer.name} has {tokenizer.n_vocab}; "
             "choose a model that was trained with this tokenizer"
         )
-    lacks = "these items are not HellaSwag" if protocol == HELD_OUT_PROTOCOL else lm_eval_lacks(items)
+    is_hellaswag = protocol != HELD_OUT_PROTOCOL
+    lacks = lm_eval_lacks(items) if is_hellaswag else "these items are not HellaSwag"
     if lacks and asked in (LM_EVAL, BOTH):
         raise UserError(
             f"lm-eval's protocol is for HellaSwag in its original format: {lacks}; use --protocol reference"
@@ -134,7 +135,7 @@ def measure(
     if asked != REFERENCE and not lacks:
         encode = encoder(items, lm_eval_texts, tokenizer, LM_EVAL)
         lm_eval = evaluate_lm_eval(model, items, encode, on_progress=partial(on_progress, LM_EVAL_PROTOCOL))
-    note = f"without lm-eval's protocol: {lacks}" if lacks and asked is None else ""
+    note = f"without lm-eval's protocol: {lacks}" if lacks and asked is None and is_hellaswag else ""
     return Measured(reference, lm_eval, note)
 
 
@@ -244,7 +245,7 @@ def main() -> int:
         validation_shard = _validation_shard(loaded)
         limit = limit or loaded.config.eval.hellaswag_items or 100  # 0 had turned it off while training
     protocol, items = choose_items(args.data or "auto", limit, validation_shard, tokenizer)
-    print(f"{len(items)} items on {loaded.device}: {protocol}", file=sys.stderr)
+    print(f"{len(items)} items on {loaded.device}", file=sys.stderr)
     with loaded.autocast():
         measured = measure(
             loaded.model,

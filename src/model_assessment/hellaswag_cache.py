@@ -1,4 +1,4 @@
-"""Token ids of HellaSwag's texts, kept on disk: encoding 10,042 items takes longer than a GPU takes to score them.
+"""Token ids of HellaSwag's texts, kept on disk: encoding its 10,042 items takes a second, reading their ids 0.1.
 
 A file of ids belongs to the very texts it was made of, in their order, and to the tokenizer: all of these are in the
 hash that names it. It holds a sha256 of the rest, the number of ids of each text (uint32), and the ids (uint16). One
@@ -20,7 +20,7 @@ from src.utils.root import TEMP_DATA
 
 EVAL_CACHE = TEMP_DATA / "eval_cache"
 FORMAT = 1
-AT_LEAST = 5_000  # texts, which take a fifth of a second: below that a file is not worth having
+AT_LEAST = 5_000  # texts, which take a tenth of a second: below that a file is not worth having
 _DIGEST = hashlib.sha256().digest_size
 
 

@@ -133,30 +133,34 @@ def _batches(rows: list[list[_Row]], token_budget: int) -> list[list[int]]:
 
 def _score(model: LLM, rows: list[_Row], device: torch.device) -> list[EndingScore]:
     """The score of each ending of each row, in order."""
-    shape_BT = len(rows), max(row.length for row in rows)
-    ids_BT, positions_BT = np.zeros((2, *shape_BT), dtype=np.int64)
-    branch_BT = np.full(shape_BT, PADDING)
+    B, T = len(rows), max(row.length for row in rows)
+    arrays = np.zeros((3, B, T), dtype=np.int64)
+    ids_BT, positions_BT, branch_BT = arrays
+    branch_BT[:] = PADDING
     before_N: list[int] = []  # the place in the batch from which each token of an ending is predicted
     for b, row in enumerate(rows):
-        start = place = len(row.context)
-        ids_BT[b, :place], positions_BT[b, :place], branch_BT[b, :place] = row.context, np.arange(place), 0
+        start = end = len(row.context)
+        ids_BT[b, :end], positions_BT[b, :end], branch_BT[b, :end] = row.context, np.arange(end), 0
         for branch, ending in enumerate(row.endings, start=1):
-            here = slice(place, place := place + len(ending) - 1)
-            ids_BT[b, here] = ending[:-1]
-            positions_BT[b, here] = np.arange(start, start + len(ending) - 1)
-            branch_BT[b, here] = branch
-            in_batch = b * shape_BT[1]
-            before_N += [in_batch + start - 1, *range(in_batch + here.start, in_batch + here.stop)]
+            place, end = end, end + len(ending) - 1
+            ids_BT[b, place:end] = ending[:-1]
+            positions_BT[b, place:end] = np.arange(start, start + len(ending) - 1)
+            branch_BT[b, place:end] = branch
+            before_N += [b * T + start - 1, *range(b * T + place, b * T + end)]
     targets_N = [token for row in rows for ending in row.endings for token in ending]
 
-    ids_BT, positions_BT, branch_BT = (torch.from_numpy(x).to(device) for x in (ids_BT, positions_BT, branch_BT))
-    same_BTS = branch_BT[:, :, None] == branch_BT[:, None, :]
-    mask_BTS = (same_BTS | (branch_BT[:, None, :] == 0)).tril()
-    hidden_BTD = model.hidden(ids_BT, positions_BT=positions_BT, mask_BTS=mask_BTS)
+    hidden_BTD = _hidden(model, *torch.from_numpy(arrays).to(device))
     hidden_ND = hidden_BTD.flatten(0, 1)[torch.tensor(before_N, device=device)]
     log_probs_N = _log_probs(model, hidden_ND, torch.tensor(targets_N, device=device)).cpu().double()
     sizes = [len(ending) for row in rows for ending in row.endings]
     return [EndingScore(part.sum().item(), len(part)) for part in log_probs_N.split(sizes)]
+
+
+def _hidden(model: LLM, ids_BT: torch.Tensor, positions_BT: torch.Tensor, branch_BT: torch.Tensor) -> torch.Tensor:
+    """The model's output, where a place sees what is before it of its own branch and of the context, branch 0."""
+    same_BTS = branch_BT[:, :, None] == branch_BT[:, None, :]
+    mask_BTS = (same_BTS | (branch_BT[:, None, :] == 0)).tril()
+    return model.hidden(ids_BT, positions_BT=positions_BT, mask_BTS=mask_BTS)
 
 
 def _log_probs(model: LLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:

@@ -185,6 +185,9 @@ def test_both_protocols_are_measured_where_the_items_allow_it() -> None:
     alone = measure(model, ITEMS, tokenizer)
     assert known(alone) == (True, False)
     assert alone.note == "without lm-eval's protocol: item ind 0 has no activity_label, ctx_a, ctx_b"
+    stand_in = measure(model, WHOLE_ITEMS, tokenizer, protocol=HELD_OUT_PROTOCOL)
+    assert known(stand_in) == (True, False)
+    assert stand_in.note == ""
     for asked in (LM_EVAL, BOTH):
         with pytest.raises(UserError, match="item ind 0 has no activity_label, ctx_a, ctx_b; use --protocol reference"):
             measure(model, ITEMS, tokenizer, asked=asked)

@@ -19,15 +19,14 @@ from src.model_utils.hf_export import export
 from tests.model_utils.exports import SHAPE, make_run, small_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, of requirements-dev.txt")
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
 TIE = 1e-4  # nats, a sum or a character: far above rounding in float32, far below what tells endings apart
 
 
 def lm_evals(folder: Path, items: Path) -> dict[str, Any]:
     """lm-eval's results for the exported model in `folder`: its own task, but with local data."""
-    from lm_eval.tasks import TaskManager
-
-    task = Path(lm_eval.__file__).parent / "tasks/hellaswag/hellaswag.yaml"
+    task = Path(lm_eval_tasks.__file__).parent / "hellaswag" / "hellaswag.yaml"
     (items.parent / "local.yaml").write_text(
         f"include: {task}\n"
         "task: hellaswag_local\n"
@@ -39,7 +38,7 @@ def lm_evals(folder: Path, items: Path) -> dict[str, Any]:
         model="hf",
         model_args={"pretrained": str(folder), "dtype": "float32"},
         tasks=["hellaswag_local"],
-        task_manager=TaskManager(include_path=str(items.parent), include_defaults=False),
+        task_manager=lm_eval_tasks.TaskManager(include_path=str(items.parent), include_defaults=False),
         device="cpu",
         batch_size=1,
     )
