@@ -165,14 +165,20 @@ def compiler(start: Start) -> Found:
 
 
 def memory(start: Start) -> Found | None:
-    """On a CPU: PyTorch itself, weights, gradients and moments, activations and logits of a micro-batch, a process."""
-    if start.device()[0].type != "cpu":
+    """On a CPU, of a process: PyTorch, weights, gradients, moments, a save's copy, activations and logits.
+
+    And half of that again for what is freed and kept (hardware.keep_freed_memory).
+    """
+    chosen, _ = start.device()
+    if chosen.type != "cpu":
         return None
     model, positions = start.config.model, start.config.micro_batch_size * start.config.model.n_ctx
-    # Fitted to what the presets debug and laptop took, 1.1 and 1.9 GB: 32 float32 values of the width in each layer.
+    # Fitted to what the preset debug took in float32, 2.4 GB: 32 float32 values of the width in each layer.
     activations = positions * 4 * 32 * model.n_layer * model.n_embd
-    activations += min(positions, LOGIT_POSITIONS) * 2 * model.n_vocab
-    needed = start.processes_here * (400_000_000 + checkpoint_bytes(start.config) * 4 // 3 + activations)
+    number_bytes = choose_precision(start.config.train.precision, chosen).itemsize
+    activations += min(positions, LOGIT_POSITIONS) * number_bytes * model.n_vocab
+    saved = checkpoint_bytes(start.config)  # weights and moments, which a save copies; gradients are a third of it
+    needed = start.processes_here * (500_000_000 + (saved * 7 // 3 + activations) * 3 // 2)
     free = available_memory_bytes()
     words = f"roughly {size_text(needed)} needed, {size_text(free)} free"
     if needed > free:

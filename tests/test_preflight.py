@@ -289,8 +289,8 @@ def test_processes_that_cannot_share_a_batch():
 
 
 def test_memory_that_will_not_do(monkeypatch: pytest.MonkeyPatch):
-    config = replace(debug(), train=replace(debug().train, device="cpu"))
-    for free, is_doubtful in ((8 * 10**8, True), (2 * 10**9, False)):  # this preset took 1.1 GB
+    config = replace(debug(), train=replace(debug().train, device="cpu", precision="float32"))
+    for free, is_doubtful in ((18 * 10**8, True), (3 * 10**9, False)):  # this preset took 2.4 GB
         monkeypatch.setattr(checks, "available_memory_bytes", lambda free=free: free)
         found = checks.memory(start_of(config))
         assert found is not None
