@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--data", required=True, type=Path, help="HellaSwag as .jsonl or .jsonl.gz")
     parser.add_argument(
-        "--checkpoint", type=Path, help="a run or a step_* folder, whose model takes the preset's place"
+        "--checkpoint", help="a run, a step_* folder or an export, whose model takes the preset's place"
     )
     parser.add_argument("--items", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
