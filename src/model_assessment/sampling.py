@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         default="auto",
         choices=WEIGHTS,
-        help="what the weights are kept in: bf16 takes half the memory and time of float32, int8 a quarter "
+        help="what the weights are kept in: bf16 takes half the memory of float32, int8 a quarter "
         "(default: bf16 where the device computes with it)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
