@@ -20,6 +20,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 from src.utils.errors import StorageError, UserError
+from src.utils.hub_errors import CHECK_CONNECTION, reason
 from src.utils.terminal import say
 
 T = TypeVar("T")
@@ -193,7 +194,7 @@ def _give_up(what: str, repository: str, error: Exception, remedy: str | None, f
     tried = f" after {failures} attempts" if failures > 1 else ""
     raise UserError(
         f"cannot get {what} of {repository} from {constants.ENDPOINT} ({_reason(error)}){tried}; "
-        + (remedy or "check the connection, or name a mirror in HF_ENDPOINT; the same command goes on from here")
+        + (remedy or f"{CHECK_CONNECTION}; the same command goes on from here")
     ) from error
 
 
@@ -212,14 +213,7 @@ def _delay_s(error: Exception, failures: int) -> float:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, HfHubHTTPError):
-        said = f": {error.server_message}" if error.server_message else ""
-        text = f"HTTP {error.response.status_code} {error.response.reason_phrase}{said}"
-    elif isinstance(error, BadAnswerError):
-        text = str(error)
-    else:
-        text = f"{type(error).__name__}: {str(error).strip() or 'no details'}"
-    return text.splitlines()[0][:200]
+    return str(error).splitlines()[0][:200] if isinstance(error, BadAnswerError) else reason(error)
 
 
 def _page(repository: str) -> str:

@@ -122,14 +122,8 @@ def main() -> int:
             raise UserError(f"{name} is {value}; it must be at least 1")
     if args.hellaswag == "none" and (args.limit or args.protocol):
         raise UserError("--limit and --protocol are about multiple choice; name its items with --hellaswag")
-    first = load_model(args.checkpoint[0], "cpu")
-    folder = dataset_dir(args.data or first.config.data.dir)
-    if args.data is None and not (folder / MANIFEST).exists():
-        raise UserError(
-            f"the text that {first.path} was trained beside is not in {folder}; name it, or another, with --data"
-        )
-    manifest, tokenizer = read_manifest(folder), load_tokenizer()
-    check_all(args.checkpoint, folder, manifest)
+    tokenizer = load_tokenizer()
+    folder, manifest = text_for(args.checkpoint, args.data)
     questions = None
     if args.hellaswag != "none":
         check_shard(folder, manifest.validation[0], tokenizer.n_vocab)
@@ -158,10 +152,22 @@ def main() -> int:
     return 0
 
 
-def check_all(checkpoints: Sequence[str], folder: Path, manifest: Manifest) -> None:
-    """Raises UserError for a model that cannot be measured on this text, before any is."""
+def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manifest]:
+    """The dataset called `data`, or else the first model's, once each of the models is known to fit it.
+
+    Raises UserError for a model or a dataset that is not there or that do not go together.
+    """
+    folder, manifest = Path(), None
     for checkpoint in checkpoints:
         loaded = load_model(checkpoint, "cpu")
+        if manifest is None:
+            folder = dataset_dir(data or loaded.config.data.dir)
+            if data is None and not (folder / MANIFEST).exists():
+                raise UserError(
+                    f"the text that {loaded.path} was trained beside is not in {folder}; name it, or another, with "
+                    "--data"
+                )
+            manifest = read_manifest(folder)
         if manifest.n_vocab > loaded.config.model.n_vocab:
             raise UserError(
                 f"{folder} holds ids of {manifest.tokenizer} up to {manifest.n_vocab - 1}, and {loaded.path} knows "
@@ -169,6 +175,8 @@ def check_all(checkpoints: Sequence[str], folder: Path, manifest: Manifest) -> N
             )
         if loaded.dataset_sha256 != manifest.sha256:
             say(f"note: {loaded.path} was not trained beside {folder}, and may have been trained on its text")
+    assert manifest is not None, "there is a checkpoint"
+    return folder, manifest
 
 
 def table(found: Sequence[Evaluated]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from src.model_assessment.generation import SamplingConfig
 from src.utils.errors import UserError
-from src.utils.terminal import harmless
+from src.utils.terminal import harmless, say
 
 HELP = """\
 TEXT        is continued by the model, which was trained to go on with texts and not to answer
@@ -24,7 +24,7 @@ def converse(pieces: Callable[[str, SamplingConfig], Iterator[str]], config: Sam
     Every continuation has a seed of its own: config.seed, and one more each time.
     """
     text = ""
-    _say("a line is continued; /help says what else there is, /quit ends")
+    say("a line is continued; /help says what else there is, /quit ends")
     while (line := _next_line()) is not None:
         if line.startswith("/"):
             if line in ("/quit", "/exit"):
@@ -49,7 +49,7 @@ def _next_line() -> str | None:
     except EOFError:
         return None
     except KeyboardInterrupt:
-        _say("")
+        say("")
         return None
 
 
@@ -59,22 +59,18 @@ def _obey(line: str, config: SamplingConfig) -> SamplingConfig:
     name = name.replace("-", "_")
     types = {field.name: type(getattr(config, field.name)) for field in fields(config)}
     if name == "help":
-        _say(HELP.format(names=", ".join(other for other in types if other != "stop")))
+        say(HELP.format(names=", ".join(other for other in types if other != "stop")))
     elif name == "settings":
-        _say("\n".join(f"{other} {getattr(config, other)!r}" for other in types))
+        say("\n".join(f"{other} {getattr(config, other)!r}" for other in types))
     elif name not in types:
-        _say(f"there is no /{name}; /help says what there is")
+        say(f"there is no /{name}; /help says what there is")
     else:
         try:
             new: Any = types[name](value) if name != "stop" else (value.replace("\\n", "\n"),) if value else ()
             config = replace(config, **{name: new})
-            _say(f"{name} {getattr(config, name)!r}")
+            say(f"{name} {getattr(config, name)!r}")
         except UserError as error:
-            _say(str(error))
+            say(str(error))
         except ValueError:
-            _say(f"/{name} takes a number, not {value!r}")
+            say(f"/{name} takes a number, not {value!r}")
     return config
-
-
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)

@@ -4,12 +4,12 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from src.utils.errors import UserError
+from src.utils.hub_errors import HUB_ERRORS, failed
 
 
 def check_push(repository: str, uploading: bool) -> None:
@@ -38,13 +38,7 @@ def upload(folder: Path, files: Iterable[str], repository: str, message: str) ->
             allow_patterns=[glob.escape(name) for name in files],
             commit_message=message,
         )
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError) as error:
-        reason, remedy = f"{type(error).__name__}: {error}", "check the connection, or name a mirror in HF_ENDPOINT"
-        if isinstance(error, HfHubHTTPError):
-            reason = f"HTTP {error.response.status_code}: {error.server_message or error.response.reason_phrase}"
-            remedy = "check the name, and that the token in HF_TOKEN or of `hf auth login` may write there"
-        raise UserError(
-            f"cannot upload to {repository} at {constants.ENDPOINT} ({reason.splitlines()[0][:200]}); {remedy}; "
-            "the same command goes on"
-        ) from error
+    except HUB_ERRORS as error:
+        remedy = "check the name, and that the token in HF_TOKEN or of `hf auth login` may write there"
+        raise failed(f"upload to {repository} at", error, remedy) from error
     return f"{constants.ENDPOINT}/{repository}"

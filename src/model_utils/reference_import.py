@@ -13,10 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import torch
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HFValidationError
 
 from src.model import LLM
 from src.model_configs.command_line import config_from_command_line
@@ -29,6 +28,7 @@ from src.params import Config, DataConfig, to_dict
 from src.utils.disk import fingerprint, refuse_dangling, storage_errors, sync
 from src.utils.errors import UserError, exit_with
 from src.utils.handle_ddp import Processes
+from src.utils.hub_errors import HUB_ERRORS, failed
 from src.utils.logger import RunLogger
 from src.utils.root import dataset_dir, run_dir
 from src.utils.run_directory import refuse_claimed
@@ -158,14 +158,9 @@ def _fetch(repository: str, file: str) -> Path:
         return Path(hf_hub_download(repository, file))
     except HFValidationError as error:
         raise UserError(f"--hub {repository!r} cannot be a repository ({error})") from None
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError) as error:
-        reason, remedy = f"{type(error).__name__}: {error}", "check the connection, or name a mirror in HF_ENDPOINT"
-        if isinstance(error, HfHubHTTPError):
-            reason = f"HTTP {error.response.status_code}: {error.server_message or error.response.reason_phrase}"
-            remedy = "check the names, and for a repository that is not public the token in HF_TOKEN"
-        raise UserError(
-            f"cannot get {file} of {repository} from {constants.ENDPOINT} ({reason.splitlines()[0][:200]}); {remedy}"
-        ) from error
+    except HUB_ERRORS as error:
+        remedy = "check the names, and for a repository that is not public the token in HF_TOKEN"
+        raise failed(f"get {file} of {repository} from", error, remedy) from error
 
 
 def main() -> int:

@@ -82,13 +82,21 @@ def hub(
 ) -> Iterator[Hub]:
     """Serves `files` as the dataset `repository` at the address in the hub this yields, for HF_ENDPOINT."""
     served = Hub(repository, files, faults or {}, token, piece_s, page_entries)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": served}))
-    served.address = f"http://127.0.0.1:{server.server_port}"
+    with serving(type("Handler", (_Handler,), {"hub": served})) as served.address:
+        try:
+            yield served
+        finally:
+            served.closing.set()
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of an HTTP server on loopback that answers as `handler` does."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        yield served
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
-        served.closing.set()
         server.shutdown()
         server.server_close()
 

@@ -1,9 +1,8 @@
 """The push to the hub: dry unless asked for, with a hub on loopback that refuses, or none."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from src.model_utils import hub_push
 from src.model_utils.hf_export import main
 from src.utils.errors import UserError
+from tests.data_processing.stand_in_hub import serving
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_a_hub_out_of_reach(tiny_export: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_hub_that_refuses(tiny_export: Path, monkeypatch: pytest.MonkeyPatch, refusing_hub: str):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(hub_push.constants, "ENDPOINT", refusing_hub)
-    with pytest.raises(UserError, match=r"HTTP 403: You may not.*token in HF_TOKEN"):
+    with pytest.raises(UserError, match=r"HTTP 403 Forbidden: You may not.*token in HF_TOKEN"):
         command(monkeypatch, "--out", tiny_export, "--push", "me/tiny", "--upload")
 
 
@@ -118,8 +118,5 @@ def refusing_hub() -> Iterator[str]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as address:
+        yield address
