@@ -19,6 +19,8 @@ from src.utils.errors import UserError, exit_with
 from src.utils.hardware import autocast
 from src.utils.terminal import harmless, say
 
+MOST_ROWS = 64  # of a batch: each has keys and values of its own, of the whole context in every layer
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -46,7 +48,7 @@ def sample(
     autocast: AbstractContextManager[Any] | None = None,
     between_tokens: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
-    """`num_samples` continuations of each prompt, in order; all run as one batch.
+    """`num_samples` continuations of each prompt, in order; up to MOST_ROWS of them run as one batch.
 
     An empty prompt starts a new document; of one longer than the model's context, it sees the end. `autocast` is the
     context to call the model in. `between_tokens` may raise to give up. Raises UserError for a prompt with tokens that
@@ -57,16 +59,18 @@ def sample(
     ]
     numbers = [number for _ in prompts for number in range(num_samples)]
     made = [_Continuation(tokenizer, config.stop) for _ in encoded]
-    ended: set[int] = set()
     started = time.perf_counter()
     with autocast or nullcontext():
-        for tokens, log_probs in generate(model, encoded, config, numbers, ended, tokenizer.n_vocab):
-            between_tokens()
-            for i, (token, log_prob) in enumerate(zip(tokens, log_probs, strict=True)):
-                if i not in ended:
-                    made[i].add(token, log_prob)
-                    if made[i].finish_reason:
-                        ended.add(i)
+        for first in range(0, len(encoded), MOST_ROWS):
+            rows, ended = slice(first, first + MOST_ROWS), set[int]()
+            steps = generate(model, encoded[rows], config, numbers[rows], ended, tokenizer.n_vocab)
+            for tokens, log_probs in steps:
+                between_tokens()
+                for i, (token, log_prob) in enumerate(zip(tokens, log_probs, strict=True)):
+                    if i not in ended:
+                        made[first + i].add(token, log_prob)
+                        if made[first + i].finish_reason:
+                            ended.add(i)
     rate = sum(len(each.tokens) for each in made) / (time.perf_counter() - started)
     for each in made:
         each.finish()

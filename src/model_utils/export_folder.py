@@ -5,6 +5,7 @@ with its size and sha256, so that an export is told from anything else, and noth
 replaced.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -85,7 +86,12 @@ def writing(out: Path, origin: Origin, overwrite: bool, expected_bytes: int) -> 
             sync(temporary)
             if overwrite and out.exists():
                 out.rename(old)
-            temporary.rename(out)  # fails where something came into `out` meanwhile
+            try:
+                temporary.rename(out)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise UserError(f"something came into --out {out} meanwhile; choose another folder") from None
+                raise
             sync(out.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

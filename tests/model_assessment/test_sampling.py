@@ -8,6 +8,7 @@ import torch
 
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
+from src.model_assessment import sampling
 from src.model_assessment.generation import LIKELIEST, SamplingConfig, _choose, _window_start, generate
 from src.model_assessment.sampling import sample, stream
 from src.model_utils.weight_init import init_weights
@@ -231,6 +232,14 @@ def test_a_vocabulary_other_than_the_tokenizers(n_vocab: int, prompt: str):
         model.embedding.weight[tokenizer.n_vocab :] = 100 * model.hidden(torch.tensor([[64, 65]]))[0, -1]
     (made,) = sample(model, tokenizer, [prompt], SamplingConfig(8, temperature=0))
     assert max(made.tokens, default=0) < tokenizer.n_vocab
+
+
+def test_more_samples_than_a_batch_takes(word_model: LLM, monkeypatch: pytest.MonkeyPatch):
+    tokenizer, config = load_tokenizer(), SamplingConfig(6, temperature=1.0, seed=1)
+    together = sample(word_model, tokenizer, ["One", "Two words"], config, num_samples=3)
+    monkeypatch.setattr(sampling, "MOST_ROWS", 2)
+    apart = sample(word_model, tokenizer, ["One", "Two words"], config, num_samples=3)
+    assert [each.tokens for each in apart] == [each.tokens for each in together]
 
 
 def test_streaming_gives_the_same_text(word_model: LLM):

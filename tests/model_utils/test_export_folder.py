@@ -32,6 +32,20 @@ def test_an_export_is_replaced_only_when_asked_for(tiny_run: Path, out: Path):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def test_what_comes_while_a_model_is_exported_stays(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    card = hf_export.model_card
+
+    def slowly(*arguments: Any) -> str:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/other").write_text("another export")
+        return card(*arguments)
+
+    monkeypatch.setattr(hf_export, "model_card", slowly)
+    with pytest.raises(UserError, match=r"something came into --out .*out meanwhile; choose another"):
+        export(tiny_run, tmp_path / "out", "hf", "float32")
+    assert content(tmp_path) == {"out/other": b"another export"}
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_other_files_are_never_touched(tiny_run: Path, tmp_path: Path, overwrite: bool):
     (tmp_path / "out").mkdir()
