@@ -4,7 +4,8 @@ OpenMP threads that wait for each other should soon let go of the core. Spinning
 PyTorch's Linux builds use, made a training step 18 times slower beside another program on the same two cores (LOG.md).
 
 What torch.compile makes lies with our data, where a user finds it and a second start reuses it. PyTorch makes that
-folder when it is imported for training; where it can't, a folder of the user's own among the temporary files serves.
+folder when it is imported for training. Where it can't, or the path holds a space, which the compiler's commands don't
+take, a folder of the user's own among the temporary files serves.
 """
 
 import os
@@ -16,7 +17,9 @@ from src.utils.root import COMPILE_CACHE
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _can_be_written(folder: Path) -> bool:
+def _serves(folder: Path) -> bool:
+    if any(map(str.isspace, str(folder))):
+        return False
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return there.is_dir() and os.access(there, os.W_OK)
 
@@ -33,5 +36,5 @@ def _own_temporary_folder() -> str:
     return tempfile.mkdtemp(prefix="compile_cache_")
 
 
-if not _can_be_written(Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILE_CACHE))).absolute()):
+if not _serves(Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILE_CACHE))).absolute()):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = _own_temporary_folder()

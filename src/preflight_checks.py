@@ -27,7 +27,7 @@ from src.lm_loss import LOGIT_POSITIONS
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
 from src.model_utils.disk_need import MAKE_ROOM, checkpoint_bytes, checkpoints_need
-from src.model_utils.start_choices import COMPILE_SECONDS
+from src.model_utils.start_choices import COMPILE_SECONDS, compiling_fails
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config
 from src.utils import root
@@ -154,6 +154,10 @@ def compiler(start: Start) -> Found:
     program = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if kind == "cuda":
         program = os.environ.get("CC") or "gcc"  # for what starts Triton's kernels
+    if failure := compiling_fails(kind):
+        if asked == "on":
+            raise UserError(f"{failure}; use an environment in another folder, or leave out --train.compile on")
+        return Found(f"{failure}: nothing will be compiled", True)
     missing = "Triton" if kind == "cuda" and find_spec("triton") is None else program
     if missing == program and shutil.which(program):
         when = "measured at the start, if the run is long enough to win" if asked == "auto" else "as asked for"

@@ -320,10 +320,21 @@ def test_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch):
     assert compiler("on").words.startswith(f"{sys.executable}; as asked for; results are kept in ")
 
 
-def test_a_folder_for_compiled_code_that_cannot_be_made(commands: Commands, tmp_path: Path):
-    """PyTorch makes it when it is imported for training, and ends there."""
+def test_pytorch_in_a_folder_with_a_space(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "__file__", "/my programs/torch/__init__.py")
+    train = replace(debug().train, device="cpu")
+    found = checks.compiler(start_of(replace(debug(), train=train)))
+    assert found.is_doubtful
+    assert "/my programs/torch" in found.words
+    with pytest.raises(UserError, match="do not take a space"):
+        checks.compiler(start_of(replace(debug(), train=replace(train, compile="on"))))
+
+
+@pytest.mark.parametrize("name", ["file/cache", "a folder/cache"])
+def test_a_folder_for_compiled_code_that_cannot_serve(name: str, commands: Commands, tmp_path: Path):
+    """PyTorch makes it when it is imported for training, and ends there; its compiler takes no spaces."""
     (tmp_path / "file").touch()
-    commands.environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "file" / "cache")
+    commands.environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / name)
     lines = "import os, src, torch._dynamo; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
     result = commands.run([sys.executable, "-c", lines])
     assert result.returncode == 0, result.stderr

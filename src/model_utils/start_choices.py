@@ -181,6 +181,10 @@ def _compile(
         reason = "as this run has had it" if was and was["compile"] != "auto" else ""
         if reason and was and was["compile"] == "off":
             return False, reason
+    if failure := next(filter(None, procs.gather(compiling_fails(kind))), ""):  # on any machine: none compiles
+        if asked == "on":
+            raise UserError(f"{failure}; use an environment in another folder, or start with --train.compile off")
+        return False, failure
     if reason:
         trial.model.compile_blocks(size)
         return True, f"{reason}; {_took(_try_compiled(size, trial, procs, 1, say)[0])}"
@@ -200,6 +204,14 @@ def _compile(
         trial.model.compile_nothing()
         return False, f"a micro-batch takes {compiled:.3g} s compiled and {eager:.3g} s as it is"
     return True, f"a micro-batch takes {compiled:.3g} s instead of {eager:.3g} s; {_took(first)}"
+
+
+def compiling_fails(kind: str) -> str:
+    """Why torch.compile cannot work on this kind of device, as far as that is known beforehand, or ""."""
+    place = os.path.dirname(torch.__file__)
+    if kind == "cpu" and any(map(str.isspace, place)):
+        return f"PyTorch lies in {place}, and its commands for the compiler do not take a space"
+    return ""
 
 
 def _took(seconds: float) -> str:

@@ -175,6 +175,19 @@ def test_without_a_compiler_a_run_is_not_compiled(
     assert model._compiled is None
 
 
+def test_pytorch_in_a_folder_with_a_space_is_not_tried(
+    config: Config, passes: Callable[[list[float]], list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "__file__", "/my programs/torch/__init__.py")
+    tried = passes([])
+    _, model, words = settled(config)
+    assert "compile: off (PyTorch lies in /my programs/torch" in words
+    assert model._compiled is None
+    with pytest.raises(UserError, match="do not take a space; use an environment in another folder"):
+        settled(replace(config, train=replace(config.train, compile="on")))
+    assert tried == []
+
+
 def test_without_a_compiler_on_another_machine_a_run_is_not_compiled(config: Config, monkeypatch: pytest.MonkeyPatch):
     def failed_elsewhere(*_: object) -> list[float]:
         raise PeerError("torch.compile failed: no working C++ compiler was found; install one", 2)
