@@ -1,7 +1,7 @@
 """Weights in fewer bytes, for a model that is only asked.
 
-A token costs one pass over all weights, and on most devices the time of that is the time it takes to read them: in
-bf16 half of float32's, in int8 a quarter. Shapes: I inputs and O outputs of a layer, V vocabulary, D width.
+A token costs one pass over all weights: in bf16 half of float32's bytes, in int8 a quarter. How much of the time that
+saves depends on the kernels (LOG.md). Shapes: I inputs and O outputs of a layer, V vocabulary, D width.
 """
 
 import torch
