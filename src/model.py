@@ -41,13 +41,15 @@ class LLM(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head: nn.Module | None = None
         """Gives the logits in place of the embedding's weight, where that is also kept in another form."""
+        self.head_is_embedding = True
+        """Whether a head of its own holds the very numbers of the embedding."""
         self._compiled: _Compiled | None = None
 
     def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V) of the token after each position; with int64 targets, the mean loss in nats (float32)."""
         if targets_BT is None:
             return self.logits(self.hidden(inputs_BT))
-        if self.head:
+        if self.head and not self.head_is_embedding:
             return F.cross_entropy(self.logits(self.hidden(inputs_BT)).flatten(0, 1).float(), targets_BT.flatten())
         compiled = self._compiled if self._compiled and self._compiled.shape_BT == inputs_BT.shape else None
         hidden_ND = self.hidden(inputs_BT, blocks=compiled.blocks if compiled else None).flatten(0, 1)
