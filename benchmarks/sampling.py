@@ -23,6 +23,7 @@ import torch
 from src.model import LLM
 from src.model_assessment.generation import SamplingConfig, generate
 from src.model_configs.my_llm_config import PRESETS
+from src.model_utils.debugging import count_parameters
 from src.model_utils.llama_format import llama_settings, llama_tensors
 from src.model_utils.stored_weights import store_weights
 from src.model_utils.weight_init import init_weights
@@ -67,7 +68,7 @@ def main() -> None:
         name: (4 if "four" in name else 1) * args.tokens / statistics.median(values) for name, values in seconds.items()
     }
     pairs = zip(lists["ours"], lists["transformers"], strict=True)
-    weights = sum(tensor.nbytes for tensor in models[args.weights].state_dict().values())
+    weights = (2 if args.weights == "bf16" else 4) * count_parameters(new)
     result = {
         "preset": args.preset,
         "weights": args.weights,
@@ -85,8 +86,8 @@ def main() -> None:
 def stored(new: LLM, kind: str, device: torch.device) -> LLM:
     model = LLM(new.config)
     model.load_state_dict(new.state_dict())
-    store_weights(model, kind, torch.float32)
-    return model.to(device).eval()
+    store_weights(model.to(device), kind, torch.float32)
+    return model.eval()
 
 
 def transformers_model(new: LLM, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

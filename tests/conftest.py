@@ -1,5 +1,6 @@
 """What tests share: small models, small datasets, and the optional material beside the repository."""
 
+import importlib
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ import torch
 
 from src.data_processing import shards
 from src.params import ModelConfig
+from src.utils import root
+from src.utils.errors import UserError
 from src.utils.root import ROOT
 
 SHARED = ROOT.parent / "shared"
@@ -128,3 +131,19 @@ class Commands:
 @pytest.fixture
 def commands(tmp_path: Path) -> Commands:
     return Commands(tmp_path)
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """refused(module, *arguments): what the command says as it ends with 2, in this process: others take seconds."""
+    monkeypatch.setattr(root, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(root, "DATASETS", tmp_path / "datasets")
+
+    def ask(module: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        with pytest.raises(UserError) as raised:
+            importlib.import_module(module).main()
+        assert raised.value.exit_code == 2
+        return str(raised.value)
+
+    return ask

@@ -129,6 +129,7 @@ def main() -> int:
         check_shard(folder, manifest.validation[0], tokenizer.n_vocab)
         shard = folder / manifest.validation[0].file
         protocol, items = hellaswag.choose_items(args.hellaswag, args.limit or _usual_limit(args), shard, tokenizer)
+        hellaswag.check_protocol(items, protocol, args.protocol)
         questions = Questions(protocol, items, tokenizer, args.protocol)
 
     found: list[Evaluated] = []
@@ -162,6 +163,10 @@ def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manife
         loaded = load_model(checkpoint, "cpu")
         if manifest is None:
             folder = dataset_dir(data or loaded.config.data.dir)
+            if data is None and not loaded.dataset_sha256:
+                raise UserError(
+                    f"what {loaded.path} was trained on is not known; name a dataset to measure on with --data"
+                )
             if data is None and not (folder / MANIFEST).exists():
                 raise UserError(
                     f"the text that {loaded.path} was trained beside is not in {folder}; name it, or another, with "

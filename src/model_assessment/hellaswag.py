@@ -121,12 +121,7 @@ def measure(
             f"the model knows the tokens below {model.config.n_vocab}, and {tokenizer.name} has {tokenizer.n_vocab}; "
             "choose a model that was trained with this tokenizer"
         )
-    is_hellaswag = protocol != HELD_OUT_PROTOCOL
-    lacks = lm_eval_lacks(items) if is_hellaswag else "these items are not HellaSwag"
-    if lacks and asked in (LM_EVAL, BOTH):
-        raise UserError(
-            f"lm-eval's protocol is for HellaSwag in its original format: {lacks}; use --protocol reference"
-        )
+    lacks = check_protocol(items, protocol, asked)
     reference, lm_eval = None, None
     if asked != LM_EVAL:
         encode = encoder(items, reference_texts, tokenizer, REFERENCE)
@@ -135,8 +130,18 @@ def measure(
     if asked != REFERENCE and not lacks:
         encode = encoder(items, lm_eval_texts, tokenizer, LM_EVAL)
         lm_eval = evaluate_lm_eval(model, items, encode, on_progress=partial(on_progress, LM_EVAL_PROTOCOL))
-    note = f"without lm-eval's protocol: {lacks}" if lacks and asked is None and is_hellaswag else ""
+    note = f"without lm-eval's protocol: {lacks}" if lacks and asked is None and protocol != HELD_OUT_PROTOCOL else ""
     return Measured(reference, lm_eval, note)
+
+
+def check_protocol(items: Sequence[Item], protocol: str, asked: str | None) -> str:
+    """Why lm-eval's protocol cannot be asked of `items`, empty where it can; raises UserError if it is `asked`."""
+    lacks = lm_eval_lacks(items) if protocol != HELD_OUT_PROTOCOL else "these items are not HellaSwag"
+    if lacks and asked in (LM_EVAL, BOTH):
+        raise UserError(
+            f"lm-eval's protocol is for HellaSwag in its original format: {lacks}; use --protocol reference"
+        )
+    return lacks
 
 
 def evaluate(

@@ -15,7 +15,7 @@ TEXT        is continued by the model, which was trained to go on with texts and
 /NAME VALUE changes a setting: {names}
 /stop TEXT  ends a continuation before TEXT (\\n is a new line); /stop alone: nowhere
 /settings   shows them all
-/quit       ends, as Ctrl-D does; Ctrl-C ends a continuation"""
+/quit       ends, as Ctrl-D does; Ctrl-C ends a continuation, or all where there is none"""
 
 
 def converse(pieces: Callable[[str, SamplingConfig], Iterator[str]], config: SamplingConfig) -> None:
@@ -47,9 +47,6 @@ def _next_line() -> str | None:
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
-        return None
-    except KeyboardInterrupt:
-        say("")
         return None
 
 

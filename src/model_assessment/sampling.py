@@ -205,7 +205,7 @@ def main() -> int:
     if args.interactive:
         converse(pieces, config)
         return 0
-    prompts = args.prompt if args.prompt is not None else [""]
+    prompts = [prompt.encode("utf-8", "replace").decode() for prompt in args.prompt or [""]]
     if args.stream:
         print(_readable(prompts[0]), end="")
         for piece in pieces(prompts[0], config):

@@ -95,11 +95,11 @@ def read_unverified(path: Path) -> Checkpoint:
         raise UserError(f"cannot read {path / 'state.json'}: {error}") from None
 
 
-def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(root: Path, remedy: str = "") -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint under `root` that verifies, and what is wrong with each newer one.
 
     None where `root` holds no checkpoint; raises UserError where it holds some and none verifies, because
-    starting over in silence would hide the loss.
+    starting over in silence would hide the loss. `remedy` is what the caller can do besides restoring one.
     """
     rejected = []
     for step in reversed(checkpoint_steps(root)):
@@ -109,8 +109,10 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
             return read_unverified(step_dir(root, step)), rejected
     if rejected:
         raise UserError(
-            "no checkpoint of this run can be used:\n  - " + "\n  - ".join(rejected) + "\nrestore one from a copy, "
-            "or use --resume never, which sets the run aside and starts anew"
+            "no checkpoint of this run can be used:\n  - "
+            + "\n  - ".join(rejected)
+            + "\nrestore one from a copy"
+            + remedy
         )
     return None, []
 
@@ -124,7 +126,11 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
         return open_checkpoint(path), []
     root = path if path.name == "checkpoints" else path / "checkpoints"
     if not root.is_dir():
-        raise UserError(f"no checkpoint at {path}: expected a run directory or one of its checkpoints/step_* folders")
+        what = "is no run, no step_* folder and no export" if path.exists() else "is not there"
+        raise UserError(
+            f"no checkpoint at {path}, which {what}; give a run (its folder, or its name under temp_data/runs), one of "
+            "its checkpoints/step_* folders, or an exported folder"
+        )
     checkpoint, rejected = newest_checkpoint(root)
     if checkpoint is None:
         raise UserError(f"{root} holds no checkpoint yet; train first, or wait for the first save")

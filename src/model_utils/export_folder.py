@@ -52,7 +52,12 @@ def check_out(out: Path, overwrite: bool) -> None:
             raise UserError(f"--out {out} holds files that are no export; choose a folder that is empty or not there")
         if not overwrite:
             raise UserError(f"--out {out} holds an export; choose another folder, or replace it with --overwrite")
-        listed = _read_export(out)["files"]
+        try:
+            listed = _read_export(out)["files"]
+        except UserError:
+            raise UserError(
+                f"{out / EXPORT} is damaged, so nothing says what may be replaced; move {out} away"
+            ) from None
         for name in sorted(names - {EXPORT}):
             if name not in listed:
                 raise UserError(

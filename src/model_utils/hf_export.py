@@ -111,13 +111,16 @@ def _figures(run: Path, step: int) -> dict[str, dict[str, Any]]:
 
 
 def _push(out: Path, files: dict[str, bool], repository: str, uploading: bool) -> dict[str, Any]:
-    """Says what an upload consists of, and does it if asked; returns that for the JSON."""
+    """Says what an upload consists of, and does it if asked; returns that for the JSON.
+
+    Raises UserError where the weights are not as they were exported; the other files are there to be edited.
+    """
+    origin = read_origin(out, *(name for name in files if Path(name).suffix in (".safetensors", ".gguf")))
     for name, changed in files.items():
         say(f"{size_text((out / name).stat().st_size):>10}  {name}{' (changed since its export)' if changed else ''}")
     if not uploading:
         say(f"dry run, nothing was sent: --upload sends these to {repository}; one that is new will be private")
         return {"repository": repository, "uploaded": False}
-    origin = read_origin(out)
     message = f"{origin.config['run_name']}, step {origin.step}" if origin else ""
     return {"repository": repository, "uploaded": True, "address": upload(out, files, repository, message)}
 

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from src.model import LLM
 from src.model_utils.checkpoint_utils import find_checkpoint
-from src.model_utils.export_folder import read_origin
+from src.model_utils.export_folder import EXPORT, read_origin
 from src.model_utils.llama_folder import WEIGHTS, is_model_folder, read_model_folder
 from src.params import Config, TrainConfig, from_dict
 from src.utils.errors import UserError
@@ -46,10 +47,13 @@ def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
     is one of ours, or of another program's with a Llama of our architecture. Raises UserError for one that is missing,
     damaged or different.
     """
+    if not str(checkpoint):
+        raise UserError("--checkpoint is empty; name a run, a step_* folder or an export")
     path = run_dir(str(checkpoint))
     if not path.exists() and Path(checkpoint).exists():
         path = Path(checkpoint).absolute()
-    read = _read_exported if is_model_folder(path) else _read_checkpoint
+    exported = is_model_folder(path) or (path / EXPORT).exists()
+    read = _read_exported if exported and not list(path.glob("*.gguf")) else _read_checkpoint
     found = read(path)
     chosen = choose_device(device)
     with torch.device("meta"):
@@ -102,8 +106,13 @@ def _read_exported(path: Path) -> _Found:
     origin = read_origin(path, "config.json", WEIGHTS)
     shape, tensors = read_model_folder(path)
     if origin is None:
-        say(f"warning: {path} is another program's model; here it reads and writes the tokens of r50k_base, GPT-2's")
+        _note_foreign(path)
         # A batch of one sequence, because the default one is no multiple of every context.
         config = Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1))
         return _Found(config, tensors, path, step=0, dataset_sha256="")
     return _Found(from_dict(origin.config), tensors, path, origin.step, origin.dataset_sha256)
+
+
+@cache  # once, however often the model is read
+def _note_foreign(path: Path) -> None:
+    say(f"warning: {path} is another program's model; here it reads and writes the tokens of r50k_base, GPT-2's")

@@ -115,7 +115,9 @@ def resume_point(
     """
     notes = []
     if config.resume == "auto":
-        checkpoint, damaged = checkpoint_utils.newest_checkpoint(root)
+        checkpoint, damaged = checkpoint_utils.newest_checkpoint(
+            root, ", or use --resume never, which sets the run aside and starts anew"
+        )
         if checkpoint is None:
             refuse_lost(root)
         notes += [f"passed over a damaged checkpoint: {reason}" for reason in damaged]

@@ -23,6 +23,10 @@ def storage_errors(path: Path, action: str = "write", needed_bytes: int = 0) -> 
         yield
     except StorageError:
         raise
+    except (NotADirectoryError, FileExistsError) as error:
+        raise StorageError(
+            f"cannot {action} {path}: {error.strerror}; a file lies where a folder should be; choose another folder"
+        ) from error
     except OSError as error:
         needed = f"; {needed_bytes:,} bytes more are needed, {free_bytes(path):,} are free" if needed_bytes else ""
         raise StorageError(

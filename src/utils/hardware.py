@@ -35,7 +35,7 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
     if asked == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if local_rank >= found:
-            remedy = f"start at most {found} processes" if found else "use --train.device cpu or install its CUDA build"
+            remedy = f"start at most {found} processes" if found else "choose the device cpu, or install its CUDA build"
             raise UserError(
                 f"process {local_rank} of this machine needs CUDA device {local_rank}, but PyTorch {torch.__version__} "
                 f"sees {found} of them; {remedy}"

@@ -115,16 +115,33 @@ def test_an_export_other_weights_and_multiple_choice(commands: Commands, tmp_pat
         (["--checkpoint", "words", "--data", "ids", "--hellaswag", "/nope"], "cannot read /nope"),
         (["--checkpoint", "words", "small", "--data", "ids"], "knows 97"),
         (["--checkpoint", "words"], "name it, or another, with --data"),
+        (["--checkpoint", "imported"], "imported/checkpoints/step_0000040 was trained on is not known; name a dataset"),
+        (
+            ["--checkpoint", "words", "--data", "ids", "--hellaswag", "items.jsonl", "--protocol", "lm-eval"],
+            "item ind 3 has no activity_label",
+        ),
     ],
 )
 def test_a_mistake_is_named(
-    arguments: list[str], message: str, commands: Commands, dataset: Callable[..., Path], tmp_path: Path
+    arguments: list[str],
+    message: str,
+    refused: Callable[..., str],
+    dataset: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.chdir(tmp_path)
+    item = {"ind": 3, "ctx": "He sat", "ctx_a": "He", "ctx_b": "sat", "endings": [" a", " b", " c", " d"], "label": 1}
+    Path("items.jsonl").write_text(json.dumps(item))
     dataset(train_tokens=[900], n_vocab=50_257, name="ids")
-    make_run(commands.temp_data / "runs" / "words", small_model())
+    make_run(tmp_path / "runs" / "words", small_model())
     small = replace(small_model().config, n_vocab=97)
-    make_run(commands.temp_data / "runs" / "small", small_model(small))
-    done = commands.module("src.model_assessment.evaluate", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    make_run(tmp_path / "runs" / "small", small_model(small))
+    make_run(tmp_path / "runs" / "imported", small_model(), dataset_sha256="")
+    assert message in refused("src.model_assessment.evaluate", *arguments)
+
+
+def test_a_mistake_is_a_line_and_ends_with_2(commands: Commands):
+    done = commands.module("src.model_assessment.evaluate", "--checkpoint", "nosuch")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert done.stderr.startswith("evaluate.py: error: no checkpoint at")

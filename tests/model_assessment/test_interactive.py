@@ -53,6 +53,15 @@ def test_ctrl_c_ends_a_continuation_and_the_next_line_goes_on(monkeypatch: pytes
     assert talk("break\nthen\n", monkeypatch) == [("break", 0), ("then", 1)]
 
 
+def test_ctrl_c_where_nothing_is_being_made_ends_all(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        converse(lambda prompt, config: iter(()), SamplingConfig())
+
+
 def test_the_last_seed_is_followed_by_the_first(monkeypatch: pytest.MonkeyPatch):
     last = 2**63 - 1
     assert talk("a\nb\n", monkeypatch, SamplingConfig(seed=last)) == [("a", last), ("b", 0)]

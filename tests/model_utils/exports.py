@@ -44,7 +44,13 @@ def trained_model(ids: list[int], steps: int) -> LLM:
     return model.eval()
 
 
-def make_run(folder: Path, model: LLM, records: list[dict[str, Any]] | None = None, step: int = 40) -> Path:
+def make_run(
+    folder: Path,
+    model: LLM,
+    records: list[dict[str, Any]] | None = None,
+    step: int = 40,
+    dataset_sha256: str = DATASET_SHA256,
+) -> Path:
     """A run directory with one checkpoint, and these lines in its metrics.jsonl."""
     config = Config(
         run_name=folder.name,
@@ -53,7 +59,7 @@ def make_run(folder: Path, model: LLM, records: list[dict[str, Any]] | None = No
         train=TrainConfig(batch_tokens=4 * model.config.n_ctx, total_steps=50),
         eval=EvalConfig(hellaswag_data="/home/somebody/items.jsonl"),
     )
-    state = {"config": to_dict(config), "dataset_sha256": DATASET_SHA256}
+    state = {"config": to_dict(config), "dataset_sha256": dataset_sha256}
     save_checkpoint(folder / "checkpoints", step, {"model": model.state_dict()}, state)
     sources = [
         {"name": "pydocs", "documents": 1_500, "tokens": 2_358_597, "share": 0.75},

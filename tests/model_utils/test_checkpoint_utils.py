@@ -188,7 +188,10 @@ def test_finding_by_run_and_by_step(root: Path):
         ck.save_checkpoint(root, step, PARTS, {})
     assert ck.find_checkpoint(root.parent)[0].step == 2
     assert ck.find_checkpoint(root / "step_0000001")[0].step == 1
-    with pytest.raises(UserError, match="no checkpoint at"):
+    with pytest.raises(UserError, match=r"no checkpoint at .*elsewhere, which is not there"):
+        ck.find_checkpoint(root.parent / "elsewhere")
+    (root.parent / "elsewhere").mkdir()
+    with pytest.raises(UserError, match=r"which is no run, no step_\* folder and no export; give"):
         ck.find_checkpoint(root.parent / "elsewhere")
 
 

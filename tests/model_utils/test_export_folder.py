@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from src.model_utils import hf_export
+from src.model_utils.export_folder import EXPORT
 from src.model_utils.hf_export import export
 from src.utils.errors import StorageError, UserError
 
@@ -64,6 +65,14 @@ def test_what_a_person_added_or_changed_is_not_replaced(tiny_run: Path, out: Pat
     with pytest.raises(UserError, match=r"out/README.md was changed since its export"):
         export(tiny_run, out, "hf", "float32", overwrite=True)
     assert (out / "README.md").read_text() == "My own card"
+
+
+def test_what_a_damaged_export_json_does_not_vouch_for_is_not_replaced(tiny_run: Path, out: Path):
+    (out / EXPORT).write_text("{")
+    before = content(out)
+    with pytest.raises(UserError, match=r"so nothing says what may be replaced; move .* away"):
+        export(tiny_run, out, "hf", "float32", overwrite=True)
+    assert content(out) == before
 
 
 def test_an_empty_folder_and_missing_ones_above_it(tiny_run: Path, tmp_path: Path):

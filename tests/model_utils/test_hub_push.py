@@ -1,6 +1,7 @@
 """The push to the hub: dry unless asked for, with a hub on loopback that refuses, or none."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_the_upload(tiny_export: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     printed = capsys.readouterr()
     assert json.loads(printed.out)["push"]["address"] == "http://127.0.0.1:9/me/tiny"
     assert "hf_secret" not in printed.out + printed.err
+
+
+def test_damaged_weights_are_not_offered(tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    damaged = shutil.copytree(tiny_export, tmp_path / "damaged")
+    with open(damaged / "model.safetensors", "r+b") as file:
+        file.truncate(1_000)
+    with pytest.raises(UserError, match=r"model.safetensors is missing or not as it was exported"):
+        command(monkeypatch, "--out", damaged, "--push", "me/tiny")
 
 
 def test_without_a_token(tiny_export: Path, monkeypatch: pytest.MonkeyPatch):

@@ -118,6 +118,17 @@ def test_an_export_that_changed_is_refused(exported: Path, name: str):
         load_model(exported, "cpu")
 
 
+def test_an_export_without_a_sound_config_json(exported: Path):
+    (exported / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"hf/config.json is missing or not as it was exported"):
+        load_model(exported, "cpu")
+
+
+def test_an_empty_name():
+    with pytest.raises(UserError, match="--checkpoint is empty"):
+        load_model("")
+
+
 def test_a_changed_card_does_not_matter(exported: Path):
     (exported / "README.md").write_text("Mine")
     assert load_model(exported, "cpu").step == 40

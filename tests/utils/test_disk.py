@@ -30,3 +30,11 @@ def test_the_disk_that_is_needed_is_said_where_it_is_known(tmp_path: Path) -> No
     words = r"No space left on device; 123,456 bytes more are needed, [\d,]+ are free; "
     with pytest.raises(StorageError, match=words), storage_errors(tmp_path / "file", needed_bytes=123_456):
         raise OSError(28, "No space left on device")
+
+
+def test_a_file_in_the_way_of_a_folder_is_not_about_room(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file/out"
+    with pytest.raises(StorageError, match="a file lies where") as raised, storage_errors(out, needed_bytes=1):
+        out.mkdir()
+    assert "bytes" not in str(raised.value)
