@@ -1,6 +1,8 @@
 """Every notebook runs from top to bottom, offline, on a small model made here."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
@@ -12,7 +14,7 @@ from tests.model_utils.exports import make_run, small_model
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def run(notebook: Path, values: dict[str, str], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+def run(notebook: Path, values: dict[str, Any], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     """The notebook after a run with other values in its first code cell; raises where a cell fails."""
     content = nbformat.read(notebook, as_version=4)
     first = next(cell for cell in content.cells if cell.cell_type == "code")
@@ -23,6 +25,15 @@ def run(notebook: Path, values: dict[str, str], environment: dict[str, str], mon
     return content
 
 
+def offline(temp_data: Path) -> dict[str, str]:
+    return {"TEMP_DATA_DIR": str(temp_data), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def pictures(content: nbformat.NotebookNode) -> int:
+    outputs = [output for cell in content.cells if cell.cell_type == "code" for output in cell.outputs]
+    return sum("image/png" in output.data for output in outputs if "data" in output)
+
+
 def printed(content: nbformat.NotebookNode) -> str:
     outputs = [output for cell in content.cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(output.text for output in outputs if output.output_type == "stream")
@@ -31,14 +42,46 @@ def printed(content: nbformat.NotebookNode) -> str:
 @pytest.mark.parametrize("weights", ["auto", "int8"])
 def test_sampling_from_a_run(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make_run(tmp_path / "runs" / "words", small_model())
-    offline = {"TEMP_DATA_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     values = {"MODEL": "words", "WEIGHTS": weights, "PROMPT": "Once"}
-    content = run(ROOT / "notebooks" / "hf_sampling.ipynb", values, offline, monkeypatch)
+    content = run(ROOT / "notebooks" / "hf_sampling.ipynb", values, offline(tmp_path), monkeypatch)
     parameters = sum(parameter.numel() for parameter in small_model().parameters())
     assert f"{parameters:,} parameters, step 40, context 64 tokens" in printed(content)
     assert "60 tokens" in printed(content)
-    pictures = [o for c in content.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
-    assert sum("image/png" in picture.data for picture in pictures) == 2
+    assert pictures(content) == 2
+
+
+def test_the_model_from_first_principles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its own checks against our modules fail it where they differ; here, that all are made, and on a run too."""
+    make_run(tmp_path / "runs" / "words", small_model())
+    content = run(ROOT / "notebooks" / "notes.ipynb", {"RUN": "words"}, offline(tmp_path), monkeypatch)
+    assert printed(content).count("equal, shape") == 12
+    assert "step 40: 2 blocks of 2 heads" in printed(content)
+    assert pictures(content) == 7
+
+
+def test_what_to_do_where_there_is_no_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    content = nbformat.read(ROOT / "notebooks" / "notes.ipynb", as_version=4)
+    needed = ("RUN = ", "import ", "load_model(")
+    content.cells = [cell for cell in content.cells if any(text in cell.source for text in needed)]
+    nbformat.write(content, tmp_path / "last_part.ipynb")
+    (tmp_path / "pretrain.py").touch()  # makes the notebook take this folder for the repository's
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"Train one in minutes with \./run_pre_training"):
+        run(tmp_path / "last_part.ipynb", {"RUN": "gone"}, offline(tmp_path), monkeypatch)
+
+
+@pytest.mark.parametrize("names", [["words", "gone"], []], ids=["a run", "the published one alone"])
+def test_curves_of_runs(names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    train = [{"kind": "train", "step": n, "time": n, "loss": 9.0 - n, "tokens_seen": 512 * n} for n in range(1, 5)]
+    validation = [{"kind": "validation", "step": 4, "time": 5, "loss": 4.5, "tokens": None}]
+    metrics = tmp_path / "runs" / "words" / "metrics.jsonl"  # of a run that lacks much
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in [*train, *validation]))
+    content = run(ROOT / "notebooks" / "metric_graphs.ipynb", {"RUNS": names}, offline(tmp_path), monkeypatch)
+    assert ("gone is left out" in printed(content)) == ("gone" in names)
+    assert "9,999,745,024     2.855      2.806       16.5     35.55%   308,837" in printed(content)
+    assert ("2,048     5.000      4.500       90.0          -         -" in printed(content)) == ("words" in names)
+    assert pictures(content) == 6
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)

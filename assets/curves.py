@@ -1,0 +1,193 @@
+"""Pictures of a run's curves, from its metrics.jsonl alone.
+
+    python -m assets.curves RUN_DIR_OR_METRICS_FILE [--out assets/showcase]
+
+Writes loss.png, training_metrics.png and hellaswag.png, those of them that the run has numbers for.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from src.model_assessment.report_data import Run, Series, read_run
+from src.utils import root
+from src.utils.errors import StorageError, UserError, exit_with
+from src.utils.plot_style import BLUE, GREEN, GREY, ORANGE, STYLE, as_png, new_figure
+
+CHANCE = 0.25  # of guessing right: every item has four endings
+FEW_POINTS, MANY_POINTS = 30, 150  # fewer are marked each; more are drawn faintly, and their running median over them
+
+
+def read_metrics(path: Path) -> Run:
+    """The run of which `path` is the directory, or the metrics file, whatever its name.
+
+    Raises UserError where there is none, or nothing in it.
+    """
+    if not path.is_file():
+        return read_run(path)
+    with tempfile.TemporaryDirectory() as folder:  # a run is read as a directory, with its metrics under this name
+        shutil.copyfile(path, Path(folder) / "metrics.jsonl")
+        return read_run(Path(folder))
+
+
+def write_pictures(run: Run, out: Path) -> list[str]:
+    """Writes into `out` the pictures that `run` has numbers for, and returns their file names.
+
+    Those of another run that it has none for are removed. Raises UserError where it has no numbers at all, StorageError
+    where `out` can't be written.
+    """
+    with matplotlib.rc_context(STYLE):
+        figures = {"loss": loss(run), "training_metrics": training_metrics(run), "hellaswag": hellaswag(run)}
+        pngs = {f"{name}.png": as_png(figure) if figure else None for name, figure in figures.items()}
+    if not any(pngs.values()):
+        raise UserError("the run has no losses, training metrics or HellaSwag results yet; let it go on first")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, png in pngs.items():
+            if png:
+                (out / name).write_bytes(png)
+            else:
+                (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"could not write the pictures to {out}: {error.strerror or error}") from error
+    return [name for name, png in pngs.items() if png]
+
+
+def loss(run: Run) -> Figure | None:
+    """Training and validation loss in nats a token; None where the run has neither."""
+    training, validation = (run.series(kind, "loss").finite() for kind in ("train", "validation"))
+    if not training.steps.size and not validation.steps.size:
+        return None
+    figure, (axes,) = _figure("Loss", ["nats per token"], run)
+    if training.steps.size:
+        _draw(axes, training, BLUE, f"training, {_ending(training):.3f} at the end")
+    if validation.steps.size:
+        marker = "." if validation.steps.size < FEW_POINTS else ""
+        label = f"validation, {validation.values[-1]:.3f} at the end"
+        axes.plot(*validation, color=ORANGE, linewidth=1.6, marker=marker, label=label, zorder=3)
+    # The fall of the first steps, over in a hundredth of a run, would take up most of the picture.
+    every = np.concatenate([training.values, validation.values])
+    later = np.concatenate([curve.values[curve.steps >= run.last_step / 50] for curve in (training, validation)])
+    low, high = every.min(), later.max() if training.steps.size > MANY_POINTS and later.size else every.max()
+    margin = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    axes.legend(loc="upper right")
+    return figure
+
+
+def training_metrics(run: Run) -> Figure | None:
+    """Learning rate, gradient norm and tokens a second, one above the other; None where the run has none of them."""
+    quantities = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per s"}
+    curves = {key: curve for key in quantities if (curve := run.series("train", key).finite()).steps.size}
+    if not curves:
+        return None
+    figure, panels = _figure("Training metrics", [quantities[key] for key in curves], run)
+    figure.set_size_inches(figure.get_figwidth(), 1.2 + 1.75 * len(curves))
+    for axes, (key, curve) in zip(panels, curves.items(), strict=True):
+        _draw(axes, curve, BLUE, noisy=key != "lr")
+        axes.set_ylim(0, 1.08 * _usual_maximum(curve.values) or None)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.yaxis.set_major_formatter(FuncFormatter(_compact if key == "tokens_per_second" else _short))
+    figure.align_ylabels(panels)
+    return figure
+
+
+def hellaswag(run: Run) -> Figure | None:
+    """The share of items answered rightly, with one standard error either way; None where none was measured.
+
+    The title names HellaSwag only where it was that, and not the stand-in from held-out text.
+    """
+    share = run.series("hellaswag", "acc_norm")
+    known = np.isfinite(share.values)
+    if not known.any():
+        return None
+    error = np.nan_to_num(run.series("hellaswag", "stderr").values[known])
+    share, last = share.finite(), run.of_kind("hellaswag")[-1]
+    stand_in = "not HellaSwag" in str(last.get("protocol"))
+    title = "Multiple choice, a stand-in for HellaSwag" if stand_in else "HellaSwag accuracy"
+    figure, (axes,) = _figure(title, ["right"], run)
+    label = f"{100 * share.values[-1]:.4g}% at the end"
+    axes.errorbar(*share, error, color=GREEN, marker="o", markersize=4, capsize=2.5, elinewidth=1, label=label)
+    axes.axhline(CHANCE, color=GREY, linestyle="--", linewidth=1.3, label=f"chance, {CHANCE:.0%}")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    axes.margins(y=0.12)
+    items = last.get("total")
+    axes.set_ylabel(f"right, of {items:,} items" if isinstance(items, int) else "right")
+    axes.legend(loc="best")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m assets.curves", description="Draw a run's loss, training metrics and HellaSwag accuracy."
+    )
+    parser.add_argument(
+        "run", metavar="RUN_DIR_OR_METRICS_FILE", help="a path, or the name of a run under temp_data/runs"
+    )
+    parser.add_argument("--out", type=Path, default=root.ROOT / "assets" / "showcase", help="folder of the pictures")
+    arguments = parser.parse_args()
+    path = Path(arguments.run)
+    run = read_metrics(path if path.is_file() else root.run_dir(arguments.run))
+    print(json.dumps({"out": str(arguments.out), "pictures": write_pictures(run, arguments.out)}))
+
+
+def _figure(title: str, units: list[str], run: Run) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each unit, one above the other, over the steps."""
+    figure = new_figure()
+    panels = list(figure.subplots(len(units), 1, sharex=True, squeeze=False)[:, 0])
+    panels[0].set_title(title)
+    for axes, unit in zip(panels, units, strict=True):
+        axes.set_ylabel(unit)
+    steps, tokens = run.series("train", "tokens_seen").finite()
+    size = f" of {tokens[-1] / steps[-1]:,.0f} tokens" if steps.size and steps[-1] else ""
+    panels[-1].set_xlabel(f"step{size}")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    return figure, panels
+
+
+def _draw(axes: Axes, curve: Series, color: str, label: str = "", noisy: bool = True) -> None:
+    if curve.steps.size <= MANY_POINTS or not noisy:
+        marker = "." if curve.steps.size < FEW_POINTS else ""
+        axes.plot(*curve, color=color, linewidth=1.6, marker=marker, label=label)
+        return
+    axes.plot(*curve, color=color, linewidth=0.6, alpha=0.3)
+    axes.plot(curve.steps, _running_median(curve.values), color=color, linewidth=1.6, label=label)
+
+
+def _running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over a centred window of about a fiftieth of the points: one spike doesn't move it."""
+    half = values.size // 100
+    padded = np.pad(values, half, mode="reflect")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
+
+
+def _ending(curve: Series) -> float:
+    """The last value as drawn."""
+    return float((_running_median(curve.values) if curve.steps.size > MANY_POINTS else curve.values)[-1])
+
+
+def _usual_maximum(values: NDArray[np.float64]) -> float:
+    """The largest value, but for the few that would flatten all others, such as the gradient's first."""
+    return float(values[values <= 4 * np.median(values)].max(initial=0.0))
+
+
+def _short(value: float, _: object) -> str:
+    return f"{value:g}"
+
+
+def _compact(value: float, _: object) -> str:
+    return f"{value / 1000:,g}k" if abs(value) >= 10_000 else f"{value:,g}"
+
+
+if __name__ == "__main__":
+    exit_with(main)
