@@ -42,6 +42,7 @@ from src.utils.handle_ddp import processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
 from src.utils.run_directory import claim_file, claimed
+from src.utils.sinks import require_packages
 from src.utils.stop_signals import stop_on_signals
 
 
@@ -54,6 +55,7 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
     with ExitStack() as stack:
         procs = stack.enter_context(processes(config.train.device, config.train.timeout_s, stop))
         procs.together(lambda: config.grad_accumulation_steps(procs.world_size))  # refused before anything is touched
+        procs.main_only(lambda: require_packages(config.report_to))
         folder, run_dir = dataset_dir(config.data.dir), RUNS / config.run_name
         manifest = procs.together(lambda: read_manifest(folder))
         # before anything reads a token; on each machine, because its disk may be its own
@@ -81,6 +83,7 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
             if note:
                 log.info(f"warning: {note}")
         procs.main_only(lambda: refuse_full_disk(config, run_dir))
+        stack.callback(log.close_watching)
         run = prepare(config, procs, manifest, checkpoint, precision, log)  # one refused here keeps the status it had
         stack.callback(run.saver.close)
         write_status(run, "running", None, "")
@@ -264,6 +267,7 @@ def main() -> int:
     )
     if dry_run:
         config.grad_accumulation_steps(world_size())
+        require_packages(config.report_to)
         return EXIT_DONE
     with stop_on_signals() as stop:
         return train(config, stop).exit_code

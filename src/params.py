@@ -9,6 +9,8 @@ import math
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
+REPORTERS = ("tensorboard", "wandb")  # what report_to can name
+
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message lists every problem found, one a line."""
@@ -237,6 +239,9 @@ class Config:
     profile: int = 0
     """Steps to record with PyTorch's profiler, soon after the start; the trace in the run's folder opens at
     ui.perfetto.dev."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Other programs to watch the run with, which have to be installed: tensorboard, wandb or both. No result depends
+    on it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -253,6 +258,9 @@ class Config:
             found.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
         if self.profile < 0:
             found.append(f"profile = {self.profile} must not be negative; 0 records nothing")
+        for name in self.report_to:
+            if name not in REPORTERS:
+                found.append(f"report_to names {name!r}; it can name {_either(REPORTERS)}, or both")
         if not found and self.train.batch_tokens % self.model.n_ctx:
             multiple = max(1, round(self.train.batch_tokens / self.model.n_ctx)) * self.model.n_ctx
             found.append(
@@ -331,11 +339,13 @@ def from_dict(data: dict[str, Any]) -> Config:
     groups: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.default is MISSING}
     unknown = [name for name in data if name not in {f.name for f in dataclasses.fields(Config)}]
     values: dict[str, Any] = {name: value for name, value in data.items() if name not in groups}
+    if "report_to" in values:  # JSON has no tuples
+        values["report_to"] = tuple(values["report_to"])
     for name, group in groups.items():
         given = dict(data.get(name, {}))
         known = {f.name for f in dataclasses.fields(group)}
         unknown += [f"{name}.{key}" for key in given if key not in known]
-        if "sample_prompts" in given:  # JSON has no tuples
+        if "sample_prompts" in given:
             given["sample_prompts"] = tuple(given["sample_prompts"])
         values[name] = group(**{key: value for key, value in given.items() if key in known})
     if unknown:

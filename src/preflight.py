@@ -35,6 +35,7 @@ CHECKS = {
     "backend": checks.backend,
     "precision": checks.precision,
     "compiler": checks.compiler,
+    "watching": checks.watching,
     "memory": checks.memory,
     "tokenizer": checks.tokenizer,
     "HellaSwag": checks.hellaswag,

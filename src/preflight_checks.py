@@ -36,6 +36,7 @@ from src.utils.errors import StorageError, UserError
 from src.utils.handle_ddp import device_and_backend
 from src.utils.hardware import available_memory_bytes, choose_precision, describe_machine
 from src.utils.run_directory import refuse_claimed
+from src.utils.sinks import require_packages
 
 PYTHON_VERSIONS, TORCH_VERSIONS = ((3, 10), (3, 13)), ((2, 11), (2, 13))  # from the first to the last that are tested
 _CLOCK_TOLERANCE_S = 60  # a file server's clock may differ a little
@@ -166,6 +167,13 @@ def compiler(start: Start) -> Found:
     if asked == "on":
         raise UserError(f"{words}; install it, or leave out --train.compile on")
     return Found(f"{words}: nothing will be compiled; with it a long run may be faster", True)
+
+
+def watching(start: Start) -> Found | None:
+    """Whether the programs are there that the run is to be watched with."""
+    names = start.config.report_to
+    require_packages(names)
+    return Found(", ".join(names)) if names else None
 
 
 def memory(start: Start) -> Found | None:

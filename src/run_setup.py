@@ -182,6 +182,7 @@ def prepare(
     log.write_json("config.json", settings)
     words = settings_in_words(settings, sum(shard.tokens for shard in manifest.train))
     log.info("\n".join([words, f"precision: {hardware.precision_in_words(precision, procs.device)}", *notes]))
+    log.open_watching(config.report_to, config.run_name, settings)
     saver = CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync)
     guard = SpikeGuard(config.optim.spike_z, state.progress.recent_losses)
     return Run(

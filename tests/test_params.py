@@ -96,6 +96,13 @@ def test_json_and_back(preset: str):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
+def test_who_a_run_reports_to_is_kept_and_checked():
+    config = replace(debug(), report_to=("tensorboard", "wandb"))
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    with pytest.raises(ConfigError, match="report_to names 'mlflow'; it can name tensorboard or wandb, or both"):
+        replace(debug(), report_to=("wandb", "mlflow"))  # type: ignore[arg-type]
+
+
 def test_settings_saved_without_a_later_field_take_its_default():
     data = to_dict(debug())
     del data["optim"]["spike_z"]

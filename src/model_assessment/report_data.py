@@ -19,6 +19,9 @@ from src.utils.errors import UserError
 
 Record = dict[str, Any]
 
+SILENT_SECONDS = 600.0  # after which a run that writes nothing is not called running, where its lines come more often
+SPIKE_LINES, SPIKE_Z, SPIKE_SHARE = 19, 8.0, 0.02  # see `spikes`
+
 SESSION_STARTS = ("checkpoints", "resume")  # the events a process may write first; before them it did not run
 
 
@@ -47,6 +50,8 @@ class Run:
     unreadable_lines: int
     active_seconds: float
     """Time between the first and the last line, without the pauses before each start."""
+    remark: str = ""
+    """What to add to its name where that stands for the run."""
 
     def of_kind(self, kind: str) -> list[Record]:
         """The lines of a kind. Events come in the order they happened, all others by step, the last one of each;
@@ -113,6 +118,53 @@ def read_run(directory: Path) -> Run:
     )
 
 
+def last_written(run: Run) -> float:
+    """When the run last wrote something, as Unix time; NaN where no line tells."""
+    times = [number(record.get("time")) for record in (*run.records, run.status)]
+    return max((time for time in times if math.isfinite(time)), default=math.nan)
+
+
+def is_running(run: Run, now: float) -> bool:
+    """Whether the run says so and has written lately: within ten minutes, or three times its longest recent silence."""
+    longest = max(_silences(run.records[-50:]), default=0.0)
+    silent = now - last_written(run)
+    return run.status.get("state") == "running" and silent <= max(SILENT_SECONDS, 3 * longest)
+
+
+def seconds_left(run: Run) -> float:
+    """Until the last step at the pace of the last training lines, evaluations and saves included; NaN if unknown."""
+    starts = [index for index, record in enumerate(run.records) if _is_event(record, *SESSION_STARTS)]
+    session = run.records[starts[-1] if starts else 0 :]
+    lines = [line for line in session if line["kind"] == "train" and math.isfinite(number(line.get("time")))][-50:]
+    if not lines or not run.total_steps:
+        return math.nan
+    first, last = lines[0], lines[-1]
+    steps, pace = last["step"] - first["step"], number(last.get("step_ms")) / 1e3
+    if steps > 0 and last["time"] > first["time"]:
+        pace = (last["time"] - first["time"]) / steps
+    return max(0.0, (run.total_steps - last["step"]) * pace)
+
+
+def skipped_steps(run: Run) -> list[int]:
+    return [event["step"] for event in run.of_kind("event") if "skip" in str(event.get("name"))]
+
+
+def spikes(run: Run) -> Series:
+    """Training lines whose loss lies far above the 19 before.
+
+    That is eight standard deviations, and 2%, above their median. As in the guard that skips steps, the deviation comes
+    from the changes between successive lines, since a falling curve has a spread of its own.
+    """
+    steps, losses = run.series("train", "loss").finite()
+    if losses.size <= SPIKE_LINES:
+        return Series(steps[:0], losses[:0])
+    before = np.lib.stride_tricks.sliding_window_view(losses, SPIKE_LINES)[:-1]
+    level = np.median(before, axis=1)
+    deviation = 1.4826 * np.median(np.abs(np.diff(before, axis=1)), axis=1) / math.sqrt(2)
+    high = losses[SPIKE_LINES:] - level > np.maximum(SPIKE_Z * deviation, SPIKE_SHARE * level)
+    return Series(steps[SPIKE_LINES:][high], losses[SPIKE_LINES:][high])
+
+
 def number(value: Any) -> float:
     """`value` as a float; NaN where it is absent, not a number, or infinite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -156,12 +208,17 @@ def _record(line: str) -> Record | None:
 
 
 def _active_seconds(written: Iterable[Record]) -> float:
+    return sum(_silences(written))
+
+
+def _silences(written: Iterable[Record]) -> list[float]:
+    """Seconds between successive lines, without the pauses before each start."""
     timed = [record for record in written if math.isfinite(number(record.get("time")))]
-    return sum(
+    return [
         max(0.0, later["time"] - earlier["time"])
         for earlier, later in itertools.pairwise(timed)
         if not _is_event(later, *SESSION_STARTS)
-    )
+    ]
 
 
 def _is_event(record: Record, *names: str) -> bool:

@@ -1,141 +1,217 @@
-"""The report's pictures: each shows one thing of a run, and a second run in grey where two are compared."""
+"""The report's pictures: each shows one thing of a run, with another in grey behind it, or of several runs."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from src.model_assessment.report_data import Run, Series, number
+from src.model_assessment.report_axes import (
+    Plot,
+    Shown,
+    draw_level,
+    figure_of,
+    in_words,
+    label,
+    legend,
+    mark,
+    outside_note,
+    plot,
+)
+from src.model_assessment.report_data import Run, number, skipped_steps, spikes
 from src.model_assessment.report_text import CHANCE, fixed, percent, protocols
-from src.utils.plot_style import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE, STYLE, as_png, new_figure, plain
+from src.utils.plot_style import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE, STYLE
 
-Words = Callable[[float], str]
-
-NAMES = ("loss", "loss_second_half", "multiple_choice", "learning_rate", "gradient_norm", "speed")
-
-MANY_POINTS = 1_000  # from here on a noisy curve is drawn faintly, and its running median over it
+NAMES = (*("loss", "loss_second_half", "multiple_choice", "learning_rate", "gradient_norm", "speed", "memory"),)
+RED, PURPLE = "#a3341a", "#7a3b8f"  # skipped steps, and spikes
 
 
-class Plot(NamedTuple):
-    """A picture and its words: `alt` says what is to be seen, `caption` what to know when reading it."""
-
-    name: str
-    png: bytes
-    alt: str
-    caption: str
-
-
-def draw(run: Run, other: Run | None = None) -> list[Plot]:
-    """The pictures that `run` has data for, in the order of NAMES."""
-    runs = [run] if other is None else [run, other]
+def draw(shown: Shown) -> list[Plot]:
+    """The pictures that the first run has data for, in the order of NAMES."""
     with matplotlib.rc_context(STYLE):
         plots = (
-            _loss(runs),
-            _loss_second_half(runs),
-            _multiple_choice(runs),
-            _learning_rate(runs),
-            _gradient_norm(runs),
-            _speed(runs),
+            _loss(shown),
+            _loss_second_half(shown),
+            _multiple_choice(shown),
+            _learning_rate(shown),
+            _gradient_norm(shown),
+            _speed(shown.alone()),  # a background's is another machine's
+            _memory(shown.alone()),
         )
-        return [plot for plot in plots if plot]
+        return [each for each in plots if each]
 
 
-def _loss(runs: list[Run]) -> Plot | None:
-    train, validation = (_curve(runs[0], runs, kind, "loss") for kind in ("train", "validation"))
+def _loss(shown: Shown) -> Plot | None:
+    run = shown.runs[0]
+    train, validation = (shown.curve(run, kind, "loss") for kind in ("train", "validation"))
     if not train.steps.size and not validation.steps.size:
         return None
-    figure, (axes,) = _figure("Loss", ["nats per token"], runs)
-    _draw_losses(axes, runs)
-    entropy = _unigram_entropy(runs[0])
-    if np.isfinite(entropy):
-        axes.axhline(entropy, color=GREY, linestyle="--", linewidth=1.3, label="unigram entropy")
-    resumes = [event["step"] for event in runs[0].of_kind("event") if event.get("name") == "resume"]
-    for step in resumes:
-        axes.axvline(step * _scale(runs[0], runs), color=LIGHT_GREY, linestyle=":", linewidth=1.3)
-    curves = [_curve(run, runs, kind, "loss").values for run in runs for kind in ("train", "validation")]
+    figure, (axes,) = figure_of("Loss", ["nats per token"], shown)
+    _draw_losses(axes, shown)
+    entropy = _unigram_entropy(run)
+    draw_level(axes, entropy, "unigram entropy")
+    curves = [shown.curve(each, kind, "loss").values for each in shown.all for kind in ("train", "validation")]
     low, high = _loss_range(curves, entropy)
     axes.set_ylim(low, high)
-    _legend(axes, runs)
-    alt = [_in_words("Training loss", train, fixed), _in_words("Validation loss", validation, fixed)]
+    marks = _mark_trouble(axes, shown, high) if len(shown.runs) == 1 else []
+    legend(axes, shown)
+    alt = [in_words("Training loss", train, fixed), in_words("Validation loss", validation, fixed)]
     alt.append(f"The unigram entropy is {fixed(entropy)}." if np.isfinite(entropy) else "")
-    caption = ["A point of the training loss is the mean over the steps since the point before.", _median_note(train)]
-    caption.append("Dotted: resumed here." if resumes else "")
-    caption.append(_outside_note(np.concatenate(curves), high, fixed))
-    return _plot("loss", figure, alt, caption)
+    caption = [
+        "A point of the training loss is the mean over the steps since the point before.",
+        shown.median_note(train),
+    ]
+    caption += [_solid_and_dashed(shown), _beside_background(shown), *marks]
+    caption.append(outside_note(np.concatenate(curves), high, fixed))
+    return plot("loss", figure, alt, caption)
 
 
-def _loss_second_half(runs: list[Run]) -> Plot | None:
+def _mark_trouble(axes: Axes, shown: Shown, high: float) -> list[str]:
+    """Resumes, skipped steps and spikes, drawn, and said in words."""
+    run, words = shown.runs[0], []
+    resumes = [event["step"] for event in run.of_kind("event") if event.get("name") == "resume"]
+    for step in resumes:
+        axes.axvline(step * shown.scale(run), color=LIGHT_GREY, linestyle=":", linewidth=1.3)
+    if resumes:
+        words.append("Dotted: resumed here.")
+    if skipped := skipped_steps(run):
+        places = np.array(skipped) * shown.scale(run)
+        bottom = axes.get_xaxis_transform()
+        marks: dict[str, Any] = {"marker": "x", "color": RED, "linestyle": "", "clip_on": False, "zorder": 4}
+        axes.plot(places, np.full(places.size, 0.02), transform=bottom, label="skipped step", **marks)
+        words.append(f"Skipped steps: {len(skipped):,}, the last of them {skipped[-1]:,}.")
+    found = spikes(run)
+    if found.steps.size:
+        heights = np.minimum(found.values, high)
+        look: dict[str, Any] = {"marker": "v", "markerfacecolor": "none", "color": PURPLE, "linestyle": "", "zorder": 4}
+        axes.plot(found.steps * shown.scale(run), heights, label="spike", **look)
+        last = f"step {found.steps[-1]:,.0f}: {fixed(found.values[-1])}"
+        words.append(f"Spikes, far above the lines before: {found.steps.size:,}, the last at {last}.")
+    return words
+
+
+def _loss_second_half(shown: Shown) -> Plot | None:
     """The part where a run is decided, which the fall at the start flattens in the plot of the whole."""
-    half = runs[0].last_step * _scale(runs[0], runs) / 2
-    train, validation = (_since(_curve(runs[0], runs, kind, "loss"), half) for kind in ("train", "validation"))
+    run = shown.runs[0]
+    half = run.last_step * shown.scale(run) / 2
+    train, validation = (shown.curve(run, kind, "loss", half) for kind in ("train", "validation"))
     if train.steps.size < 10:
         return None
-    figure, (axes,) = _figure("Loss, second half", ["nats per token"], runs)
-    _draw_losses(axes, runs, since=half)
+    figure, (axes,) = figure_of("Loss, second half", ["nats per token"], shown)
+    _draw_losses(axes, shown, since=half)
     losses = np.concatenate([train.values, validation.values])
     high = 2 * np.quantile(losses, 0.95) - losses.min()  # a spike may not flatten the rest
-    if len(runs) == 1 and high < losses.max():
+    if len(shown.runs) == 1 and high < losses.max():
         axes.set_ylim(top=high)
-    _legend(axes, runs)
-    alt = [_in_words("Training loss", train, fixed), _in_words("Validation loss", validation, fixed)]
-    caption = ["The same curves from half-way on.", _median_note(train)]
-    caption.append(_outside_note(losses, axes.get_ylim()[1], fixed))
-    return _plot("loss_second_half", figure, alt, caption)
+    legend(axes, shown)
+    alt = [in_words("Training loss", train, fixed), in_words("Validation loss", validation, fixed)]
+    caption = ["The same curves from half-way on.", shown.median_note(train)]
+    caption.append(outside_note(losses, axes.get_ylim()[1], fixed))
+    return plot("loss_second_half", figure, alt, caption)
 
 
-def _multiple_choice(runs: list[Run]) -> Plot | None:
-    if not _curve(runs[0], runs, "hellaswag", "acc_norm").steps.size:
+def _draw_losses(axes: Axes, shown: Shown, since: float = 0.0) -> None:
+    several = len(shown.runs) > 1
+    for look in shown.looks(BLUE):
+        curve = shown.curve(look.run, "train", "loss", since)
+        shown.draw_noisy(axes, curve, look.color, look.name if several else label("training", look.name))
+    for look in shown.looks(ORANGE, GREY):
+        curve = shown.curve(look.run, "validation", "loss", since)
+        if not curve.steps.size:
+            continue
+        if several:
+            training = shown.curve(look.run, "train", "loss", since).steps.size
+            name = "" if training else look.name
+            every = max(1, curve.steps.size // 10)
+            marks: dict[str, Any] = {
+                "marker": look.marker,
+                "markersize": 4.5,
+                "markevery": every,
+                "linestyle": (0, (4, 2)),
+            }
+            axes.plot(*curve, color=look.color, linewidth=1.2, zorder=3, label=name or None, **marks)
+        else:
+            name = label("validation", look.name)
+            axes.plot(*curve, color=look.color, linewidth=1.6, label=name, marker=mark(curve), zorder=3)
+
+
+def _solid_and_dashed(shown: Shown) -> str:
+    return "Solid: training; dashed, with marks: validation." if len(shown.runs) > 1 else ""
+
+
+def _beside_background(shown: Shown) -> str:
+    """The last validation loss, and the background's at the same place."""
+    if not shown.background:
+        return ""
+    mine, others = (shown.curve(run, "validation", "loss", whole=True) for run in (shown.runs[0], shown.background))
+    grey = f"Grey: {shown.background.name}{shown.background.remark}."
+    if not mine.steps.size or not others.steps.size or not others.steps[0] <= mine.steps[-1] <= others.steps[-1]:
+        return grey
+    there = float(np.interp(mine.steps[-1], others.steps, others.values))
+    at = f"{mine.steps[-1]:,.4g} million tokens" if shown.by_tokens else f"step {mine.steps[-1]:,.0f}"
+    difference = float(mine.values[-1]) - there
+    return f"{grey} At {at} its validation loss was {there:.3f}, this run's {mine.values[-1]:.3f} ({difference:+.3f})."
+
+
+def _multiple_choice(shown: Shown) -> Plot | None:
+    run = shown.runs[0]
+    if not shown.curve(run, "hellaswag", "acc_norm").steps.size:
         return None
-    figure, (axes,) = _figure("Multiple choice", ["share of items"], runs)
-    for run, color, name in _cast(runs, GREEN, GREY):
-        share = _curve(run, runs, "hellaswag", "acc_norm")
-        known = np.isfinite(run.series("hellaswag", "acc_norm").values)
-        error = np.nan_to_num(run.series("hellaswag", "stderr").values[known]).clip(min=0)
-        label = _label("right answers", name)
-        axes.errorbar(*share, error, color=color, label=label, marker="o", markersize=4, capsize=2.5, elinewidth=1)
-    axes.axhline(CHANCE, color=GREY, linestyle="--", linewidth=1.3, label=f"chance, {CHANCE:.0%}")
+    if shown.background and not set(protocols(shown.background)) <= set(protocols(run)):
+        shown = shown.alone()  # another test
+    figure, (axes,) = figure_of("Multiple choice", ["share of items"], shown)
+    for look in shown.looks(GREEN, GREY):
+        share = shown.curve(look.run, "hellaswag", "acc_norm")
+        if not share.steps.size:
+            continue
+        known = look.run.series("hellaswag", "acc_norm").finite().steps[: share.steps.size]
+        errors = dict(zip(*look.run.series("hellaswag", "stderr"), strict=True))
+        error = np.nan_to_num([errors[step] for step in known]).clip(min=0)
+        style: dict[str, Any] = {"marker": look.marker or "o", "markersize": 4, "capsize": 2.5, "elinewidth": 1}
+        axes.errorbar(*share, error, color=look.color, label=label("right answers", look.name), **style)
+    draw_level(axes, CHANCE, f"chance, {CHANCE:.0%}")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     axes.margins(y=0.12)
-    _legend(axes, runs)
-    alt = [_in_words("Share of right answers", _curve(runs[0], runs, "hellaswag", "acc_norm"), percent)]
-    measured = ["; ".join(protocols(run)) for run in runs if run.of_kind("hellaswag")]
-    caption = [f"What was measured: {measured[0]}."]
-    if len(set(measured)) > 1:
-        caption.append(f"But in {runs[1].name}: {measured[1]}. So do not compare the two runs by it.")
+    legend(axes, shown)
+    alt = [in_words("Share of right answers", shown.curve(run, "hellaswag", "acc_norm"), percent)]
+    caption = [f"What was measured: {'; '.join(protocols(run))}."]
+    for other in shown.runs[1:]:
+        measured = protocols(other)
+        if measured and measured != protocols(run):
+            caption.append(f"But in {other.name}: {'; '.join(measured)}. So do not compare the two runs by it.")
     caption.append("Bars: one standard error either way.")
-    return _plot("multiple_choice", figure, alt, caption)
+    return plot("multiple_choice", figure, alt, caption)
 
 
-def _learning_rate(runs: list[Run]) -> Plot | None:
-    curve = _curve(runs[0], runs, "train", "lr")
+def _learning_rate(shown: Shown) -> Plot | None:
+    curve = shown.curve(shown.runs[0], "train", "lr")
     if not curve.steps.size:
         return None
-    figure, (axes,) = _figure("Learning rate", ["learning rate"], runs)
-    for run, color, name in _cast(runs, BLUE, LIGHT_GREY):
-        theirs = _curve(run, runs, "train", "lr")
-        axes.plot(*theirs, color=color, linewidth=1.6, marker=_marker(theirs), label=name)
+    figure, (axes,) = figure_of("Learning rate", ["learning rate"], shown)
+    for look in shown.looks(BLUE):
+        theirs = shown.curve(look.run, "train", "lr")
+        axes.plot(*theirs, color=look.color, linewidth=1.6, marker=mark(theirs), label=look.name or "this run")
     axes.set_ylim(0, 1.08 * axes.dataLim.ymax or None)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    if len(runs) > 1:
-        _legend(axes, runs)
-    return _plot("learning_rate", figure, [_in_words("The learning rate", curve, _short)], [])
+    if len(shown.all) > 1:
+        legend(axes, shown)
+    return plot("learning_rate", figure, [in_words("The learning rate", curve, _short)], [])
 
 
-def _gradient_norm(runs: list[Run]) -> Plot | None:
-    curve = _curve(runs[0], runs, "train", "grad_norm")
+def _gradient_norm(shown: Shown) -> Plot | None:
+    run = shown.runs[0]
+    curve = shown.curve(run, "train", "grad_norm")
     if not curve.steps.size:
         return None
-    figure, (axes,) = _figure("Gradient norm", ["global L2 norm"], runs)
-    for run, color, name in _cast(runs, BLUE, LIGHT_GREY):
-        _draw_noisy(axes, _curve(run, runs, "train", "grad_norm"), color, _label("gradient norm", name))
-    clip = number(runs[0].setting("config", "optim", "clip_grad_norm"))
-    if np.isfinite(clip):
-        axes.axhline(clip, color=GREY, linestyle="--", linewidth=1.3, label=f"clipped above {clip:g}")
+    figure, (axes,) = figure_of("Gradient norm", ["global L2 norm"], shown)
+    for look in shown.looks(BLUE):
+        shown.draw_noisy(
+            axes, shown.curve(look.run, "train", "grad_norm"), look.color, label("gradient norm", look.name)
+        )
+    clip = number(run.setting("config", "optim", "clip_grad_norm"))
+    draw_level(axes, clip, f"clipped above {clip:g}")
     positive = curve.values[curve.values > 0]
     if positive.size and positive.max() > 20 * positive.min():
         axes.set_yscale("log")
@@ -144,118 +220,47 @@ def _gradient_norm(runs: list[Run]) -> Plot | None:
     else:
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _legend(axes, runs)
-    return _plot("gradient_norm", figure, [_in_words("The gradient norm", curve, _short)], [_median_note(curve)])
+    legend(axes, shown)
+    return plot("gradient_norm", figure, [in_words("The gradient norm", curve, _short)], [shown.median_note(curve)])
 
 
-def _speed(runs: list[Run]) -> Plot | None:
+def _speed(shown: Shown) -> Plot | None:
     quantities = [("step_ms", "ms per step"), ("tokens_per_second", "tokens per s")]
-    shown = [(key, unit) for key, unit in quantities if _curve(runs[0], runs, "train", key).steps.size]
-    if not shown:
+    panels = [(key, unit) for key, unit in quantities if shown.curve(shown.runs[0], "train", key).steps.size]
+    if not panels:
         return None
-    figure, panels = _figure("Speed", [unit for _, unit in shown], runs)
+    figure, all_axes = figure_of("Speed", [unit for _, unit in panels], shown)
     alt, caption = [], []
-    for axes, (key, unit) in zip(panels, shown, strict=True):
-        for run, color, name in _cast(runs, BLUE, LIGHT_GREY):
-            _draw_noisy(axes, _curve(run, runs, "train", key), color, name)
-        values = np.concatenate([_curve(run, runs, "train", key).values for run in runs])
-        high = 1.15 * values[values <= 2.5 * np.median(values)].max(
-            initial=0.0
-        )  # one slow step would flatten all others
+    for axes, (key, unit) in zip(all_axes, panels, strict=True):
+        for look in shown.looks(BLUE):
+            shown.draw_noisy(axes, shown.curve(look.run, "train", key), look.color, look.name)
+        values = np.concatenate([shown.curve(run, "train", key).values for run in shown.runs])
+        usual = values[values <= 2.5 * np.median(values)]  # one slow step would flatten all others
+        high = 1.15 * usual.max(initial=0.0)
         axes.set_ylim(0, high if high > 0 else None)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        curve = _curve(runs[0], runs, "train", key)
+        curve = shown.curve(shown.runs[0], "train", key)
         alt.append(f"Median {np.median(curve.values):,.0f} {unit}.")
-        caption.append(_outside_note(values, high, lambda value: f"{value:,.0f}", f" {unit}"))
-    if len(runs) > 1:
-        panels[0].legend(loc="lower right", reverse=True)
-    return _plot("speed", figure, alt, [*dict.fromkeys(caption)])
+        caption.append(outside_note(values, high, lambda value: f"{value:,.0f}", f" {unit}"))
+    if len(shown.runs) > 1:
+        all_axes[0].legend(loc="lower right", reverse=True)
+    return plot("speed", figure, alt, [*dict.fromkeys(caption)])
 
 
-def _figure(title: str, units: list[str], runs: list[Run]) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel for each unit, one above the other, over a common x axis."""
-    figure = new_figure()
-    panels = list(figure.subplots(len(units), 1, sharex=True, squeeze=False)[:, 0])
-    panels[0].set_title(title)
-    for axes, unit in zip(panels, units, strict=True):
-        axes.set_ylabel(unit)
-    bottom = panels[-1]
-    bottom.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=not _by_tokens(runs), min_n_ticks=1))
-    bottom.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    bottom.set_xlabel("millions of tokens" if _by_tokens(runs) else "step")
-    return figure, panels
-
-
-def _by_tokens(runs: list[Run]) -> bool:
-    """Whether tokens, not steps, put the runs on the same footing: where their batches differ in size."""
-    sizes = [run.tokens_per_step for run in runs]
-    return None not in sizes and max(sizes) > 1.001 * min(sizes)  # type: ignore[type-var, operator]
-
-
-def _scale(run: Run, runs: list[Run]) -> float:
-    """What a step counts on the x axis."""
-    return run.tokens_per_step / 1e6 if run.tokens_per_step and _by_tokens(runs) else 1.0
-
-
-def _curve(run: Run, runs: list[Run], kind: str, key: str) -> Series:
-    """The finite values of a quantity at their places on the x axis."""
-    steps, values = run.series(kind, key).finite()
-    return Series(steps * _scale(run, runs), values)
-
-
-def _since(curve: Series, start: float) -> Series:
-    late = curve.steps >= start
-    return Series(curve.steps[late], curve.values[late])
-
-
-def _cast(runs: list[Run], color: str, other_color: str) -> list[tuple[Run, str, str]]:
-    """The runs with their colors and names, "" for one alone; the one compared with first, so that it lies behind."""
-    if len(runs) == 1:
-        return [(runs[0], color, "")]
-    return [(runs[1], other_color, plain(runs[1].name, 24)), (runs[0], color, plain(runs[0].name, 24))]
-
-
-def _label(what: str, name: str) -> str:
-    return f"{what}, {name}" if name else what
-
-
-def _legend(axes: Axes, runs: list[Run]) -> None:
-    axes.legend(loc="best", reverse=len(runs) > 1)  # the run itself, drawn last, is named first
-
-
-def _draw_losses(axes: Axes, runs: list[Run], since: float = 0.0) -> None:
-    for run, color, name in _cast(runs, BLUE, LIGHT_GREY):
-        _draw_noisy(axes, _since(_curve(run, runs, "train", "loss"), since), color, _label("training", name))
-    for run, color, name in _cast(runs, ORANGE, GREY):
-        curve = _since(_curve(run, runs, "validation", "loss"), since)
-        if curve.steps.size:
-            label = _label("validation", name)
-            axes.plot(*curve, color=color, linewidth=1.6, label=label, marker=_marker(curve), zorder=3)
-
-
-def _draw_noisy(axes: Axes, curve: Series, color: str, label: str) -> None:
-    if not curve.steps.size:
-        return
-    if curve.steps.size < MANY_POINTS:
-        axes.plot(*curve, color=color, linewidth=1.6, label=label, marker=_marker(curve))
-        return
-    axes.plot(*curve, color=color, linewidth=0.6, alpha=0.3)
-    axes.plot(curve.steps, _running_median(curve.values), color=color, linewidth=1.6, label=label)
-
-
-def _marker(curve: Series) -> str:
-    return "." if curve.steps.size < 30 else ""
-
-
-def _window(points: int) -> int:
-    return points // 100 * 2 + 1
-
-
-def _running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The median over a centred window; a mean would smear one slow step or spike over all of it."""
-    padded = np.pad(values, _window(values.size) // 2, mode="reflect")
-    return np.median(np.lib.stride_tricks.sliding_window_view(padded, _window(values.size)), axis=1)
+def _memory(shown: Shown) -> Plot | None:
+    curve = shown.curve(shown.runs[0], "train", "memory_gb")
+    if not curve.steps.size or curve.values.max() <= 0:
+        return None
+    figure, (axes,) = figure_of("Memory", ["GB of one process"], shown)
+    for look in shown.looks(BLUE):
+        theirs = shown.curve(look.run, "train", "memory_gb")
+        axes.plot(*theirs, color=look.color, linewidth=1.6, marker=mark(theirs), label=look.name)
+    axes.set_ylim(0, 1.15 * axes.dataLim.ymax)
+    if len(shown.runs) > 1:
+        axes.legend(loc="lower right", reverse=True)
+    words = in_words("The memory in use", curve, lambda value: f"{value:.1f} GB")
+    return plot("memory", figure, [words], ["The most in use so far, on a GPU as PyTorch counts it."])
 
 
 def _loss_range(curves: list[NDArray[np.float64]], entropy: float) -> tuple[float, float]:
@@ -275,33 +280,3 @@ def _unigram_entropy(run: Run) -> float:
 
 def _short(value: float) -> str:
     return f"{value:.4g}"
-
-
-def _median_note(curve: Series) -> str:
-    if curve.steps.size < MANY_POINTS:
-        return ""
-    return f"The bold line is the running median over {_window(curve.steps.size)} points."
-
-
-def _outside_note(values: NDArray[np.float64], high: float, words: Words, unit: str = "") -> str:
-    above = values[values > high]
-    if not above.size:
-        return ""
-    return f"Above the frame: {above.size:,} of {values.size:,} points, the highest {words(above.max())}{unit}."
-
-
-def _in_words(what: str, curve: Series, words: Words) -> str:
-    if not curve.steps.size:
-        return ""
-    if curve.steps.size == 1:
-        return f"{what}: {words(curve.values[0])}."
-    return (
-        f"{what} goes from {words(curve.values[0])} to {words(curve.values[-1])}, "
-        f"between {words(curve.values.min())} and {words(curve.values.max())}."
-    )
-
-
-def _plot(name: str, figure: Figure, alt: list[str], caption: list[str]) -> Plot:
-    title = figure.axes[0].get_title(loc="left")
-    words = [" ".join(sentence for sentence in sentences if sentence) for sentences in (alt, caption)]
-    return Plot(name, as_png(figure), f"{title}, line chart. {words[0]}", words[1])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.model_assessment.report_data import Record, Run, number
+from src.model_assessment.report_data import Record, Run, is_running, last_written, number
 
 CHANCE = 0.25  # of guessing right: every multiple-choice item has four endings
 
@@ -22,9 +22,12 @@ class KeyFigure(NamedTuple):
     note: str
 
 
-def summary(run: Run) -> str:
-    """What was trained, on what, for how long, how it ended and how good it became, in a few sentences."""
-    sentences = (_model_and_data(run), _effort(run), _ending(run), _validation(run), _multiple_choice(run))
+def summary(run: Run, now: float) -> str:
+    """What was trained, on what, for how long, how it ended and how good it became, in a few sentences.
+
+    `now`: when the reader reads it, as Unix time.
+    """
+    sentences = (_model_and_data(run), _effort(run), _ending(run, now), _validation(run), _multiple_choice(run))
     return " ".join(sentence for sentence in (*sentences, _trouble(run)) if sentence)
 
 
@@ -159,18 +162,19 @@ def _effort(run: Run) -> str:
     return f"It has trained for {steps}{tokens}{time}{where}."
 
 
-def _ending(run: Run) -> str:
+def _ending(run: Run, now: float) -> str:
     state = run.status.get("state")
     at = f"at step {run.last_step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")
     said = f": {run.status['message']}".rstrip(".") if run.status.get("message") else ""
     code = run.status.get("exit_code")
     if state == "done":
         return "The run is complete."
+    if state == "running" and is_running(run, now):
+        return f"The run was going on, {at}, when this page was made."
     if state == "running":
-        seen = moment(run.records[-1].get("time"))
-        return f"The run was still going on, {at}, when this page was made" + (
-            f" (last line: {seen})." if seen else "."
-        )
+        wrote = last_written(run)
+        since = f" since {moment(wrote)}, {duration(now - wrote)} before this page was made" if moment(wrote) else ""
+        return f"The run says that it is going on, {at}, but has written nothing{since}: it may have been killed."
     if state == "stopped":
         return f"The run was stopped {at}{said}."
     if state == "failed":

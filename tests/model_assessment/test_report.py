@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from src.model_assessment.report import write_report
+from src.model_assessment.report import write_comparison, write_report
 from src.model_assessment.report_data import read_run
 from src.model_assessment.report_text import summary
+from src.utils import plot_style
 from src.utils.errors import UserError
 from src.utils.root import ROOT
 
 STEPS = 250
 START = 1_750_000_000.0
-PLOTS = {"loss", "loss_second_half", "multiple_choice", "learning_rate", "gradient_norm", "speed"}
+PLOTS = {"loss", "loss_second_half", "multiple_choice", "learning_rate", "gradient_norm", "speed", "memory"}
 
 
 def make_run(folder: Path, **settings: Any) -> Path:
@@ -143,6 +144,12 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+@pytest.fixture(autouse=True)
+def _coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks at them here."""
+    monkeypatch.setattr(plot_style, "_DOTS_PER_INCH", 40)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run, reported."""
@@ -169,7 +176,8 @@ def test_the_page_says_what_the_metrics_say(finished: Path) -> None:
         "34.0% ± 4.7% of 100 items, where guessing gives 25% (a difference within two standard errors)",
         "stand-in items made from held-out validation documents; not HellaSwag",
         f"{speeds[len(speeds) // 2]:,.0f} tokens a second, median",
-        "6 checkpoints were saved; the last: at step 250",
+        "6 checkpoints were saved",
+        "250 2025-06-15 15:10:01 UTC 200.0 MB 0.4 s — checkpoints/step_0000250",
         "Intel Xeon 2.80GHz",
         "optim",
         "clip_grad_norm",
@@ -233,32 +241,49 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
         {"kind": "hellaswag", **last, "acc_norm": 0.3, "stderr": 0.05, "total": 100, "protocol": hostile},
     )
     (folder / "status.json").write_text(json.dumps({"state": hostile, "message": hostile}))
-    page = Page(write_report(folder, compare=folder))
-    assert "script" not in page.tags
-    assert page.tags.count("img") == len(PLOTS)
-    assert not any(name.startswith("on") for _, name, _ in page.attributes)
-    assert "<script>alert(1)</script>" in page.text  # as words to read
-    assert not set("\u202e\x00") & set(page.html)
+    for page in (Page(write_report(folder)), Page(write_comparison([folder, folder]))):
+        assert "script" not in page.tags
+        assert page.tags.count("img") == len(PLOTS)
+        assert not any(name.startswith("on") for _, name, _ in page.attributes)
+        assert "<script>alert(1)</script>" in page.text  # as words to read
+        assert not set("\u202e\x00") & set(page.html)
 
 
 def test_a_source_of_several_paths_is_named_once(tmp_path: Path) -> None:
     names = ["pydocs", "files", "files", "files"]
     dataset = {"name": "mine", "sources": [{"name": name} for name in names], "documents": 506, "tokens": 2_817_311}
     run = read_run(make_run(tmp_path / "run", dataset=dataset))
-    assert "on mine (source pydocs and files, 506 documents, 2.82M tokens)." in summary(run)
+    assert "on mine (source pydocs and files, 506 documents, 2.82M tokens)." in summary(run, START)
 
 
 def test_a_run_in_progress_with_its_last_line_cut_off(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "running")
     whole = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(whole + '{"kind": "train", "step": 251, "lo')
-    (folder / "status.json").write_text('{"state": "running", "step": 250, "total_steps": 900}')
+    status = {"state": "running", "step": 250, "total_steps": 900, "time": time.time()}
+    (folder / "status.json").write_text(json.dumps(status))
     (folder / "config.json").unlink()
     page = Page(write_report(folder))
-    assert "The run was still going on, at step 250 of 900" in page.text
+    assert "The run was going on, at step 250 of 900" in page.text
     assert "could not be read" not in page.text
     (folder / "metrics.jsonl").write_text('{"kind": "tra\0\0\n[1, 2]\n' + whole)
     assert "2 lines of metrics.jsonl could not be read" in Page(write_report(folder)).text
+
+
+def test_a_finished_run_is_not_loaded_again(finished: Path) -> None:
+    page = Page(finished / "report.html")
+    assert ("meta", "http-equiv", "refresh") not in page.attributes
+    assert not [value for _, name, value in page.attributes if value == "progressbar"]
+
+
+def test_all_samples_of_a_run_are_on_its_page(finished: Path) -> None:
+    text = Page(finished / "report.html").text
+    assert "1 step between step 125 prompt step 125 The function returns a new list of the items" in text
+
+
+def test_more_runs_than_can_be_told_apart_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="compare at most 7 at a time"):
+        write_comparison([tmp_path] * 8)
 
 
 def test_a_pause_before_a_resume_is_not_counted(tmp_path: Path) -> None:
@@ -285,6 +310,7 @@ def test_a_pause_before_a_resume_is_not_counted(tmp_path: Path) -> None:
         ({"validation"}, {"loss"}),
         ({"hellaswag"}, {"multiple_choice"}),
         ({"train"}, PLOTS - {"multiple_choice"}),
+        ({"checkpoint"}, set()),
     ],
 )
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path, kinds: set[str], plots: set[str]) -> None:
@@ -304,7 +330,7 @@ def test_one_line_is_enough(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "short")
     rewrite(folder, [next(line for line in metrics() if line["kind"] == "train")])
     page = Page(write_report(folder))
-    assert drawn(folder) == {"loss", "learning_rate", "gradient_norm", "speed"}
+    assert drawn(folder) == {"loss", "learning_rate", "gradient_norm", "speed", "memory"}
     assert "There is no validation loss." in page.text
 
 
@@ -324,21 +350,30 @@ def test_losses_that_are_no_numbers(tmp_path: Path) -> None:
     assert "loss" not in drawn(folder)
 
 
-def test_two_runs_compared(finished: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "other", config={"run_name": "$x^{$ other", "optim": {"max_lr": 0.001}})
+def test_runs_compared(finished: Path, tmp_path: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())["config"]
+    other = make_run(
+        tmp_path / "other", config=config | {"run_name": "$x^{$ other", "optim": config["optim"] | {"max_lr": 0.001}}
+    )
     better = [
         line | {"loss": line["loss"] - 1, "protocol": "HellaSwag"} if "loss" in line else line for line in metrics()
     ]
     rewrite(other, [line | {"protocol": "HellaSwag"} if line["kind"] == "hellaswag" else line for line in better])
-    run = make_run(tmp_path / "debug")
-    page = Page(write_report(run, compare=other))
+    (other / "report.html").write_text("its own")
+    page = Page(write_comparison([finished, other, finished]))
+    assert page.text.startswith("3 runs compared Pretraining, several runs")
     mine = [line["loss"] for line in metrics() if line["kind"] == "validation"][-1]
-    assert f"Validation loss {mine:.3f} {mine - 1:.3f}" in page.text
-    assert "Compared with $x^{$ other" in page.text  # no formula, not in the pictures either
-    assert "optim.max_lr 0.002 0.001" in page.text
+    assert f"Validation loss {mine:.3f} {mine - 1:.3f} {mine:.3f}" in page.text
+    assert "setting debug (1) $x^{$ other debug (3)" in page.text  # no formula, not in the pictures either
+    assert "optim.max_lr 0.002 0.001 0.002" in page.text
+    assert page.text.index("optim.max_lr 0.002") < page.text.index("Key figures") < page.text.index("Curves")
+    assert "train.seed" not in page.text  # is the same
+    assert "run_name" not in page.text  # says nothing more than the names
     assert "But in $x^{$ other: HellaSwag. So do not compare the two runs by it." in page.text
-    alone = finished / "plots" / "loss.png"
-    assert (run / "plots" / "loss.png").read_bytes() != alone.read_bytes()
+    assert len(page.images()) == len(PLOTS)
+    assert "The function returns a new list of the items a new list of the items" in page.text
+    assert Page(finished / "report.html").text.startswith("debug Pretraining report")
+    assert (other / "report.html").read_text() == "its own"
 
 
 def test_many_events_are_cut_short(tmp_path: Path) -> None:
@@ -359,7 +394,7 @@ def test_command_says_where_the_page_is_and_needs_no_torch(tmp_path: Path) -> No
         "assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules), 'imported needlessly'\n"
         "ours = {name for name in sys.modules if name.startswith('src.') and 'report' not in name}\n"
         "allowed = 'src.model_assessment src.utils'.split()\n"
-        "allowed += [f'src.utils.{name}' for name in ('errors', 'root', 'terminal', 'plot_style')]\n"
+        "allowed += ['src.params', *(f'src.utils.{name}' for name in ('errors', 'root', 'terminal', 'plot_style'))]\n"
         "assert ours <= {*allowed}, ours\n"
     )
     result = subprocess.run(
@@ -374,7 +409,7 @@ def test_command_ends_with_2_where_there_is_nothing_to_report(tmp_path: Path) ->
     for arguments, words in (
         (["no-such-run"], "no run directory"),
         ([str(tmp_path / "empty")], "has no metrics.jsonl"),
-        ([], "RUN_DIR"),
+        ([], "required: RUN"),
     ):
         result = command(*arguments)
         assert result.returncode == 2

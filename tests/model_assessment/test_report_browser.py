@@ -1,0 +1,243 @@
+"""The report in a real browser: nothing to complain of, every picture shows, and hostile text stays text.
+
+Chromium is spoken to through a pipe, in its DevTools protocol, with nothing but the standard library.
+"""
+
+import base64
+import io
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from src.model_assessment.report import write_comparison, write_report
+from tests.model_assessment.test_report import PLOTS, START, STEPS, append, make_run, metrics, rewrite
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), "")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs a Chromium or Chrome, such as Debian's package chromium")
+
+DESK, PHONE = (1_280, 900), (360, 740)
+HOSTILE = (
+    "</p></td></style></title></details><script>document.title='owned'</script>"
+    "<img src=http://127.0.0.1:9/canary onerror=\"document.title='owned'\"><svg onload=\"document.title='owned'\">"
+    "<iframe srcdoc='<script>top.document.title=1</script>'></iframe><style>body{display:none}</style>"
+    "<meta http-equiv=refresh content='0;url=http://127.0.0.1:9/canary'>"
+    "\"' onmouseover=\"document.title='owned'\" \u202egnp.exe \u2067x &lt;b&gt; ${title} <base href=http://127.0.0.1:9/>"
+)
+
+
+class Browser:
+    """A headless Chromium with one page; see https://chromedevtools.github.io/devtools-protocol/ for its methods."""
+
+    def __init__(self, profile: Path) -> None:
+        (their_input, self._out), (self._in, their_output) = os.pipe(), os.pipe()
+        options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
+        options += f" --disable-background-networking --user-data-dir='{profile}'"
+        # The pipes have to be its files 3 and 4.
+        command = f"exec '{CHROMIUM}' {options} about:blank 3<&{their_input} 4>&{their_output}"
+        self._process = subprocess.Popen(
+            ["bash", "-c", command],
+            pass_fds=(their_input, their_output),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(their_input)
+        os.close(their_output)
+        self._rest, self._numbers = b"", itertools.count(1)
+        self.events: list[dict[str, Any]] = []
+        self._session: str | None = None
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self(f"{domain}.enable")
+
+    def __call__(self, method: str, **params: Any) -> Any:
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != number:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            assert select.select([self._in], [], [], 60)[0], "the browser does not answer"
+            found = os.read(self._in, 1 << 20)
+            assert found, "the browser has ended"
+            self._rest += found
+        message, self._rest = self._rest.split(b"\0", 1)
+        return json.loads(message)
+
+    def open(self, page: Path, size: tuple[int, int], scheme: str = "light", whole: bool = False) -> None:
+        """Loads a page at a size, in CSS pixels; `whole`: the window is as high as the page."""
+        self.events.clear()
+        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self._resize(*size)
+        self("Page.navigate", url=page.as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next())
+        if whole:
+            self._resize(size[0], self.js("document.documentElement.scrollHeight"))
+
+    def _resize(self, width: int, height: int) -> None:
+        mobile = width < 600
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+
+    def js(self, expression: str) -> Any:
+        return self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)["result"].get(
+            "value"
+        )
+
+    def complaints(self) -> list[dict[str, Any]]:
+        """Errors and warnings of the console, and whatever else a page says there."""
+        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [event for event in self.events if event.get("method") in kinds]
+
+    def fetched(self) -> list[str]:
+        """Every address that the page asked for, but its own and what it holds itself."""
+        asked = [event["params"]["request"]["url"] for event in self.events if _is_request(event)]
+        return [url for url in asked if not url.startswith(("file:///", "data:image/png"))]
+
+    def picture(self) -> np.ndarray:
+        """What is to be seen: height, width, red-green-blue, each 0 to 1."""
+        png = base64.b64decode(self("Page.captureScreenshot", format="png")["data"])
+        return imread(io.BytesIO(png))[..., :3]
+
+    def close(self) -> None:
+        self._session = None
+        with suppress(AssertionError, OSError):
+            self("Browser.close")
+        for pipe in (self._out, self._in):
+            os.close(pipe)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _is_request(event: dict[str, Any]) -> bool:
+    return event.get("method") == "Network.requestWillBeSent"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    started = Browser(tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()
+
+
+def hostile_run(folder: Path) -> Path:
+    """A run that says HOSTILE wherever a run can say something."""
+    config = {"run_name": HOSTILE, HOSTILE: HOSTILE, "optim": {"max_lr": HOSTILE}, "list": [HOSTILE]}
+    make_run(folder, config=config, command=HOSTILE, dataset={"name": HOSTILE}, machine={"gpu": HOSTILE})
+    lines = [line | {"prompt": HOSTILE, "text": HOSTILE} if line["kind"] == "sample" else line for line in metrics()]
+    rewrite(folder, lines)
+    last = {"step": STEPS, "time": START + 300}
+    append(
+        folder,
+        {"kind": "event", **last, "name": HOSTILE, "detail": HOSTILE},
+        {"kind": "checkpoint", **last, "path": HOSTILE},
+        {"kind": "hellaswag", **last, "acc_norm": 0.3, "stderr": 0.05, "total": 100, "protocol": HOSTILE},
+    )
+    status = {"state": HOSTILE, "message": HOSTILE, "exit_code": HOSTILE, "step": STEPS, "total_steps": STEPS}
+    (folder / "status.json").write_text(json.dumps(status))
+    return folder
+
+
+def running_run(folder: Path, **settings: Any) -> Path:
+    """A run at step 250 of 1,000 that has just written its last line, with a skipped step."""
+    make_run(folder, derived={"total_steps": 4 * STEPS}, **settings)
+    late = time.time() - 10 - max(line["time"] for line in metrics())
+    rewrite(folder, [line | {"time": line["time"] + late} for line in metrics()])
+    append(folder, {"kind": "event", "step": 200, "time": time.time(), "name": "skipped step", "detail": "a spike"})
+    status = {"state": "running", "step": STEPS, "total_steps": 4 * STEPS, "time": time.time()}
+    (folder / "status.json").write_text(json.dumps(status))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("runs")
+    running, hostile = running_run(home / "running"), hostile_run(home / "hostile")
+    return {
+        "running": write_report(running, background="published"),
+        "compared": write_comparison([running, make_run(home / "other"), make_run(home / "third")]),
+        "hostile": write_report(hostile),
+        "hostile compared": write_comparison([hostile, running]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "scheme"),
+    [
+        *itertools.product(["running"], [DESK, PHONE], ["light", "dark"]),
+        *(("compared", DESK, "light"), ("compared", PHONE, "dark")),
+    ],
+)
+def test_a_page_is_whole_and_fits(
+    browser: Browser, pages: dict[str, Path], name: str, size: tuple[int, int], scheme: str
+) -> None:
+    browser.open(pages[name], size, scheme, whole=True)
+    assert browser.complaints() == []
+    assert browser.fetched() == []
+    assert browser.js("document.documentElement.scrollWidth") == size[0]  # nothing sticks out
+    script = "[...document.images].map(i => [i.naturalWidth, ...Object.values(i.getBoundingClientRect().toJSON())])"
+    images = browser.js(script)
+    assert len(images) == len(PLOTS)
+    picture = browser.picture()
+    paper = picture[5, 5].mean()
+    assert paper > 0.9 if scheme == "light" else paper < 0.15
+    for natural_width, x, y, width, height, *_ in images:
+        assert natural_width > 1_000
+        plot = picture[round(y) : round(y + height), round(x) : round(x + width)]
+        assert plot.shape[1] > 300
+        assert abs(np.median(plot) - paper) < 0.1  # it lies on the page's colour,
+        assert plot.max() - plot.min() > 0.6  # and stands out from it
+
+
+def test_hostile_text_does_something_where_it_is_not_made_safe(browser: Browser, tmp_path: Path) -> None:
+    """So that the next test could fail."""
+    page = tmp_path / "unsafe.html"
+    page.write_text(f"<!DOCTYPE html><title>safe</title><p>{HOSTILE.replace('refresh', '')}", encoding="utf-8")
+    browser.open(page, DESK)
+    assert browser.js("document.title") == "owned"
+    assert browser.js("document.body.offsetHeight") == 0
+    assert "http://127.0.0.1:9/canary" in browser.fetched()
+    assert browser.complaints()
+
+
+@pytest.mark.parametrize("name", ["hostile", "hostile compared"])
+def test_hostile_text_is_text(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    browser.open(pages[name], DESK)
+    shown = HOSTILE.replace("\u202e", "\ufffd").replace("\u2067", "\ufffd")
+    assert browser.js("document.title") == (shown if name == "hostile" else "2 runs compared")
+    assert browser.js("document.body.innerText").count(shown) > (10 if name == "hostile" else 5)
+    assert browser.js("document.querySelectorAll('script, svg, iframe, base, img:not([src^=\"data:\"])').length") == 0
+    assert browser.js("document.location.href") == pages[name].as_uri()
+    assert browser.js("document.body.offsetHeight") > 1_000
+    assert browser.fetched() == []
+    assert browser.complaints() == []
+
+
+def test_what_lies_between_the_first_and_the_last_samples_unfolds(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["running"], PHONE)
+    visible = "[...document.querySelectorAll('details.between table')].map(table => table.checkVisibility())"
+    assert browser.js(visible) == [False]
+    browser.js("document.querySelectorAll('details > summary').forEach(summary => summary.click())")
+    assert browser.js(visible) == [True]

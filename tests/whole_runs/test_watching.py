@@ -1,0 +1,62 @@
+"""Runs that are watched: by other programs, and by a page that is made anew while they go on."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain import train
+from src.params import Config
+from src.utils import live_report, sinks
+from src.utils.errors import UserError
+from tests.whole_runs.records import STEPS, assert_same_bits, metrics, stop_after
+
+
+def test_tensorboard_sees_a_resumed_run_as_the_log_has_it(config: Config):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator").EventAccumulator
+    watched = replace(config, report_to=("tensorboard",))
+    assert train(watched, stop_after(7)).exit_code == 143
+    run_dir = train(watched).run_dir
+    found = reader(str(run_dir / "tensorboard")).Reload()
+    for kind in ("train", "validation"):
+        shown = [(event.step, event.tensor_proto.float_val[0]) for event in found.Tensors(f"{kind}/loss")]
+        assert shown == [(r["step"], pytest.approx(r["loss"])) for r in metrics(run_dir, kind)]
+    # Whoever looks on changes nothing, and may come and go.
+    assert_same_bits(run_dir, train(replace(config, run_name="unwatched")).run_dir)
+    assert train(replace(config, run_name=config.run_name)).exit_code == 0
+
+
+def test_a_package_that_is_not_there_is_said_before_anything_is_made(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        train(replace(config, report_to=("wandb",)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_page_of_a_run_is_there_while_it_goes_on_and_says_how_it_ended(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(live_report, "EVERY_SECONDS", 0.0)
+    page, run_dir = tmp_path / "runs" / config.run_name / "report.html", tmp_path / "runs" / config.run_name
+    seen: list[str] = []
+
+    def look_on() -> bool:
+        """After the first line, waits until there is a page: such a short run would be over before."""
+        if not seen and (run_dir / "metrics.jsonl").exists() and metrics(run_dir, "train"):
+            end = time.monotonic() + 60
+            while not page.exists():
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            seen.append(page.read_text(encoding="utf-8"))
+        return False
+
+    assert train(config, look_on).exit_code == 0
+    assert 'http-equiv="refresh"' in seen[0]
+    assert f"step 3 of {STEPS}" in seen[0]
+    last = page.read_text(encoding="utf-8")
+    assert 'http-equiv="refresh"' not in last
+    assert "The run is complete." in last
+    assert sorted(path.suffix for path in run_dir.iterdir() if path.name.startswith("report")) == [".html"]
