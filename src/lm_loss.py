@@ -86,6 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad = (logits.T @ part)[:n_vocab]
                     # several parts are added up in float32; one alone stays as the matmul gave it
                     grad_weight = grad if grad_weight is None else grad_weight.float().add_(grad)
+                del logits  # before the next ones are made
         if with_gradients:
             ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
             ctx.dtypes = hidden_ND.dtype, weight_VD.dtype

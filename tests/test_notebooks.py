@@ -84,6 +84,18 @@ def test_curves_of_runs(names: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     assert pictures(content) == 6
 
 
+def test_parameters_are_counted_and_a_sweep_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    values = {"SWEEP_STEPS": 2, "SWEEP_RATES": (1e-3, 1e-2)}
+    content = run(ROOT / "notebooks" / "parameters_tuning.ipynb", values, offline(tmp_path), monkeypatch)
+    assert "1,089,152 parameters, 2 steps" in printed(content)
+    assert "9.29e-06 at the first" in printed(content)  # the published log's first learning rate
+    shown = [output for cell in content.cells if cell.cell_type == "code" for output in cell.outputs]
+    tables = "".join(output.data.get("text/markdown", "") for output in shown if "data" in output)
+    assert "| 16 x 1,024 (the reference) | 320,145,408 | 268,682,240 |" in tables
+    assert all(f"| {model} |" in tables for model in ("GPT-3 350M", "OpenELM 270M", "Llama 3.2 1B", "MolmoE 1B"))
+    assert pictures(content) == 5
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
 def test_it_is_saved_as_it_ran(notebook: Path):
     """With outputs, of cells that ran once in order, without errors, small, and with nothing of the machine."""
