@@ -27,6 +27,7 @@ from src.data_processing.shards import read_manifest, stray_files
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.data_processing.verification import ensure_verified
 from src.model_assessment.assessment import Assessment
+from src.model_assessment.sinks import require_packages
 from src.model_configs.command_line import config_from_command_line
 from src.model_utils.adamw_opt import learning_rate
 from src.model_utils.disk_need import refuse_full_disk
@@ -42,7 +43,6 @@ from src.utils.handle_ddp import processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
 from src.utils.run_directory import claim_file, claimed
-from src.utils.sinks import require_packages
 from src.utils.stop_signals import stop_on_signals
 
 
@@ -83,12 +83,15 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
             if note:
                 log.info(f"warning: {note}")
         procs.main_only(lambda: refuse_full_disk(config, run_dir))
-        stack.callback(log.close_watching)
         run = prepare(config, procs, manifest, checkpoint, precision, log)  # one refused here keeps the status it had
+        stack.callback(run.watching.close)
         stack.callback(run.saver.close)
         write_status(run, "running", None, "")
         try:
-            return run_steps(run, training, assessment, stop)
+            outcome = run_steps(run, training, assessment, stop)
+            procs.doing("the last report")
+            procs.together_for_long(run.watching.close)
+            return outcome
         except Exception as raised:
             error = raised
             if isinstance(raised, torch.OutOfMemoryError):

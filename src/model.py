@@ -36,7 +36,7 @@ class LLM(nn.Module):
         if problems := config.problems():
             raise ConfigError(problems)
         self.config = config
-        # Not nn.Embedding's own normal_, which on the meta device imports PyTorch's compiler: a second of every command.
+        # Not nn.Embedding's own normal_, which on the meta device imports PyTorch's compiler: a second of a command.
         weight_VD = torch.empty(config.n_vocab, config.n_embd).uniform_(-1, 1)
         self.embedding = nn.Embedding(config.n_vocab, config.n_embd, _weight=weight_VD)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))

@@ -25,6 +25,7 @@ from src.data_processing.training_data_loader import WindowDataset
 from src.data_processing.verification import check_in_seconds
 from src.lm_loss import LOGIT_POSITIONS
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
+from src.model_assessment.sinks import require_packages
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
 from src.model_utils.disk_need import MAKE_ROOM, checkpoint_bytes, checkpoints_need
 from src.model_utils.start_choices import COMPILE_SECONDS, compiling_fails
@@ -36,7 +37,6 @@ from src.utils.errors import StorageError, UserError
 from src.utils.handle_ddp import device_and_backend
 from src.utils.hardware import available_memory_bytes, choose_precision, describe_machine
 from src.utils.run_directory import refuse_claimed
-from src.utils.sinks import require_packages
 
 PYTHON_VERSIONS, TORCH_VERSIONS = ((3, 10), (3, 13)), ((2, 11), (2, 13))  # from the first to the last that are tested
 _CLOCK_TOLERANCE_S = 60  # a file server's clock may differ a little

@@ -47,7 +47,7 @@ def log_training(run: Run, numbers: StepNumbers, seconds_left: float) -> None:
         f"{used}  {record['memory_gb']:.1f} GB  {timedelta(seconds=round(seconds_left))} left"
     )
     write_status(run, "running", None, "")
-    run.log.refresh_report()
+    run.watching.refresh()
     progress.start_line()
 
 

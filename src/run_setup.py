@@ -20,6 +20,7 @@ from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
 from src.model_assessment.assessment import Assessment
 from src.model_assessment.hellaswag_items import Item
+from src.model_assessment.watching import Watching
 from src.model_utils.adamw_opt import build_adamw
 from src.model_utils.checkpoint_saver import CheckpointSaver
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps
@@ -46,6 +47,7 @@ class Run:
     config: Config
     procs: Processes
     log: RunLogger
+    watching: Watching
     manifest: Manifest
     state: TrainingState
     guard: SpikeGuard
@@ -182,12 +184,11 @@ def prepare(
     log.write_json("config.json", settings)
     words = settings_in_words(settings, sum(shard.tokens for shard in manifest.train))
     log.info("\n".join([words, f"precision: {hardware.precision_in_words(precision, procs.device)}", *notes]))
-    log.open_watching(config.report_to, config.run_name, settings)
     saver = CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync)
     guard = SpikeGuard(config.optim.spike_z, state.progress.recent_losses)
-    return Run(
-        config, procs, log, manifest, state, guard, saver, forward, precision, reads_late=procs.device.type == "cuda"
-    )
+    watching = Watching(log, config.report_to, config.run_name, settings)
+    late = procs.device.type == "cuda"
+    return Run(config, procs, log, watching, manifest, state, guard, saver, forward, precision, reads_late=late)
 
 
 def where_to_go_on(

@@ -50,7 +50,7 @@ MUST_NOT_KNOW = {
 }
 # But an exported model takes its tokenizer along.
 MAY_KNOW = {"src/model_utils/hf_export.py": "src.data_processing.tokenizer"}
-OPTIONAL = {"gguf"}  # pinned in requirements-dev.txt: a command says how to install it where it is needed
+OPTIONAL = {"gguf", "wandb"}  # pinned in requirements-dev.txt: a command says how to install it where it is needed
 
 
 def level(path: str) -> int:

@@ -135,7 +135,7 @@ def _write(run_dir: Path, name: str, page: str, plots: list[Plot] | None) -> Pat
 
 def _replace(path: Path, content: bytes) -> None:
     """Whoever looks at it while a run goes on never finds half of it."""
-    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a run and a person may both write it
     unfinished.write_bytes(content)
     os.replace(unfinished, path)
 

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from typing import Any
 from tqdm import tqdm
 
 from src.utils.disk import sync
-from src.utils.live_report import LiveReport
-from src.utils.sinks import Sinks
 from src.utils.terminal import console_may_fail, harmless, say
 
 
@@ -29,8 +27,8 @@ class RunLogger:
         self.is_main = is_main
         self._bar: tqdm | None = None
         self._warned = False
-        self._sinks = Sinks(run_dir, self.info)
-        self._report: LiveReport | None = None
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        """Get each record of metrics.jsonl after it was written."""
 
     def info(self, text: str) -> None:
         """A line for people, on stderr and in log.txt; control characters are escaped."""
@@ -48,30 +46,13 @@ class RunLogger:
             record = {"kind": kind, "step": step, "time": time.time(), **values}
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             self._append("metrics.jsonl", json.dumps(finite, ensure_ascii=False))
-            self._sinks.write(finite)
+            for listener in self.listeners:
+                listener(finite)
 
     def event(self, name: str, step: int, detail: str, **values: Any) -> None:
         """Something out of the ordinary, for people and programs; `values` are for programs only."""
         self.info(f"{name}: {detail}")
         self.metric("event", step, name=name, detail=detail, **values)
-
-    def open_watching(self, report_to: Iterable[str], run_name: str, settings: dict[str, Any]) -> None:
-        """From here on until `close_watching`: report.html anew now and then, and records to the programs named."""
-        if self.is_main:
-            self._report = LiveReport(self.run_dir, self.info)
-            self._sinks.open(report_to, run_name, settings, self._records())
-
-    def refresh_report(self) -> None:
-        """Starts to write report.html anew if it is time; does not wait for it."""
-        if self._report is not None:
-            self._report.refresh()
-
-    def close_watching(self) -> None:
-        """Hands on what is left; a report.html that is there says from now on how the run ended."""
-        self._sinks.close()
-        if self._report is not None:
-            self._report.close()
-            self._report = None
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A whole file of the run directory, replaced at once."""
@@ -117,16 +98,17 @@ class RunLogger:
 
     def recorded(self) -> set[tuple[str, int]]:
         """Kind and step of everything in metrics.jsonl."""
-        return {(record["kind"], record["step"]) for record in self._records()}
+        return {(record["kind"], record["step"]) for record in self.records()}
 
     def forget_after(self, step: int) -> None:
         """Drops the records of later steps and a half-written last line, so that a resumed run repeats none."""
         if not self.is_main or not (self.run_dir / "metrics.jsonl").exists():
             return
-        lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in self._records() if r["step"] <= step]
+        lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in self.records() if r["step"] <= step]
         self._replace("metrics.jsonl", "".join(lines), lasting=True)
 
-    def _records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, Any]]:
+        """All that metrics.jsonl holds."""
         records = []
         try:
             with open(self.run_dir / "metrics.jsonl", encoding="utf-8", errors="replace") as lines:

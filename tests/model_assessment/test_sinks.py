@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from src.utils import sinks
+from src.model_assessment import sinks
+from src.model_assessment.sinks import require_packages
+from src.model_assessment.watching import Watching
 from src.utils.errors import UserError
 from src.utils.logger import RunLogger
-from src.utils.sinks import require_packages
 
 HOSTILE = "a\n<script>alert(1)</script>\r# Title\u2028<img src=x onerror=alert(1)>\n\n[x](javascript:alert(1))"
 
@@ -23,11 +24,10 @@ def _no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def watch(run_dir: Path, *report_to: str) -> RunLogger:
+def watch(run_dir: Path, *report_to: str) -> tuple[RunLogger, Watching]:
     run_dir.mkdir(exist_ok=True)
     log = RunLogger(run_dir, is_main=True)
-    log.open_watching(report_to, "name", {"config": {"train": {"seed": 1}}})
-    return log
+    return log, Watching(log, report_to, "name", {"config": {"train": {"seed": 1}}})
 
 
 def some_steps(log: RunLogger, *steps: int) -> None:
@@ -50,16 +50,16 @@ def test_tensorboard_has_each_step_once_also_after_a_kill(tmp_path: Path):
     # what TensorBoard itself reads with
     reader = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator").EventAccumulator
     run_dir = tmp_path / "run"
-    before = watch(run_dir)  # what was measured before it was asked for
+    before, _ = watch(run_dir)  # what was measured before it was asked for
     some_steps(before, 1)
-    killed = watch(run_dir, "tensorboard")
+    killed, _ = watch(run_dir, "tensorboard")
     some_steps(killed, 2, 3, 4)  # and never closed
     looking_on = reader(str(run_dir / "tensorboard")).Reload()
     assert [event.step for event in looking_on.Tensors("train/loss")] == [1, 2, 3, 4]
     RunLogger(run_dir, is_main=True).forget_after(2)
-    again = watch(run_dir, "tensorboard")
+    again, watching = watch(run_dir, "tensorboard")
     some_steps(again, 3)
-    again.close_watching()
+    watching.close()
     for found in (looking_on.Reload(), reader(str(run_dir / "tensorboard")).Reload()):
         losses = [(event.step, event.tensor_proto.float_val[0]) for event in found.Tensors("train/loss")]
         assert losses == [(1, 9.0), (2, 8.0), (3, 7.0)]
@@ -67,7 +67,7 @@ def test_tensorboard_has_each_step_once_also_after_a_kill(tmp_path: Path):
         assert {*found.Tags()["tensors"]} == tags
         assert all([event.step for event in found.Tensors(tag)] == [1, 2, 3] for tag in tags)
     texts = found.Tensors("samples/text_summary")
-    first = killed._records()[0]
+    first = killed.records()[0]
     assert found.Tensors("train/loss")[0].wall_time == pytest.approx(first["time"])
     # as TensorBoard itself would show it
     shown = pytest.importorskip("tensorboard.plugin_util").markdown_to_safe_html(texts[0].tensor_proto.string_val[0])
@@ -113,10 +113,10 @@ def test_wandb_works_offline_where_there_is_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     wandb = fake(monkeypatch, FakeWandb())
-    log = watch(tmp_path / "run", "wandb")
+    log, watching = watch(tmp_path / "run", "wandb")
     some_steps(log, 1, 2)
     log.metric("checkpoint", 1, bytes=5)  # of a save in the background
-    log.close_watching()
+    watching.close()
     assert wandb.started["mode"] == "offline"
     assert "offline because there is no API key" in capsys.readouterr().err
     assert (wandb.started["project"], wandb.started["name"], wandb.started["resume"]) == ("lf-llm", "name", "allow")
@@ -134,15 +134,55 @@ def test_wandb_works_offline_where_there_is_no_key(
 def test_wandb_knows_the_run_again_and_gets_only_what_it_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_API_KEY", "x")
     first = fake(monkeypatch, FakeWandb())
-    some_steps(watch(tmp_path / "run", "wandb"), 1, 2)
+    some_steps(watch(tmp_path / "run", "wandb")[0], 1, 2)
     second = fake(monkeypatch, FakeWandb(step=3))
-    log = watch(tmp_path / "run", "wandb")
+    log, _ = watch(tmp_path / "run", "wandb")
     some_steps(log, 3)
     other = fake(monkeypatch, FakeWandb())
     watch(tmp_path / "other", "wandb")
     assert first.started["id"] == second.started["id"] != other.started["id"]
     assert second.started["mode"] is None  # as the environment and wandb's settings say
     assert {step for step, _ in second.logged} == {3}
+
+
+def test_wandb_is_offline_where_its_server_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    wandb = fake(monkeypatch, FakeWandb())
+    start = wandb.init
+
+    def unanswered(**started: Any) -> FakeWandb:
+        if started["mode"] is None:
+            raise OSError("deadline exceeded")
+        return start(**started)
+
+    monkeypatch.setattr(wandb, "init", unanswered)
+    log, watching = watch(tmp_path / "run", "wandb")
+    some_steps(log, 1)
+    watching.close()
+    assert len(wandb.logged) == 3
+    assert "offline because the server does not answer (deadline exceeded)" in capsys.readouterr().err
+
+
+def test_the_real_wandb_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("wandb")
+    log, watching = watch(tmp_path / "run", "wandb")
+    some_steps(log, 1, 2)
+    watching.close()
+    assert "left out" not in capsys.readouterr().err
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = written.read_bytes()
+    assert b"train/loss" in content
+    assert b"validation/perplexity" in content
+
+
+def test_a_folder_of_a_packages_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match="pip install wandb"):
+        require_packages(["wandb"])
 
 
 @pytest.mark.parametrize("place", ["NETRC", "home"])
@@ -160,32 +200,34 @@ def test_a_key_of_wandb_login_is_found(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_sink_that_fails_is_one_warning_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    fake(monkeypatch, FakeWandb(fails=True))
-    log = watch(tmp_path / "run", "wandb")
+    failing = fake(monkeypatch, FakeWandb(fails=True))
+    log, watching = watch(tmp_path / "run", "wandb")
     kept = FakeWandb()
-    log._sinks._open["other"] = sinks.WeightsAndBiases.__new__(sinks.WeightsAndBiases)
-    vars(log._sinks._open["other"]).update(_wandb=kept, _run=kept, _last=0)
+    assert watching._sinks is not None
+    other = watching._sinks._open["other"] = sinks.WeightsAndBiases.__new__(sinks.WeightsAndBiases)
+    vars(other).update(_wandb=kept, _run=kept, _last=0)
     some_steps(log, 1, 2)
-    log.close_watching()
+    watching.close()
     warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert warned == ["warning: wandb is left out of this run from here on: no space left; metrics.jsonl has it all"]
-    assert len(kept.logged) == 6
-    assert len(log._records()) == 9
+    assert (len(kept.logged), failing.finished) == (6, 1)
+    assert len(log.records()) == 9
 
 
 def test_a_sink_that_cannot_be_opened_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(sinks.importlib, "import_module", lambda name: sys.exit("wandb wants to end the program"))
-    log = watch(tmp_path / "run", "wandb", "wandb")
+    wandb = fake(monkeypatch, FakeWandb())
+    monkeypatch.setattr(wandb, "init", lambda **started: sys.exit("wandb wants to end the program"))
+    log, watching = watch(tmp_path / "run", "wandb", "wandb")
     some_steps(log, 1)
-    log.close_watching()
+    watching.close()
     assert capsys.readouterr().err.count("wandb is left out of this run from here on: wandb wants to end") == 1
 
 
 def test_other_processes_open_nothing(tmp_path: Path):
     log = RunLogger(tmp_path, is_main=False)
-    log.open_watching(["tensorboard", "wandb"], "name", {})
-    log.refresh_report()
-    log.close_watching()
+    watching = Watching(log, ["tensorboard", "wandb"], "name", {})
+    watching.refresh()
+    watching.close()
     assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,11 @@
-"""report.html while a run goes on: made anew now and then by a process of its own, of the lowest priority.
+"""report.html while a run goes on: made anew now and then by a process of its own.
 
-python -m src.utils.live_report PARENT RUN_DIR      what that process runs: the report, until process PARENT is gone
+python -m src.model_assessment.live_report PARENT NICENESS RUN_DIR is what that one runs, until process PARENT is gone.
 """
 
 import ctypes
 import os
 import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -17,11 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from src.utils.errors import exit_with
 from src.utils.root import ROOT
 
 EVERY_SECONDS = 60.0
 SHARE = 0.01  # of one core, that reports may take; where one takes longer, the next comes later
-END_SECONDS = 60.0  # for the last one
+END_SECONDS = 8.0  # for the last one, for which the run waits
+LOWEST = 19  # as priorities are counted
 
 
 class LiveReport:
@@ -47,7 +48,7 @@ class LiveReport:
             self._ended()
         if time.monotonic() >= self._started + self._wait:
             self._started = time.monotonic()
-            self._start()
+            self._start(niceness=LOWEST)
 
     def close(self) -> None:
         """Ends a report under way, so that it does not come after a later one, and writes the last one if there is any.
@@ -57,7 +58,7 @@ class LiveReport:
         if self._process is not None:
             self._end_process()
         if (self._run_dir / "report.html").exists():
-            self._start()
+            self._start(niceness=0)
             if self._process is not None:
                 try:
                     self._process.wait(END_SECONDS)
@@ -66,13 +67,13 @@ class LiveReport:
                     self._fail(f"not done after {END_SECONDS:.0f} s")
                     self._end_process()
 
-    def _start(self) -> None:
+    def _start(self, niceness: int) -> None:
         try:
             self._words = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
             # A session of its own: Ctrl-C asks the run to stop, which then ends this process. Nothing of ours is open
             # in it, the run's lock least of all.
             self._process = subprocess.Popen(
-                command(self._run_dir),
+                command(self._run_dir, niceness),
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.DEVNULL,
@@ -99,10 +100,11 @@ class LiveReport:
         assert self._process is not None
         self._process.kill()  # it has nothing to save
         self._process.wait()
+        unfinished = f"*.{self._process.pid}.tmp"
         self._process = None
-        for unfinished in (*self._run_dir.glob("report.html.tmp"), *self._run_dir.glob("plots/*.tmp")):
+        for path in (*self._run_dir.glob(unfinished), *self._run_dir.glob(f"plots/{unfinished}")):
             with suppress(OSError):
-                unfinished.unlink()
+                path.unlink()
 
     def _fail(self, why: str) -> None:
         if not self._warned:
@@ -110,9 +112,10 @@ class LiveReport:
             self._warn(f"warning: report.html could not be made anew ({why}); training goes on")
 
 
-def command(run_dir: Path) -> list[str]:
+def command(run_dir: Path, niceness: int) -> list[str]:
     """What makes the report, as a child of this process."""
-    return [sys.executable, "-m", "src.utils.live_report", str(os.getpid()), str(run_dir.absolute())]
+    module = "src.model_assessment.live_report"
+    return [sys.executable, "-m", module, str(os.getpid()), str(niceness), str(run_dir.absolute())]
 
 
 def _children_cpu_seconds() -> float:
@@ -121,17 +124,18 @@ def _children_cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def run_report(parent: int, run_dir: str) -> None:
+def run_report(parent: int, niceness: int, run_dir: str) -> None:
     """The child's part."""
-    os.nice(19)
+    os.nice(niceness)
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:  # gone before that
         return
-    sys.argv = ["report", run_dir]
-    runpy.run_module("src.model_assessment.report", run_name="__main__", alter_sys=True)
+    from src.model_assessment import report  # with matplotlib, which the run itself does without
+
+    report.write_report(Path(run_dir))
 
 
 if __name__ == "__main__":
-    run_report(int(sys.argv[1]), sys.argv[2])
+    exit_with(lambda: run_report(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from src.utils import live_report
-from src.utils.live_report import LiveReport
+from src.model_assessment import live_report
+from src.model_assessment.live_report import LiveReport
 from src.utils.root import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
@@ -41,7 +41,7 @@ def instead(monkeypatch: pytest.MonkeyPatch, *programs: str) -> None:
     monkeypatch.setattr(
         live_report,
         "command",
-        lambda run_dir: [sys.executable, "-c", f"import os; os.chdir({str(run_dir)!r})\n{next(left)}"],
+        lambda run_dir, niceness: [sys.executable, "-c", f"import os; os.chdir({str(run_dir)!r})\n{next(left)}"],
     )
 
 
@@ -114,18 +114,28 @@ def test_the_first_comes_after_a_minute_and_the_next_when_they_take_a_hundredth(
 def test_at_the_end_a_page_under_way_is_given_up_and_the_last_one_made(
     run_dir: Path, words: list[str], at_once: None, monkeypatch: pytest.MonkeyPatch
 ):
-    slow = "open('report.html.tmp', 'w').write('half'); import time; time.sleep(60)"
+    slow = "open(f'report.html.{os.getpid()}.tmp', 'w').write('half'); import time; time.sleep(60)"
     instead(monkeypatch, slow, "open('report.html', 'w').write('last')")
     (run_dir / "report.html").write_text("before")
     report = LiveReport(run_dir, words.append)
     report.refresh()
     first = child_of(report).pid
-    wait_for((run_dir / "report.html.tmp").exists)
+    wait_for((run_dir / f"report.html.{first}.tmp").exists)
     report.close()
     assert not is_alive(first)
     assert (run_dir / "report.html").read_text() == "last"
-    assert not (run_dir / "report.html.tmp").exists()
+    assert not list(run_dir.glob("*.tmp"))
     assert words == []
+
+
+def test_a_last_page_that_takes_too_long_is_given_up(run_dir: Path, words: list[str], monkeypatch: pytest.MonkeyPatch):
+    instead(monkeypatch, "import time; time.sleep(60)")
+    monkeypatch.setattr(live_report, "END_SECONDS", 0.2)
+    (run_dir / "report.html").write_text("before")
+    started = time.monotonic()
+    LiveReport(run_dir, words.append).close()
+    assert time.monotonic() - started < 10
+    assert words == ["warning: report.html could not be made anew (not done after 0 s); training goes on"]
 
 
 def test_a_short_run_leaves_no_page(run_dir: Path, words: list[str]):
@@ -144,15 +154,14 @@ def test_pages_that_fail_are_one_warning(
         report.refresh()
         child_of(report).wait()
         monkeypatch.setattr(report, "_started", -1e9)
-    report.refresh = lambda: None  # type: ignore[method-assign]
-    report._ended()
+    report.close()
     assert words == ["warning: report.html could not be made anew (no room); training goes on"]
 
 
 def test_a_page_that_cannot_be_started_is_one_warning(
     run_dir: Path, words: list[str], at_once: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(live_report, "command", lambda run_dir: [str(run_dir / "nothing")])
+    monkeypatch.setattr(live_report, "command", lambda run_dir, niceness: [str(run_dir / "nothing")])
     report = LiveReport(run_dir, words.append)
     report.refresh()
     report.refresh()
@@ -164,8 +173,8 @@ def test_a_page_that_cannot_be_started_is_one_warning(
 @linux
 def test_it_dies_with_the_run(run_dir: Path):
     child = (
-        "import os, time; from src.utils import live_report as l; l.runpy.run_module = lambda *a, **k: time.sleep(60)\n"
-        "l.run_report(os.getppid(), '.')"
+        "import os, time; from src.model_assessment import live_report as l, report\n"
+        "report.write_report = lambda run_dir: time.sleep(60)\nl.run_report(os.getppid(), 19, '.')"
     )
     run = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
     run += "print(p.pid, flush=True); p.wait()"
