@@ -107,7 +107,7 @@ def draw(models: list[OpenModel]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.02, 0.09, 0.96, 0.82))
     axes.axis("off")
-    axes.set_title("Open models of this size, and how they were trained", pad=14)
+    axes.set_title("Published language models up to 1.5B parameters, and how they were trained", pad=14)
     cells = [[cell(model) for cell in COLUMNS.values()] for model in models]
     table = axes.table(
         cells, colLabels=list(COLUMNS), colWidths=list(WIDTHS), cellLoc="right", colLoc="right", bbox=Bbox.unit()

@@ -97,7 +97,8 @@ def options_of(program: Path) -> set[str]:
         for argument in call.args
         if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
     }
-    own = {"--dry-run"} if "--dry-run" in source else set()
+    constants = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
+    own = {"--dry-run"} & constants
     return {"--help", *added, *own} | (setting_options() if "config_from_command_line" in source else set())
 
 

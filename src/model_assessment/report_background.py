@@ -36,7 +36,8 @@ def background_of(run_dir: Path, run: Run, asked: str | None = None) -> Run | No
     if asked is not None:
         found = _named(asked)
         with suppress(OSError):
-            (run_dir / CHOICE_FILE).write_text(json.dumps({"background": asked}) + "\n", encoding="utf-8")
+            kept = asked if asked in (PUBLISHED, NONE) else str(root.run_dir(asked))
+            (run_dir / CHOICE_FILE).write_text(json.dumps({"background": kept}) + "\n", encoding="utf-8")
         return found
     before = _remembered(run_dir)
     with suppress(UserError, OSError):  # moved or deleted since
@@ -53,7 +54,7 @@ def published_run() -> Run:
         raise UserError(f"cannot read the published run's curve, {PUBLISHED_RUN}: {error.strerror}") from error
     records: list[Record] = []
     for row in rows:
-        step = int(row["step"])
+        step = int(row["step"]) + 1  # its log counts from 0: the first line has the first step's learning rate
         values = {name: _as_number(row[name]) for name in ("loss", "lr", "grad_norm", "tokens_per_second")}
         records.append({"kind": "train", "step": step, "tokens_seen": step * PUBLISHED_TOKENS_PER_STEP, **values})
         if row["validation_loss"]:
@@ -76,7 +77,7 @@ def _named(name: str) -> Run | None:
 def _remembered(run_dir: Path) -> str:
     try:
         choice = json.loads((run_dir / CHOICE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return ""
     asked = choice.get("background") if isinstance(choice, dict) else None
     return asked if isinstance(asked, str) else ""

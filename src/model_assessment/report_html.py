@@ -10,6 +10,7 @@ from typing import Any
 from src.model_assessment.report_axes import Plot
 
 MAX_VALUE_CHARACTERS = 400  # of one setting
+MAX_DEPTH = 10  # of settings within settings; ours have three
 
 # Control characters, halves of surrogate pairs, and the marks that reverse the direction of writing.
 UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -48,14 +49,16 @@ def _figure(plot: Plot) -> str:
     )
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, str]:
+def flat(value: Any, prefix: str = "", depth: int = 0) -> dict[str, str]:
     """Nested entries under dotted names, as the command line has them."""
+    if depth > MAX_DEPTH:
+        return {prefix: "…"}
     if not isinstance(value, dict):
         return {prefix: words(value)}
     return {
         name: words
         for key, entry in value.items()
-        for name, words in flat(entry, f"{prefix}.{key}" if prefix else str(key)).items()
+        for name, words in flat(entry, f"{prefix}.{key}" if prefix else str(key), depth + 1).items()
     }
 
 
@@ -70,5 +73,8 @@ def words(value: Any) -> str:
     elif isinstance(value, list) and not any(isinstance(entry, list | dict) for entry in value):
         text = "\n".join(map(words, value)) or "none"
     else:
-        text = "none" if value is None else json.dumps(value, ensure_ascii=False)
+        try:
+            text = "none" if value is None else json.dumps(value, ensure_ascii=False)
+        except RecursionError:
+            text = "…"
     return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 1] + "…"

@@ -44,5 +44,5 @@ def find_gpu(name: str) -> GPU:
     if found := GPUS.get(name.lower()):
         return found
     nearest = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.4)
-    guess = f"; did you mean {nearest[0]}?" if nearest else ";"
-    raise UserError(f"--gpu {name} is not in the table{guess} There are {', '.join(GPUS)}")
+    guess = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise UserError(f"--gpu {name} is not in the table{guess} (there are {', '.join(GPUS)})")

@@ -40,7 +40,7 @@ def main() -> int:
         texts = [_sweep_text(rows, given)]
     elif args.gpu:
         result |= plan_gpus(config, args.gpu, args.gpus, given)
-        texts = [_memory_text(config, result), _cost_text(config, result)]
+        texts = [_memory_text(config, result), _cost_text(result)]
     else:
         result |= plan_here(config)
         texts = [_memory_text(config, result), "for time and money: --gpu NAME --gpus N, or --sweep for all GPUs"]
@@ -68,19 +68,21 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     )
     for name, value, is_right, remedy in (
         ("gpus", args.gpus, args.gpus >= 1, "give the number of GPUs, at least 1"),
-        ("price-per-gpu-hour", args.price_per_gpu_hour, _is_in(args.price_per_gpu_hour, math.inf), "give dollars"),
+        ("price-per-gpu-hour", args.price_per_gpu_hour, _is_positive(args.price_per_gpu_hour), "give dollars"),
         ("mfu", args.mfu, args.mfu is None or 0 < args.mfu <= 1, "give a share of the peak, above 0 and at most 1"),
-        ("watts", args.watts, not args.watts or _is_in(args.watts, math.inf), "give what a GPU draws, or no number"),
+        ("watts", args.watts, not args.watts or _is_positive(args.watts), "give what a GPU draws, or no number"),
     ):
         if not is_right:
             raise UserError(f"--{name} {value} makes no sense; {remedy}")
         if value != parser.get_default(name.replace("-", "_")) and not (args.gpu or args.sweep):
             raise UserError(f"--{name} {value} is about GPUs; name one with --gpu, or compare all with --sweep")
+    if args.sweep and args.gpus != parser.get_default("gpus"):
+        raise UserError(f"--gpus {args.gpus} is for one --gpu; --sweep tries several numbers of them")
     return args, config
 
 
-def _is_in(value: float | None, limit: float) -> bool:
-    return value is None or 0 < value < limit
+def _is_positive(value: float | None) -> bool:
+    return value is None or 0 < value < math.inf
 
 
 def _run_text(config: Config, result: dict[str, Any]) -> str:
@@ -104,7 +106,8 @@ def _memory_text(config: Config, result: dict[str, Any]) -> str:
     lines += [f"  {name.replace('_', ' '):<16}{size_text(size):>9}" for name, size in result["memory_bytes"].items()]
     if "gpu" in result:
         fits = "fits" if result["fits"] else "does NOT fit: use --train.micro-batch-size auto, or the largest below"
-        lines.append(f"{size_text(result['usable_memory_bytes'])} can be used: {fits}")
+        room = size_text(result["usable_memory_bytes"])
+        lines.append(f"counted from the code, never measured on a GPU; up to {room} leaves room for the rest: {fits}")
         lines.append(f"largest micro-batch that fits: {result['largest_micro_batch_size']}")
     elif result["device"] == "cpu":
         lines.append("besides, Python with PyTorch, and while a checkpoint is saved a copy of weights and optimizer")
@@ -113,7 +116,7 @@ def _memory_text(config: Config, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cost_text(config: Config, result: dict[str, Any]) -> str:
+def _cost_text(result: dict[str, Any]) -> str:
     lines = [
         f"{result['gpus']} x {result['gpu']['name']}, {result['gpu']['tflops']:g} TFLOP/s each "
         f"({result['gpu']['source']}), MFU {result['mfu']:g} ({result['mfu_source']}):",
@@ -126,8 +129,6 @@ def _cost_text(config: Config, result: dict[str, Any]) -> str:
         lines.append(f"{result['kwh']:,.1f} kWh at most for the GPUs, the rest of the machine and cooling not counted")
     if result["gpus"] > 8:
         lines.append("more than one machine: the MFU of 8 GPUs in one is too high by what their network costs")
-    if config.train.precision == "float32":
-        lines.append("the peak is that of bf16; with matmuls in TF32 expect half the speed")
     return "\n".join(lines)
 
 

@@ -86,6 +86,15 @@ def test_the_published_runs_curve_has_one_spike_at_most() -> None:
     assert spikes(published_run()).steps.size <= 1
 
 
+def test_its_steps_are_counted_as_ours() -> None:
+    config = lf_llm_269m()
+    optim, train = config.optim, [record for record in published_run().records if record["kind"] == "train"]
+    for record in train[:20]:
+        rate = optim.max_lr * min(1.0, record["step"] / config.warmup_steps)
+        assert record["lr"] == pytest.approx(rate, rel=1e-3 if record["step"] <= config.warmup_steps else 0.01)
+    assert train[-1]["step"] == config.total_steps
+
+
 def published_row(step: int) -> list[str]:
     rows = (ROOT / "assets" / "data" / "published_run_269m.csv").read_text().splitlines()
     return next(row.split(",") for row in rows if row.startswith(f"{step},"))
@@ -95,28 +104,30 @@ def test_a_run_of_the_published_shape_has_its_curve_behind(tmp_path: Path) -> No
     config = json.loads(json.dumps(to_dict(lf_llm_269m())))
     folder = make_run(tmp_path / "full", config=config)
     rewrite(folder, [line | {"tokens_seen": line["step"] * 524_288} for line in metrics()])
-    append(folder, {"kind": "validation", "step": 300, "time": START, "loss": 5.0})
-    theirs = float(published_row(300)[2])
+    append(folder, {"kind": "validation", "step": 301, "time": START, "loss": 5.0})
+    theirs = float(published_row(300)[2])  # its log counts from 0
     text = Page(write_report(folder)).text
-    assert f"At step 300 its validation loss was {theirs:.3f}, this run's 5.000 ({5 - theirs:+.3f})." in text
+    assert f"At step 301 its validation loss was {theirs:.3f}, this run's 5.000 ({5 - theirs:+.3f})." in text
     config["model"]["n_layer"] = 4
     other = make_run(tmp_path / "other", config=config)
     rewrite(other, [line | {"tokens_seen": line["step"] * 314_572.8} for line in metrics()])
     assert "published" not in Page(write_report(other)).text
-    # 250 of its steps have as many tokens as 150 of the published run's, halfway between two of its validations
-    theirs = (float(published_row(100)[2]) + float(published_row(200)[2])) / 2
+    # 250 of its steps have as many tokens as 150 of the published run's, between its validations after 101 and 201
+    theirs = 0.51 * float(published_row(100)[2]) + 0.49 * float(published_row(200)[2])
     asked = Page(write_report(other, background="published")).text
     assert "Grey: published run, on 10B tokens of FineWeb-Edu." in asked
     assert f"At 78.64 million tokens its validation loss was {theirs:.3f}, this run's" in asked
     assert "Grey: published run" in Page(write_report(other)).text  # remembered
 
 
-def test_another_run_is_drawn_behind_until_none_is_asked_for(tmp_path: Path) -> None:
+def test_another_run_is_drawn_behind_until_none_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     behind, folder = make_run(tmp_path / "behind"), make_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
     rewrite(behind, [line | ({"loss": line["loss"] + 1} if "loss" in line else {}) for line in metrics()])
     loss = [line["loss"] for line in metrics() if line["kind"] == "validation"][-1]
     words = f"Grey: behind. At step 250 its validation loss was {loss + 1:.3f}, this run's {loss:.3f} (-1.000)."
-    assert words in Page(write_report(folder, background=str(behind))).text
+    assert words in Page(write_report(folder, background="./behind")).text
+    monkeypatch.chdir("/")  # the page of a run that goes on is made elsewhere
     assert words in Page(write_report(folder)).text
     shutil.rmtree(behind)
     assert "Grey" not in Page(write_report(folder)).text  # a page without is better than none

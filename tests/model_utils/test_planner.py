@@ -120,6 +120,20 @@ def test_parts_of_the_full_size():
     assert memory.total == sum(memory.__dict__.values())
 
 
+def test_float32_takes_twice_the_time():
+    config, gpu = lf_llm_269m(), GPUS["h100-80g"]
+    exact = replace(config, train=replace(config.train, precision="float32"))
+    assert cost(exact, gpu, 8, Assumptions()).hours == pytest.approx(2 * cost(config, gpu, 8, Assumptions()).hours)
+
+
+def test_the_references_step_would_not_have_fitted_twice():
+    """It took 72 of 80 GB; what is planned leaves room for what its memory was above the estimate."""
+    step = replace(step_of(lf_llm_269m(), 16, 8), logits="full")
+    assert estimate_memory(step).total < usable_bytes(GPUS["a100-80g"])
+    assert estimate_memory(replace(step, micro_batch_size=32)).total > usable_bytes(GPUS["a100-80g"])
+    assert largest_fit(lf_llm_269m(), GPUS["a100-80g"], 8).micro_batch_size == 16
+
+
 def test_the_largest_micro_batch_fits_and_the_next_does_not():
     config, gpu = lf_llm_269m(), GPUS["a100-80g"]
     for count in (1, 2, 8):
@@ -195,6 +209,7 @@ def test_without_a_gpu_it_is_about_this_machine(monkeypatch: pytest.MonkeyPatch,
         (["--gpu", "l4", "--mfu", "32"], UserError, "above 0 and at most 1"),
         (["--gpu", "l4", "--watts", "-5"], UserError, "--watts -5"),
         (["--gpus", "8"], UserError, "name one with --gpu"),
+        (["--sweep", "--gpus", "4"], UserError, "is for one --gpu"),
         (["--gpu", "a100-80g", "--gpus", "3"], ConfigError, "1, 2 or 4 process"),
         (["--gpu", "l4", "--model.n-layer", "80"], UserError, "not even one sequence of 2048 tokens fits"),
     ],
