@@ -18,13 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from src.model_assessment.report_axes import Shown, draw_level, figure_of, mark, running_median
 from src.model_assessment.report_data import Run, Series, read_run
+from src.model_assessment.report_text import CHANCE
 from src.utils import root
 from src.utils.errors import StorageError, UserError, exit_with
-from src.utils.plot_style import BLUE, GREEN, GREY, ORANGE, STYLE, as_png, new_figure
+from src.utils.plot_style import BLUE, GREEN, ORANGE, STYLE, as_png
 
-CHANCE = 0.25  # of guessing right: every item has four endings
-FEW_POINTS, MANY_POINTS = 30, 150  # fewer are marked each; more are drawn faintly, and their running median over them
+MANY_POINTS = (
+    150  # more are drawn faintly, and their running median over them: sooner than in a report, to be seen small
+)
 
 
 def read_metrics(path: Path) -> Run:
@@ -71,9 +74,8 @@ def loss(run: Run) -> Figure | None:
     if training.steps.size:
         _draw(axes, training, BLUE, f"training, {_ending(training):.3f} at the end")
     if validation.steps.size:
-        marker = "." if validation.steps.size < FEW_POINTS else ""
         label = f"validation, {validation.values[-1]:.3f} at the end"
-        axes.plot(*validation, color=ORANGE, linewidth=1.6, marker=marker, label=label, zorder=3)
+        axes.plot(*validation, color=ORANGE, linewidth=1.6, marker=mark(validation), label=label, zorder=3)
     # The fall of the first steps, over in a hundredth of a run, would take up most of the picture.
     every = np.concatenate([training.values, validation.values])
     later = np.concatenate([curve.values[curve.steps >= run.last_step / 50] for curve in (training, validation)])
@@ -117,7 +119,7 @@ def hellaswag(run: Run) -> Figure | None:
     figure, (axes,) = _figure(title, ["right"], run)
     label = f"{100 * share.values[-1]:.4g}% at the end"
     axes.errorbar(*share, error, color=GREEN, marker="o", markersize=4, capsize=2.5, elinewidth=1, label=label)
-    axes.axhline(CHANCE, color=GREY, linestyle="--", linewidth=1.3, label=f"chance, {CHANCE:.0%}")
+    draw_level(axes, CHANCE, f"chance, {CHANCE:.0%}")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     axes.margins(y=0.12)
     items = last.get("total")
@@ -142,38 +144,24 @@ def main() -> None:
 
 def _figure(title: str, units: list[str], run: Run) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each unit, one above the other, over the steps."""
-    figure = new_figure()
-    panels = list(figure.subplots(len(units), 1, sharex=True, squeeze=False)[:, 0])
-    panels[0].set_title(title)
-    for axes, unit in zip(panels, units, strict=True):
-        axes.set_ylabel(unit)
+    figure, panels = figure_of(title, units, Shown([run]))
     steps, tokens = run.series("train", "tokens_seen").finite()
     size = f" of {tokens[-1] / steps[-1]:,.0f} tokens" if steps.size and steps[-1] else ""
     panels[-1].set_xlabel(f"step{size}")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     return figure, panels
 
 
 def _draw(axes: Axes, curve: Series, color: str, label: str = "", noisy: bool = True) -> None:
     if curve.steps.size <= MANY_POINTS or not noisy:
-        marker = "." if curve.steps.size < FEW_POINTS else ""
-        axes.plot(*curve, color=color, linewidth=1.6, marker=marker, label=label)
+        axes.plot(*curve, color=color, linewidth=1.6, marker=mark(curve), label=label)
         return
     axes.plot(*curve, color=color, linewidth=0.6, alpha=0.3)
-    axes.plot(curve.steps, _running_median(curve.values), color=color, linewidth=1.6, label=label)
-
-
-def _running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Over a centred window of about a fiftieth of the points: one spike doesn't move it."""
-    half = values.size // 100
-    padded = np.pad(values, half, mode="reflect")
-    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
+    axes.plot(curve.steps, running_median(curve.values), color=color, linewidth=1.6, label=label)
 
 
 def _ending(curve: Series) -> float:
     """The last value as drawn."""
-    return float((_running_median(curve.values) if curve.steps.size > MANY_POINTS else curve.values)[-1])
+    return float((running_median(curve.values) if curve.steps.size > MANY_POINTS else curve.values)[-1])
 
 
 def _usual_maximum(values: NDArray[np.float64]) -> float:

@@ -95,7 +95,7 @@ class Shown:
             axes.plot(*curve, color=color, linewidth=1.6, label=label, marker=mark(curve))
             return
         axes.plot(*curve, color=color, linewidth=0.6, alpha=0.3)
-        axes.plot(curve.steps, _running_median(curve.values), color=color, linewidth=1.6, label=label)
+        axes.plot(curve.steps, running_median(curve.values), color=color, linewidth=1.6, label=label)
 
     def median_note(self, curve: Series) -> str:
         if not self.is_many(curve):
@@ -146,7 +146,7 @@ def _window(points: int) -> int:
     return points // 100 * 2 + 1
 
 
-def _running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The median over a centred window; a mean would smear one slow step or spike over all of it."""
     padded = np.pad(values, _window(values.size) // 2, mode="reflect")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, _window(values.size)), axis=1)
