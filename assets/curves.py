@@ -25,9 +25,8 @@ from src.utils import root
 from src.utils.errors import StorageError, UserError, exit_with
 from src.utils.plot_style import BLUE, GREEN, ORANGE, STYLE, as_png
 
-MANY_POINTS = (
-    150  # more are drawn faintly, and their running median over them: sooner than in a report, to be seen small
-)
+# More are drawn faintly, and their running median over them: sooner than in a report, to be seen small.
+MANY_POINTS = 150
 
 
 def read_metrics(path: Path) -> Run:
