@@ -306,6 +306,9 @@ def test_precision_that_is_emulated(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        torch, "__file__", "/programs/torch/__init__.py"
+    )  # these tests may lie in a folder with a space
     monkeypatch.setenv("CXX", "no-such-compiler")
     train = replace(debug().train, device="cpu")
 

@@ -18,6 +18,12 @@ from src.utils.handle_ddp import Processes
 ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
+@pytest.fixture(autouse=True)
+def _can_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where these tests run in a folder with a space."""
+    monkeypatch.setattr(torch, "__file__", "/programs/torch/__init__.py")
+
+
 @pytest.fixture
 def config(tiny_config: ModelConfig) -> Config:
     """12 sequences a step, 100 steps."""
