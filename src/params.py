@@ -7,9 +7,9 @@ environment or the command line. The string under each field is its help text on
 import dataclasses
 import math
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-REPORTERS = ("tensorboard", "wandb")  # what report_to can name
+Reporter = Literal["tensorboard", "wandb"]
 
 
 class ConfigError(ValueError):
@@ -239,7 +239,7 @@ class Config:
     profile: int = 0
     """Steps to record with PyTorch's profiler, soon after the start; the trace in the run's folder opens at
     ui.perfetto.dev."""
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    report_to: tuple[Reporter, ...] = ()
     """Other programs to watch the run with, which have to be installed: tensorboard, wandb or both. No result depends
     on it."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -259,8 +259,8 @@ class Config:
         if self.profile < 0:
             found.append(f"profile = {self.profile} must not be negative; 0 records nothing")
         for name in self.report_to:
-            if name not in REPORTERS:
-                found.append(f"report_to names {name!r}; it can name {_either(REPORTERS)}, or both")
+            if name not in get_args(Reporter):
+                found.append(f"report_to names {name!r}; it can name {_either(get_args(Reporter))}, or both")
         if not found and self.train.batch_tokens % self.model.n_ctx:
             multiple = max(1, round(self.train.batch_tokens / self.model.n_ctx)) * self.model.n_ctx
             found.append(
