@@ -77,7 +77,8 @@ def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Out
         checkpoint = procs.main_only(lambda: where_to_go_on(config, manifest, precision, procs, log), for_long=True)
         if checkpoint and config.train.precision == "auto":
             precision = getattr(torch, checkpoint.state["precision"].removeprefix("torch."))
-        if procs.from_main(checkpoint is not None and checkpoint.step == config.total_steps):
+        at_the_end = checkpoint is not None and checkpoint.step == config.total_steps
+        if procs.main_only(lambda: at_the_end and not assessment.missing(config.total_steps, log.recorded())):
             return already_done(config, procs, log)
         for note in (stray_files(folder, manifest), assessment.note, apart):
             if note:
@@ -128,10 +129,11 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
         ) as batches,
     ):
         while True:
-            for kind in assessment.due(progress.step):
-                if (kind, progress.step) not in recorded and not who_asks_to_stop(run, stop):
+            for kind in assessment.missing(progress.step, recorded):
+                if not who_asks_to_stop(run, stop):
                     pause(run, batches)
-                    measure(run, assessment, kind, stop)
+                    if measure(run, assessment, kind, stop):
+                        recorded.add((kind, progress.step))
             asked_by = who_asks_to_stop(run, stop)
             ending = bool(asked_by) or progress.step == config.total_steps
             if asked_by:
@@ -143,7 +145,7 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
                 save(run)
             record_saves(run, run.saver.finished())
             if ending:
-                return finish(run, asked_by)
+                return finish(run, asked_by, assessment.missing(progress.step, recorded))
             if progress.step == first_step:
                 started = time.perf_counter()  # measuring before the first step is not part of the pace
 
@@ -233,8 +235,8 @@ def take_in(run: Run, batches: TrainingDataLoader, leave: int = 0) -> None:
             run.state.progress.add_loss(loss, seconds)
 
 
-def measure(run: Run, assessment: Assessment, kind: str, stop: Callable[[], str | bool]) -> None:
-    """Makes and logs the records of one kind for this step, or none if asked to stop in the middle."""
+def measure(run: Run, assessment: Assessment, kind: str, stop: Callable[[], str | bool]) -> bool:
+    """Makes and logs the records of one kind for this step, or none, and False, if asked to stop in the middle."""
     procs, step = run.procs, run.state.progress.step
     procs.doing(f"{kind} at step {step}")
     context = hardware.autocast(procs.device, run.precision)
@@ -244,10 +246,11 @@ def measure(run: Run, assessment: Assessment, kind: str, stop: Callable[[], str 
             kind, model, run.config.micro_batch_size, context, procs.rank, procs.world_size, procs.sum, asked
         )
     except StoppedError:
-        return  # made when the run goes on
+        return False  # made when the run goes on
     for record in records:
         run.log.metric(record.kind, step, **record.values)
         run.log.info(f"step {step}  {record.words}")
+    return True
 
 
 def save(run: Run) -> None:

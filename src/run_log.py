@@ -1,6 +1,7 @@
 """What a run says of itself: training lines, saves, skipped steps with their samples, its status and its end."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -111,13 +112,16 @@ def suspects(run: Run, batches: TrainingDataLoader, numbers: StepNumbers) -> lis
     return [(len(run.manifest.validation) + shard, window) for shard, window in suspected or windows]
 
 
-def finish(run: Run, asked_by: str) -> Outcome:
-    """The last words of a run that is done or was asked to stop; raises NonFiniteError if its last steps failed."""
+def finish(run: Run, asked_by: str, unmeasured: Sequence[str]) -> Outcome:
+    """The last words of a run that is done or was asked to stop; raises NonFiniteError if its last steps failed.
+
+    `unmeasured`: what a stop left out after this step. A run that lacks some of it at its end is not done yet.
+    """
     procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
     procs.doing(f"the checkpoint of step {step}")
     procs.main_only(lambda: record_saves(run, run.saver.wait()))
-    done = step == total_steps
-    if done and run.state.progress.skipped_in_a_row:
+    done = step == total_steps and not unmeasured
+    if step == total_steps and run.state.progress.skipped_in_a_row:
         procs.together(lambda: give_up(run, step))
     if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
         asked_by = f"the file {STOP_FILE}"  # also where a signal was faster: it decides what happens next

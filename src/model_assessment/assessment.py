@@ -1,7 +1,7 @@
 """Everything that is measured while a model trains: what is due at a step, and its records."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,10 @@ class Assessment:
         }
         last = step == self.config.total_steps
         return [kind for kind, steps in every.items() if steps and (step % steps == 0 or last)]
+
+    def missing(self, step: int, recorded: Container[tuple[str, int]]) -> list[str]:
+        """Those that are due after `step` steps and not among the kinds and steps of `recorded`."""
+        return [kind for kind in self.due(step) if (kind, step) not in recorded]
 
     def run(
         self,

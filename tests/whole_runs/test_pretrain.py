@@ -207,3 +207,20 @@ def test_a_refused_start_leaves_the_status_of_the_run(config: Config):
     with pytest.raises(UserError):
         train(replace(config, optim=replace(config.optim, max_lr=1e-3)))
     assert (run_dir / "status.json").read_bytes() == before
+
+
+def test_a_stop_at_the_last_step_is_no_end_before_all_is_measured(config: Config):
+    """Preempted during its last evaluation, a run is measured when it goes on, and changes nothing else."""
+    stopped = train(config, stop_after(STEPS))
+    assert (stopped.exit_code, stopped.step) == (143, STEPS)
+    assert json.loads((stopped.run_dir / "status.json").read_text())["state"] == "stopped"
+    assert [record["step"] for record in metrics(stopped.run_dir, "validation")] == [0, 4, 8]
+    done = train(config)
+    assert done.exit_code == 0
+    assert json.loads((done.run_dir / "status.json").read_text())["state"] == "done"
+    whole = train(replace(config, run_name="uninterrupted")).run_dir
+    assert metrics(done.run_dir, "validation") == metrics(whole, "validation")
+    assert metrics(done.run_dir, "train") == metrics(whole, "train")
+    assert_same_bits(done.run_dir, whole)
+    assert train(config).exit_code == 0
+    assert metrics(done.run_dir, "validation") == metrics(whole, "validation")
