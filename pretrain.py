@@ -44,6 +44,7 @@ from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
 from src.utils.run_directory import claim_file, claimed
 from src.utils.stop_signals import stop_on_signals
+from src.utils.terminal import say
 
 
 def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Outcome:
@@ -274,6 +275,8 @@ def main() -> int:
     if dry_run:
         config.grad_accumulation_steps(world_size())
         require_packages(config.report_to)
+        steps = f"{config.total_steps:,} steps of {config.train.batch_tokens:,} tokens"
+        say(f"{steps}: the settings are sound; data and disk were not looked at: that does python -m src.preflight")
         return EXIT_DONE
     with stop_on_signals() as stop:
         return train(config, stop).exit_code

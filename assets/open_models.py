@@ -5,6 +5,7 @@ tokens that warm-up takes are divisions of these.
 """
 
 import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def draw(models: list[OpenModel]) -> Figure:
 def main() -> None:
     with matplotlib.rc_context(STYLE):
         PICTURE.write_bytes(as_png(draw(read_models())))
-    print(PICTURE)
+    print(json.dumps({"picture": str(PICTURE)}))
 
 
 if __name__ == "__main__":

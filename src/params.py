@@ -9,6 +9,7 @@ import math
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, get_args
 
+MAX_NAME_BYTES = 200  # of run_name: file systems take 255, and folders set aside get longer names
 Reporter = Literal["tensorboard", "wandb"]
 
 
@@ -254,6 +255,8 @@ class Config:
         found = [problem for group in groups for problem in group.problems()]
         if not self.run_name or self.run_name in (".", "..") or set(self.run_name) & set("/\\\0"):
             found.append(f"run_name = {self.run_name!r} must be a plain folder name")
+        if (length := len(self.run_name.encode(errors="replace"))) > MAX_NAME_BYTES:
+            found.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; it can have {MAX_NAME_BYTES}")
         if self.resume not in ("auto", "never") and not self.resume.isdecimal():
             found.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
         if self.profile < 0:

@@ -121,3 +121,9 @@ def test_presets_work_with_one_and_two_processes():
     for preset in (debug, laptop):
         assert preset().grad_accumulation_steps(1) >= 1
     assert lf_llm_269m().model == ModelConfig()
+
+
+def test_a_run_name_that_no_file_system_takes_is_refused():
+    with pytest.raises(ConfigError, match="has 201 bytes; it can have 200"):
+        Config(run_name="a" + "\N{LATIN SMALL LETTER E WITH ACUTE}" * 100)
+    Config(run_name="a" * 200)

@@ -62,6 +62,8 @@ def _standing(run: Run) -> str:
 
 def _differences(runs: list[Run]) -> str:
     """A row for each setting that is not the same in all runs."""
+    unknown = [run.name for run in runs if not isinstance(run.settings.get("config"), dict)]
+    runs = [run for run in runs if run.name not in unknown]
     flats = [flat({name: run.settings.get(name) for name in COMPARED if name in run.settings}) for run in runs]
     keys = dict.fromkeys(key for settings in flats for key in settings if key not in NOT_COMPARED)
     rows = [
@@ -70,6 +72,8 @@ def _differences(runs: list[Run]) -> str:
         if len({settings.get(key) for settings in flats}) > 1
     ]
     title = "<h2>Settings that differ</h2>\n"
+    if unknown:
+        title += f"<p>Not known, for want of a readable config.json: those of {safe(', '.join(unknown))}.</p>\n"
     if not rows:
         return f"{title}<p>All runs have the same settings, machine and data.</p>"
     return title + table(("setting", *(run.name for run in runs)), _own_settings_first(rows))

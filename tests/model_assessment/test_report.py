@@ -376,6 +376,17 @@ def test_runs_compared(finished: Path, tmp_path: Path) -> None:
     assert (other / "report.html").read_text() == "its own"
 
 
+def test_a_run_whose_settings_are_lost_hides_no_difference_of_the_others(finished: Path, tmp_path: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())["config"]
+    other = make_run(tmp_path / "other", config=config | {"train": config["train"] | {"seed": 7}})
+    lost = make_run(tmp_path / "lost")
+    (lost / "config.json").write_text("rubbish")
+    text = Page(write_comparison([finished, other, lost])).text
+    assert "Not known, for want of a readable config.json: those of lost." in text
+    assert "train.seed 42 7" in text
+    assert "optim.max_lr" not in text
+
+
 def test_many_events_are_cut_short(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "eventful")
     event = {"kind": "event", "time": START, "name": "skipped step", "detail": "gradient norm is inf"}
