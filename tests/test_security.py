@@ -26,7 +26,7 @@ from src.utils.disk import fingerprint
 from src.utils.errors import UserError, exit_with
 from src.utils.logger import RunLogger
 from src.utils.root import ROOT
-from tests.model_assessment.test_report import append, make_run
+from tests.model_assessment.reported_runs import append, make_run
 
 SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("benchmarks/**/*.py"), ROOT / "pretrain.py"])
 

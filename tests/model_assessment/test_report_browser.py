@@ -22,7 +22,7 @@ import pytest
 from matplotlib.image import imread
 
 from src.model_assessment.report import write_comparison, write_report
-from tests.model_assessment.test_report import PLOTS, START, STEPS, append, make_run, metrics, rewrite
+from tests.model_assessment.reported_runs import PLOTS, START, STEPS, append, make_run, metrics, rewrite
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), "")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs a Chromium or Chrome, such as Debian's package chromium")

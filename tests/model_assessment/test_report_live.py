@@ -18,7 +18,7 @@ from src.model_configs.my_llm_config import lf_llm_269m
 from src.params import to_dict
 from src.utils.errors import UserError
 from src.utils.root import ROOT
-from tests.model_assessment.test_report import START, STEPS, Page, append, make_run, metrics, rewrite
+from tests.model_assessment.reported_runs import START, STEPS, Page, append, make_run, metrics, rewrite
 
 
 @pytest.fixture(autouse=True)

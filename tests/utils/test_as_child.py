@@ -7,44 +7,36 @@ import pytest
 
 from src.utils.root import ROOT
 
-# The command asks its shell to stop as the last thing it does, and is deaf to being asked itself.
+# The command asks its shell to stop, is deaf to being asked itself, and ends after the command $2; all that $1 times.
 SCRIPT = """
 set -euo pipefail
 . "$0"
-for _ in {1..200}; do
+for _ in $(seq "$1"); do
     code=0
-    as_child sh -c 'trap "" TERM; kill -TERM "$PPID"; exit 4' || code=$?
+    as_child sh -c "trap '' TERM; kill -TERM \\$PPID; $2; exit 4" || code=$?
     echo "$code"
 done
 """
+
+
+def codes_of(times: int, meanwhile: str) -> list[str]:
+    command = ["bash", "-c", SCRIPT, str(ROOT / "src" / "utils" / "as_child.sh"), str(times), meanwhile]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.stderr == ""
+    return result.stdout.split()
 
 
 def test_a_signal_together_with_the_end_answers_with_the_commands_code_or_that_of_a_stop():
     """Where bash itself loses the code (in 6% of such cases on an idle machine, 40% on a busy one), it is taken for a
     stop. The code that is sure to come is tested below."""
-    command = ["bash", "-c", SCRIPT, str(ROOT / "src" / "utils" / "as_child.sh")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    codes = result.stdout.split()
-    assert (len(codes), result.stderr) == (200, "")
+    codes = codes_of(200, "true")
+    assert len(codes) == 200
     assert set(codes) <= {"4", "143"}
     assert "4" in codes
 
 
-# As above, but the command goes on for a while after it asked.
-LATER = """
-. "$0"
-for _ in {1..5}; do
-    code=0
-    as_child sh -c 'trap "" TERM; kill -TERM "$PPID"; sleep 0.4; exit 4' || code=$?
-    echo "$code"
-done
-"""
-
-
 def test_a_command_that_ends_after_the_signal_answers_with_its_own_code():
-    command = ["bash", "-c", LATER, str(ROOT / "src" / "utils" / "as_child.sh")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (result.stdout.split(), result.stderr) == (["4"] * 5, "")
+    assert codes_of(5, "sleep 0.4") == ["4"] * 5
 
 
 # The command, a Python program that hears all four, asks its shell and says which one comes back.
