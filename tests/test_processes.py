@@ -179,13 +179,23 @@ def test_one_failing_process_takes_the_other_with_it(commands: Commands, data: s
     assert code_file.read_text() == "4"
 
 
-# The last page takes longer than the processes wait for one that gives no sign of life.
+# The last page takes longer than the processes then wait for one that gives no sign of life.
 SLOW_PAGE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain
 from src.model_assessment import live_report
+from src.utils import handle_ddp
 from src.utils.errors import exit_with
+from src.utils.watchdog import Watchdog
+class Impatient(Watchdog):
+    def doing(self, what):
+        if what == "the last report":
+            self.limit_s = 2
+            print("impatient", file=sys.stderr)
+        super().doing(what)
+handle_ddp.Watchdog = Impatient
+handle_ddp.SIGN_SECONDS = 0.1
 live_report.command = lambda *arguments: [sys.executable, "-c", "import time; time.sleep(4)"]
 sys.argv[0] = "pretrain.py"
 exit_with(pretrain.main)
@@ -197,6 +207,7 @@ def test_a_slow_last_page_ends_no_finished_run(commands: Commands, data: str, tm
     (tmp_path / "runs" / "slow").mkdir(parents=True)
     (tmp_path / "runs" / "slow" / "report.html").touch()  # else none is made at the end
     command = [sys.executable, "-m", "src.utils.launch", "--processes", "2", "--max-restarts", "0"]
-    settings = ["--run-name", "slow", "--data.dir", data, "--train.total-steps", "2", "--train.timeout-s", "2"]
+    settings = ["--run-name", "slow", "--data.dir", data, "--train.total-steps", "2"]
     done = commands.run([*command, str(tmp_path / "slow.py"), "debug", *settings, *SETTINGS])
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("impatient") == 2
