@@ -1,5 +1,6 @@
 """Files that stay: on the disk when they should be, and moved out of the way rather than lost."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -11,6 +12,17 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from src.utils.errors import StorageError
+
+REMEDIES = {  # by the error's number
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "mend the permissions"),
+    errno.EISDIR: "move the folder of that name away",
+    errno.ENOENT: "bring it back",
+    errno.EROFS: "make the disk writable",
+    errno.EIO: "see to the disk, which may be failing",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys((errno.ENFILE, errno.EMFILE), "close files, or raise the limit of open ones (ulimit -n)"),
+}
 
 
 @contextmanager
@@ -28,11 +40,17 @@ def storage_errors(path: Path, action: str = "write", needed_bytes: int = 0) -> 
             f"cannot {action} {path}: {error.strerror}; a file lies where a folder should be; choose another folder"
         ) from error
     except OSError as error:
-        needed = f"; {needed_bytes:,} bytes more are needed, {free_bytes(path):,} are free" if needed_bytes else ""
+        full = needed_bytes and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        needed = f"; {needed_bytes:,} bytes more are needed, {free_bytes(path):,} are free" if full else ""
         raise StorageError(
-            f"cannot {action} {path}: {error.strerror or error}{needed}; make room or mend the permissions, and the "
-            "same command goes on from here; or choose another folder"
+            f"cannot {action} {path}: {error.strerror or error}{needed}; {remedy(error)}, and the same command goes on "
+            "from here; or choose another folder"
         ) from error
+
+
+def remedy(error: OSError) -> str:
+    """What a person can do about an error of the file system."""
+    return REMEDIES.get(error.errno or 0, "mend that")
 
 
 @contextmanager
@@ -106,8 +124,8 @@ def check_writable(folder: Path) -> None:
         with suppress(OSError):
             probe.unlink()
         raise StorageError(
-            f"cannot write in {folder}: {error.strerror or error}; mend its permissions, free space, "
-            "or set TEMP_DATA_DIR to another disk"
+            f"cannot write in {folder}: {error.strerror or error}; {remedy(error)}, or set TEMP_DATA_DIR to another "
+            "disk"
         ) from error
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from src.utils.disk import check_writable, refuse_dangling, try_lock
+from src.utils.disk import check_writable, refuse_dangling, remedy, try_lock
 from src.utils.errors import BusyError, StoppedError, StorageError
 from src.utils.terminal import say
 
@@ -36,9 +36,7 @@ def claimed(run_dir: Path, stop: Callable[[], object] = lambda: False) -> Iterat
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(
-            f"cannot write in {run_dir}: {error.strerror or error}; mend its permissions or free space"
-        ) from error
+        raise StorageError(f"cannot write in {run_dir}: {error.strerror or error}; {remedy(error)}") from error
     with file:
         _lock(run_dir, file, stop)
         with suppress(OSError):  # a full disk may not hold the name, but the lock holds

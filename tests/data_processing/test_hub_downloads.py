@@ -248,7 +248,7 @@ def test_a_file_that_cannot_get_its_name_is_said_once(tmp_path: Path, reach: Cal
     with hub(hub_client.REPOSITORY, FILES) as served:
         done = reach(served).module(CLIENT, "files", str(tmp_path), "1", "0")
     assert done.returncode == 4, done.stderr
-    assert f"error: cannot write {target}.partial: Is a directory; make room or mend" in done.stderr
+    assert f"error: cannot write {target}.partial: Is a directory; move the folder of that name" in done.stderr
     assert done.stderr.count("cannot ") == 1
 
 
