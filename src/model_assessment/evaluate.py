@@ -26,7 +26,7 @@ from src.model_utils.stored_weights import WEIGHTS, store_weights
 from src.utils.errors import UserError, exit_with
 from src.utils.hardware import autocast, choose_device, describe_machine
 from src.utils.root import dataset_dir
-from src.utils.terminal import say
+from src.utils.terminal import now_and_then, say
 
 BATCH_TOKENS = 2_048  # of a validation batch, the same for all models: only then are their batches pairs
 
@@ -73,15 +73,19 @@ def evaluate(
     parameters = count_parameters(loaded.model)
     precision = store_weights(loaded.model, weights, loaded.precision)
     windows = WindowDataset(folder, manifest.validation, config.n_ctx, config.n_vocab, at_least=1)
+    n_windows = min(max(1, val_tokens // config.n_ctx), windows.n_windows)
+    batch_size = max(1, BATCH_TOKENS // config.n_ctx)
     losses: list[float] = []
+    progress = now_and_then()
     with autocast(loaded.device, precision):
         result = validate(
             loaded.model,
             windows,
-            n_windows=min(max(1, val_tokens // config.n_ctx), windows.n_windows),
-            batch_size=max(1, BATCH_TOKENS // config.n_ctx),
+            n_windows=n_windows,
+            batch_size=batch_size,
             bytes_per_token=held_out.text_bytes / held_out.tokens,
             batch_losses=losses,
+            between_batches=lambda: progress(f"validation: {len(losses) * batch_size:,} of {n_windows:,} sequences"),
         )
         choice = questions.ask(loaded) if questions else {}
     return Evaluated(
@@ -107,7 +111,14 @@ class Questions:
     asked: str | None
 
     def ask(self, loaded: LoadedModel) -> dict[str, Any]:
-        measured = hellaswag.measure(loaded.model, self.items, self.tokenizer, protocol=self.protocol, asked=self.asked)
+        measured = hellaswag.measure(
+            loaded.model,
+            self.items,
+            self.tokenizer,
+            protocol=self.protocol,
+            asked=self.asked,
+            on_progress=hellaswag.items_done(len(self.items)),
+        )
         if measured.note:
             say(f"note: {measured.note}")
         found = {"reference": measured.reference, "lm_eval": measured.lm_eval}

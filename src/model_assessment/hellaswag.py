@@ -12,7 +12,6 @@ lm-eval     lm-evaluation-harness's: `acc` chooses the ending of the highest log
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +40,7 @@ from src.model_assessment.multiple_choice import Question, score_endings
 from src.model_utils.load_model import LoadedModel, load_model
 from src.utils.errors import UserError, exit_with
 from src.utils.root import dataset_dir
+from src.utils.terminal import now_and_then, say
 
 REFERENCE, LM_EVAL, BOTH = "reference", "lm-eval", "both"
 Texts = Callable[[Item], tuple[str, list[str]]]
@@ -199,6 +199,12 @@ def encoder(items: Sequence[Item], texts: Texts, tokenizer: Tokenizer, name: str
     return cached_encode([text for c, endings in map(texts, items) for text in (c, *endings)], tokenizer, name)
 
 
+def items_done(total: int) -> Callable[[str, int], None]:
+    """For `on_progress`: says now and then how many of all items are done."""
+    progress = now_and_then()
+    return lambda protocol, done: progress(f"{protocol.partition(' ')[0]}: {done:,} of {total:,} items")
+
+
 def _count_right(
     items: Sequence[Item],
     rules: Sequence[dict[int, list[float]]],
@@ -250,7 +256,7 @@ def main() -> int:
         validation_shard = _validation_shard(loaded)
         limit = limit or loaded.config.eval.hellaswag_items or 100  # 0 had turned it off while training
     protocol, items = choose_items(args.data or "auto", limit, validation_shard, tokenizer)
-    print(f"{len(items)} items on {loaded.device}", file=sys.stderr)
+    say(f"{len(items):,} items on {loaded.device}")
     with loaded.autocast():
         measured = measure(
             loaded.model,
@@ -258,10 +264,10 @@ def main() -> int:
             tokenizer,
             protocol=protocol,
             asked=args.protocol,
-            on_progress=_progress_printer(len(items)),
+            on_progress=items_done(len(items)),
         )
     if measured.note:
-        print(measured.note, file=sys.stderr)
+        say(f"note: {measured.note}")
     reference = asdict(measured.reference) if measured.reference else {}
     lm_eval = {"lm_eval": asdict(measured.lm_eval)} if measured.lm_eval else {}
     print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **reference, **lm_eval}))
@@ -279,18 +285,6 @@ def _validation_shard(loaded: LoadedModel) -> Path:
         )
     check_shard(folder, manifest.validation[0], loaded.config.model.n_vocab)
     return folder / manifest.validation[0].file
-
-
-def _progress_printer(total: int, every_seconds: float = 10.0) -> Callable[[str, int], None]:
-    last = time.monotonic()
-
-    def print_progress(protocol: str, done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every_seconds:
-            last = time.monotonic()
-            print(f"{protocol.split(' ', 1)[0]}: {done} of {total} items", file=sys.stderr)
-
-    return print_progress
 
 
 if __name__ == "__main__":

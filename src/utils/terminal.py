@@ -2,8 +2,9 @@
 
 import os
 import sys
+import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 CLEAR = "\r\x1b[K"  # on a terminal: back to the start of the line, which is emptied
@@ -31,6 +32,19 @@ def say(line: str) -> None:
         begin = CLEAR if sys.stderr.isatty() else ""
         sys.stderr.write(begin + harmless(line, keep="\n\t") + "\n")  # at once: other threads write too
         sys.stderr.flush()
+
+
+def now_and_then(every_seconds: float = 10.0) -> Callable[[str], None]:
+    """A `say` for lines of progress: it passes over those that come sooner than `every_seconds` after the last one."""
+    last = time.monotonic()
+
+    def say_if_due(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every_seconds:
+            last = time.monotonic()
+            say(line)
+
+    return say_if_due
 
 
 @contextmanager

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.model_assessment.evaluate import Evaluated, table
+from src.data_processing.shards import read_manifest
+from src.model_assessment.evaluate import Evaluated, evaluate, table
 from src.model_utils.hf_export import export
+from src.model_utils.load_model import load_model
 from tests.conftest import Commands
 from tests.data_processing.documents import some_texts, write_json_lines
-from tests.model_utils.exports import make_run, small_model
+from tests.model_utils.exports import SHAPE, make_run, small_model
 from tests.test_processes import SETTINGS, train
 
 
@@ -103,6 +105,16 @@ def test_an_export_other_weights_and_multiple_choice(commands: Commands, tmp_pat
         assert choice["reference"]["total"] == 6
         assert choice["reference"]["protocol"].startswith("held-out-ctx-mean-logprob (not HellaSwag")
     assert "HellaSwag" not in tables.replace("not HellaSwag", "")
+
+
+def test_it_says_how_far_it_is(dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines: list[str] = []
+    monkeypatch.setattr("src.model_assessment.evaluate.now_and_then", lambda: lines.append)
+    monkeypatch.setattr("src.model_assessment.evaluate.BATCH_TOKENS", 128)
+    folder = dataset(train_tokens=[900], val_tokens=700, n_vocab=50_257)
+    loaded = load_model(str(make_run(tmp_path / "words", small_model())), "cpu")
+    evaluate(loaded, "float32", folder, read_manifest(folder), 5 * SHAPE.n_ctx, None)
+    assert lines == [f"validation: {done} of 5 sequences" for done in (0, 2, 4)]
 
 
 @pytest.mark.parametrize(
