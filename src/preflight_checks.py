@@ -227,9 +227,6 @@ def dataset(start: Start) -> Found:
     config, folder = start.config, start.dataset
     if not start.is_prepared and start.preparation:
         return _to_be_prepared(start, start.preparation)
-    if not start.is_prepared:
-        what = "its preparation did not finish" if folder.is_dir() else "no such folder"
-        raise UserError(f"no dataset at {folder}: {what}; prepare it with: {_preparing(folder)}")
     manifest = read_manifest(folder)
     _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)
     unread = check_in_seconds(folder, manifest)
@@ -344,13 +341,6 @@ def _to_be_prepared(start: Start, preparation: Preparation) -> Found:
         instead = "set DATA_SOURCE to files or pydocs, unless all was downloaded before"
         return Found(f"{words}, but {hub.ENDPOINT} does not answer; {instead}", True)
     return Found(words)
-
-
-def _preparing(folder: Path) -> str:
-    """The command that prepares `folder` from what its name says: a dataset's folder is named after its source."""
-    name = folder.name
-    source = next((source for source in ("fineweb-edu", "pydocs") if name.startswith(source)), "files --path FILES")
-    return f"python -m src.data_processing.data_downloader --source {source} --out '{folder}'"
 
 
 def _check_vocabulary(config: Config, folder: Path, name: str, n_vocab: int) -> None:

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -114,11 +115,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        what = "the folder has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no folder"
-        raise UserError(
-            f"no dataset at {folder}: {what}; prepare it with: {_COMMAND} --source pydocs --out "
-            f"'{folder}', or with --source files --path FILES, or with --source fineweb-edu"
-        ) from None
+        what = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
+        raise UserError(f"no dataset at {folder}: {what}; prepare it with: {_preparing(folder)}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     try:
@@ -227,6 +225,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     del content["sha256"]
     with replacing(folder / MANIFEST) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+def _preparing(folder: Path) -> str:
+    """The command that prepares `folder` from what its name says: a dataset's folder is named after its source."""
+    named = (source for source in ("fineweb-edu", "pydocs") if folder.name.startswith(source))
+    return f"{_COMMAND} --source {next(named, 'files --path FILES')} --out {shlex.quote(str(folder))}"
 
 
 def _check_manifest(manifest: Manifest) -> None:
