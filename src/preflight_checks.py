@@ -23,11 +23,11 @@ from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.data_processing.verification import check_in_seconds
-from src.lm_loss import LOGIT_POSITIONS
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
 from src.model_assessment.sinks import require_packages
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
 from src.model_utils.disk_need import MAKE_ROOM, checkpoint_bytes, checkpoints_need
+from src.model_utils.memory_estimate import Step, estimate_memory
 from src.model_utils.start_choices import COMPILE_SECONDS, compiling_fails
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config
@@ -177,20 +177,15 @@ def watching(start: Start) -> Found | None:
 
 
 def memory(start: Start) -> Found | None:
-    """On a CPU, of a process: PyTorch, weights, gradients, moments, a save's copy, activations and logits.
-
-    And half of that again for what is freed and kept (hardware.keep_freed_memory).
-    """
+    """On a CPU, of a process: PyTorch with its compiler, a training step, and a save's copy of weights and moments."""
     chosen, _ = start.device()
     if chosen.type != "cpu":
         return None
-    model, positions = start.config.model, start.config.micro_batch_size * start.config.model.n_ctx
-    # Fitted to what the preset debug took in float32, 2.4 GB: 32 float32 values of the width in each layer.
-    activations = positions * 4 * 32 * model.n_layer * model.n_embd
-    number_bytes = choose_precision(start.config.train.precision, chosen).itemsize
-    activations += min(positions, LOGIT_POSITIONS) * number_bytes * model.n_vocab
-    saved = checkpoint_bytes(start.config)  # weights and moments, which a save copies; gradients are a third of it
-    needed = start.processes_here * (500_000_000 + (saved * 7 // 3 + activations) * 3 // 2)
+    config = start.config
+    number_bytes = choose_precision(config.train.precision, chosen).itemsize
+    step = estimate_memory(Step(config.model, config.micro_batch_size, number_bytes, chosen.type)).total
+    # The 1.4: what is freed and kept (hardware.keep_freed_memory), as measured (LOG.md, the planner's estimates).
+    needed = start.processes_here * int(700_000_000 + 1.4 * step + checkpoint_bytes(config))
     free = available_memory_bytes()
     words = f"roughly {size_text(needed)} needed, {size_text(free)} free"
     if needed > free:
