@@ -142,7 +142,7 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
             due = ending or (progress.step and progress.step % config.checkpoint.every_steps == 0)
             if due:
                 pause(run, batches)
-            if due and not progress.skipped_in_a_row:  # checkpoints of a failing stretch would push out the good ones
+            if ending or (due and not progress.skipped_in_a_row):  # those of a failing stretch would push out good ones
                 save(run)
             record_saves(run, run.saver.finished())
             if ending:
@@ -260,7 +260,8 @@ def save(run: Run) -> None:
     procs.doing(f"the checkpoint of step {state.progress.step}")
     parts = state.parts(procs)
     plain = state.plain(run.config, run.manifest.sha256, run.precision, procs.world_size)
-    procs.main_only(lambda: record_saves(run, run.saver.start(state.progress.step, parts, plain)))
+    # for long: the save before may still be under way
+    procs.main_only(lambda: record_saves(run, run.saver.start(state.progress.step, parts, plain)), for_long=True)
 
 
 def main() -> int:

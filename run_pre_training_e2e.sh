@@ -114,8 +114,6 @@ module() { # for as_child: a module of ours; the folder it runs in must not hold
 
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac; }
 
-CORES=$(getconf _NPROCESSORS_ONLN)
-
 stage "1/5 environment"
 # shellcheck source=src/utils/environment.sh
 . "$ROOT/src/utils/environment.sh"
@@ -140,6 +138,7 @@ fi
 (
     export WORLD_SIZE=$((NPROC * NNODES)) NPROC DATA_SOURCE DATA_PATH DATA_MAX_TOKENS STARTED_IN="$PWD"
     export PREPARES_DATA=$prepare_data
+    [ "$NODE_RANK" = 0 ] || DATA_SOURCE="node 0" # this machine waits for it
     [ "$prepare_data" = no ] || set -- --data.dir "$DATA_DIR" "$@"
     module src.preflight "$PRESET" --run-name "$RUN_NAME" "$@" >/dev/null
 )
@@ -175,9 +174,6 @@ elif [ "$prepare_data" = yes ]; then
 else
     stage "2/5 data: the dataset that --data.dir names, as it is"
 fi
-
-# Processes that share a machine share its cores; torchrun would give each of them one.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > NPROC ? CORES / NPROC : 1))}
 
 stage "3/5 train: preset $PRESET, run $RUN_NAME, $NPROC process(es) on $NNODES machine(s)"
 training=("$ROOT/pretrain.py" "$PRESET" --run-name "$RUN_NAME" "$@")

@@ -47,7 +47,7 @@ class Preparation:
     """What the launcher will make the dataset from, once the checks are done."""
 
     source: str
-    """pydocs, files or fineweb-edu."""
+    """pydocs, files or fineweb-edu; or node 0, which prepares it while this machine waits."""
     paths: tuple[str, ...] = ()
     max_tokens: int | None = None
 
@@ -225,10 +225,7 @@ def dataset(start: Start) -> Found:
     manifest = read_manifest(folder)
     _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)
     unread = check_in_seconds(folder, manifest)
-    for shards, at_least in (
-        (manifest.train, config.batch_size),
-        (manifest.validation, config.micro_batch_size),
-    ):
+    for shards, at_least in ((manifest.train, config.batch_size), (manifest.validation, 1)):
         WindowDataset(folder, shards, config.model.n_ctx, config.model.n_vocab, at_least)
     words = f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards, "
     if unread:
@@ -325,6 +322,8 @@ def _version(found: str, tested: tuple[tuple[int, int], tuple[int, int]]) -> Fou
 
 def _to_be_prepared(start: Start, preparation: Preparation) -> Found:
     _check_vocabulary(start.config, start.dataset, Tokenizer.name, Tokenizer.n_vocab)
+    if preparation.source == "node 0":
+        return Found(f"{start.dataset}, to be prepared by node 0")
     words = f"{start.dataset}, to be prepared from {preparation.source}"
     if preparation.source == "files":
         if not preparation.paths:
@@ -349,7 +348,7 @@ def _check_vocabulary(config: Config, folder: Path, name: str, n_vocab: int) -> 
 def _data_need(start: Start) -> tuple[int, bool]:
     """Bytes that preparing the data needs, and whether that is sure enough to refuse a start."""
     preparation = start.preparation
-    if start.is_prepared or preparation is None:
+    if start.is_prepared or preparation is None or preparation.source == "node 0":
         return 0, True
     download_bytes = 0
     if preparation.source == "fineweb-edu":

@@ -89,8 +89,8 @@ def give_up(run: Run, step: int) -> None:
     """Raises the error of a run that cannot go on after `step`."""
     raise NonFiniteError(
         f"the last {run.state.progress.skipped_in_a_row} step(s), up to step {step}, were skipped: loss or gradient "
-        "not finite, or the loss a spike. They changed no weights, and no checkpoint was saved since the first of "
-        "them. Start again with a lower --optim.max-lr or a longer --optim.warmup-steps under another --run-name"
+        "not finite, or the loss a spike. They changed no weights. Start again with a lower --optim.max-lr or a longer "
+        "--optim.warmup-steps under another --run-name"
     )
 
 
@@ -113,16 +113,18 @@ def suspects(run: Run, batches: TrainingDataLoader, numbers: StepNumbers) -> lis
 
 
 def finish(run: Run, asked_by: str, unmeasured: Sequence[str]) -> Outcome:
-    """The last words of a run that is done or was asked to stop; raises NonFiniteError if its last steps failed.
+    """The last words of a run that is done or was asked to stop; raises NonFiniteError if all its steps were skipped.
 
     `unmeasured`: what a stop left out after this step. A run that lacks some of it at its end is not done yet.
     """
     procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
     procs.doing(f"the checkpoint of step {step}")
-    procs.main_only(lambda: record_saves(run, run.saver.wait()))
+    procs.main_only(lambda: record_saves(run, run.saver.wait()), for_long=True)
     done = step == total_steps and not unmeasured
-    if step == total_steps and run.state.progress.skipped_in_a_row:
-        procs.together(lambda: give_up(run, step))
+    if done and (skipped := run.state.progress.skipped_in_a_row):
+        if skipped == total_steps:
+            procs.together(lambda: give_up(run, step))
+        log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")
     if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
         asked_by = f"the file {STOP_FILE}"  # also where a signal was faster: it decides what happens next
         try:

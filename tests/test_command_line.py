@@ -46,7 +46,7 @@ def test_a_corpus_too_small_for_one_validation_batch(commands: Commands, dataset
     result = commands.pretrain("debug", "--data.dir", str(folder))
     assert result.returncode == 2
     assert "the validation part of" in result.stderr
-    assert "One batch takes 16 windows, about 2048 tokens" in result.stderr
+    assert "At least 16 are needed, or 2049 tokens" in result.stderr
 
 
 def test_an_output_folder_that_cannot_be_written(commands: Commands, dataset: Callable[..., Path], tmp_path: Path):

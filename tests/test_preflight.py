@@ -132,6 +132,10 @@ def test_the_launchers_variables(commands: Commands, tmp_path: Path):
     assert f"{tmp_path}/datasets/my_text, to be prepared from files, 1 of them" in result.stderr
     commands.environment["DATA_PATH"] = ""
     assert "FAIL  dataset:      DATA_PATH is not set" in commands.module("src.preflight", "laptop").stderr
+    commands.environment["DATA_SOURCE"] = "node 0"  # this machine waits
+    waiting = commands.module("src.preflight", "laptop")
+    assert waiting.returncode == 0, waiting.stderr
+    assert f"{tmp_path}/datasets/my_text, to be prepared by node 0" in waiting.stderr
 
 
 def test_damaged_data(data: Path):
@@ -168,7 +172,7 @@ def test_a_large_dataset_that_nobody_has_read(data: Path, monkeypatch: pytest.Mo
 
 def test_data_that_cannot_serve_the_run(data: Path):
     config = small(debug())
-    with pytest.raises(UserError, match="One batch takes 200 windows"):
+    with pytest.raises(UserError, match="At least 200 are needed"):
         checks.dataset(start_of(replace(config, train=replace(config.train, batch_tokens=3_200)), data))
     narrow = replace(config, model=replace(config.model, n_vocab=299))
     with pytest.raises(UserError, match=r"set --model\.n-vocab 300"):

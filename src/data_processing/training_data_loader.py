@@ -55,7 +55,7 @@ class WindowDataset:
             split = shards[0].split if shards else "training"
             raise UserError(
                 f"the {split} part of {folder} holds {have} tokens: {self.n_windows} windows of n_ctx + 1 = "
-                f"{n_ctx + 1}. One batch takes {at_least} windows, about {at_least * n_ctx} tokens. "
+                f"{n_ctx + 1}. At least {at_least} are needed, or {at_least * n_ctx + 1} tokens. "
                 "Add text, or make the batch or model.n_ctx smaller"
             )
 
@@ -194,7 +194,7 @@ class TrainingDataLoader:
             self._put(error)
 
     def _micro_batch(self, numbers: range) -> torch.Tensor:
-        # from pinned memory the copy to the GPU runs while the GPU computes
+        # from pinned memory the copy to the GPU waits its turn there, and the program goes on
         pinned = self.device.type == "cuda"
         n_ctx = self.dataset.n_ctx
         batch = torch.empty(len(numbers), n_ctx + 1, dtype=torch.int64, pin_memory=pinned)

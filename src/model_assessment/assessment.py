@@ -34,8 +34,7 @@ class Assessment:
 
     def __init__(self, config: Config, folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
-        at_least = config.micro_batch_size
-        self.windows = WindowDataset(folder, manifest.validation, config.model.n_ctx, config.model.n_vocab, at_least)
+        self.windows = WindowDataset(folder, manifest.validation, config.model.n_ctx, config.model.n_vocab, at_least=1)
         self.n_windows = min(max(1, config.eval.val_tokens // config.model.n_ctx), self.windows.n_windows)
         self.unigram_entropy = validation.unigram_entropy(self.windows, self.n_windows)
         held_out = manifest.validation[0]

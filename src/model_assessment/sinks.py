@@ -45,7 +45,7 @@ class Sink(Protocol):
 
 
 def require_packages(names: Iterable[str]) -> None:
-    """Raises UserError where a package is not installed that `open_sinks` would need for one of `names`."""
+    """Raises UserError where a package is not installed that `Sinks.open` would need for one of `names`."""
     for name in names:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # wandb's own folder here would do for a package without files

@@ -24,7 +24,7 @@ class Saved:
     step: int
     bytes: int
     seconds: float
-    """From the first copied tensor to the last check; older checkpoints are removed after that."""
+    """From when it was asked for to the last check; older checkpoints are removed after that."""
     held_up_seconds: float
     """What the training loop waited for: the save before, and the copy."""
 

@@ -76,7 +76,7 @@ class TrainingState:
     def restore(self, checkpoint: Checkpoint | None, seed: int, procs: Processes) -> None:
         """Takes over everything from the checkpoint, which only the main process reads and has to give.
 
-        On another number of processes dropout starts from new seeds.
+        Dropout starts from new seeds on another number of processes, and on a device whose state was not saved.
         """
 
         def read() -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
@@ -86,6 +86,8 @@ class TrainingState:
 
         state, parts = procs.together(lambda: read() if procs.is_main else ({}, {}))
         state, names = procs.from_main((state, list(parts)))
+        self.progress = Progress(**state["progress"])
+        seed_random_state(seed, procs.rank, self.progress.step)
         for name in names:
             tensors = procs.tensors_from_main(parts.get(name, {}))
             if name == "model":
@@ -94,9 +96,6 @@ class TrainingState:
                 load_optimizer_tensors(self.model, self.optimizer, tensors)
             elif name == f"rank_{procs.rank:05d}" and state["world_size"] == procs.world_size:
                 _set_random_state(tensors, procs.device)
-        self.progress = Progress(**state["progress"])
-        if state["world_size"] != procs.world_size:
-            seed_random_state(seed, procs.rank, self.progress.step)
 
 
 def seed_random_state(seed: int, rank: int, step: int = 0) -> None:

@@ -108,6 +108,8 @@ def _leave_exit_code(code: int) -> None:
 
     Written before this process ends, so that those who fail because it ended find the file written.
     """
-    if code in FINAL_CODES and recorded_exit_code() is None and "EXIT_CODE_FILE" in os.environ:
-        with open(os.environ["EXIT_CODE_FILE"], "w", encoding="ascii") as file:
-            file.write(str(code))
+    if code in FINAL_CODES and "EXIT_CODE_FILE" in os.environ:
+        with suppress(OSError):  # on the very disk that is full, perhaps
+            if recorded_exit_code() is None:
+                with open(os.environ["EXIT_CODE_FILE"], "w", encoding="ascii") as file:
+                    file.write(str(code))

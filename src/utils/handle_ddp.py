@@ -237,6 +237,8 @@ def _stop_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.environ.get("LAUNCHER_PID", str(os.getppid())) != str(os.getppid()):  # it died before that
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def world_size() -> int:
@@ -267,8 +269,8 @@ def _meet(store: torch.distributed.Store, rank: int, n_processes: int, stop: Cal
 
 
 def processes_here() -> int:
-    """How many of them are to run on this machine: the launcher's variable NPROC says so, else all."""
-    return _from_environment("NPROC", world_size())
+    """How many of them are to run on this machine: torchrun says so, or the launcher's variable NPROC, else all."""
+    return _from_environment("LOCAL_WORLD_SIZE", _from_environment("NPROC", world_size()))
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -27,6 +27,8 @@ PEAK_BF16_TFLOPS = {
     "RTX 4090": 165.2,
 }
 
+CGROUP = Path("/sys/fs/cgroup")  # what limits a container, as it is seen inside
+
 
 def choose_device(asked: str, local_rank: int = 0) -> torch.device:
     """The device for this process: `asked`, or with "auto" the best there is. Raises UserError if it isn't there."""
@@ -59,7 +61,7 @@ def choose_precision(asked: str, device: torch.device) -> torch.dtype:
 
 
 def precision_in_words(dtype: torch.dtype, device: torch.device) -> str:
-    """What is computed in what, in training and evaluation alike."""
+    """What is computed in what."""
     if dtype == torch.float32:
         matmuls = " (matmuls in TF32)" if device.type == "cuda" else ""
         return f"all in float32{matmuls}"
@@ -109,8 +111,11 @@ def available_memory_bytes() -> int:
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
         found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with suppress(OSError, ValueError, StopIteration):  # "max" where there is no limit
+        limit = int((CGROUP / "memory.max").read_text())
+        statistics = (CGROUP / "memory.stat").read_text().splitlines()
+        given_back_first = next(int(line.split()[1]) for line in statistics if line.startswith("inactive_file "))
+        found.append(max(0, limit - int((CGROUP / "memory.current").read_text()) + given_back_first))
     return min(found)
 
 

@@ -20,11 +20,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+from src.utils.cores import available_cores
+from src.utils.stop_signals import STOP_SIGNALS, end_at_once_on_ctrl_c, heeded_signals
+
 if __name__ == "__main__":
     # Until there are processes that could save, a signal ends this one at once, in the midst of waiting for a machine.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_once_on_ctrl_c()
     # PyTorch's C++ would add a page to our line about a machine that is gone.
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 import torch.distributed
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
@@ -36,7 +39,6 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from src.utils import terminal
 from src.utils.errors import EXIT_STOPPED, FINAL_CODES, recorded_exit_code
-from src.utils.stop_signals import STOP_SIGNALS, heeded_signals
 
 # For finishing a step and saving; then the processes are killed.
 STOP_SECONDS = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"))
@@ -108,7 +110,10 @@ class Agent(LocalElasticAgent):
         stopped = self._was_stopped()  # before torchrun ends the others in the same way
         result = super()._monitor_workers(worker_group)
         store, failed = store_of(worker_group), f"failed/{self.attempt}"
-        code = recorded_exit_code() if result.state == WorkerState.FAILED else None
+        code = None
+        if result.state == WorkerState.FAILED:  # a full disk may not have taken the record
+            ends = [failure.exitcode for failure in result.failures.values()]
+            code = recorded_exit_code() or next((end for end in ends if end in FINAL_CODES), None)
         if stopped and code is None:
             say(STOPPED_IN_VAIN)
             code = EXIT_STOPPED
@@ -128,8 +133,18 @@ class Agent(LocalElasticAgent):
 
     def _was_stopped(self) -> bool:
         """Whether a request to stop has ended a process, which did not come so far as to heed it."""
-        ends = [handler.proc.poll() for handler in cast(Any, self._pcontext).subprocess_handlers.values()]
-        return any(-end in STOP_SIGNALS for end in ends if end is not None)
+        return any(-end in STOP_SIGNALS for end in self._ends() if end is not None)
+
+    def all_ended_well(self) -> bool:
+        """Whether this machine's processes were started, and each has done all that it had to do."""
+        ends = self._ends()
+        return bool(ends) and not any(end != 0 for end in ends)
+
+    def _ends(self) -> list[int | None]:
+        """How this machine's processes ended: exit codes, less than 0 for signals, None for those that go on."""
+        if self._pcontext is None:
+            return []
+        return [handler.proc.poll() for handler in cast(Any, self._pcontext).subprocess_handlers.values()]
 
     def _tell(self, result: RunResult) -> None:
         # Those that a signal killed come first: the others may have ended because of them, in the same moment.
@@ -192,10 +207,14 @@ def main() -> int:
     args = _parser().parse_args()
     heeded = heeded_signals()
     os.chdir(args.folder)
-    os.environ.pop("TORCH_CPP_LOG_LEVEL", None)  # read by now, and not meant for the processes
+    if os.environ.get("TORCH_CPP_LOG_LEVEL") == "FATAL":  # ours, read by now, and not meant for the processes
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
     logging.disable(logging.CRITICAL)  # torchrun's own words; those of the processes come from them
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in heeded)
     os.environ.setdefault("LAUNCH_ID", uuid.uuid4().hex)  # by which a run knows that it is started again
+    os.environ["LAUNCHER_PID"] = str(os.getpid())
+    # Processes share this machine's cores; each would start as many threads as there are cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // args.processes)))
     with tempfile.NamedTemporaryFile(prefix="exit-code-") as file:
         os.environ["EXIT_CODE_FILE"] = file.name
         return run(args)
@@ -208,9 +227,12 @@ def run(args: argparse.Namespace) -> int:
         agent = make_agent(args)
         code = int(agent.run().state != WorkerState.SUCCEEDED)
     except SignalException:
-        code = EXIT_STOPPED
-        if recorded_exit_code() is None:
-            say(STOPPED_IN_VAIN)
+        if agent is not None and agent.all_ended_well():
+            code = 0  # it came too late to stop anything
+        else:
+            code = EXIT_STOPPED
+            if recorded_exit_code() is None:
+                say(STOPPED_IN_VAIN)
     except EndedError as end:
         code = end.code
     except LostMachineError as error:

@@ -1,5 +1,7 @@
 """Decisions that processes share, here with threads for processes; tests/test_processes.py has real ones."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -138,3 +140,12 @@ def test_a_process_may_work_longer_than_the_others_wait_for_each_other(tmp_path:
 def test_an_error_of_long_work_ends_all_in_its_way(tmp_path: Path):
     action = "procs.together_for_long(lambda: (_ for _ in ()).throw(StorageError('gone')) if procs.rank else None)"
     assert two(tmp_path, action) == (4, "program.py: error (process 1): gone\n")
+
+
+def test_a_process_whose_launcher_is_gone_before_it_could_watch_it_stops():
+    program = "from src.utils.handle_ddp import processes\nwith processes('cpu', 9): print('it went on')"
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1"}
+    for parent, ended in ((os.getpid(), 0), (os.getppid(), -signal.SIGTERM)):
+        environment["LAUNCHER_PID"] = str(parent)
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=False)
+        assert done.returncode == ended

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -75,3 +77,16 @@ def test_the_machine_is_described_in_plain_data():
     assert machine["memory_gb"] > 0.5
     assert all(isinstance(value, (str, int, float)) for value in machine.values())
     assert hardware.memory_gb(CPU) > 0.05
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without what it uses; files that it read and may forget are left."""
+    real = hardware.available_memory_bytes()
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    assert hardware.available_memory_bytes() == pytest.approx(real, rel=0.2)
+    (tmp_path / "memory.current").write_text("70000000\n")
+    (tmp_path / "memory.stat").write_text("anon 50000000\ninactive_file 20000000\nactive_file 0\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert hardware.available_memory_bytes() == pytest.approx(real, rel=0.2)
+    (tmp_path / "memory.max").write_text("100000000\n")
+    assert hardware.available_memory_bytes() == 50_000_000

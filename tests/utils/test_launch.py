@@ -9,6 +9,7 @@ from typing import IO
 
 import pytest
 
+from src.utils.cores import available_cores
 from src.utils.root import ROOT
 
 # Each process writes its attempt into a file, waits until its peers have, and then does what its case says.
@@ -46,6 +47,13 @@ def outcome(tmp_path: Path, case: str, *options: str) -> tuple[int, str, int]:
     with start(tmp_path, case, *options) as process:
         _, words = process.communicate(timeout=120)
     return process.returncode, words, starts(tmp_path)
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def starts(tmp_path: Path) -> int:
@@ -105,10 +113,7 @@ def test_a_stop_lets_the_processes_save_and_is_quiet(number: signal.Signals, tmp
     case += "(folder / 'ready').touch()\n"
     case += "while not asked: time.sleep(0.01)\ntime.sleep(2)\n(folder / f'saved-{rank}').touch()\nreturn 143"
     with start(tmp_path, case, "--processes", "2") as process:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "seen" / "ready").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(tmp_path / "seen" / "ready")
         time.sleep(0.3)
         for _ in range(3):
             process.send_signal(number)
@@ -142,10 +147,50 @@ def test_the_processes_learn_which_signal_it_was(number: signal.Signals, tmp_pat
     case += "with stop_on_signals() as stop:\n    (folder / 'ready').touch()\n    while not stop(): time.sleep(0.01)\n"
     case += "    (folder / stop()).touch()\nreturn 143"
     with start(tmp_path, case) as process:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "seen" / "ready").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(tmp_path / "seen" / "ready")
         process.send_signal(number)
         assert process.wait(timeout=60) == 143
     assert (tmp_path / "seen" / number.name).exists()
+
+
+def test_a_stop_that_comes_too_late_is_no_stop(tmp_path: Path):
+    """The processes are at their end, where they heed no signal, and end well."""
+    case = "for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)\n"
+    case += "(folder / 'ready').touch()\ntime.sleep(2)\nreturn 0"
+    with start(tmp_path, case, "--processes", "2") as process:
+        wait_for(tmp_path / "seen" / "ready")
+        process.send_signal(signal.SIGTERM)
+        _, words = process.communicate(timeout=60)
+    assert (process.returncode, words) == (0, "")
+
+
+def test_an_interrupt_that_is_ignored_from_the_start_stays_so(tmp_path: Path):
+    """As in the background of a script, whose Ctrl-C is not for it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = start(tmp_path, "(folder / 'ready').touch()\ntime.sleep(1)")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        for _ in range(3):  # some of them while it still starts
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+        wait_for(tmp_path / "seen" / "ready")
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=60)
+    assert (process.returncode, words) == (0, "")
+
+
+def test_a_final_code_counts_where_there_is_no_room_to_record_it(tmp_path: Path):
+    case = "os.environ['EXIT_CODE_FILE'] = '/nowhere/code'\nraise StorageError('the disk is full')"
+    code, words, starts = outcome(tmp_path, case)
+    assert (code, words, starts) == (4, "program.py: error: the disk is full\n", 1)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_share_the_cores_that_there_are(processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    case = "(folder.parent / f'threads-{os.environ[\"OMP_NUM_THREADS\"]}').touch()"
+    assert outcome(tmp_path, case, "--processes", str(processes))[0] == 0
+    (found,) = tmp_path.glob("threads-*")
+    assert found.name == f"threads-{max(1, available_cores() // processes)}"

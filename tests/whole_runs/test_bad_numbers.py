@@ -56,12 +56,32 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 3, 8)
 
 
-def test_a_run_whose_last_steps_are_not_finite_has_failed(config: Config, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_whose_last_steps_are_skipped_is_done_and_has_the_weights_before(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+):
     run_dir = train(config, stop_after(10)).run_dir
+    before = final_tensors(run_dir, step=10)
     poison_losses(monkeypatch)
-    with pytest.raises(NonFiniteError, match=r"the last 2 step\(s\), up to step 12"):
+    outcome = train(config)
+    assert (outcome.step, outcome.exit_code) == (12, 0)
+    after = final_tensors(run_dir, step=12)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if not name.startswith("rank"))
+    assert "the last 2 step(s) were skipped, so the weights are those of step 10" in (run_dir / "log.txt").read_text()
+
+
+def test_a_run_all_of_whose_steps_are_skipped_has_failed(config: Config, monkeypatch: pytest.MonkeyPatch):
+    poison_losses(monkeypatch)
+    with pytest.raises(NonFiniteError, match=r"the last 3 step\(s\), up to step 3"):
+        train(replace(config, train=replace(config.train, total_steps=3), optim=replace(config.optim, warmup_steps=1)))
+
+
+def test_a_stop_among_skipped_steps_is_saved_and_they_are_counted_on(config: Config, monkeypatch: pytest.MonkeyPatch):
+    poison_losses(monkeypatch)
+    monkeypatch.setattr(run_log, "MAX_SKIPPED_STEPS", 3)
+    stopped = train(config, stop_after(2))
+    assert (stopped.step, stopped.exit_code) == (2, 143)
+    with pytest.raises(NonFiniteError, match=r"the last 3 step\(s\), up to step 3"):
         train(config)
-    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_0000005", "step_0000010"]
 
 
 def test_a_gradient_that_is_not_finite_is_named(config: Config, monkeypatch: pytest.MonkeyPatch):
