@@ -248,6 +248,8 @@ def measure(run: Run, assessment: Assessment, kind: str, stop: Callable[[], str 
         )
     except StoppedError:
         return False  # made when the run goes on
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, procs.device, run.config.micro_batch_size, f"{kind} at step {step}") from error
     for record in records:
         run.log.metric(record.kind, step, **record.values)
         run.log.info(f"step {step}  {record.words}")

@@ -313,7 +313,7 @@ def report(
     tokens = config.train.batch_tokens
     parameters = count_parameters(first_weights(config))
     flops = flops_per_token(config.model, parameters)
-    peak = hardware.peak_tflops(device)
+    peak = hardware.peak_tflops(device, precision)
     variants: dict[str, dict[str, Any]] = {}
     for name, timing in timings.items():
         step_ms = statistics.median(timing.rounds_ms)

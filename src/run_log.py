@@ -38,7 +38,7 @@ def log_training(run: Run, numbers: StepNumbers, seconds_left: float) -> None:
     config, progress = run.config, run.state.progress
     if not progress.loss_steps:
         return  # every step since the last line was skipped
-    record = training_record(config, progress, run.state.model, run.procs)
+    record = training_record(config, progress, run.state.model, run.procs, run.precision)
     lr, (_, grad_norm, _) = numbers.lr, numbers.read()
     run.log.metric("train", progress.step, lr=lr, grad_norm=grad_norm, **record)
     used = f"  {record['mfu']:.1%} MFU" if record["mfu"] else ""

@@ -2,7 +2,7 @@
 
 The model sees at most n_ctx tokens. When a sequence grows past that, its older half is forgotten and
 the rest is read anew, so the window moves in strides of n_ctx / 2 and the cache stays useful between
-them. Which tokens a position sees depends on its length alone: with or without a cache, the same.
+them. Which tokens a position sees depends on its length alone, so the cache changes nothing.
 
 Sequences of unequal length share a batch, padded on the left; a mask hides the padding.
 Shapes: B sequences, T positions, S positions including those that were cached, V vocabulary.
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from src.attention import KVCache
 from src.model import LLM
 from src.utils.errors import UserError
 
@@ -77,15 +76,13 @@ def generate(
     samples: Sequence[int],
     ended: set[int],
     n_tokens: int | None = None,
-    use_cache: bool = True,
 ) -> Iterator[tuple[list[int], list[float]]]:
     """Each row's next token and the log-probability that the model gave it, in nats, config.max_new_tokens times.
 
     prompts: token ids, at least one in each row. samples: which sample of its prompt each row is, for its random
     numbers. ended: rows whose tokens are of no interest any more; the caller adds to them, and once it holds all,
     nothing more comes. n_tokens: ids from there on are no tokens, though the model may have logits for them, and are
-    never chosen. Without the cache every token reads its whole window again, which takes longer and gives the
-    same tokens. The log-probability is the model's own, whatever the settings leave of it.
+    never chosen. The log-probability is the model's own, whatever the settings leave of it.
     """
     was_training = model.training
     model.eval()
@@ -97,10 +94,10 @@ def generate(
         for _ in range(config.max_new_tokens):
             starts = [_window_start(len(row), model.config.n_ctx) for row in rows]
             if window is None or window.starts != starts:
-                window = _Window(model, rows, starts, device, use_cache)
+                window = _Window(model, rows, starts, device)
                 hidden_BTD = window.read_all(rows)
             else:
-                hidden_BTD = window.read_last(rows) if use_cache else window.read_all(rows)
+                hidden_BTD = window.read_last(rows)
             logits_BV = model.logits(hidden_BTD[:, -1])[:, :n_tokens].float().cpu()
             log_norms_B = logits_BV.logsumexp(dim=-1)
             draws_B = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
@@ -118,23 +115,20 @@ def generate(
 class _Window:
     """What the model sees of each row, from where it starts: the tokens, and once they are read, a cache of them."""
 
-    def __init__(
-        self, model: LLM, rows: list[list[int]], starts: list[int], device: torch.device, use_cache: bool
-    ) -> None:
+    def __init__(self, model: LLM, rows: list[list[int]], starts: list[int], device: torch.device) -> None:
         self.model, self.starts, self.device = model, starts, device
         lengths = [len(row) - start for row, start in zip(rows, starts, strict=True)]
         self.padding = [max(lengths) - length for length in lengths]
         self.padding_B1 = torch.tensor(self.padding, device=device)[:, None]
-        self.caches: list[KVCache] | None = model.new_caches(len(rows), _cache_dtype(model)) if use_cache else None
+        self.caches = model.new_caches(len(rows), _cache_dtype(model))
 
     def read_all(self, rows: list[list[int]]) -> torch.Tensor:
-        """The model's output for the whole window, (B, T, D)."""
+        """The model's output for the whole window, (B, T, D); once, before all else."""
         windows = zip(self.padding, rows, self.starts, strict=True)
         return self._read([[0] * padding + row[start:] for padding, row, start in windows], 0)
 
     def read_last(self, rows: list[list[int]]) -> torch.Tensor:
         """The same for the last token alone, (B, 1, D)."""
-        assert self.caches is not None
         return self._read([row[-1:] for row in rows], self.caches[0].length)
 
     def _read(self, tokens: list[list[int]], start: int) -> torch.Tensor:

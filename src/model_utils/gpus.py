@@ -33,9 +33,11 @@ GPUS = {
         180, PEAK_BF16_TFLOPS["B200"], 1000, "NVIDIA Blackwell architecture brief and HGX B200 data sheet (2024)"
     ),
     "l40s": GPU(48, PEAK_BF16_TFLOPS["L40S"], 350, "NVIDIA L40S data sheet (2023)"),
-    "l4": GPU(24, 121, 72, "NVIDIA L4 data sheet (2023): 242 with sparsity"),
+    "l4": GPU(24, PEAK_BF16_TFLOPS["L4"], 72, "NVIDIA L4 data sheet (2023): 242 with sparsity"),
     "rtx-4090": GPU(24, PEAK_BF16_TFLOPS["RTX 4090"], 450, "NVIDIA Ada GPU architecture paper (2022), appendix A"),
-    "rtx-3090": GPU(24, 71, 350, "NVIDIA Ampere GA102 GPU architecture paper (2020), appendix A"),
+    "rtx-3090": GPU(
+        24, PEAK_BF16_TFLOPS["RTX 3090"], 350, "NVIDIA Ampere GA102 GPU architecture paper (2020), appendix A"
+    ),
 }
 
 

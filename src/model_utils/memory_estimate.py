@@ -31,6 +31,8 @@ class Step:
     """Of device. On a CPU dropout keeps numbers where a GPU keeps bytes, and RMSNorm one tensor more."""
     gradients_stay: bool = True
     """Whether gradients lie there during forward passes: with accumulation, and in the buckets of DDP."""
+    beside_buckets: bool = False
+    """Whether they lie beside DDP's buckets: those of passes that end without an exchange, so with accumulation."""
     logits: Literal["chunked", "full"] = "chunked"
     """chunked: as lm_loss.py has them. full: the plain way, float32 logits of all positions, as the reference did."""
 
@@ -70,7 +72,7 @@ def estimate_memory(step: Step) -> Memory:
     at_the_loss = activations + max(loss, _loss_backward_bytes(step))
     in_last_block = activations + embedding + _block_backward_bytes(step)
     if step.gradients_stay:
-        held, peak = gradients, max(at_the_loss, in_last_block, 2 * embedding)
+        held, peak = gradients * (2 if step.beside_buckets else 1), max(at_the_loss, in_last_block, 2 * embedding)
     else:  # they come as the activations go
         peak = max(at_the_loss, in_last_block, gradients + embedding)
         held = min(gradients, max(0, peak - max(at_the_loss, in_last_block)))

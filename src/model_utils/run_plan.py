@@ -61,9 +61,9 @@ class Cost:
 def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = "cuda") -> Step:
     """How the run's steps are done. Raises ConfigError where the processes cannot share the batch evenly."""
     sized = replace(config, train=replace(config.train, micro_batch_size=micro_batch_size))
-    accumulates = sized.grad_accumulation_steps(world_size) > 1
+    accumulates, has_ddp = sized.grad_accumulation_steps(world_size) > 1, world_size > 1
     itemsize = FLOAT32 if config.train.precision == "float32" else 2
-    return Step(config.model, micro_batch_size, itemsize, kind, gradients_stay=accumulates or world_size > 1)
+    return Step(config.model, micro_batch_size, itemsize, kind, accumulates or has_ddp, accumulates and has_ddp)
 
 
 def largest_fit(config: Config, gpu: GPU, count: int) -> Fit:
@@ -85,7 +85,7 @@ def usable_bytes(gpu: GPU) -> int:
 def cost(config: Config, gpu: GPU, count: int, given: Assumptions) -> Cost:
     """From tokens a second = GPUs x peak x MFU / operations a token."""
     parameters, _ = parameter_counts(config.model)
-    # Matmuls of float32 run in TF32, whose peak is half of bf16's on all of these GPUs.
+    # as hardware.peak_tflops
     peak = gpu.tflops / 2 if config.train.precision == "float32" else gpu.tflops
     speed = count * peak * 1e12 * given.mfu / flops_per_token(config.model, parameters)
     hours = config.total_steps * config.train.batch_tokens / speed / 3600

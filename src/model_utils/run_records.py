@@ -57,11 +57,13 @@ def settings_in_words(settings: dict[str, Any], train_tokens: int) -> str:
     )
 
 
-def training_record(config: Config, progress: Progress, model: LLM, procs: Processes) -> dict[str, Any]:
+def training_record(
+    config: Config, progress: Progress, model: LLM, procs: Processes, precision: torch.dtype
+) -> dict[str, Any]:
     """Loss and speed since the last training line, evaluations and saves left out."""
     step_seconds = progress.seconds / progress.loss_steps
     rate = config.train.batch_tokens / step_seconds
-    peak = hardware.peak_tflops(procs.device)
+    peak = hardware.peak_tflops(procs.device, precision)
     flops = rate * flops_per_token(config.model, count_parameters(model))
     return {
         "loss": progress.loss_sum / progress.loss_steps,

@@ -17,7 +17,7 @@ from src.model import LLM
 from src.params import Config
 from src.utils import hardware
 from src.utils.errors import PeerError, UserError
-from src.utils.handle_ddp import Processes, processes_here
+from src.utils.handle_ddp import Processes, processes_here, world_size
 
 # What compiling a block and the loss takes with cold caches, seconds, and the least share of a step that it saves where
 # it helps: measured on CPUs (LOG.md), guessed for GPUs, where only runs of minutes depend on it. Runs that cannot win
@@ -57,7 +57,8 @@ class Trial:
         fits = True
         try:
             total = torch.cuda.get_device_properties(self.device).total_memory
-            held = 8 * self._parameters + int(SPARE_GPU * total)
+            # AdamW's moments, and DDP's buckets, beside which lie the gradients of all passes but a step's last
+            held = (12 if world_size() > 1 else 8) * self._parameters + int(SPARE_GPU * total)
             room = torch.empty(held, dtype=torch.uint8, device=self.device)
             self._pass(batch_size)
             self._pass(batch_size)  # beside the gradients of the first

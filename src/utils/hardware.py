@@ -24,7 +24,10 @@ PEAK_BF16_TFLOPS = {
     "H200": 989.0,
     "B200": 2250.0,
     "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
     "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
 }
 
 CGROUP = Path("/sys/fs/cgroup")  # what limits a container, as it is seen inside
@@ -90,12 +93,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def peak_tflops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak where it is known, else None."""
+def peak_tflops(device: torch.device, precision: torch.dtype) -> float | None:
+    """The device's dense peak for matmuls where it is known, else None.
+
+    Those of float32 run in TF32 there, whose peak is half of bf16's on all of these GPUs.
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
+    peak = next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
+    return peak / 2 if peak and precision == torch.float32 else peak
 
 
 def memory_gb(device: torch.device) -> float:

@@ -9,7 +9,7 @@ import torch
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment import sampling
-from src.model_assessment.generation import LIKELIEST, SamplingConfig, _choose, _window_start, generate
+from src.model_assessment.generation import LIKELIEST, SamplingConfig, _choose, _Window, _window_start, generate
 from src.model_assessment.sampling import sample, stream
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig
@@ -42,16 +42,24 @@ def tokens(model: LLM, prompts: list[list[int]], config: SamplingConfig, **optio
 @pytest.mark.parametrize(
     "config", [SamplingConfig(60, temperature=0), SamplingConfig(60, 0.9, top_k=20, top_p=0.9, seed=4)]
 )
-def test_the_cache_changes_nothing_also_past_the_context(model: LLM, config: SamplingConfig):
-    prompt = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [7], list(range(14))]
+@pytest.mark.parametrize(
+    "prompts", [[[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [7], list(range(14))], [list(range(50))]], ids=["short", "long"]
+)
+def test_the_cache_changes_nothing_also_past_the_context(
+    model: LLM, config: SamplingConfig, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """Beside reading the whole window anew for each token."""
     assert model.config.n_ctx == 16
-    assert tokens(model, prompt, config) == tokens(model, prompt, config, use_cache=False)
+    cached = tokens(model, prompts, config)
+    read: list[int] = []
 
+    def anew(window: _Window, rows: list[list[int]]) -> torch.Tensor:
+        read.append(len(rows[0]))
+        return _Window(window.model, rows, window.starts, window.device).read_all(rows)
 
-def test_a_prompt_longer_than_the_context(model: LLM):
-    prompt = [list(range(50))]
-    config = SamplingConfig(20, temperature=0)
-    assert tokens(model, prompt, config) == tokens(model, prompt, config, use_cache=False)
+    monkeypatch.setattr(_Window, "read_last", anew)
+    assert tokens(model, prompts, config) == cached
+    assert len(read) > 30
 
 
 def test_greedy_is_the_likeliest_token_of_the_plain_model(model: LLM):

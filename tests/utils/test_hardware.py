@@ -47,13 +47,16 @@ def test_precision_follows_what_the_hardware_is_good_at(monkeypatch: pytest.Monk
         ("NVIDIA A100-SXM4-80GB", 312.0),
         ("NVIDIA H100 80GB HBM3", 989.0),
         ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
 def test_peak_rate_by_the_drivers_name(name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert hardware.peak_tflops(CUDA) == tflops
-    assert hardware.peak_tflops(CPU) is None
+    assert hardware.peak_tflops(CUDA, torch.bfloat16) == tflops
+    assert hardware.peak_tflops(CUDA, torch.float32) == (tflops and tflops / 2)
+    assert hardware.peak_tflops(CPU, torch.bfloat16) is None
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
