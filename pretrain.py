@@ -197,8 +197,10 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     for micro_step in range(accumulation):
         inputs_BT, targets_BT = next(batches)
         # Gradients travel between processes once a step, with the last micro-batch.
-        more = micro_step + 1 < accumulation
-        with run.forward.no_sync() if more and isinstance(run.forward, DistributedDataParallel) else nullcontext():
+        is_last = micro_step + 1 == accumulation
+        with (
+            run.forward.no_sync() if not is_last and isinstance(run.forward, DistributedDataParallel) else nullcontext()
+        ):
             with hardware.autocast(procs.device, run.precision):
                 loss = run.forward(inputs_BT, targets_BT) / accumulation
             with procs.collective():

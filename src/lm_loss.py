@@ -1,6 +1,6 @@
 """The language-model loss without full float32 logits.
 
-Logits over 50,257 words are by far the largest tensor of a small model. Here those of some thousand positions exist at
+Logits over 50,257 tokens are by far the largest tensor of a small model. Here those of some thousand positions exist at
 a time, in the dtype of the matmul, and become their own gradient in place: the float32 softmax is done a few rows at a
 time, while they are in cache, or in one compiled kernel, and the gradients of both inputs are computed in the forward
 pass, where the softmax is at hand. Shapes: N positions, D width, V vocabulary.
@@ -22,8 +22,8 @@ ROWS_CPU = 16
 ROWS_GPU = 4096
 
 # A GPU's matrix units want rows that begin at multiples of 16 bytes, and 50,257 is odd: there the logits get columns
-# that belong to no word. The weight that is trained and saved has none.
-MULTIPLE_OF_COLUMNS = {"cuda": 64}
+# that belong to no token. The weight that is trained and saved has none.
+VOCAB_MULTIPLE = {"cuda": 64}
 
 Softmax = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
@@ -53,8 +53,8 @@ def softmax_(logits_NV: torch.Tensor, targets_N: torch.Tensor, with_gradients: b
     log_probs = torch.log_softmax(logits_NV.float(), dim=-1)
     losses_N = -log_probs.gather(1, targets_N1).squeeze(1)
     if with_gradients and torch.compiler.is_compiling():  # a comparison can be part of the same kernel
-        words_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
-        logits_NV.copy_(log_probs.exp() - (words_V == targets_N1).float())
+        ids_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+        logits_NV.copy_(log_probs.exp() - (ids_V == targets_N1).float())
     elif with_gradients:
         gradient = log_probs.exp_()
         gradient.scatter_add_(1, targets_N1, torch.full_like(targets_N1, -1, dtype=torch.float32))
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, targets_N, dtype, with_gradients, softmax):
         n_vocab = len(weight_VD)
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
-        if padding := -n_vocab % MULTIPLE_OF_COLUMNS.get(hidden.device.type, 1):
+        if padding := -n_vocab % VOCAB_MULTIPLE.get(hidden.device.type, 1):
             weight = F.pad(weight, (0, 0, 0, padding))
         losses, grad_hidden, grad_weight = [], [], None
         with torch.autocast(hidden.device.type, enabled=False):

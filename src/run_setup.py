@@ -154,7 +154,7 @@ def prepare(
     precision: torch.dtype,
     log: RunLogger,
 ) -> Run:
-    """Model, optimizer and progress, new or from the main process's checkpoint; config.json is written."""
+    """Model, optimizer and progress, new or from the checkpoint; config.json is written."""
     if procs.device.type == "cpu":
         hardware.keep_freed_memory()
     if procs.device.type == "cuda":
@@ -162,12 +162,12 @@ def prepare(
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)
     model.to(procs.device).train()
-    was, step = procs.from_main((checkpoint.state["config"]["train"], checkpoint.step) if checkpoint else (None, 0))
+    was, step = (checkpoint.state["config"]["train"], checkpoint.step) if checkpoint else (None, 0)
     procs.doing("trying out micro-batches and what to compile")
     config, notes = settle(config, was, config.total_steps - step, model, precision, procs, log.info)
     procs.doing("preparing model and optimizer")
     state = TrainingState(model, build_adamw(model, config.optim), Progress())
-    if procs.any(checkpoint is not None):
+    if checkpoint is not None:
         state.restore(checkpoint, config.train.seed, procs)
     else:
         seed_random_state(config.train.seed, procs.rank)

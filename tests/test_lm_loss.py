@@ -13,7 +13,7 @@ from src.lm_loss import linear_cross_entropy, softmax_
 @pytest.mark.parametrize("columns", [1, 64])  # as they are, and padded as on a GPU
 def test_value_and_gradients_equal_torchs(n: int, positions: int, columns: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lm_loss, "LOGIT_POSITIONS", positions)
-    monkeypatch.setattr(lm_loss, "MULTIPLE_OF_COLUMNS", {"cpu": columns})
+    monkeypatch.setattr(lm_loss, "VOCAB_MULTIPLE", {"cpu": columns})
     generator = torch.Generator().manual_seed(n)
     hidden = torch.randn(n, 12, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(101, 12, generator=generator, dtype=torch.float64).requires_grad_()

@@ -3,7 +3,6 @@
 python -m src.model_assessment.live_report PARENT NICENESS RUN_DIR is what that one runs, until process PARENT is gone.
 """
 
-import ctypes
 import os
 import resource
 import signal
@@ -18,6 +17,7 @@ from typing import IO
 
 from src.utils.errors import exit_with
 from src.utils.root import ROOT
+from src.utils.stop_signals import follow_parent
 
 EVERY_SECONDS = 60.0
 SHARE = 0.01  # of one core, that reports may take; where one takes longer, the next comes later
@@ -127,11 +127,7 @@ def _children_cpu_seconds() -> float:
 def run_report(parent: int, niceness: int, run_dir: str) -> None:
     """The child's part."""
     os.nice(niceness)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # gone before that
-        return
+    follow_parent(parent, signal.SIGKILL)  # it has nothing to save
     from src.model_assessment import report  # with matplotlib, which the run itself does without
 
     report.write_report(Path(run_dir))

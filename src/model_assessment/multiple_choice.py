@@ -165,8 +165,8 @@ def _hidden(model: LLM, ids_BT: torch.Tensor, positions_BT: torch.Tensor, branch
 
 def _log_probs(model: LLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """log softmax(head(hidden))[target], (N,) float32, with few of the logits at once."""
-    by_words = hidden_ND.device.type == "cpu" and model.head is None
-    log_probs = _log_probs_by_words if by_words else _log_probs_of_all
+    in_parts = hidden_ND.device.type == "cpu" and model.head is None
+    log_probs = _log_probs_by_vocabulary_part if in_parts else _log_probs_of_all
     parts = zip(hidden_ND.split(POSITIONS), targets_N.split(POSITIONS), strict=True)
     return torch.cat([log_probs(model, hidden, targets) for hidden, targets in parts])
 
@@ -175,12 +175,12 @@ def _log_probs_of_all(model: LLM, hidden_ND: torch.Tensor, targets_N: torch.Tens
     return -F.cross_entropy(model.logits(hidden_ND).float(), targets_N, reduction="none")
 
 
-def _log_probs_by_words(model: LLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """The target's logit, less the logarithm of the sum over all words, which is added up part by part."""
+def _log_probs_by_vocabulary_part(model: LLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """The target's logit, less the logarithm of the sum over the vocabulary, which is added up part by part."""
     log_sums, target_logits_N = [], torch.zeros(len(targets_N))
-    n_words = LOGITS_CPU // len(hidden_ND)
-    for first in range(0, model.config.n_vocab, n_words):
-        weight_VD = model.embedding.weight[first : first + n_words]
+    n_ids = LOGITS_CPU // len(hidden_ND)
+    for first in range(0, model.config.n_vocab, n_ids):
+        weight_VD = model.embedding.weight[first : first + n_ids]
         logits_NV = F.linear(hidden_ND, weight_VD).float()
         here_N = (targets_N >= first) & (targets_N < first + len(weight_VD))
         column_N = (targets_N - first).clamp(0, len(weight_VD) - 1)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from src.lm_loss import LOGIT_POSITIONS, MULTIPLE_OF_COLUMNS, ROWS_CPU, ROWS_GPU
+from src.lm_loss import LOGIT_POSITIONS, ROWS_CPU, ROWS_GPU, VOCAB_MULTIPLE
 from src.model import LLM
 from src.model_utils.debugging import count_parameters
 from src.params import ModelConfig
@@ -126,7 +126,7 @@ def _loss_bytes(step: Step) -> int:
     if step.logits == "full":  # in the matmul's dtype, in float32 where that is another, and their log-softmax
         return hidden + cast + N * V * (size + FLOAT32 + (FLOAT32 if size != FLOAT32 else 0))
     rows, positions = min(N, ROWS_GPU if step.kind == "cuda" else ROWS_CPU), min(N, LOGIT_POSITIONS)
-    columns = -(-V // MULTIPLE_OF_COLUMNS.get(step.kind, 1)) * MULTIPLE_OF_COLUMNS.get(step.kind, 1)
+    columns = -(-V // VOCAB_MULTIPLE.get(step.kind, 1)) * VOCAB_MULTIPLE.get(step.kind, 1)
     padded = columns * D * size if columns != V else 0
     softmax = rows * V * FLOAT32 * (2 if size != FLOAT32 else 1)
     logits = positions * columns * size + softmax

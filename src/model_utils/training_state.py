@@ -73,19 +73,15 @@ class TrainingState:
             "torch": torch.__version__,
         }
 
-    def restore(self, checkpoint: Checkpoint | None, seed: int, procs: Processes) -> None:
-        """Takes over everything from the checkpoint, which only the main process reads and has to give.
+    def restore(self, checkpoint: Checkpoint, seed: int, procs: Processes) -> None:
+        """Takes over everything from the checkpoint, whose files only the main process reads.
 
         Dropout starts from new seeds on another number of processes, and on a device whose state was not saved.
         """
-
-        def read() -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-            assert checkpoint is not None, "the main process has a checkpoint"
-            ranks = [f"rank_{rank:05d}" for rank in range(checkpoint.state["world_size"])]
-            return checkpoint.state, {name: checkpoint.tensors(name) for name in ("model", "optimizer", *ranks)}
-
-        state, parts = procs.together(lambda: read() if procs.is_main else ({}, {}))
-        state, names = procs.from_main((state, list(parts)))
+        state = checkpoint.state
+        names = ["model", "optimizer", *(f"rank_{rank:05d}" for rank in range(state["world_size"]))]
+        read = names if procs.is_main else []
+        parts = procs.together(lambda: {name: checkpoint.tensors(name) for name in read})
         self.progress = Progress(**state["progress"])
         seed_random_state(seed, procs.rank, self.progress.step)
         for name in names:

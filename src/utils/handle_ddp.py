@@ -4,12 +4,10 @@ One process needs no launcher. Under torchrun, RANK is this process among all of
 data; LOCAL_RANK is its place on this machine and decides the device, and who reads what only the machine has.
 """
 
-import ctypes
 import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -24,6 +22,7 @@ import torch.distributed
 
 from src.utils.errors import LostPeerError, PeerError, StoppedError, UserError
 from src.utils.hardware import choose_device
+from src.utils.stop_signals import follow_parent
 from src.utils.watchdog import Watchdog
 
 # Of the backend itself. The watchdog's limit, which names what was being done, is over long before.
@@ -234,11 +233,8 @@ def device_and_backend(asked: str, local_rank: int, n_processes: int) -> tuple[t
 
 def _stop_with_launcher() -> None:
     """Where Linux can, SIGTERM for this process once its launcher dies; else it would train on, and hold the run."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.environ.get("LAUNCHER_PID", str(os.getppid())) != str(os.getppid()):  # it died before that
-            os.kill(os.getpid(), signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        follow_parent(_from_environment("LAUNCHER_PID", os.getppid()), signal.SIGTERM)
 
 
 def world_size() -> int:

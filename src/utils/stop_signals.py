@@ -1,6 +1,9 @@
 """A polite end: a signal asks, the program finishes what it is doing."""
 
+import ctypes
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,6 +21,15 @@ def end_at_once_on_ctrl_c() -> None:
     """Until there is something to finish, Ctrl-C ends this process as the others do: at once, without a traceback."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def follow_parent(parent: int, number: signal.Signals) -> None:
+    """Where Linux can: `number` comes to this process once process `parent`, which started it, is gone."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+        if os.getppid() != parent:  # gone before that
+            os.kill(os.getpid(), number)
 
 
 @contextmanager
