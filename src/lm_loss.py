@@ -34,7 +34,7 @@ def linear_cross_entropy(
     """Mean over N of -log softmax(hidden @ weight^T)[target], a float32 scalar, as `F.cross_entropy` gives it.
 
     The matmuls run in the autocast dtype where autocast is on, the softmax and the sum in float32.
-    `compiled_softmax`: `softmax_` compiled, for all rows at once.
+    `compiled_softmax`: from `compile_softmax`, for all rows at once.
     """
     if torch.compiler.is_compiling():  # as part of a larger compiled function: the compiler fuses the plain form
         return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N)
@@ -42,6 +42,29 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     softmax = compiled_softmax or _softmax_by_rows_
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, dtype, torch.is_grad_enabled(), softmax)
+
+
+def compile_softmax(compiled: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]) -> Softmax:
+    """What `softmax_` does as one kernel that `compiled` makes, such as torch.compile with some options."""
+    kernel = compiled(_softmax_kernel_)
+
+    def softmax(logits_NV: torch.Tensor, targets_N: torch.Tensor, with_gradients: bool) -> torch.Tensor:
+        # Gathered out here: PyTorch 2.11 compiles it to after the change in place, and losses come out wrong (LOG.md).
+        return kernel(logits_NV, targets_N[:, None], logits_NV.gather(1, targets_N[:, None]), with_gradients)
+
+    return softmax
+
+
+def _softmax_kernel_(
+    logits_NV: torch.Tensor, targets_N1: torch.Tensor, target_logits_N1: torch.Tensor, with_gradients: bool
+) -> torch.Tensor:
+    logits = logits_NV.float()
+    highest_N1 = logits.amax(dim=-1, keepdim=True)
+    log_sum_N1 = (logits - highest_N1).exp().sum(dim=-1, keepdim=True).log()
+    if with_gradients:
+        is_target = torch.arange(logits_NV.shape[1], device=logits_NV.device) == targets_N1
+        logits_NV.copy_((logits - highest_N1 - log_sum_N1).exp() - is_target.float())
+    return -(target_logits_N1.float() - highest_N1 - log_sum_N1).squeeze(1)
 
 
 def softmax_(logits_NV: torch.Tensor, targets_N: torch.Tensor, with_gradients: bool) -> torch.Tensor:
@@ -52,10 +75,7 @@ def softmax_(logits_NV: torch.Tensor, targets_N: torch.Tensor, with_gradients: b
     targets_N1 = targets_N[:, None]
     log_probs = torch.log_softmax(logits_NV.float(), dim=-1)
     losses_N = -log_probs.gather(1, targets_N1).squeeze(1)
-    if with_gradients and torch.compiler.is_compiling():  # a comparison can be part of the same kernel
-        ids_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
-        logits_NV.copy_(log_probs.exp() - (ids_V == targets_N1).float())
-    elif with_gradients:
+    if with_gradients:
         gradient = log_probs.exp_()
         gradient.scatter_add_(1, targets_N1, torch.full_like(targets_N1, -1, dtype=torch.float32))
         logits_NV.copy_(gradient)

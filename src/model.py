@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from src.attention import KVCache
-from src.lm_loss import Softmax, linear_cross_entropy, softmax_
+from src.lm_loss import Softmax, compile_softmax, linear_cross_entropy
 from src.params import ConfigError, ModelConfig
 from src.rope import rope_tables
 from src.transformer_block import TransformerBlock
@@ -86,7 +86,7 @@ class LLM(nn.Module):
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         rope_tables(self.config.n_ctx, self.config.head_dim, self.config.rope_theta, self.embedding.weight.device)
         shape_BT = torch.Size((batch_size, self.config.n_ctx))
-        self._compiled = _Compiled(shape_BT, [compiled(block) for block in self.blocks], compiled(softmax_))
+        self._compiled = _Compiled(shape_BT, [compiled(block) for block in self.blocks], compile_softmax(compiled))
 
     def compile_nothing(self) -> None:
         """Undoes `compile_blocks`."""

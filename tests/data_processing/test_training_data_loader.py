@@ -172,7 +172,7 @@ def test_a_shard_that_goes_away_while_it_is_trained_on(windows: WindowDataset):
 
 def test_too_little_data_for_one_batch(dataset: Callable[..., Path]):
     folder = dataset(train_tokens=[40])
-    with pytest.raises(UserError, match=r"holds 40 tokens: 2 windows .* takes 4 windows, about 64 tokens"):
+    with pytest.raises(UserError, match=r"holds 40 tokens: 2 windows .* At least 4 are needed, or 65 tokens"):
         WindowDataset(folder, read_manifest(folder).train, N_CTX, 50_257, at_least=4)
 
 
