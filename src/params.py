@@ -9,6 +9,7 @@ import math
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, get_args
 
+MAX_STEPS = 10_000_000  # 500 times the published run's
 MAX_NAME_BYTES = 200  # of run_name: file systems take 255, and folders set aside get longer names
 Reporter = Literal["tensorboard", "wandb"]
 
@@ -160,8 +161,8 @@ class TrainConfig:
         found = _not_positive(self, "train", "total_tokens batch_tokens log_every_steps timeout_s")
         if self.micro_batch_size != "auto":
             found += _not_positive(self, "train", "micro_batch_size")
-        if self.total_steps is not None and self.total_steps < 1:
-            found.append(f"train.total_steps = {self.total_steps} must be at least 1")
+        if self.total_steps is not None and not 1 <= self.total_steps <= MAX_STEPS:
+            found.append(f"train.total_steps = {self.total_steps} must be at least 1 and at most {MAX_STEPS:,}")
         if not 0 <= self.seed < 2**63:
             found.append(f"train.seed = {self.seed} must be between 0 and 2^63 - 1")
         for name, allowed in (

@@ -271,6 +271,12 @@ exit 9
     assert "4/5" not in result.stderr
 
 
+def test_a_python_that_is_asked_for_is_taken_or_nothing(tmp_path: Path):
+    result = launch(ROOT / "run_pre_training_e2e_debug.sh", cwd=tmp_path, PYTHON="/nowhere/python")
+    assert result.returncode == 2
+    assert "error: PYTHON is '/nowhere/python', which is no Python 3.10 to 3.13; give" in result.stderr
+
+
 def test_two_processes_through_the_launcher(texts: Path, tmp_path: Path):
     variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "NPROC": "2", "TEMP_DATA_DIR": str(tmp_path / "data")}
     arguments = ["--run-name", "pair", "--train.total-steps", "2", "--train.device", "cpu", *SMALL]

@@ -69,6 +69,8 @@ def test_steps_and_warmup_of_the_published_recipe():
 def test_explicit_steps_win_over_tokens():
     config = replace(lf_llm_269m(), train=replace(lf_llm_269m().train, total_steps=1_000))
     assert (config.total_steps, config.warmup_steps) == (1_000, 11)
+    with pytest.raises(ConfigError, match=r"train\.total_steps = 10000001 must be at least 1 and at most 10,000,000"):
+        replace(config, train=replace(config.train, total_steps=10_000_001))
     config = replace(config, optim=replace(config.optim, warmup_steps=7))
     assert config.warmup_steps == 7
 

@@ -13,6 +13,10 @@ _satisfies() {
 
 _find_python() { # the first interpreter of a version we support
     local candidate
+    if [ -n "${PYTHON:-}" ] && ! _python_version_ok "$PYTHON"; then
+        echo "error: PYTHON is '$PYTHON', which is no Python 3.10 to 3.13; give the path of one, or unset it" >&2
+        return 2
+    fi
     for candidate in "${PYTHON:-}" python python3 python3.13 python3.12 python3.11 python3.10; do
         if [ -n "$candidate" ] && command -v "$candidate" >/dev/null && _python_version_ok "$candidate"; then
             command -v "$candidate"
