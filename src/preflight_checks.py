@@ -157,8 +157,8 @@ def compiler(start: Start) -> Found:
         program = os.environ.get("CC") or "gcc"  # for what starts Triton's kernels
     if failure := compiling_fails(kind):
         if asked == "on":
-            raise UserError(f"{failure}; use an environment in another folder, or leave out --train.compile on")
-        return Found(f"{failure}: nothing will be compiled", True)
+            raise UserError(f"{failure}, or leave out --train.compile on")
+        return Found(f"{failure}; until then nothing is compiled", True)
     missing = "Triton" if kind == "cuda" and find_spec("triton") is None else program
     if missing == program and shutil.which(program):
         when = "measured at the start, if the run is long enough to win" if asked == "auto" else "as asked for"

@@ -21,7 +21,7 @@ from src.utils.root import ROOT
 
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++") or bool(compiling_fails("cpu")),
-    reason="needs g++, and a PyTorch that doesn't lie in a folder with a space",
+    reason="needs g++, Python's headers, and a PyTorch that doesn't lie in a folder with a space",
 )
 
 

@@ -5,6 +5,7 @@ same bits. All is tried out on random tokens; nothing of it stays in the model.
 """
 
 import os
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -184,7 +185,7 @@ def _compile(
             return False, reason
     if failure := next(filter(None, procs.gather(compiling_fails(kind))), ""):  # on any machine: none compiles
         if asked == "on":
-            raise UserError(f"{failure}; use an environment in another folder, or start with --train.compile off")
+            raise UserError(f"{failure}, or start with --train.compile off")
         return False, failure
     if reason:
         trial.model.compile_blocks(size)
@@ -208,10 +209,16 @@ def _compile(
 
 
 def compiling_fails(kind: str) -> str:
-    """Why torch.compile cannot work on this kind of device, as far as that is known beforehand, or ""."""
+    """Why torch.compile cannot work on this kind of device and what to do, as far as is known beforehand; or ""."""
     place = os.path.dirname(torch.__file__)
     if kind == "cpu" and any(map(str.isspace, place)):
-        return f"PyTorch lies in {place}, and its commands for the compiler do not take a space"
+        return (
+            f"PyTorch lies in {place}, and its commands for the compiler do not take a space; use an environment in "
+            "another folder"
+        )
+    headers = sysconfig.get_path("include")  # for a CPU's code, and for what starts Triton's kernels
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        return f"there is no Python.h in {headers}; install Python's headers (Debian and Ubuntu: python3-dev)"
     return ""
 
 

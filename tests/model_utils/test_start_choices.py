@@ -1,5 +1,6 @@
 """Choices by measuring, with measurements made up here; whole runs that choose are in tests/whole_runs."""
 
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -190,6 +191,20 @@ def test_pytorch_in_a_folder_with_a_space_is_not_tried(
     assert "compile: off (PyTorch lies in /my programs/torch" in words
     assert model._compiled is None
     with pytest.raises(UserError, match="do not take a space; use an environment in another folder"):
+        settled(replace(config, train=replace(config.train, compile="on")))
+    assert tried == []
+
+
+def test_without_pythons_headers_it_is_not_tried(
+    config: Config, passes: Callable[[list[float]], list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """A CPU's code and what starts a GPU's kernels include them."""
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: f"/nowhere/{name}")
+    tried = passes([])
+    _, model, words = settled(config)
+    assert "compile: off (there is no Python.h in /nowhere/include; install Python's headers" in words
+    assert model._compiled is None
+    with pytest.raises(UserError, match=r"python3-dev\), or start with --train\.compile off"):
         settled(replace(config, train=replace(config.train, compile="on")))
     assert tried == []
 
