@@ -54,9 +54,7 @@ choose_python() {
         echo "error: $base cannot make a virtual environment in $ROOT/.venv; on Debian and Ubuntu, install python3-venv" >&2
         exit 2
     fi
-    # Half of the time would go into compiling modules that nobody imports; Python compiles those that are.
-    as_child "$venv_python" -m pip install --quiet --disable-pip-version-check --no-compile \
-        -r "$ROOT/$requirements" >&2 || code=$?
+    as_child "$venv_python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$requirements" >&2 || code=$?
     [ "$code" != "$STOPPED" ] || exit "$code"
     if [ "$code" != 0 ]; then
         echo "error: pip could not install $requirements; see its message above, then start the same command again" >&2
