@@ -81,7 +81,7 @@ def record_skip(run: Run, batches: TrainingDataLoader, numbers: StepNumbers) -> 
         n_ctx=config.model.n_ctx,
         windows=windows[:MAX_RECORDED_WINDOWS],
     )
-    if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+    if progress.skipped_in_a_row >= min(MAX_SKIPPED_STEPS, config.total_steps):
         run.procs.together(lambda: give_up(run, numbers.step))
 
 
@@ -113,7 +113,7 @@ def suspects(run: Run, batches: TrainingDataLoader, numbers: StepNumbers) -> lis
 
 
 def finish(run: Run, asked_by: str, unmeasured: Sequence[str]) -> Outcome:
-    """The last words of a run that is done or was asked to stop; raises NonFiniteError if all its steps were skipped.
+    """The last words of a run that is done or was asked to stop.
 
     `unmeasured`: what a stop left out after this step. A run that lacks some of it at its end is not done yet.
     """
@@ -122,8 +122,6 @@ def finish(run: Run, asked_by: str, unmeasured: Sequence[str]) -> Outcome:
     procs.main_only(lambda: record_saves(run, run.saver.wait()), for_long=True)
     done = step == total_steps and not unmeasured
     if done and (skipped := run.state.progress.skipped_in_a_row):
-        if skipped == total_steps:
-            procs.together(lambda: give_up(run, step))
         log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")
     if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
         asked_by = f"the file {STOP_FILE}"  # also where a signal was faster: it decides what happens next

@@ -138,7 +138,7 @@ class Agent(LocalElasticAgent):
     def all_ended_well(self) -> bool:
         """Whether this machine's processes were started, and each has done all that it had to do."""
         ends = self._ends()
-        return bool(ends) and not any(end != 0 for end in ends)
+        return bool(ends) and all(end == 0 for end in ends)
 
     def _ends(self) -> list[int | None]:
         """How this machine's processes ended: exit codes, less than 0 for signals, None for those that go on."""
@@ -214,7 +214,7 @@ def main() -> int:
     os.environ.setdefault("LAUNCH_ID", uuid.uuid4().hex)  # by which a run knows that it is started again
     os.environ["LAUNCHER_PID"] = str(os.getpid())
     # Processes share this machine's cores; each would start as many threads as there are cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // args.processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // max(1, args.processes))))
     with tempfile.NamedTemporaryFile(prefix="exit-code-") as file:
         os.environ["EXIT_CODE_FILE"] = file.name
         return run(args)
