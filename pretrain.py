@@ -26,25 +26,24 @@ from torch.nn.parallel import DistributedDataParallel
 from src.data_processing.shards import read_manifest, stray_files
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.data_processing.verification import ensure_verified
-from src.model_assessment.assessment import Assessment
-from src.model_assessment.sinks import require_packages
+from src.model_assessment.periodic_evaluation import Assessment
+from src.model_assessment.trackers import require_packages
 from src.model_configs.command_line import config_from_command_line
 from src.model_utils.adamw_opt import learning_rate
+from src.model_utils.autotune import out_of_memory
 from src.model_utils.disk_need import refuse_full_disk
 from src.model_utils.profiling import profiler
-from src.model_utils.start_choices import out_of_memory
 from src.model_utils.step_numbers import StepNumbers
 from src.params import Config
 from src.run_log import STOP_FILE, Outcome, already_done, finish, log_training, record_saves, record_skip, write_status
 from src.run_setup import Run, check_alike, check_machines, of_this_launch, open_data, prepare, where_to_go_on
 from src.utils import hardware
-from src.utils.errors import EXIT_DONE, StoppedError, exit_with
+from src.utils.errors import EXIT_DONE, StoppedError, exit_with, say
+from src.utils.files import claim_file, claimed
 from src.utils.handle_ddp import processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
-from src.utils.run_directory import claim_file, claimed
 from src.utils.stop_signals import stop_on_signals
-from src.utils.terminal import say
 
 
 def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Outcome:

@@ -12,7 +12,7 @@ if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff check .
     "$PYTHON" -m mypy
     # Files side by side, one more than there are cores, since many tests wait for time to pass.
-    workers=$("$PYTHON" -c 'from src.utils.cores import available_cores; print(min(available_cores(), 4) + 1)')
+    workers=$("$PYTHON" -c 'from src import available_cores; print(min(available_cores(), 4) + 1)')
     set -- --numprocesses "$workers" --dist loadfile
 fi
 exec "$PYTHON" -m pytest "$@"

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import loader
+from src import available_cores
 from src.data_processing.text_sources import PythonDocs, open_files
 from src.utils import hardware
-from src.utils.cores import available_cores
 from src.utils.errors import exit_with
 from src.utils.root import ROOT
 

@@ -17,6 +17,11 @@ from src.utils.root import COMPILE_CACHE
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def available_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _serves(folder: Path) -> bool:
     if any(map(str.isspace, str(folder))):
         return False

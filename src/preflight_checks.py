@@ -24,19 +24,18 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.data_processing.verification import check_in_seconds
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
-from src.model_assessment.sinks import require_packages
+from src.model_assessment.trackers import require_packages
+from src.model_utils.autotune import COMPILE_SECONDS, compiling_fails
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
 from src.model_utils.disk_need import MAKE_ROOM, checkpoint_bytes, checkpoints_need
 from src.model_utils.memory_estimate import Step, estimate_memory
-from src.model_utils.start_choices import COMPILE_SECONDS, compiling_fails
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config
 from src.utils import root
-from src.utils.disk import check_writable, existing_folder, free_bytes, refuse_dangling, size_text
 from src.utils.errors import StorageError, UserError
+from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
 from src.utils.handle_ddp import device_and_backend
 from src.utils.hardware import available_memory_bytes, choose_precision, describe_machine
-from src.utils.run_directory import refuse_claimed
 
 PYTHON_VERSIONS, TORCH_VERSIONS = ((3, 10), (3, 13)), ((2, 11), (2, 13))  # from the first to the last that are tested
 _CLOCK_TOLERANCE_S = 60  # a file server's clock may differ a little

@@ -18,22 +18,22 @@ from src.data_processing.shards import Manifest
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
-from src.model_assessment.assessment import Assessment
 from src.model_assessment.hellaswag_items import Item
+from src.model_assessment.periodic_evaluation import Assessment
 from src.model_assessment.watching import Watching
 from src.model_utils.adamw_opt import build_adamw
+from src.model_utils.autotune import settle
 from src.model_utils.checkpoint_saver import CheckpointSaver
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps
 from src.model_utils.run_records import run_settings, settings_in_words
 from src.model_utils.spike_guard import SpikeGuard
-from src.model_utils.start_choices import settle
 from src.model_utils.step_numbers import StepClock, StepNumbers
 from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
 from src.model_utils.weight_init import init_weights
 from src.params import Config, DataConfig, to_dict
 from src.utils import hardware
-from src.utils.disk import set_aside
 from src.utils.errors import UserError
+from src.utils.files import set_aside
 from src.utils.handle_ddp import Processes
 from src.utils.logger import RunLogger
 

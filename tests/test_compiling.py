@@ -14,7 +14,7 @@ from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment import hellaswag, sampling
 from src.model_assessment.hellaswag_items import Item
-from src.model_utils.start_choices import compiling_fails
+from src.model_utils.autotune import compiling_fails
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig
 from src.utils.root import ROOT

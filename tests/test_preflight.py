@@ -20,7 +20,7 @@ from src.params import Config, ConfigError, DataConfig, EvalConfig
 from src.preflight_checks import Found, Preparation, Start
 from src.utils import root
 from src.utils.errors import BusyError, StorageError, UserError
-from src.utils.run_directory import claimed
+from src.utils.files import claimed
 from tests.conftest import Commands
 from tests.drills.small_run import contents, shard_paths
 from tests.test_processes import SETTINGS

@@ -22,8 +22,8 @@ from src.data_processing.shards import check_shard, read_manifest
 from src.model_assessment import sampling
 from src.model_assessment.report import write_comparison, write_report
 from src.model_utils import checkpoint_utils
-from src.utils.disk import fingerprint
 from src.utils.errors import UserError, exit_with
+from src.utils.files import fingerprint
 from src.utils.logger import RunLogger
 from src.utils.root import ROOT
 from tests.model_assessment.reported_runs import append, make_run

@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Callable, Iterable
 
+from src import available_cores
 from src.data_processing.preparation import prepare
 from src.data_processing.repair import repair, verify
 from src.data_processing.request import Request
-from src.utils.cores import available_cores
 from src.utils.errors import exit_with
 from src.utils.root import dataset_dir, run_dir
 

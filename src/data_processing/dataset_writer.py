@@ -13,9 +13,8 @@ import numpy as np
 
 from src.data_processing.document_sort import SortedDocuments
 from src.data_processing.shards import Shard, check_names, write_shard
-from src.utils.disk import replacing
-from src.utils.errors import UserError
-from src.utils.terminal import say
+from src.utils.errors import UserError, say
+from src.utils.files import replacing
 
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE = 20

@@ -25,7 +25,7 @@ import numpy as np
 
 from src.data_processing.encoding import EncodedBatch
 from src.data_processing.shards import TOKEN_DTYPE
-from src.utils.disk import fingerprint, lies_in, replacing, storage_errors
+from src.utils.files import fingerprint, lies_in, replacing, storage_errors
 
 RUN_TOKENS, RUN_DOCUMENTS = 1 << 25, 1 << 18
 _SLICE_DOCUMENTS = 1 << 20

@@ -19,8 +19,7 @@ import numpy as np
 
 from src.data_processing.shards import TOKEN_DTYPE, Manifest, Shard, check_shard
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
-from src.utils.errors import UserError
-from src.utils.terminal import harmless
+from src.utils.errors import UserError, harmless
 
 BOUNDARY = "──── document ────"
 _MARGIN = "│ "

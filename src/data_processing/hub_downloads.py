@@ -17,7 +17,7 @@ from types import TracebackType
 from huggingface_hub import try_to_load_from_cache
 
 from src.data_processing.hub_files import BadAnswerError, HubFile, HubListing, persist, read_range
-from src.utils.disk import fingerprint, storage_errors, sync
+from src.utils.files import fingerprint, storage_errors, sync
 from src.utils.read_ahead import ReadAhead
 
 _SPEED_WINDOW_S = 60.0  # smooths out the ends of files and short stalls

@@ -19,9 +19,8 @@ from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
-from src.utils.errors import StorageError, UserError
+from src.utils.errors import StorageError, UserError, say
 from src.utils.hub_errors import CHECK_CONNECTION, reason
-from src.utils.terminal import say
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from src.data_processing.hub_files import HubListing, list_files
 from src.data_processing.hub_row_groups import remote_row_groups
 from src.data_processing.text_sources import Download, Source
 from src.data_processing.work_folder import DOWNLOADS
-from src.utils.disk import size_text
 from src.utils.errors import UserError
+from src.utils.files import size_text
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
 # The dataset's card gives this folder to its configuration sample-10BT.

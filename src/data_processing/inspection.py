@@ -12,8 +12,8 @@ from typing import Any
 from src.data_processing import document_lengths
 from src.data_processing.excerpts import columns, is_ours, samples
 from src.data_processing.shards import Manifest, Shard, read_manifest
+from src.utils.errors import harmless
 from src.utils.root import DATASETS
-from src.utils.terminal import harmless
 
 _MANY_SHARDS = 12  # more than these are not listed one by one
 _MAX_BAR_COLUMNS = 40

@@ -35,9 +35,8 @@ from src.data_processing.source_runs import encode_sources, open_sources
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.work_folder import PLAN, claimed_work, remove_leftovers, start_over
-from src.utils.disk import bytes_below, fingerprint, free_bytes, replacing, size_text
-from src.utils.errors import StorageError, UserError
-from src.utils.terminal import say
+from src.utils.errors import StorageError, UserError, say
+from src.utils.files import bytes_below, fingerprint, free_bytes, replacing, size_text
 
 # Changes where batches come to be divided differently: then unfinished work is begun anew.
 _WORK_VERSION = 1

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from src.data_processing.text_sources import Source
-from src.utils.terminal import CLEAR
+from src.utils.errors import CLEAR
 
 _EVERY_S = 10.0
 _EVERY_S_ON_A_TERMINAL = 1.0

@@ -17,9 +17,8 @@ from src.data_processing.shards import SHARD_NAME, Manifest, Shard, read_manifes
 from src.data_processing.source_runs import encode_sources, open_sources
 from src.data_processing.verification import ensure_verified, find_faults
 from src.data_processing.work_folder import claimed_work, empty, remove_leftovers
-from src.utils.disk import storage_errors, sync
-from src.utils.errors import UserError
-from src.utils.terminal import say
+from src.utils.errors import UserError, say
+from src.utils.files import storage_errors, sync
 
 
 def verify(folder: Path) -> Manifest:

@@ -28,8 +28,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from src.utils.disk import lies_in, replacing
 from src.utils.errors import StoppedError, UserError
+from src.utils.files import lies_in, replacing
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2

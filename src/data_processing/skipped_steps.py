@@ -15,8 +15,7 @@ from typing import Any, TypeGuard
 from src.data_processing.excerpts import BOUNDARY, excerpt
 from src.data_processing.inspection import Inspection
 from src.data_processing.shards import Manifest, read_manifest
-from src.utils.errors import UserError
-from src.utils.terminal import harmless
+from src.utils.errors import UserError, harmless
 
 _DOCUMENTS, _LINES = 4, 12  # shown of a window; its documents share the lines
 

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from src import available_cores
 from src.data_processing import python_docs
 from src.data_processing.file_formats import (
     BATCH_BYTES,
@@ -24,10 +25,8 @@ from src.data_processing.file_formats import (
     read_batches,
     read_text,
 )
-from src.utils.cores import available_cores
-from src.utils.disk import fingerprint
-from src.utils.errors import UserError
-from src.utils.terminal import say
+from src.utils.errors import UserError, say
+from src.utils.files import fingerprint
 
 # One text tokenised by r50k_base has some 4 to 4.6 bytes a token; compressed text is 3 times as dense, roughly.
 _BYTES_PER_TOKEN = 4

@@ -15,10 +15,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from src import available_cores
 from src.data_processing.shards import REPAIR, TOKEN_DTYPE, Manifest, Shard, shard_fault
-from src.utils.cores import available_cores
-from src.utils.errors import StoppedError, StorageError, UserError
-from src.utils.terminal import say
+from src.utils.errors import StoppedError, StorageError, UserError, say
 
 STAMP = ".verified.json"
 STAMP_FORMAT = 1

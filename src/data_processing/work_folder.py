@@ -9,8 +9,8 @@ from typing import IO
 
 from src.data_processing.document_sort import has_runs
 from src.data_processing.shards import SHARD_NAME
-from src.utils.disk import replacing, storage_errors, try_lock
 from src.utils.errors import BusyError, StorageError, UserError
+from src.utils.files import replacing, storage_errors, try_lock
 
 WORK = ".preparing"  # there while a preparation goes on, and after one was stopped
 PLAN = "plan.json"

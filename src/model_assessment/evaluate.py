@@ -23,10 +23,9 @@ from src.model_assessment.validation import validate
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import LoadedModel, load_model
 from src.model_utils.stored_weights import WEIGHTS, store_weights
-from src.utils.errors import UserError, exit_with
+from src.utils.errors import UserError, exit_with, now_and_then, say
 from src.utils.hardware import autocast, choose_device, describe_machine
 from src.utils.root import dataset_dir
-from src.utils.terminal import now_and_then, say
 
 BATCH_TOKENS = 2_048  # of a validation batch, the same for all models: only then are their batches pairs
 

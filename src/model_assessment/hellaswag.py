@@ -38,9 +38,8 @@ from src.model_assessment.hellaswag_protocols import (
 )
 from src.model_assessment.multiple_choice import Question, score_endings
 from src.model_utils.load_model import LoadedModel, load_model
-from src.utils.errors import UserError, exit_with
+from src.utils.errors import UserError, exit_with, now_and_then, say
 from src.utils.root import dataset_dir
-from src.utils.terminal import now_and_then, say
 
 REFERENCE, LM_EVAL, BOTH = "reference", "lm-eval", "both"
 Texts = Callable[[Item], tuple[str, list[str]]]

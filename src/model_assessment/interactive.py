@@ -6,8 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from src.model_assessment.generation import SamplingConfig
-from src.utils.errors import UserError
-from src.utils.terminal import harmless, say
+from src.utils.errors import UserError, harmless, say
 
 HELP = """\
 TEXT        is continued by the model, which was trained to go on with texts and not to answer

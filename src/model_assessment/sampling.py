@@ -15,9 +15,8 @@ from src.model_assessment.generation import SamplingConfig, generate
 from src.model_assessment.interactive import converse
 from src.model_utils.load_model import load_model
 from src.model_utils.stored_weights import WEIGHTS, store_weights
-from src.utils.errors import UserError, exit_with
+from src.utils.errors import UserError, exit_with, harmless, say
 from src.utils.hardware import autocast
-from src.utils.terminal import harmless, say
 
 MOST_ROWS = 64  # of a batch: each has keys and values of its own, of the whole context in every layer
 

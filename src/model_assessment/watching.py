@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from src.model_assessment.live_report import LiveReport
-from src.model_assessment.sinks import Sinks
+from src.model_assessment.trackers import Sinks
 from src.utils.logger import RunLogger
 
 

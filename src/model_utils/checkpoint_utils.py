@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from src.utils.disk import fingerprint, free_bytes, lies_in, move, set_aside, sync
 from src.utils.errors import StorageError, UserError
+from src.utils.files import fingerprint, free_bytes, lies_in, move, set_aside, sync
 
 STEP_NAME = re.compile(r"step_(\d{7,})")
 _LEFTOVER = re.compile(r"step_\d{7,}\.(tmp|removed)-\d+")

@@ -7,8 +7,8 @@ import torch
 from src.model import LLM
 from src.model_utils.checkpoint_utils import checkpoint_steps, step_dir
 from src.params import Config
-from src.utils.disk import bytes_below, free_bytes, size_text
 from src.utils.errors import StorageError
+from src.utils.files import bytes_below, free_bytes, size_text
 
 _HEADER_BYTES = 140  # of a tensor in a safetensors file: its name, type, shape and place
 _SMALL_FILES_BYTES = 12_000  # a process's random states, state.json and manifest.json

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from src.utils.disk import fingerprint, lies_in, refuse_dangling, storage_errors, sync
 from src.utils.errors import UserError
+from src.utils.files import fingerprint, lies_in, refuse_dangling, storage_errors, sync
 
 EXPORT = "export.json"
 _FORMAT = 1

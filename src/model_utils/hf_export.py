@@ -21,9 +21,8 @@ from src.model_utils.llama_folder import WEIGHTS, is_model_folder, write_model_f
 from src.model_utils.load_model import LoadedModel, load_model
 from src.model_utils.model_card import model_card
 from src.params import to_dict
-from src.utils.disk import size_text
-from src.utils.errors import UserError, exit_with
-from src.utils.terminal import say
+from src.utils.errors import UserError, exit_with, say
+from src.utils.files import size_text
 
 _TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _BYTES = {"float32": 4, "bf16": 2, "q8_0": 34 / 32}  # a number of a matrix; q8_0 has a float16 scale for 32 of them

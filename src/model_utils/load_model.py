@@ -13,10 +13,9 @@ from src.model_utils.checkpoint_utils import find_checkpoint
 from src.model_utils.export_folder import EXPORT, read_origin
 from src.model_utils.llama_folder import WEIGHTS, is_model_folder, read_model_folder
 from src.params import Config, TrainConfig, from_dict
-from src.utils.errors import UserError
+from src.utils.errors import UserError, say
 from src.utils.hardware import autocast, choose_device, choose_precision
 from src.utils.root import run_dir
-from src.utils.terminal import say
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ from src.model_configs.command_line import config_from_command_line
 from src.model_utils.gpus import GPUS
 from src.model_utils.run_plan import REFERENCE_MFU, Assumptions, describe, plan_gpus, plan_here, sweep
 from src.params import Config
-from src.utils.disk import size_text
-from src.utils.errors import EXIT_DONE, UserError, exit_with
-from src.utils.terminal import say
+from src.utils.errors import EXIT_DONE, UserError, exit_with, say
+from src.utils.files import size_text
 
 
 def main() -> int:

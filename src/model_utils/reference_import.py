@@ -25,14 +25,12 @@ from src.model_utils.reference_format import ReferenceCheckpoint, read_reference
 from src.model_utils.run_records import run_settings
 from src.model_utils.training_state import Progress, seed_random_state
 from src.params import Config, DataConfig, to_dict
-from src.utils.disk import fingerprint, refuse_dangling, storage_errors, sync
-from src.utils.errors import UserError, exit_with
+from src.utils.errors import UserError, exit_with, say
+from src.utils.files import fingerprint, refuse_claimed, refuse_dangling, storage_errors, sync
 from src.utils.handle_ddp import Processes
 from src.utils.hub_errors import HUB_ERRORS, failed
 from src.utils.logger import RunLogger
 from src.utils.root import dataset_dir, run_dir
-from src.utils.run_directory import refuse_claimed
-from src.utils.terminal import say
 
 
 def import_reference(path: Path, config: Config, to_train: bool = False) -> dict[str, Any]:

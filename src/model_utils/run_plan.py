@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from src.model_utils.autotune import SPARE_GPU
 from src.model_utils.debugging import flops_per_token
 from src.model_utils.disk_need import checkpoint_bytes, checkpoints_need
 from src.model_utils.gpus import GPU, find_gpu
 from src.model_utils.memory_estimate import FLOAT32, Memory, Step, estimate_memory, parameter_counts
-from src.model_utils.start_choices import SPARE_GPU
 from src.params import Config, ConfigError
-from src.utils.disk import size_text
 from src.utils.errors import UserError
+from src.utils.files import size_text
 from src.utils.hardware import choose_device, choose_precision
 
 # The reference's own log: 43.3k tokens/s an A100 between evaluations, on 8 of them, its gradients' travel included.

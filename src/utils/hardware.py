@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from src.utils.cores import available_cores
+from src import available_cores
 from src.utils.errors import UserError
 
 # Dense bf16 TFLOP/s from the makers' data sheets, by a part of the name that the driver reports.

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from src.utils.cores import available_cores
+from src import available_cores
 from src.utils.stop_signals import STOP_SIGNALS, end_at_once_on_ctrl_c, heeded_signals
 
 if __name__ == "__main__":
@@ -37,7 +37,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from src.utils import terminal
+from src.utils import errors as terminal
 from src.utils.errors import EXIT_STOPPED, FINAL_CODES, recorded_exit_code
 
 # For finishing a step and saving; then the processes are killed.

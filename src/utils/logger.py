@@ -15,8 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src.utils.disk import sync
-from src.utils.terminal import console_may_fail, harmless, say
+from src.utils.errors import console_may_fail, harmless, say
+from src.utils.files import sync
 
 
 class RunLogger:

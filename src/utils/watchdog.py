@@ -11,8 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 
-from src.utils.errors import EXIT_FAILED
-from src.utils.terminal import say
+from src.utils.errors import EXIT_FAILED, say
 
 LOOK_EVERY_S = 0.5
 GRACE_S = 3.0  # for a collective that does notice a lost peer, and says more

@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
-from src.utils.disk import fingerprint
+from src.utils.files import fingerprint
 from tests.conftest import Commands
 from tests.drills.small_run import AT_LINE, contents, start, start_with
 

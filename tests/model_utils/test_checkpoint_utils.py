@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from src.model_utils import checkpoint_utils as ck
-from src.utils.disk import fingerprint
 from src.utils.errors import StorageError, UserError
+from src.utils.files import fingerprint
 
 PARTS = {
     "model": {"w": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5], dtype=torch.bfloat16)},

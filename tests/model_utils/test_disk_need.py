@@ -12,8 +12,8 @@ from src.model_configs.my_llm_config import debug, lf_llm_269m
 from src.model_utils import disk_need
 from src.model_utils.disk_need import checkpoint_bytes, checkpoints_need, refuse_full_disk
 from src.params import CheckpointConfig, Config
-from src.utils.disk import bytes_below
 from src.utils.errors import StorageError
+from src.utils.files import bytes_below
 from tests.conftest import Commands
 from tests.test_processes import SETTINGS
 

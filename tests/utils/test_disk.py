@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from src.utils.disk import replacing, storage_errors
 from src.utils.errors import StorageError
+from src.utils.files import replacing, storage_errors
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

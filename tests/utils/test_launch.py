@@ -9,7 +9,7 @@ from typing import IO
 
 import pytest
 
-from src.utils.cores import available_cores
+from src import available_cores
 from src.utils.root import ROOT
 
 # Each process writes its attempt into a file, waits until its peers have, and then does what its case says.

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from src.utils import run_directory
-from src.utils.disk import try_lock
+from src.utils import files as run_directory
 from src.utils.errors import BusyError, StoppedError, StorageError
-from src.utils.run_directory import claim_file, claimed, refuse_claimed
+from src.utils.files import claim_file, claimed, refuse_claimed, try_lock
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.utils import terminal
+from src.utils import errors as terminal
 
 
 def test_lines_of_progress_come_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -14,7 +14,7 @@ from src.model import LLM
 from src.model_utils import checkpoint_utils
 from src.params import CheckpointConfig, Config, DataConfig
 from src.utils.errors import BusyError, StorageError, UserError
-from src.utils.run_directory import claimed
+from src.utils.files import claimed
 from tests.whole_runs.records import STEPS, assert_same_bits, final_tensors, metrics, stop_after
 
 

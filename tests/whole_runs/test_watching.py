@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pretrain import train
-from src.model_assessment import live_report, sinks
+from src.model_assessment import live_report
+from src.model_assessment import trackers as sinks
 from src.params import Config
 from src.utils.errors import UserError
 from tests.whole_runs.records import STEPS, assert_same_bits, metrics, stop_after

@@ -11,7 +11,7 @@ import torch
 from src.model_utils.reference_import import import_reference
 from src.utils import root
 from src.utils.errors import BusyError, StorageError, UserError
-from src.utils.run_directory import claimed
+from src.utils.files import claimed
 from tests.model_utils.reference_files.files import Content, HParams, hparams, recipe, refusal
 
 

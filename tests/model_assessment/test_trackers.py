@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from src.model_assessment import sinks
-from src.model_assessment.sinks import require_packages
+from src.model_assessment import trackers as sinks
+from src.model_assessment.trackers import require_packages
 from src.model_assessment.watching import Watching
 from src.utils.errors import UserError
 from src.utils.logger import RunLogger

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from src.model import LLM
-from src.model_utils import start_choices
-from src.model_utils.start_choices import Trial, settle
+from src.model_utils import autotune as start_choices
+from src.model_utils.autotune import Trial, settle
 from src.params import Config, ModelConfig, TrainConfig
 from src.utils import hardware
 from src.utils.errors import PeerError, UserError

@@ -11,8 +11,8 @@ import torch
 from src.data_processing.shards import read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
-from src.model_assessment.assessment import Assessment
 from src.model_assessment.hellaswag import Item
+from src.model_assessment.periodic_evaluation import Assessment
 from src.params import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from src.utils.errors import StoppedError
 
