@@ -1,120 +1,331 @@
-"""One training run, from the command line to the last checkpoint.
+"""One training run, read from top to bottom: settings -> data -> checkpoint -> model -> loop -> end.
 
     python pretrain.py PRESET [--train.total-steps 50 ...]                one process
     torchrun --nproc-per-node 8 pretrain.py PRESET [...]                  many
 
-A run lives in temp_data/runs/RUN_NAME, and the same command goes on where it stopped. `train(config)`
-is the whole run and can be called from Python. Shapes: B sequences, T positions.
+A run lives in temp_data/runs/RUN_NAME, and the same command resumes it. `train(config)` is the whole run, callable from
+Python. Shapes: B sequences, T positions.
 """
 
-import src  # noqa: F401 (before torch: see there)
-from src.utils.stop_signals import end_at_once_on_ctrl_c
+import src  # noqa: F401 (before torch: it sets the environment)
+from src.utils.stop_signals import end_at_once_on_ctrl_c, follow_launcher
 
-if __name__ == "__main__":
-    end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
+if __name__ == "__main__":  # before the seconds that importing torch takes
+    end_at_once_on_ctrl_c()
+    follow_launcher()
 
-import gc
+import hashlib
+import math
+import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from src.data_processing.shards import read_manifest, stray_files
+from src.data_processing.shards import Manifest, read_manifest, stray_files
+from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.data_processing.verification import ensure_verified
+from src.model import LLM
 from src.model_assessment.periodic_evaluation import Assessment
 from src.model_assessment.trackers import require_packages
+from src.model_assessment.watching import Watching
 from src.model_configs.command_line import config_from_command_line
-from src.model_utils.adamw_opt import learning_rate
-from src.model_utils.autotune import out_of_memory
-from src.model_utils.disk_need import refuse_full_disk
+from src.model_utils.adamw_opt import build_adamw, learning_rate
+from src.model_utils.autotune import out_of_memory, settle
+from src.model_utils.checkpoint_saver import CheckpointSaver, Saved, refuse_full_disk
+from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps, prune
+from src.model_utils.debugging import count_parameters, flops_per_token
 from src.model_utils.profiling import profiler
-from src.model_utils.step_numbers import StepNumbers
-from src.params import Config
-from src.run_log import STOP_FILE, Outcome, already_done, finish, log_training, record_saves, record_skip, write_status
-from src.run_setup import Run, check_alike, check_machines, of_this_launch, open_data, prepare, where_to_go_on
+from src.model_utils.run_records import run_settings, summary
+from src.model_utils.spike_guard import SpikeGuard
+from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
+from src.model_utils.weight_init import init_weights
+from src.params import Config, DataConfig, to_dict
 from src.utils import hardware
-from src.utils.errors import EXIT_DONE, StoppedError, exit_with, say
-from src.utils.files import claim_file, claimed
-from src.utils.handle_ddp import processes, world_size
+from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, UserError, exit_with, say
+from src.utils.files import claimed, set_aside
+from src.utils.handle_ddp import Processes, processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
 from src.utils.stop_signals import stop_on_signals
 
+MAX_SKIPPED_STEPS = 10  # in a row
+MAX_RECORDED_WINDOWS = 256  # of a skipped step
+STOP_FILE = "STOP"  # a file of this name in the run directory requests a stop
 
-def train(config: Config, stop: Callable[[], str | bool] = lambda: False) -> Outcome:
-    """Trains until the last step, or until `stop()` is true in any process; a later call goes on from there.
+Stop = Callable[[], str | bool]
 
-    What `stop()` returns may say in words who asks. Raises ConfigError or UserError for what cannot work, BusyError,
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run."""
+
+    run_dir: Path
+    step: int
+    """Completed optimizer steps."""
+    exit_code: int
+    """0 if every step is done, 143 if the run was stopped; it saved, unless its last steps were skipped."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the parts of a run share."""
+
+    config: Config
+    procs: Processes
+    log: RunLogger
+    watching: Watching
+    manifest: Manifest
+    state: TrainingState
+    guard: SpikeGuard
+    saver: CheckpointSaver
+    """In the main process; those of the others stay idle."""
+    forward: nn.Module
+    """The model as training calls it: perhaps compiled, gradients averaged over the processes."""
+    precision: torch.dtype
+    """Of matmuls."""
+    stop: Stop
+    """True, or the name of the cause, once this process shall stop."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The numbers of one optimizer step."""
+
+    loss: float
+    """Mean over all processes, nats."""
+    grad_norm: float
+    lr: float
+    skipped: str
+    """The reason why the step changed nothing, or ""."""
+    bad_micro_batches: list[int]
+    """Of a skipped step, in this process: those whose own loss is not finite."""
+
+
+def train(config: Config, stop: Stop = lambda: False) -> Outcome:
+    """Trains until the last step, or until `stop()` is true in any process; a later call resumes.
+
+    `stop()` may return the name of the cause. Raises ConfigError or UserError for what cannot work, BusyError,
     StorageError, NonFiniteError, StoppedError before the first step and LostPeerError.
     """
     with ExitStack() as stack:
-        procs = stack.enter_context(processes(config.train.device, config.train.timeout_s, stop))
+        procs = stack.enter_context(processes(config.train.device, config.train.timeout_s))
         procs.together(lambda: config.grad_accumulation_steps(procs.world_size))  # refused before anything is touched
         procs.main_only(lambda: require_packages(config.report_to))
-        folder, run_dir = dataset_dir(config.data.dir), RUNS / config.run_name
-        manifest = procs.together(lambda: read_manifest(folder))
-        # before anything reads a token; on each machine, because its disk may be its own
-        procs.doing("verifying the dataset")
-        verify = procs.is_machines_first
-        procs.together_for_long(lambda: ensure_verified(folder, manifest, stop=stop) if verify else None)
-        procs.doing("opening the dataset")
-        training, assessment = procs.together_for_long(lambda: open_data(config, folder, manifest))
+        manifest, training, evaluation = open_data(config, procs, stop)
         precision = hardware.choose_precision(config.train.precision, procs.device)
-        if procs.device.type == "cpu":  # where it is measured
-            precision = procs.from_main(precision)
-        check_alike(config, procs, manifest, precision, assessment.items)
-        procs.doing("claiming the run's folder")
+        refuse_differences(config, procs, manifest, precision, evaluation)
+
+        procs.activity = "claiming the run's folder"
+        run_dir = RUNS / config.run_name
         procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
         log = RunLogger(run_dir, procs.is_main)
+        procs.activity = "looking for a checkpoint"
         config = procs.main_only(lambda: of_this_launch(config, log))
-        apart = check_machines(run_dir, claim_file(run_dir), procs)
-        procs.doing("looking for a checkpoint")
-        checkpoint = procs.main_only(lambda: where_to_go_on(config, manifest, precision, procs, log), for_long=True)
+        refuse_newer_elsewhere(run_dir / "checkpoints", procs)
+        checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log), for_long=True)
         if checkpoint and config.train.precision == "auto":
             precision = getattr(torch, checkpoint.state["precision"].removeprefix("torch."))
         at_the_end = checkpoint is not None and checkpoint.step == config.total_steps
-        if procs.main_only(lambda: at_the_end and not assessment.missing(config.total_steps, log.recorded())):
+        if procs.main_only(lambda: at_the_end and not evaluation.missing(config.total_steps, log.recorded())):
             return already_done(config, procs, log)
-        for note in (stray_files(folder, manifest), assessment.note, apart):
+        for note in (stray_files(dataset_dir(config.data.dir), manifest), evaluation.note):
             if note:
                 log.info(f"warning: {note}")
         procs.main_only(lambda: refuse_full_disk(config, run_dir))
-        run = prepare(config, procs, manifest, checkpoint, precision, log)  # one refused here keeps the status it had
+
+        run = prepare(config, procs, manifest, checkpoint, precision, log, stop)
         stack.callback(run.watching.close)
         stack.callback(run.saver.close)
-        write_status(run, "running", None, "")
+        write_status(run, "running", None, "")  # not before: a start that is refused keeps the old status
         try:
-            outcome = run_steps(run, training, assessment, stop)
-            procs.doing("the last report")
+            outcome = run_steps(run, training, evaluation)
+            procs.activity = "the last report"
             procs.together_for_long(run.watching.close)
             return outcome
         except Exception as raised:
             error = raised
             if isinstance(raised, torch.OutOfMemoryError):
-                where = f"step {run.state.progress.step + 1}"
-                error = out_of_memory(raised, procs.device, run.config.micro_batch_size, where)
-            procs.leave()  # the others may be gone before the save under way is done
+                error = out_of_memory(raised, procs.device, run.config.micro_batch_size, procs.activity)
             write_status(run, "failed", getattr(error, "exit_code", None) or 1, str(error))
-            if error is raised:
-                raise
-            raise error from raised
+            raise error from (None if error is raised else raised)
         finally:
-            gc.unfreeze()
             log.close_bar()
 
 
-def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: Callable[[], str | bool]) -> Outcome:
-    """The loop: measure and save when due, then one step, until the last or until asked to stop."""
+def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, WindowDataset, Assessment]:
+    """The dataset, verified; its training windows; and all that is evaluated during training.
+
+    Raises UserError where the dataset is missing or damaged or does not suit the model.
+    """
+    folder = dataset_dir(config.data.dir)
+    manifest = procs.together(lambda: read_manifest(folder))
+    procs.activity = "verifying the dataset"
+    verify = procs.is_machines_first  # on each machine, because its disk may be local
+    procs.together_for_long(lambda: ensure_verified(folder, manifest, stop=stop) if verify else None)
+    procs.activity = "opening the dataset"
+    n_ctx, n_vocab = config.model.n_ctx, config.model.n_vocab
+
+    def opened() -> tuple[WindowDataset, Assessment]:
+        if manifest.n_vocab > n_vocab:
+            raise UserError(
+                f"Cannot train on {folder}: its ids of {manifest.tokenizer} go up to {manifest.n_vocab - 1}, but "
+                f"model.n_vocab = {n_vocab}. Set --model.n-vocab {manifest.n_vocab}."
+            )
+        training = WindowDataset(folder, manifest.train, n_ctx, n_vocab, at_least=config.batch_size)
+        return training, Assessment(config, folder, manifest, load_tokenizer())
+
+    return manifest, *procs.together_for_long(opened)
+
+
+def refuse_differences(
+    config: Config, procs: Processes, manifest: Manifest, precision: torch.dtype, evaluation: Assessment
+) -> None:
+    """Raises UserError where a process was started with other settings or data than the main one."""
+    groups = to_dict(replace(config, data=DataConfig()))  # a dataset may lie elsewhere on another machine
+    compared = ("model", "optim", "train", "eval", "checkpoint")
+    local = {
+        **{f"{group}.{name}": value for group in compared for name, value in groups[group].items()},
+        "run_name": config.run_name,
+        "resume": config.resume,
+        "precision of matmuls": str(precision),
+        "dataset (sha256 of its manifest)": manifest.sha256,
+        "multiple-choice items (sha256)": hashlib.sha256(repr(evaluation.items).encode()).hexdigest(),
+    }
+    main = procs.from_main(local)
+    different = [f"{name}: {value}, in process 0 {main[name]}" for name, value in local.items() if value != main[name]]
+
+    def refuse() -> None:
+        if different:
+            raise UserError(
+                "Cannot train with processes that differ. Give all of them the same settings and data:\n  - "
+                + "\n  - ".join(different)
+            )
+
+    procs.together(refuse)
+
+
+def of_this_launch(config: Config, log: RunLogger) -> Config:
+    """`config`, but with --resume auto where this launch has begun the run: a restart must not set it aside again."""
+    launch = os.environ.get("LAUNCH_ID")
+    return replace(config, resume="auto") if launch and log.settings().get("launch") == launch else config
+
+
+def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
+    """Raises UserError where another machine, which does not share its disk, holds later checkpoints than the main one.
+
+    Otherwise the run would start over without a word.
+    """
+    newest = procs.gather((max(checkpoint_steps(root), default=-1), socket.gethostname()))
+    step, machine = max(newest)
+
+    def refuse() -> None:
+        if step > newest[0][0]:
+            raise UserError(
+                f"Cannot resume: {machine} has checkpoints up to step {step} in {root}, but on the machine of process "
+                f"0 they end at step {max(newest[0][0], 0)}. Start with NODE_RANK=0 on {machine}, or copy its run "
+                "directory."
+            )
+
+    procs.main_only(refuse)
+
+
+def find_checkpoint(
+    config: Config, manifest: Manifest, precision: torch.dtype, procs: Processes, log: RunLogger
+) -> Checkpoint | None:
+    """The checkpoint to resume from, with the log cut back to it; None for a run that starts at its first step."""
+    if config.resume == "never":
+        if any(log.run_dir.iterdir()):
+            moved = set_aside(log.run_dir)
+            log.run_dir.mkdir()
+            log.info(f"starting from scratch; the old run is kept in {moved}")
+        return None
+    checkpoint, notes = resume_point(log.run_dir / "checkpoints", config, manifest.sha256, precision)
+    step = checkpoint.step if checkpoint else 0
+    log.forget_after(step if checkpoint else -1)
+    if checkpoint and ("checkpoint", step) not in log.recorded():  # killed between the save and its record
+        size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
+        path = f"checkpoints/{checkpoint.path.name}"
+        log.metric("checkpoint", step, path=path, seconds=None, held_up_seconds=None, bytes=size)
+    for note in notes:
+        log.event("checkpoints", step, note)
+    if checkpoint and step < config.total_steps:
+        saved = checkpoint.state["config"]["train"]
+        detail = f"from {checkpoint.path.name} of {config.total_steps} steps"
+        for name, before, now in (
+            ("processes", checkpoint.state["world_size"], procs.world_size),
+            ("micro-batch", saved["micro_batch_size"], config.train.micro_batch_size),
+            ("compile", saved["compile"], config.train.compile),
+        ):
+            if before != now and "auto" not in (before, now):
+                detail += f"; {name} {now} instead of {before}: the same samples, but not the same bits"
+        log.event("resume", step, detail)
+    return checkpoint
+
+
+def prepare(
+    config: Config,
+    procs: Processes,
+    manifest: Manifest,
+    checkpoint: Checkpoint | None,
+    precision: torch.dtype,
+    log: RunLogger,
+    stop: Stop,
+) -> Run:
+    """Builds model and optimizer, new or from the checkpoint, and writes config.json."""
+    if procs.device.type == "cpu":
+        hardware.keep_freed_memory()
+    if procs.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    model = LLM(config.model)
+    init_weights(model, config.model, config.train.seed)
+    model.to(procs.device).train()
+    procs.activity = "choosing the micro-batch and compiling"
+    saved = checkpoint.state["config"]["train"] if checkpoint else None
+    config, notes = settle(config, saved, config.total_steps, model, precision, procs, log.info)
+    forward: nn.Module = model
+    procs.activity = "preparing model and optimizer"
+    state = TrainingState(model, build_adamw(model, config.optim), Progress())
+    if checkpoint is not None:
+        state.restore(checkpoint, config.train.seed, procs)
+    else:
+        seed_random_state(config.train.seed, procs.rank)
+    if procs.world_size > 1:
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    dataset = {"name": config.data.dir, "sources": manifest.origins, **manifest.counts}
+    settings = run_settings(config, procs, model, precision, {**dataset, "manifest_sha256": manifest.sha256})
+    log.write_json("config.json", settings)
+    log.info("\n".join([summary(settings, sum(shard.tokens for shard in manifest.train)), *notes]))
+    return Run(
+        config=config,
+        procs=procs,
+        log=log,
+        watching=Watching(log, config.report_to, config.run_name, settings),
+        manifest=manifest,
+        state=state,
+        guard=SpikeGuard(config.optim.spike_z, state.progress.recent_losses),
+        saver=CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync),
+        forward=forward,
+        precision=precision,
+        stop=stop,
+    )
+
+
+def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outcome:
+    """The loop: evaluate and save when due, then one step, until the last or until a stop."""
     config, procs, log, progress = run.config, run.procs, run.log, run.state.progress
     recorded = procs.main_only(log.recorded)
     first_step, started = progress.step, time.perf_counter()
     log.start_bar(first_step, config.total_steps)
-    gc.collect()
     with (
         profiler(config.profile, first_step, log) as recording,
         TrainingDataLoader(
@@ -129,73 +340,63 @@ def run_steps(run: Run, training: WindowDataset, assessment: Assessment, stop: C
         ) as batches,
     ):
         while True:
-            for kind in assessment.missing(progress.step, recorded):
-                if not who_asks_to_stop(run, stop):
-                    pause(run, batches)
-                    if measure(run, assessment, kind, stop):
-                        recorded.add((kind, progress.step))
-            asked_by = who_asks_to_stop(run, stop)
-            ending = bool(asked_by) or progress.step == config.total_steps
-            if asked_by:
-                log.info(f"stopping after step {progress.step}, asked for by {asked_by}")
-            due = ending or (progress.step and progress.step % config.checkpoint.every_steps == 0)
-            if due:
-                pause(run, batches)
-            if ending or (due and not progress.skipped_in_a_row):  # those of a failing stretch would push out good ones
+            for kind in evaluation.missing(progress.step, recorded):
+                if not stop_cause(run) and evaluate(run, evaluation, kind):
+                    recorded.add((kind, progress.step))
+            cause = stop_cause(run)
+            ending = bool(cause) or progress.step == config.total_steps
+            if cause:
+                log.info(f"stopping after step {progress.step}, requested by {cause}")
+            due = progress.step and progress.step % config.checkpoint.every_steps == 0
+            # Among skipped steps nothing has changed, and saving would push out the checkpoints before them.
+            if ending or (due and not progress.skipped_in_a_row):
                 save(run)
             record_saves(run, run.saver.finished())
             if ending:
-                return finish(run, asked_by, assessment.missing(progress.step, recorded))
+                return finish(run, cause, evaluation.missing(progress.step, recorded))
             if progress.step == first_step:
-                started = time.perf_counter()  # measuring before the first step is not part of the pace
+                started = time.perf_counter()  # evaluation before the first step does not count in the time left
 
-            run.clock.run()
-            numbers = train_step(run, batches)
-            run.unread.append(numbers)
+            step_started = time.perf_counter()
+            result = train_step(run, batches)
+            log.advance_bar(loss=f"{result.loss:.3f}")
+            if result.skipped:
+                record_skip(run, batches, result)
+            else:
+                progress.add_loss(result.loss, time.perf_counter() - step_started)
             if recording:
                 recording.step()
-            line_due = progress.step % config.train.log_every_steps == 0 or progress.step == config.total_steps
-            take_in(run, batches, leave=1 if run.reads_late and not line_due else 0)
-            if progress.step == first_step + 1:
-                gc.freeze()  # from now on the collector looks at new objects only, and steps don't wait for it
-            if line_due:
+            if progress.step % config.train.log_every_steps == 0 or progress.step == config.total_steps:
                 pace = (time.perf_counter() - started) / (progress.step - first_step)
-                log_training(run, numbers, seconds_left=pace * (config.total_steps - progress.step))
+                log_training(run, result, seconds_left=pace * (config.total_steps - progress.step))
 
 
-def pause(run: Run, batches: TrainingDataLoader) -> None:
-    """Catches up with the steps taken, before something else than the next of them."""
-    take_in(run, batches)
-    run.clock.stop()
+def stop_cause(run: Run) -> str:
+    """The name of the cause for any of the processes to stop, or ""; all call it together."""
+    local = local_stop_cause(run)
+    return next(filter(None, run.procs.gather(local)), "") if run.procs.any(bool(local)) else ""
 
 
-def who_asks_to_stop(run: Run, stop: Callable[[], str | bool]) -> str:
-    """Who asks any of the processes to stop, in words, or ""; all call it together."""
-    mine = asks_to_stop(run, stop)
-    return next(filter(None, run.procs.gather(mine)), "") if run.procs.any(bool(mine)) else ""
-
-
-def asks_to_stop(run: Run, stop: Callable[[], str | bool]) -> str:
-    """Who asks this process to stop, in words, or ""."""
-    if asked := stop():
-        return str(asked)
+def local_stop_cause(run: Run) -> str:
+    if cause := run.stop():
+        return str(cause)
     if run.saver.failed:
         return "a save that failed"
     return f"the file {STOP_FILE}" if run.procs.is_main and (run.log.run_dir / STOP_FILE).exists() else ""
 
 
-def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> StepNumbers:
-    """One optimizer step, which changes nothing if its loss or gradient is not finite or its loss is a spike."""
+def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> StepResult:
+    """One optimizer step. It changes nothing if its loss or gradient is not finite, or its loss is a spike."""
     config, procs, optimizer, progress = run.config, run.procs, run.state.optimizer, run.state.progress
-    procs.doing(f"step {progress.step + 1}")
+    procs.activity = f"step {progress.step + 1}"
     lr = learning_rate(progress.step, config.total_steps, config.warmup_steps, config.optim)
     for group in optimizer.param_groups:
         group["lr"] = lr
     accumulation = config.grad_accumulation_steps(procs.world_size)
-    losses = []
+    micro_losses = []
     for micro_step in range(accumulation):
         inputs_BT, targets_BT = next(batches)
-        # Gradients travel between processes once a step, with the last micro-batch.
+        # DDP averages gradients over the processes once a step, in the last backward pass.
         is_last = micro_step + 1 == accumulation
         with (
             run.forward.no_sync() if not is_last and isinstance(run.forward, DistributedDataParallel) else nullcontext()
@@ -204,53 +405,130 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
                 loss = run.forward(inputs_BT, targets_BT) / accumulation
             with procs.collective():
                 loss.backward()
-        losses.append(loss.detach())
-    losses_M = torch.stack(losses)
-    mean_loss = procs.mean(losses_M.sum())
+        micro_losses.append(loss.detach())
+    mean_loss = procs.mean(torch.stack(micro_losses).sum())
     parameters = list(run.state.model.parameters())
     norms_P = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
     grad_norm = torch.linalg.vector_norm(norms_P)
-    # The same numbers in every process, so all take the step or none. The optimizer looks at the flag on the device.
-    skip = (~torch.isfinite(mean_loss + grad_norm)).float()
-    if run.guard.z:
-        loss_now = mean_loss.item()
-        skip.clamp_(min=float(run.guard.is_spike(loss_now)))
-        run.guard.add(loss_now)
-    nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad_norm, grad_norm)
-    optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
-    optimizer.step()
+    # The step's only wait for the device. Loss and gradients are the same in all processes, so all decide alike.
+    loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
+    skipped, bad_micro_batches = "", []
+    if not math.isfinite(loss_value + norm_value):
+        skipped = f"not finite: loss {loss_value}, gradient norm {norm_value}" + non_finite_gradients(run, norms_P)
+        bad_micro_batches = [i for i, micro_loss in enumerate(micro_losses) if not micro_loss.isfinite()]
+    elif run.guard.is_spike(loss_value):
+        skipped = f"a spike: loss {loss_value}, gradient norm {norm_value}"
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad_norm, grad_norm)
+        optimizer.step()
+    run.guard.add(loss_value)
     optimizer.zero_grad()
     progress.step += 1
-    return StepNumbers.send(progress.step, lr, losses_M, norms_P, torch.stack([mean_loss, grad_norm, skip]))
+    return StepResult(loss_value, norm_value, lr, skipped, bad_micro_batches)
 
 
-def take_in(run: Run, batches: TrainingDataLoader, leave: int = 0) -> None:
-    """Reads the numbers of the steps taken, but for the last `leave`; all processes call it after the same step."""
-    while len(run.unread) > leave:
-        numbers = run.unread.popleft()
-        loss, _, skipped = numbers.read()
-        seconds = run.clock.lap()
-        run.log.advance_bar(loss=f"{loss:.3f}")
-        if skipped:
-            record_skip(run, batches, numbers)
-        else:
-            run.state.progress.add_loss(loss, seconds)
+def non_finite_gradients(run: Run, norms_P: torch.Tensor) -> str:
+    """The first of the parameters whose gradient is not finite, for a message; "" where all are finite."""
+    names = [name for name, _ in run.state.model.named_parameters()]
+    bad = [name for name, norm in zip(names, norms_P.tolist(), strict=True) if not math.isfinite(norm)]
+    return f"; not finite in {len(bad)} gradients, first {bad[0]}" if bad else ""
 
 
-def measure(run: Run, assessment: Assessment, kind: str, stop: Callable[[], str | bool]) -> bool:
-    """Makes and logs the records of one kind for this step, or none, and False, if asked to stop in the middle."""
+def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
+    """One training line. Loss and speed are means over the steps since the last line, evaluations left out."""
+    config, progress = run.config, run.state.progress
+    if not progress.loss_steps:
+        return  # every step since the last line was skipped
+    loss, step_seconds = progress.loss_sum / progress.loss_steps, progress.seconds / progress.loss_steps
+    rate = config.train.batch_tokens / step_seconds
+    peak = hardware.peak_tflops(run.procs.device, run.precision)
+    flops = rate * flops_per_token(config.model, count_parameters(run.state.model))
+    mfu = flops / (peak * 1e12 * run.procs.world_size) if peak else None
+    memory_gb = hardware.memory_gb(run.procs.device)
+    run.log.metric(
+        "train",
+        progress.step,
+        lr=result.lr,
+        grad_norm=result.grad_norm,
+        loss=loss,
+        tokens_per_second=rate,
+        step_ms=step_seconds * 1e3,
+        mfu=mfu,
+        memory_gb=memory_gb,
+        tokens_seen=progress.step * config.train.batch_tokens,
+    )
+    run.log.info(
+        f"step {progress.step:>{len(str(config.total_steps))}}/{config.total_steps}  loss {loss:.4f}  "
+        f"lr {result.lr:.2e}  grad {result.grad_norm:.2f}  {rate:,.0f} tok/s  {step_seconds * 1e3:,.0f} ms"
+        f"{f'  {mfu:.1%} MFU' if mfu else ''}  {memory_gb:.1f} GB  {timedelta(seconds=round(seconds_left))} left"
+    )
+    write_status(run, "running", None, "")
+    run.watching.refresh()
+    progress.start_line()
+
+
+def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> None:
+    """Records a step that changed nothing and the windows that may be the cause; too many in a row end the run."""
+    config, progress = run.config, run.state.progress
+    progress.skipped_in_a_row += 1
+    windows = suspects(run, batches, result)
+    look = f"--inspect --out '{config.data.dir}' --skipped '{config.run_name}' shows {len(windows)} window(s) of it"
+    run.log.event(
+        "skipped step",
+        progress.step,
+        f"{result.skipped}; data_downloader {look}",
+        n_ctx=config.model.n_ctx,
+        windows=windows[:MAX_RECORDED_WINDOWS],
+    )
+    # Saved by now or never: a run all of whose steps are skipped has failed, however short it is.
+    if progress.skipped_in_a_row >= min(MAX_SKIPPED_STEPS, config.total_steps):
+        run.procs.together(lambda: give_up(run))
+
+
+def give_up(run: Run) -> None:
+    """Raises the error of a run that only skips."""
+    progress = run.state.progress
+    raise NonFiniteError(
+        f"Cannot continue: the last {progress.skipped_in_a_row} step(s), up to step {progress.step}, were skipped, "
+        "because loss or gradient was not finite or the loss a spike. They changed no weights. Restart with a lower "
+        "--optim.max-lr or a longer --optim.warmup-steps under another --run-name."
+    )
+
+
+def suspects(run: Run, batches: TrainingDataLoader, result: StepResult) -> list[tuple[int, int]]:
+    """Shard and window of the samples in micro-batches whose own loss is not finite, in all processes.
+
+    All samples of the step where there is no such loss. Shards are counted over the whole manifest.
+    """
+    micro, windows = run.config.micro_batch_size, batches.step_windows(run.state.progress.step - 1)
+    share = len(windows) // run.procs.world_size
+    suspected = [
+        window
+        for rank, micro_batches in enumerate(run.procs.gather(result.bad_micro_batches))
+        for number in micro_batches
+        for window in windows[rank * share + number * micro : rank * share + (number + 1) * micro]
+    ]
+    return [(len(run.manifest.validation) + shard, window) for shard, window in suspected or windows]
+
+
+def evaluate(run: Run, evaluation: Assessment, kind: str) -> bool:
+    """Makes and logs the records of one kind for this step; False, and no records, if a stop interrupts it."""
     procs, step = run.procs, run.state.progress.step
-    procs.doing(f"{kind} at step {step}")
+    procs.activity = f"{kind} at step {step}"
     context = hardware.autocast(procs.device, run.precision)
-    model, asked = run.state.model, lambda: bool(asks_to_stop(run, stop))
     try:
-        records = assessment.run(
-            kind, model, run.config.micro_batch_size, context, procs.rank, procs.world_size, procs.sum, asked
+        records = evaluation.run(
+            kind,
+            run.state.model,
+            run.config.micro_batch_size,
+            context,
+            procs.rank,
+            procs.world_size,
+            procs.sum,
+            lambda: bool(local_stop_cause(run)),
         )
     except StoppedError:
-        return False  # made when the run goes on
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, procs.device, run.config.micro_batch_size, f"{kind} at step {step}") from error
+        return False
     for record in records:
         run.log.metric(record.kind, step, **record.values)
         run.log.info(f"step {step}  {record.words}")
@@ -258,13 +536,67 @@ def measure(run: Run, assessment: Assessment, kind: str, stop: Callable[[], str 
 
 
 def save(run: Run) -> None:
-    """Starts to save a checkpoint of this step, once the one before is saved and the tensors are copied."""
+    """Starts to save a checkpoint of this step. Waits for the save before it and for a copy of the tensors."""
     procs, state = run.procs, run.state
-    procs.doing(f"the checkpoint of step {state.progress.step}")
+    procs.activity = f"the checkpoint of step {state.progress.step}"
     parts = state.parts(procs)
     plain = state.plain(run.config, run.manifest.sha256, run.precision, procs.world_size)
-    # for long: the save before may still be under way
     procs.main_only(lambda: record_saves(run, run.saver.start(state.progress.step, parts, plain)), for_long=True)
+
+
+def record_saves(run: Run, saves: list[Saved]) -> None:
+    for saved in saves:
+        path = saved.path.relative_to(run.log.run_dir)
+        times = {"seconds": saved.seconds, "held_up_seconds": saved.held_up_seconds}
+        run.log.metric("checkpoint", saved.step, path=str(path), **times, bytes=saved.bytes)
+        run.log.info(
+            f"saved {path.name}: {saved.bytes / 1e6:.0f} MB in {saved.seconds:.1f} s, "
+            f"of which training waited {saved.held_up_seconds:.1f} s"
+        )
+
+
+def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
+    """Waits for the last save and writes the end of the log.
+
+    `cause`: of a stop. `unmeasured`: evaluations that a stop left out; without them the last step is not the end.
+    """
+    procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
+    procs.activity = f"the checkpoint of step {step}"
+    procs.main_only(lambda: record_saves(run, run.saver.wait()), for_long=True)
+    done = step == total_steps and not unmeasured
+    if done and (skipped := run.state.progress.skipped_in_a_row):
+        log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")
+    if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
+        cause = f"the file {STOP_FILE}"  # also where a signal came first: the file decides the next start
+        try:
+            stop_file.unlink()
+        except OSError as error:
+            log.info(f"warning: Cannot remove {stop_file}: {error.strerror}. The next start will stop at once.")
+    if cause:
+        log.event("stop", step, f"requested by {cause}")
+    message = all_done(total_steps) if done else f"stopped on request after step {step} ({cause})"
+    log.info(f"{message}; everything is in {log.run_dir}")
+    code = EXIT_DONE if done else EXIT_STOPPED
+    write_status(run, "done" if done else "stopped", code, message)
+    return Outcome(log.run_dir, step, code)
+
+
+def already_done(config: Config, procs: Processes, log: RunLogger) -> Outcome:
+    """The end of a start that has nothing left to do, also after a kill between the last save and its log line."""
+    step, keep = config.total_steps, config.checkpoint
+    procs.main_only(lambda: prune(log.run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {step}))
+    log.info(f"{all_done(step)}; everything is in {log.run_dir}")
+    if log.status().get("state") != "done":
+        log.write_status("done", step, step, EXIT_DONE, all_done(step))
+    return Outcome(log.run_dir, step, EXIT_DONE)
+
+
+def all_done(total_steps: int) -> str:
+    return f"all {total_steps} steps are done"
+
+
+def write_status(run: Run, state: str, exit_code: int | None, message: str) -> None:
+    run.log.write_status(state, run.state.progress.step, run.config.total_steps, exit_code, message)
 
 
 def main() -> int:
@@ -273,14 +605,14 @@ def main() -> int:
     if dry_run:
         sys.argv.remove("--dry-run")
     config = config_from_command_line(
-        "Train a language model. The same command goes on where an earlier one stopped. With --dry-run, only check the "
+        "Train a language model. The same command resumes a run that was stopped. With --dry-run, only check the "
         "settings, for as many processes as the environment variable WORLD_SIZE says."
     )
     if dry_run:
         config.grad_accumulation_steps(world_size())
         require_packages(config.report_to)
         steps = f"{config.total_steps:,} steps of {config.train.batch_tokens:,} tokens"
-        say(f"{steps}: the settings are sound; data and disk were not looked at: that does python -m src.preflight")
+        say(f"{steps}: the settings work; python -m src.preflight checks data and disk too")
         return EXIT_DONE
     with stop_on_signals() as stop:
         return train(config, stop).exit_code

@@ -45,7 +45,6 @@ from src.model_utils.llama_format import llama_settings, llama_tensors
 from src.model_utils.weight_init import init_weights
 from src.params import Config
 from src.rope import apply_rope
-from src.run_setup import prepare
 from src.utils import hardware
 from src.utils.errors import exit_with
 from src.utils.handle_ddp import Processes
@@ -163,13 +162,14 @@ def ours(
 ) -> Step:
     """The loop's own step, in a run without files worth keeping."""
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(
+        run = pretrain.prepare(
             replace(config, train=replace(config.train, compile=compile_setting)),
             Processes(rank=0, local_rank=0, world_size=1, device=device),
             read_manifest(dataset_dir(config.data.dir)),
             checkpoint=None,
             precision=precision,
             log=RunLogger(Path(folder), is_main=False),
+            stop=lambda: False,
         )
 
     def step(batch: Batch) -> float:
@@ -177,11 +177,11 @@ def ours(
         try:
             if float32_logits:
                 our_model.linear_cross_entropy = plain_cross_entropy  # type: ignore[assignment]
-            loss, _, skipped = pretrain.train_step(run, iter([batch])).read()
+            result = pretrain.train_step(run, iter([batch]))
         finally:
             our_model.linear_cross_entropy = original
-        assert not skipped, "a skipped step does less work"
-        return loss
+        assert not result.skipped, "a skipped step does less work"
+        return result.loss
 
     return step
 

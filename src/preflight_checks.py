@@ -26,8 +26,8 @@ from src.data_processing.verification import check_in_seconds
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
 from src.model_assessment.trackers import require_packages
 from src.model_utils.autotune import COMPILE_SECONDS, compiling_fails
+from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoint_bytes, checkpoints_need
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
-from src.model_utils.disk_need import MAKE_ROOM, checkpoint_bytes, checkpoints_need
 from src.model_utils.memory_estimate import Step, estimate_memory
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config

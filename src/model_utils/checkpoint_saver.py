@@ -1,4 +1,7 @@
-"""Checkpoints saved while training goes on: the loop waits for a copy of the tensors, a thread does the rest."""
+"""Checkpoints saved during training, and the disk they will need.
+
+The training loop waits for a copy of the tensors; a thread writes and verifies them.
+"""
 
 import time
 from collections.abc import Callable
@@ -9,11 +12,21 @@ from typing import Any
 
 import torch
 
+from src.model import LLM
 from src.model_utils import checkpoint_utils
-from src.params import CheckpointConfig
-from src.utils.errors import NonFiniteError
+from src.model_utils.checkpoint_utils import checkpoint_steps, step_dir
+from src.params import CheckpointConfig, Config
+from src.utils.errors import NonFiniteError, StorageError
+from src.utils.files import bytes_below, free_bytes, size_text
 
 Parts = dict[str, dict[str, torch.Tensor]]
+
+_HEADER_BYTES = 140  # of a tensor in a safetensors file: name, type, shape and place
+_SMALL_FILES_BYTES = 12_000  # a process's random states, state.json and manifest.json
+MAKE_ROOM = (
+    "free some space, set TEMP_DATA_DIR to another disk, or keep fewer checkpoints with --checkpoint.keep-last and "
+    "--checkpoint.keep-every-steps"
+)
 
 
 @dataclass(frozen=True)
@@ -24,15 +37,15 @@ class Saved:
     step: int
     bytes: int
     seconds: float
-    """From when it was asked for to the last check; older checkpoints are removed after that."""
+    """From the request to the last check; older checkpoints are removed after that."""
     held_up_seconds: float
-    """What the training loop waited for: the save before, and the copy."""
+    """The training loop's wait: for the save before, and for the copy."""
 
 
 class CheckpointSaver:
     """Saves and prunes under `root`, a run's checkpoints folder, one save at a time. For one process only.
 
-    Holds a second copy of what it saves in the machine's memory, page-locked where it comes from a GPU.
+    Holds a second copy of all it saves in the machine's memory, page-locked where it comes from a GPU.
     """
 
     def __init__(self, root: Path, settings: CheckpointConfig, before: Callable[[], None] = lambda: None) -> None:
@@ -46,12 +59,11 @@ class CheckpointSaver:
     def start(self, step: int, parts: Parts, state: dict[str, Any]) -> list[Saved]:
         """Copies `parts`, file name to tensors, and starts to save them with `state` as the checkpoint of `step`.
 
-        Waits for the save before it, and returns what `wait` returns. Nothing is done for a step that has one already.
-        Raises as `wait` does.
+        Waits for the save before it; returns and raises as `wait`. A step that has a checkpoint is left alone.
         """
         started = time.perf_counter()
         saved = self.wait()
-        if checkpoint_utils.step_dir(self.root, step).exists():
+        if step_dir(self.root, step).exists():
             return saved
         self._copy(parts)
         held_up = time.perf_counter() - started
@@ -64,7 +76,7 @@ class CheckpointSaver:
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def finished(self) -> list[Saved]:
-        """The save that came to its good end since the last call, if any."""
+        """The save that succeeded since the last call, if any; does not wait."""
         return self.wait() if self._saving is not None and self._saving.done() and not self.failed else []
 
     def wait(self) -> list[Saved]:
@@ -76,7 +88,7 @@ class CheckpointSaver:
         return [] if saving is None else [saving.result()]
 
     def close(self) -> None:
-        """Waits for the save under way, whatever comes of it."""
+        """Waits for the save under way and ignores its result."""
         self._pool.shutdown()
 
     def _copy(self, parts: Parts) -> None:
@@ -84,7 +96,7 @@ class CheckpointSaver:
         for part, tensors in parts.items():
             copies = self._copies[part] = {}
             for name, tensor in tensors.items():
-                copy = old.get(part, {}).get(name)
+                copy = old.get(part, {}).get(name)  # reused, because page-locking memory is slow
                 if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
                     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
                 copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
@@ -101,13 +113,60 @@ class CheckpointSaver:
         ]
         if bad:
             raise NonFiniteError(
-                f"the checkpoint of step {step} was not saved: {len(bad)} of its tensors hold infinities or NaN, first "
-                f"{bad[0]}; earlier ones are untouched. Start again with a lower --optim.max-lr or a longer "
-                "--optim.warmup-steps under another --run-name"
+                f"Cannot save the checkpoint of step {step}: {len(bad)} of its tensors hold infinities or NaN, first "
+                f"{bad[0]}. Earlier ones are untouched. Restart with a lower --optim.max-lr or a longer "
+                "--optim.warmup-steps under another --run-name."
             )
         self.before()
         size = checkpoint_utils.save_checkpoint(self.root, step, self._copies, state)
         self._verified.add(step)
         seconds = held_up + time.perf_counter() - started
         checkpoint_utils.prune(self.root, self.settings.keep_last, self.settings.keep_every_steps, self._verified)
-        return Saved(checkpoint_utils.step_dir(self.root, step), step, size, seconds, held_up)
+        return Saved(step_dir(self.root, step), step, size, seconds, held_up)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Roughly the bytes of one checkpoint: float32 weights, AdamW's two moments of each, and small files."""
+    with torch.device("meta"):
+        weights = list(LLM(config.model).parameters())
+    tensors = 4 * len(weights)  # weight, two moments, and a count of steps
+    return 3 * sum(w.numel() * w.element_size() for w in weights) + tensors * _HEADER_BYTES + _SMALL_FILES_BYTES
+
+
+def checkpoints_need(config: Config, root: Path) -> int:
+    """Bytes that the run will need under `root`, its checkpoints folder, in addition to those there now.
+
+    The most it will ever hold at once, including the one being written, less what it holds now: checkpoints that will
+    be pruned on the way are not needed again. Those that it sets aside, to resume from an earlier step, stay.
+    """
+    size, resume, every = checkpoint_bytes(config), config.resume, config.checkpoint.every_steps
+    now = {step: bytes_below(step_dir(root, step)) for step in checkpoint_steps(root) if resume != "never"}
+    if resume.isdecimal():
+        now = {step: held for step, held in now.items() if step <= int(resume)}
+    start = max(now, default=0)
+    planned = [*range(start - start % every + every, config.total_steps, every)]
+    planned += [config.total_steps] if start < config.total_steps else []
+    if not planned:
+        return 0
+    # The number held never falls from one save to the next, but at the first, if fewer are to be kept than before.
+    before_last = _kept([*now, *planned[:-1]], config) if len(planned) > 1 else [*now]
+    at_last_save = sum(now.get(step, size) for step in before_last) + size
+    held_now = sum(now.values())
+    leftovers = sum(bytes_below(path) for path in root.glob("step_*.*-*") if ".set-aside-" not in path.name)
+    return max(0, max(held_now + size, at_last_save) - held_now - leftovers)
+
+
+def refuse_full_disk(config: Config, run_dir: Path) -> None:
+    """Raises StorageError where the checkpoints that the run will hold cannot fit on the disk of `run_dir`."""
+    needed, free = checkpoints_need(config, run_dir / "checkpoints"), free_bytes(run_dir)
+    if needed > free:
+        raise StorageError(
+            f"Cannot hold the run's checkpoints on the disk of {run_dir}: they need {needed:,} bytes more, {free:,} "
+            f"are free, and one takes {size_text(checkpoint_bytes(config))}. Choose one: {MAKE_ROOM}."
+        )
+
+
+def _kept(steps: list[int], config: Config) -> list[int]:
+    """Those of `steps`, in order, that are left after the last of them was saved."""
+    keep_last, keep_every = config.checkpoint.keep_last, config.checkpoint.keep_every_steps
+    return [step for step in steps[:-keep_last] if keep_every and step % keep_every == 0] + steps[-keep_last:]

@@ -1,10 +1,9 @@
-"""Checkpoints: named tensors and plain data <-> a directory that proves itself whole.
+"""Checkpoints: named tensors and plain data <-> a directory that can be verified.
 
-`checkpoints/step_0000050/` holds safetensors files, state.json, and manifest.json with the size and
-sha256 of each, as they should be: of what is in memory, not of what the disk made of it. A save writes
-into `step_0000050.tmp-<pid>`, syncs every file, writes the manifest last, renames, reads everything back
-from the disk, and only then removes older checkpoints. A directory under its final name is never written
-again. Nothing here is unpickled.
+`checkpoints/step_0000050/` holds safetensors files, state.json, and manifest.json with the size and sha256 of each. The
+hashes are computed from memory, so they also reveal what a disk changed. A save writes into `step_0000050.tmp-<pid>`,
+syncs every file, writes the manifest last, renames, reads everything back from the disk, and only then removes older
+checkpoints. A directory under its final name is never written again. Nothing here is unpickled.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from src.utils.errors import StorageError, UserError
-from src.utils.files import fingerprint, free_bytes, lies_in, move, set_aside, sync
+from src.utils.files import fingerprint, free_bytes, lies_in, move, remedy, set_aside, sync
 
 STEP_NAME = re.compile(r"step_(\d{7,})")
 _LEFTOVER = re.compile(r"step_\d{7,}\.(tmp|removed)-\d+")
@@ -29,7 +28,7 @@ _LEFTOVER = re.compile(r"step_\d{7,}\.(tmp|removed)-\d+")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and whose every file agreed with its manifest."""
+    """A checkpoint whose every file agreed with its manifest."""
 
     path: Path
     step: int
@@ -37,15 +36,15 @@ class Checkpoint:
     """The plain data of state.json."""
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of `name`.safetensors, mapped from the file; raises UserError where it can't be read."""
+        """The tensors of `name`.safetensors, mapped from the file; raises UserError where they cannot be read."""
         try:
             return load_file(self.path / f"{name}.safetensors")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {self.path / name}.safetensors: {error}") from None
+            raise UserError(f"Cannot read {self.path / name}.safetensors: {error}.") from None
 
 
 def step_dir(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies under `root`, a run's checkpoints folder."""
+    """The folder of the checkpoint of `step` under `root`, a run's checkpoints folder."""
     return root / f"step_{step:07d}"
 
 
@@ -66,15 +65,16 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
         sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        cure = remedy(error) if isinstance(error, OSError) else "check the disk"
         needed = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
         raise StorageError(
-            f"the checkpoint of step {step} could not be saved in {root}: {error}. It needs {needed:,} bytes, "
-            f"{free_bytes(root):,} are free; earlier ones are untouched. Make room, then start the same command again"
+            f"Cannot save the checkpoint of step {step} in {root}: {error}. It needs {needed:,} bytes, "
+            f"{free_bytes(root):,} are free; earlier ones are untouched. To resume, {cure} and rerun."
         ) from error
     if problem := damage(final, from_disk=True):
         raise StorageError(
-            f"the checkpoint just saved does not read back: {final}: {problem}; earlier ones are untouched. Check the "
-            "disk, then start the same command again"
+            f"Cannot trust the checkpoint just saved: {final}: {problem}. Earlier ones are untouched. Check the disk, "
+            "then rerun to resume."
         )
     return sum(int(entry["bytes"]) for entry in files.values())
 
@@ -82,24 +82,24 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in `path`, a step_* directory, after verifying every file; raises UserError naming the bad one."""
     if problem := damage(path):
-        raise UserError(f"cannot use the checkpoint {path}: {problem}")
+        raise UserError(f"Cannot use the checkpoint {path}: {problem}.")
     return read_unverified(path)
 
 
 def read_unverified(path: Path) -> Checkpoint:
-    """The checkpoint in `path`, whose tensors may be damaged; raises UserError for a state.json that is none."""
+    """The checkpoint in `path`, whose tensors may be damaged; raises UserError for a damaged state.json."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return Checkpoint(path, int(state["step"]), state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path / 'state.json'}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"Cannot read {path / 'state.json'}: {error}.") from None
 
 
 def newest_checkpoint(root: Path, remedy: str = "") -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint under `root` that verifies, and what is wrong with each newer one.
+    """The newest checkpoint under `root` that verifies, and the damage of each newer one.
 
-    None where `root` holds no checkpoint; raises UserError where it holds some and none verifies, because
-    starting over in silence would hide the loss. `remedy` is what the caller can do besides restoring one.
+    None where `root` holds no checkpoint. Raises UserError where it holds some and none verifies: starting over in
+    silence would hide the loss. `remedy`: an alternative to restoring one, for the message.
     """
     rejected = []
     for step in reversed(checkpoint_steps(root)):
@@ -109,36 +109,37 @@ def newest_checkpoint(root: Path, remedy: str = "") -> tuple[Checkpoint | None, 
             return read_unverified(step_dir(root, step)), rejected
     if rejected:
         raise UserError(
-            "no checkpoint of this run can be used:\n  - "
+            "Cannot use any checkpoint of this run:\n  - "
             + "\n  - ".join(rejected)
-            + "\nrestore one from a copy"
+            + "\nRestore one from a copy"
             + remedy
+            + "."
         )
     return None, []
 
 
 def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
-    """What `--checkpoint` means: a step_* directory, or a run directory's newest good checkpoint.
+    """The checkpoint that `--checkpoint` names: a step_* directory, or a run directory's newest good one.
 
-    Also returns what is wrong with newer ones. Raises UserError where there is none that can be used.
+    Also returns the damage of newer ones. Raises UserError where none can be used.
     """
     if STEP_NAME.fullmatch(path.name):
         return open_checkpoint(path), []
     root = path if path.name == "checkpoints" else path / "checkpoints"
     if not root.is_dir():
-        what = "is no run, no step_* folder and no export" if path.exists() else "is not there"
+        cause = "is not a run, a step_* folder or an export" if path.exists() else "does not exist"
         raise UserError(
-            f"no checkpoint at {path}, which {what}; give a run (its folder, or its name under temp_data/runs), one of "
-            "its checkpoints/step_* folders, or an exported folder"
+            f"Cannot load a checkpoint: {path} {cause}. Give a run (its folder, or its name under temp_data/runs), one "
+            "of its checkpoints/step_* folders, or an exported folder."
         )
     checkpoint, rejected = newest_checkpoint(root)
     if checkpoint is None:
-        raise UserError(f"{root} holds no checkpoint yet; train first, or wait for the first save")
+        raise UserError(f"Cannot load a checkpoint: {root} holds none yet. Train first, or wait for the first save.")
     return checkpoint, rejected
 
 
 def checkpoint_steps(root: Path) -> list[int]:
-    """Steps that have a directory under `root`, whole or not, in order."""
+    """The steps that have a directory under `root`, whole or not, in order."""
     if not root.is_dir():
         return []
     return sorted(int(match[1]) for entry in root.iterdir() if (match := STEP_NAME.fullmatch(entry.name)))
@@ -147,8 +148,7 @@ def checkpoint_steps(root: Path) -> list[int]:
 def prune(root: Path, keep_last: int, keep_every_steps: int, verified: set[int]) -> None:
     """Removes all but the newest `keep_last` checkpoints and the multiples of `keep_every_steps`, if that is not 0.
 
-    Beyond those it keeps what it takes to have two that verify. `verified`, the steps known to, grows by those that
-    had to be read for that.
+    Keeps more where fewer than two would verify. Adds to `verified`, the steps known to verify, those it had to read.
     """
     steps = checkpoint_steps(root)
     doomed = [step for step in steps[:-keep_last] if not (keep_every_steps and step % keep_every_steps == 0)]
@@ -160,14 +160,14 @@ def prune(root: Path, keep_last: int, keep_every_steps: int, verified: set[int])
             verified.add(step)
             sound += 1
         elif step in doomed:
-            # Renamed first: a removal that is interrupted must not look like a damaged checkpoint.
+            # Renamed first: an interrupted removal must not look like a damaged checkpoint.
             path = step_dir(root, step)
             removed = move(path, path.with_name(f"{path.name}.removed-{os.getpid()}"))
             shutil.rmtree(removed, ignore_errors=True)
 
 
 def remove_leftovers(root: Path) -> list[str]:
-    """Removes what an interrupted save or removal left under `root`; returns the names."""
+    """Removes the leftovers of an interrupted save or removal under `root`; returns their names."""
     if not root.is_dir():
         return []
     names = sorted(entry.name for entry in root.iterdir() if _LEFTOVER.fullmatch(entry.name))
@@ -177,7 +177,7 @@ def remove_leftovers(root: Path) -> list[str]:
 
 
 def set_aside_after(root: Path, step: int) -> list[str]:
-    """Renames the checkpoints after `step`, so that a run going on from it can save those steps; returns new names."""
+    """Renames the checkpoints after `step`, so that a run resumed from it can save those steps; returns new names."""
     moved = []
     for later in (s for s in checkpoint_steps(root) if s > step):
         moved.append(set_aside(step_dir(root, later)).name)
@@ -185,17 +185,20 @@ def set_aside_after(root: Path, step: int) -> list[str]:
 
 
 def damage(path: Path, from_disk: bool = False) -> str | None:
-    """What is wrong with the checkpoint directory `path`, in words, or None if every file verifies.
+    """The first problem of the checkpoint directory `path`, or None if every file verifies.
 
-    `from_disk`: as `fingerprint` has it.
+    `from_disk`: as in `fingerprint`.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        step = int(manifest["step"])
     except OSError as error:
         return f"manifest.json: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"manifest.json is damaged ({error})"
+    if (match := STEP_NAME.fullmatch(path.name)) and int(match[1]) != step:
+        return f"it holds step {step}, another than its name says"
     for name in ("state.json", "model.safetensors"):
         if name not in files:
             return f"manifest.json does not list {name}"
@@ -203,20 +206,33 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
         if not lies_in(path, name):
             return f"manifest.json lists {name!r}, which is not in this folder"
         try:
-            found = fingerprint(path / name, from_disk)
+            actual = fingerprint(path / name, from_disk)
         except OSError as error:
             return f"{name}: {error.strerror}"
-        if found["bytes"] != size:
-            return f"{name} has {found['bytes']} bytes, expected {size}"
-        if found["sha256"] != sha256:
-            return f"{name} has sha256 {found['sha256']}, expected {sha256}: its content changed"
+        if actual["bytes"] != size:
+            return f"{name} has {actual['bytes']} bytes, expected {size}"
+        if actual["sha256"] != sha256:
+            return f"{name} has sha256 {actual['sha256']}, expected {sha256}: its content changed"
+    return _incomplete(path, set(files))
+
+
+def _incomplete(path: Path, listed: set[str]) -> str | None:
+    """A file that a resume needs but the manifest does not list; an unlisted file would be used unverified."""
+    try:
+        n_processes = int(read_unverified(path).state.get("world_size", 0))
+    except (UserError, ValueError, TypeError, OverflowError) as error:
+        return f"state.json is damaged ({error})"
+    needed = [f"rank_{rank:05d}.safetensors" for rank in range(min(n_processes, len(listed)))]
+    for name in ["optimizer.safetensors", *needed] if n_processes else []:
+        if name not in listed:
+            return f"manifest.json does not list {name}"
     return None
 
 
 def _write_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, int | str]:
     """Writes `name`.safetensors in `folder`, onto the disk; returns the fingerprint that it should have.
 
-    Only the header, which says where each tensor lies, is taken from the file. Raises OSError, SafetensorError.
+    Only the header, which gives each tensor's place, is read from the file. Raises OSError, SafetensorError.
     """
     path = folder / f"{name}.safetensors"
     save_file(tensors, path)

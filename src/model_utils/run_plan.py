@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from src.model_utils.autotune import SPARE_GPU
+from src.model_utils.checkpoint_saver import checkpoint_bytes, checkpoints_need
 from src.model_utils.debugging import flops_per_token
-from src.model_utils.disk_need import checkpoint_bytes, checkpoints_need
 from src.model_utils.gpus import GPU, find_gpu
 from src.model_utils.memory_estimate import FLOAT32, Memory, Step, estimate_memory, parameter_counts
 from src.params import Config, ConfigError

@@ -1,4 +1,4 @@
-"""What a run says about itself: the content of config.json, and of a training line in metrics.jsonl."""
+"""The settings of a run as plain data, for config.json, and as three lines for the start of its log."""
 
 import os
 import platform
@@ -11,7 +11,6 @@ import torch
 
 from src.model import LLM
 from src.model_utils.debugging import count_parameters, flops_per_token
-from src.model_utils.training_state import Progress
 from src.params import Config, to_dict
 from src.utils import hardware
 from src.utils.handle_ddp import Processes
@@ -20,7 +19,7 @@ from src.utils.handle_ddp import Processes
 def run_settings(
     config: Config, procs: Processes, model: LLM, precision: torch.dtype, dataset: dict[str, Any]
 ) -> dict[str, Any]:
-    """Every setting, what follows from it, versions and machine, as plain data. `dataset` describes the data."""
+    """Every setting, the numbers derived from it, versions and machine. `dataset` describes the data."""
     parameters = count_parameters(model)
     packages = ("torch", "numpy", "tiktoken", "safetensors")
     return {
@@ -43,33 +42,18 @@ def run_settings(
     }
 
 
-def settings_in_words(settings: dict[str, Any], train_tokens: int) -> str:
-    """The same in two lines, for the start of a log. `train_tokens`: those of the dataset."""
+def summary(settings: dict[str, Any], train_tokens: int) -> str:
+    """The most important settings in three lines. `train_tokens`: of the dataset."""
     config, derived, machine = settings["config"], settings["derived"], settings["machine"]
     train = config["train"]
     epochs = derived["total_steps"] * train["batch_tokens"] / train_tokens
+    others = "" if derived["precision"] == "float32" else "; weights, norms, softmax, loss and optimizer in float32"
     return (
         f"run {config['run_name']}: {derived['parameters']:,} parameters, {derived['total_steps']} steps of "
-        f"{train['batch_tokens']:,} tokens: {epochs:.2g} times the {train_tokens:,} of {config['data']['dir']}\n"
+        f"{train['batch_tokens']:,} tokens, {epochs:.2g} epochs of dataset {config['data']['dir']} "
+        f"({train_tokens:,} tokens)\n"
         f"on {derived['world_size']} x {machine.get('gpu') or machine['cpu']} ({machine['device']}), "
         f"micro-batch {train['micro_batch_size']} x {config['model']['n_ctx']}, "
-        f"{derived['grad_accumulation_steps']} accumulation step(s)"
+        f"{derived['grad_accumulation_steps']} accumulation step(s)\n"
+        f"precision: matmuls in {derived['precision']}{others}"
     )
-
-
-def training_record(
-    config: Config, progress: Progress, model: LLM, procs: Processes, precision: torch.dtype
-) -> dict[str, Any]:
-    """Loss and speed since the last training line, evaluations and saves left out."""
-    step_seconds = progress.seconds / progress.loss_steps
-    rate = config.train.batch_tokens / step_seconds
-    peak = hardware.peak_tflops(procs.device, precision)
-    flops = rate * flops_per_token(config.model, count_parameters(model))
-    return {
-        "loss": progress.loss_sum / progress.loss_steps,
-        "tokens_per_second": rate,
-        "step_ms": step_seconds * 1e3,
-        "mfu": flops / (peak * 1e12 * procs.world_size) if peak else None,
-        "memory_gb": hardware.memory_gb(procs.device),
-        "tokens_seen": progress.step * config.train.batch_tokens,
-    }

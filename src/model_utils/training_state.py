@@ -1,4 +1,4 @@
-"""What a run must remember to go on as if it had never stopped, and which checkpoint it goes on from."""
+"""Everything a run must remember to resume as if it had never stopped, and the checkpoint it resumes from."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,10 +17,12 @@ from src.utils.errors import UserError
 from src.utils.handle_ddp import Processes
 from src.utils.logger import RunLogger
 
+START_OVER = "--resume never, which sets the run aside and starts from scratch"
+
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """The position of a run in its schedule, and sums for the next training line."""
 
     step: int = 0
     """Completed steps, the skipped ones included; decides which data come next."""
@@ -31,39 +33,39 @@ class Progress:
     seconds: float = 0.0
     """In training steps; evaluations and saves don't count."""
     recent_losses: list[float] = field(default_factory=list)
-    """What the spike guard goes by."""
+    """The spike guard's memory."""
 
     def add_loss(self, loss: float, seconds: float) -> None:
-        """Of a step that was not skipped."""
+        """Counts a step that was not skipped."""
         self.skipped_in_a_row = 0
         self.loss_sum += loss
         self.loss_steps += 1
         self.seconds += seconds
 
     def start_line(self) -> None:
-        """Called after a training line: the next means start from here."""
+        """Resets the sums after a training line."""
         self.loss_sum, self.loss_steps, self.seconds = 0.0, 0, 0.0
 
 
 @dataclass
 class TrainingState:
-    """Everything that changes while training."""
+    """Everything that changes during training."""
 
     model: LLM
     optimizer: torch.optim.Optimizer
     progress: Progress
 
     def parts(self, procs: Processes) -> dict[str, dict[str, torch.Tensor]]:
-        """The tensors of a checkpoint by file, as they are, not copied; all processes call it."""
+        """The tensors of a checkpoint by file, not copied; all processes call it."""
         random_states = procs.gather(_random_state(procs.device))
         return {
-            "model": self.model.state_dict(),
+            "model": {name: p.detach() for name, p in self.model.named_parameters()},  # a shared weight once
             "optimizer": optimizer_tensors(self.model, self.optimizer),
             **{f"rank_{rank:05d}": tensors for rank, tensors in enumerate(random_states)},
         }
 
     def plain(self, config: Config, dataset_sha256: str, precision: torch.dtype, world_size: int) -> dict[str, Any]:
-        """The rest of a checkpoint, ready for JSON: progress, and what `resume_point` compares."""
+        """The rest of a checkpoint as plain data: progress, and the settings that a resume compares."""
         return {
             "progress": asdict(self.progress),
             "config": to_dict(config),
@@ -76,12 +78,12 @@ class TrainingState:
     def restore(self, checkpoint: Checkpoint, seed: int, procs: Processes) -> None:
         """Takes over everything from the checkpoint, whose files only the main process reads.
 
-        Dropout starts from new seeds on another number of processes, and on a device whose state was not saved.
+        Dropout gets new seeds on another number of processes, and on a device whose random state was not saved.
         """
         state = checkpoint.state
         names = ["model", "optimizer", *(f"rank_{rank:05d}" for rank in range(state["world_size"]))]
-        read = names if procs.is_main else []
-        parts = procs.together(lambda: {name: checkpoint.tensors(name) for name in read})
+        to_read = names if procs.is_main else []
+        parts = procs.together(lambda: {name: checkpoint.tensors(name) for name in to_read})
         self.progress = Progress(**state["progress"])
         seed_random_state(seed, procs.rank, self.progress.step)
         for name in names:
@@ -102,32 +104,29 @@ def seed_random_state(seed: int, rank: int, step: int = 0) -> None:
 def resume_point(
     root: Path, config: Config, dataset_sha256: str, precision: torch.dtype
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint under `root` to go on from, if any, and what was done on the way, in words.
+    """The checkpoint under `root` to resume from, or None, and notes on what was set aside or removed.
 
-    Raises UserError where the one asked for is damaged or missing, where all are, also those that the run says it has
-    saved, or where it is of another configuration; nothing has been moved then. A precision that was not asked for is
-    the checkpoint's.
+    Raises UserError, and changes nothing, where the requested checkpoint or all of them are damaged or missing, or
+    where it belongs to another configuration. A precision of "auto" becomes the checkpoint's.
     """
     notes = []
     if config.resume == "auto":
-        checkpoint, damaged = checkpoint_utils.newest_checkpoint(
-            root, ", or use --resume never, which sets the run aside and starts anew"
-        )
+        checkpoint, damaged = checkpoint_utils.newest_checkpoint(root, f", or use {START_OVER}")
         if checkpoint is None:
             refuse_lost(root)
-        notes += [f"passed over a damaged checkpoint: {reason}" for reason in damaged]
+        notes += [f"skipped a damaged checkpoint: {reason}" for reason in damaged]
     else:
         path = checkpoint_utils.step_dir(root, int(config.resume))
         if not path.is_dir():
             steps = ", ".join(map(str, checkpoint_utils.checkpoint_steps(root))) or "none"
             raise UserError(
-                f"--resume {config.resume}: no checkpoint {path}; steps that have one: {steps}. "
-                "Leave out --resume to go on from the newest"
+                f"Cannot resume from step {config.resume}: {path} does not exist. Steps with a checkpoint: {steps}. "
+                "Leave out --resume to take the newest."
             )
         checkpoint = checkpoint_utils.open_checkpoint(path)
     if checkpoint is not None:
         ours = checkpoint.state["precision"] if config.train.precision == "auto" else str(precision)
-        _check_same_run(checkpoint, _deciding(config, dataset_sha256, ours))
+        check_settings(checkpoint, config, dataset_sha256, ours)
         for name in checkpoint_utils.set_aside_after(root, checkpoint.step):
             notes.append(f"kept a checkpoint after step {checkpoint.step} as {name}")
     for name in checkpoint_utils.remove_leftovers(root):
@@ -136,42 +135,42 @@ def resume_point(
 
 
 def refuse_lost(root: Path) -> None:
-    """Raises UserError where `root`, a run's checkpoints folder without any, once had some, as its run's files say.
+    """Raises UserError where the checkpoints folder `root` is empty although the run's log says that it saved some.
 
-    Another disk may not be mounted, or someone made room: starting over would hide that, and its log would be lost.
+    A disk may not be mounted, or someone made room. Starting over would hide that and lose the log.
     """
     log = RunLogger(root.parent, is_main=False)
     saved = max((step for kind, step in log.recorded() if kind == "checkpoint"), default=None)
     if root.is_symlink() and not root.exists():
-        found = f"{root} is a link to {root.readlink()}, which is not there"
+        cause = f"{root} is a link to {root.readlink()}, which does not exist"
     elif saved is not None:
-        found = f"{root} holds no checkpoint, but metrics.jsonl says that the run saved one at step {saved}"
+        cause = f"{root} holds no checkpoint, but metrics.jsonl says that the run saved one at step {saved}"
     elif log.status().get("state") == "done":
-        found = f"{root} holds no checkpoint, but status.json says that the run is done"
+        cause = f"{root} holds no checkpoint, but status.json says that the run is done"
     else:
         return
     raise UserError(
-        f"{found}; nothing was changed. Restore the checkpoints from a copy, mount the disk that they are on, or use "
-        "--resume never, which sets the run aside and starts anew"
+        f"Cannot resume: {cause}. Nothing was changed. Restore the checkpoints from a copy, mount their disk, or use "
+        f"{START_OVER}."
     )
 
 
-def check_settings(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises UserError as `resume_point` does where settings differ; data and precision are not compared."""
-    state = checkpoint.state
-    _check_same_run(checkpoint, _deciding(config, state["dataset_sha256"], state["precision"]))
+def check_settings(
+    checkpoint: Checkpoint, config: Config, dataset_sha256: str | None = None, precision: str | None = None
+) -> None:
+    """Raises UserError listing every setting that would change what the rest of the run computes.
 
-
-def _check_same_run(checkpoint: Checkpoint, asked: dict[str, Any]) -> None:
-    """Raises UserError listing every setting that would change what the rest of the run computes."""
+    Data and precision are compared where they are given.
+    """
     state = checkpoint.state
     saved = _deciding(from_dict(state["config"]), state["dataset_sha256"], state["precision"])
-    different = [f"{name}: checkpoint {saved[name]}, now {asked[name]}" for name in asked if saved[name] != asked[name]]
+    now = _deciding(config, dataset_sha256 or state["dataset_sha256"], precision or state["precision"])
+    different = [f"{name}: checkpoint {saved[name]}, now {now[name]}" for name in now if saved[name] != now[name]]
     if different:
         raise UserError(
-            f"{checkpoint.path} belongs to another configuration:\n  - "
+            f"Cannot resume from {checkpoint.path}: it belongs to another configuration:\n  - "
             + "\n  - ".join(different)
-            + "\nuse the old settings, another --run-name, or --resume never, which sets the old run aside"
+            + f"\nUse the old settings, another --run-name, or {START_OVER}."
         )
 
 

@@ -1,4 +1,4 @@
-"""How a command ends: the exit codes, the errors behind them, and their one way to the terminal."""
+"""The end of a command: exit codes, the errors behind them, and the one way of all messages to the terminal."""
 
 import os
 import sys
@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 EXIT_DONE = 0
-EXIT_FAILED = 1  # an error nobody foresaw; starting again may help
+EXIT_FAILED = 1  # an unexpected error; a restart may help
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_STORAGE = 4
 EXIT_BUSY = 5
 EXIT_STOPPED = 143
 EXIT_INTERRUPTED = 130  # Ctrl-C in a command that has nothing to save
-# Another start would end in the same way, or was not wanted. Other ends of a run may be transient.
+# A restart would end in the same way, or is not wanted.
 FINAL_CODES = (EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STORAGE, EXIT_BUSY, EXIT_STOPPED)
+
+CLEAR = "\r\x1b[K"  # on a terminal: empties the line
 
 
 class UserError(ValueError):
-    """Bad input: the message says what, where, the value found, and what to do."""
+    """Bad input. The message names the place, the value found and a remedy."""
 
     exit_code = EXIT_BAD_INPUT
 
@@ -33,7 +35,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class StorageError(OSError):
-    """A file could not be written: no space, no permission, a broken disk."""
+    """A file that cannot be written: no space, no permission, a broken disk."""
 
     exit_code = EXIT_STORAGE
 
@@ -45,19 +47,19 @@ class BusyError(RuntimeError):
 
 
 class StoppedError(RuntimeError):
-    """A request to stop came where there was nothing to finish."""
+    """A request to stop that came while there was nothing to save."""
 
     exit_code = EXIT_STOPPED
 
 
 class LostPeerError(RuntimeError):
-    """Another process ended, or does not answer; why is for that one to say."""
+    """Another process ended or hangs; its own message has the cause."""
 
     exit_code = EXIT_FAILED
 
 
 class PeerError(RuntimeError):
-    """Another process failed and says why itself; this one ends as it does, in silence."""
+    """Another process failed and prints the cause; this one ends with the same exit code and prints nothing."""
 
     def __init__(self, message: str, exit_code: int | None) -> None:
         super().__init__(f"another process failed: {message}")
@@ -65,7 +67,7 @@ class PeerError(RuntimeError):
 
 
 def exit_with(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits with its code; an error that carries an `exit_code` is printed without a traceback."""
+    """Runs `main` and exits with its code. An error that has an `exit_code` is printed without a traceback."""
     code = EXIT_FAILED
     try:
         code = main() or EXIT_DONE
@@ -86,10 +88,11 @@ def exit_with(main: Callable[[], int | None]) -> None:
             with console_may_fail():
                 traceback.print_exc()
     _leave_exit_code(code)
-    with suppress(OSError):  # whoever reads it may be gone
-        sys.stdout.flush()
+    with suppress(OSError):  # its reader may be gone
+        if sys.stdout:  # None where it was closed before the start
+            sys.stdout.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # PyTorch's gloo threads take Python's lock once more, and abort the process if it is shutting down (LOG.md).
+        # gloo's threads take Python's lock once more, and abort a process that is shutting down (LOG.md).
         os._exit(code)
     sys.exit(code)
 
@@ -104,24 +107,22 @@ def recorded_exit_code() -> int | None:
 
 
 def _leave_exit_code(code: int) -> None:
-    """For the launcher: torchrun answers with 1 whatever its processes said. The first final code counts.
+    """Writes a final code to EXIT_CODE_FILE for the launcher, since torchrun answers 1 whatever its processes said.
 
-    Written before this process ends, so that those who fail because it ended find the file written.
+    The first code counts: the other processes may fail because this one ended.
     """
-    if code in FINAL_CODES and "EXIT_CODE_FILE" in os.environ:
-        with suppress(OSError):  # on the very disk that is full, perhaps
-            if recorded_exit_code() is None:
-                with open(os.environ["EXIT_CODE_FILE"], "w", encoding="ascii") as file:
+    path = os.environ.get("EXIT_CODE_FILE")
+    if path and code in FINAL_CODES:
+        with suppress(OSError):  # the disk may be full
+            if not os.path.exists(path) or not os.path.getsize(path):
+                with open(path, "w", encoding="ascii") as file:
                     file.write(str(code))
 
 
-CLEAR = "\r\x1b[K"  # on a terminal: back to the start of the line, which is emptied
-
-
 def harmless(text: str, keep: str = "") -> str:
-    """`text` without what a terminal would act on, such as ESC, carriage return or a change of direction: escaped.
+    """`text` with everything escaped that a terminal would act on, such as ESC, newlines or changes of direction.
 
-    So are newlines and tabs, which lines don't hold, unless `keep` has them.
+    `keep`: characters to leave.
     """
     return "".join(
         char
@@ -132,18 +133,15 @@ def harmless(text: str, keep: str = "") -> str:
 
 
 def say(line: str) -> None:
-    """A line on stderr, which may hold names and messages that others chose.
-
-    On a terminal it comes in place of the line of progress that may stand there.
-    """
+    """Prints a line on stderr, in place of a progress line if one stands there. Names inside it are made harmless."""
     with console_may_fail():
         begin = CLEAR if sys.stderr.isatty() else ""
-        sys.stderr.write(begin + harmless(line, keep="\n\t") + "\n")  # at once: other threads write too
+        sys.stderr.write(begin + harmless(line, keep="\n\t") + "\n")  # one call: other threads write too
         sys.stderr.flush()
 
 
 def now_and_then(every_seconds: float = 10.0) -> Callable[[str], None]:
-    """A `say` for lines of progress: it passes over those that come sooner than `every_seconds` after the last one."""
+    """A `say` for progress, which drops lines that come within `every_seconds` of the last."""
     last = time.monotonic()
 
     def say_if_due(line: str) -> None:
@@ -157,12 +155,14 @@ def now_and_then(every_seconds: float = 10.0) -> Callable[[str], None]:
 
 @contextmanager
 def console_may_fail() -> Iterator[None]:
-    """Around what is printed on stderr: once that fails, nothing more is printed there, and the program goes on.
+    """Around output to stderr: once it fails, the program continues and prints nothing more there.
 
-    The disk it goes to may be full, its terminal closed, or its pipe without a reader.
+    The disk behind it may be full, its terminal or pipe closed.
     """
+    if sys.stderr is None:  # closed before the start
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     try:
         yield
     except OSError:
-        # The interpreter would try again at its end, and answer with an exit code of its own.
+        # Replaced, because the interpreter would flush it at its end and change the exit code.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)

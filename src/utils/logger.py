@@ -1,6 +1,7 @@
-"""What a run says: metrics.jsonl for programs, the console and log.txt for people, status.json for scripts.
+"""The log of a run: metrics.jsonl for programs, the console and log.txt for people, status.json for scripts.
 
-Only the main process writes. A log that cannot be written (a full disk) is worth one warning, not the run.
+Only the main process writes. During training a log that cannot be written, as on a full disk, costs one warning and not
+the run. At a resume the log must be readable and writable, or a step would be logged twice.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from src.utils.errors import console_may_fail, harmless, say
-from src.utils.files import sync
+from src.utils.files import storage_errors, sync
 
 
 class RunLogger:
@@ -28,17 +29,16 @@ class RunLogger:
         self._bar: tqdm | None = None
         self._warned = False
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        """Get each record of metrics.jsonl after it was written."""
+        """Called with each record of metrics.jsonl after it was written."""
 
     def info(self, text: str) -> None:
         """A line for people, on stderr and in log.txt; control characters are escaped."""
-        if not self.is_main:
-            return
-        text = harmless(text, keep="\n\t")  # a sample's words are the model's
-        with console_may_fail():
-            tqdm.write(text, file=sys.stderr)
-            sys.stderr.flush()
-        self._append("log.txt", time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + text)
+        if self.is_main:
+            text = harmless(text, keep="\n\t")  # a sample can hold any character
+            with console_may_fail():
+                tqdm.write(text, file=sys.stderr)  # above the progress bar
+                sys.stderr.flush()
+            self._append("log.txt", time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + text)
 
     def metric(self, kind: str, step: int, **values: Any) -> None:
         """One object in metrics.jsonl; a number that is not finite becomes null."""
@@ -50,38 +50,70 @@ class RunLogger:
                 listener(finite)
 
     def event(self, name: str, step: int, detail: str, **values: Any) -> None:
-        """Something out of the ordinary, for people and programs; `values` are for programs only."""
+        """Something unusual, for people and programs; `values` are for programs only."""
         self.info(f"{name}: {detail}")
         self.metric("event", step, name=name, detail=detail, **values)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """A whole file of the run directory, replaced at once."""
+        """Replaces a whole file of the run directory at once."""
         if self.is_main:
-            self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            try:
+                self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            except OSError as error:
+                self._warn(error)
 
     def write_status(self, state: str, step: int, total_steps: int, exit_code: int | None, message: str) -> None:
-        """status.json: how the run is, for scripts and in words."""
+        """status.json: the state of the run for scripts, with a message for people."""
         status = {"state": state, "step": step, "total_steps": total_steps, "exit_code": exit_code, "message": message}
         self.write_json("status.json", {**status, "time": time.time()})
 
     def status(self) -> dict[str, Any]:
-        """What status.json says; nothing where it is missing or damaged."""
+        """The content of status.json; empty where it is missing or damaged."""
         return self._read("status.json")
 
     def settings(self) -> dict[str, Any]:
-        """What config.json says, of the last start; nothing where it is missing or damaged."""
+        """The content of config.json, from the last start; empty where it is missing or damaged."""
         return self._read("config.json")
 
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            content = json.loads((self.run_dir / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+    def records(self) -> list[dict[str, Any]]:
+        """All whole records of metrics.jsonl. Raises StorageError where the file cannot be read."""
+        path, records = self.run_dir / "metrics.jsonl", list[dict[str, Any]]()
+        if not os.path.lexists(path):
+            return []
+        with storage_errors(path, "read"), open(path, "rb") as lines:
+            for line in lines:
+                with suppress(ValueError, RecursionError):  # a line cut off by a kill
+                    record = json.loads(line.decode("utf-8", "replace"))
+                    if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+                        records.append(record)
+        return records
+
+    def recorded(self) -> set[tuple[str, int]]:
+        """Kind and step of everything in metrics.jsonl."""
+        return {(record["kind"], record["step"]) for record in self.records()}
+
+    def forget_after(self, step: int) -> None:
+        """Drops the records of later steps and a half-written last line, so that a resumed run repeats none.
+
+        Raises StorageError where the file cannot be rewritten.
+        """
+        path = self.run_dir / "metrics.jsonl"
+        if self.is_main and path.exists():
+            lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in self.records() if r["step"] <= step]
+            with storage_errors(path):
+                self._replace("metrics.jsonl", "".join(lines))
+
+    def sync(self) -> None:
+        """Makes metrics.jsonl survive a power cut, as the checkpoint that follows it will."""
+        if self.is_main and (self.run_dir / "metrics.jsonl").exists():
+            try:
+                sync(self.run_dir / "metrics.jsonl")
+            except OSError as error:
+                self._warn(error)
 
     def start_bar(self, step: int, total_steps: int) -> None:
         """A progress bar, on a terminal only."""
-        if self.is_main and sys.stderr.isatty():
+        if self.is_main and sys.stderr and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance_bar(self, **shown: str) -> None:
@@ -96,61 +128,28 @@ class RunLogger:
                 self._bar.close()
             self._bar = None
 
-    def recorded(self) -> set[tuple[str, int]]:
-        """Kind and step of everything in metrics.jsonl."""
-        return {(record["kind"], record["step"]) for record in self.records()}
-
-    def forget_after(self, step: int) -> None:
-        """Drops the records of later steps and a half-written last line, so that a resumed run repeats none."""
-        if not self.is_main or not (self.run_dir / "metrics.jsonl").exists():
-            return
-        lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in self.records() if r["step"] <= step]
-        self._replace("metrics.jsonl", "".join(lines), lasting=True)
-
-    def records(self) -> list[dict[str, Any]]:
-        """All that metrics.jsonl holds."""
-        records = []
+    def _read(self, name: str) -> dict[str, Any]:
         try:
-            with open(self.run_dir / "metrics.jsonl", encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    try:
-                        record = json.loads(line)
-                    except ValueError:  # a line cut off by a kill
-                        continue
-                    if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
-                        records.append(record)
-        except FileNotFoundError:
-            pass
-        return records
+            content = json.loads((self.run_dir / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
-    def sync(self) -> None:
-        """Makes metrics.jsonl survive a power cut, as the checkpoint that follows it will."""
-        if self.is_main:
-            try:
-                sync(self.run_dir / "metrics.jsonl")
-            except FileNotFoundError:
-                pass  # a run that stops before its first line
-            except OSError as error:
-                self._warn(error)
-
-    def _replace(self, name: str, text: str, lasting: bool = False) -> None:
-        """`lasting`: a power cut leaves the old content or the new one, not an empty file."""
+    def _replace(self, name: str, text: str) -> None:
         temporary = self.run_dir / f"{name}.tmp"
         try:
             temporary.write_text(text, encoding="utf-8", errors="replace")
-            if lasting:
-                sync(temporary)
+            sync(temporary)  # before the rename, so that a power cut leaves the old content or the new
             os.replace(temporary, self.run_dir / name)
-            if lasting:
-                sync(self.run_dir)
-        except OSError as error:
-            self._warn(error)
+            sync(self.run_dir)
+        except OSError:
             with suppress(OSError):
                 temporary.unlink()
-            if name == "status.json":  # in the room that it has: a full disk is what it should tell of
+            if name == "status.json":  # a full disk has room for it in the old file's place, and it must be told
                 with suppress(OSError), open(self.run_dir / name, "r+", encoding="utf-8") as file:
                     file.write(text)
                     file.truncate()
+            raise
 
     def _append(self, name: str, line: str) -> None:
         try:
@@ -168,4 +167,4 @@ class RunLogger:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            say(f"warning: the log in {self.run_dir} cannot be written ({error}); training goes on")
+            say(f"warning: Cannot write the log in {self.run_dir}: {error}. Training continues.")

@@ -1,4 +1,4 @@
-"""A polite end: a signal asks, the program finishes what it is doing."""
+"""Signals that ask for a stop: the program finishes its step and saves before it ends."""
 
 import ctypes
 import os
@@ -7,38 +7,58 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# What schedulers send when a job must go, Ctrl-C, what they send a while before they take the machine away, and what
-# comes when a terminal or a connection is closed. One that is ignored when we start, as nohup has it, stays ignored.
+# A scheduler's end of a job, Ctrl-C, a scheduler's early warning, and a closed terminal or connection.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """Those of STOP_SIGNALS that this process was not started to ignore."""
+    """The STOP_SIGNALS that this process was not started to ignore, as nohup does with SIGHUP."""
     return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def end_at_once_on_ctrl_c() -> None:
-    """Until there is something to finish, Ctrl-C ends this process as the others do: at once, without a traceback."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    """Ctrl-C ends this process at once, without a traceback, until a later handler replaces this."""
+    if signal.SIGINT in heeded_signals():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def follow_parent(parent: int, number: signal.Signals) -> None:
-    """Where Linux can: `number` comes to this process once process `parent`, which started it, is gone."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
-        if os.getppid() != parent:  # gone before that
-            os.kill(os.getpid(), number)
+@contextmanager
+def end_at_once() -> Iterator[None]:
+    """Inside the block a stop signal ends the process at once, without a traceback: there is nothing to save."""
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in heeded_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], str]]:
-    """A function that names the first stop signal that came inside the block, or ""; later ones change nothing."""
-    asked: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in heeded_signals()}
+    """Yields a function that names the first stop signal received inside the block, or ""; later ones are ignored."""
+    received: list[int] = []
+    previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in heeded_signals()}
     try:
-        yield lambda: signal.Signals(asked[0]).name if asked else ""
+        yield lambda: signal.Signals(received[0]).name if received else ""
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def follow_launcher() -> None:
+    """On Linux, sends this process SIGTERM once its launcher dies, which a SIGKILL of the launcher would hide.
+
+    LAUNCHER_PID: the process id of the parent. torchrun alone does not set it; then the present parent counts.
+    """
+    launcher = os.environ.get("LAUNCHER_PID", "")
+    if launcher.isdecimal() or "TORCHELASTIC_RUN_ID" in os.environ:
+        follow_parent(int(launcher) if launcher.isdecimal() else os.getppid())
+
+
+def follow_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """On Linux: signal `number` comes to this process once process `parent`, which started it, dies."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+        if os.getppid() != parent:  # it died before the call
+            os.kill(os.getpid(), number)

@@ -75,7 +75,7 @@ def test_a_failure_is_known_and_raised_by_the_next_start(make: Callable[..., Che
     while not saver.failed:
         pass
     assert saver.finished() == []
-    with pytest.raises(StorageError, match="the checkpoint of step 1 could not be saved"):
+    with pytest.raises(StorageError, match="Cannot save the checkpoint of step 1"):
         saver.start(2, parts(2.0), {})
 
 
@@ -84,6 +84,6 @@ def test_numbers_that_are_not_finite_are_not_kept(make: Callable[..., Checkpoint
     saver = make()
     saver.start(1, parts(1.0), {})
     saver.start(2, parts(bad), {})
-    with pytest.raises(NonFiniteError, match=r"checkpoint of step 2 was not saved.*model: w"):
+    with pytest.raises(NonFiniteError, match=r"Cannot save the checkpoint of step 2: .*model: w"):
         saver.wait()
     assert checkpoint_utils.checkpoint_steps(saver.root) == [1]

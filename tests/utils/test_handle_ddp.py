@@ -21,7 +21,7 @@ from src.utils.root import ROOT
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Thread(Processes):
     """One of several processes that meet in `gather`, as they would in a collective."""
 
@@ -142,10 +142,10 @@ def test_an_error_of_long_work_ends_all_in_its_way(tmp_path: Path):
     assert two(tmp_path, action) == (4, "program.py: error (process 1): gone\n")
 
 
-def test_a_process_whose_launcher_is_gone_before_it_could_watch_it_stops():
-    program = "from src.utils.handle_ddp import processes\nwith processes('cpu', 9): print('it went on')"
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1"}
-    for parent, ended in ((os.getpid(), 0), (os.getppid(), -signal.SIGTERM)):
-        environment["LAUNCHER_PID"] = str(parent)
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=False)
-        assert done.returncode == ended
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_process_whose_launcher_died_before_it_could_follow_stops():
+    program = "from src.utils.stop_signals import follow_launcher\nfollow_launcher()"
+    for parent, code in ((os.getpid(), 0), (os.getppid(), -signal.SIGTERM)):
+        environment = {**os.environ, "LAUNCHER_PID": str(parent)}
+        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=False)
+        assert ended.returncode == code

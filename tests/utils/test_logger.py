@@ -76,7 +76,7 @@ def test_a_log_that_cannot_be_written_is_one_warning(tmp_path: Path, capsys: pyt
     log.metric("train", 1, loss=1.0)
     log.info("words")
     log.write_json("status.json", {"state": "running"})
-    assert capsys.readouterr().err.count("training goes on") == 1
+    assert capsys.readouterr().err.count("Training continues") == 1
 
 
 RUN = """

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import pretrain
 from src.params import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
@@ -34,5 +33,5 @@ def config(dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.fixture(autouse=True)
-def restore_optimizer(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.optim.AdamW, "step", torch.optim.AdamW.step)
+def restore_train_step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pretrain, "train_step", pretrain.train_step)

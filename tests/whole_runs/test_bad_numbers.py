@@ -8,7 +8,6 @@ import torch
 
 import pretrain
 from pretrain import train
-from src import run_log
 from src.model import LLM
 from src.model_utils.adamw_opt import optimizer_tensors
 from src.params import CheckpointConfig, Config
@@ -41,7 +40,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config
         record_skip(run, *arguments)
 
     monkeypatch.setattr(pretrain, "record_skip", spy)
-    monkeypatch.setattr(run_log, "MAX_SKIPPED_STEPS", 3)
+    monkeypatch.setattr(pretrain, "MAX_SKIPPED_STEPS", 3)
     poison_losses(monkeypatch)
     with pytest.raises(NonFiniteError, match=r"the last 3 step\(s\), up to step 8") as caught:
         train(every_step)
@@ -79,7 +78,7 @@ def test_a_run_all_of_whose_steps_are_skipped_has_failed(config: Config, monkeyp
 
 def test_a_stop_among_skipped_steps_is_saved_and_they_are_counted_on(config: Config, monkeypatch: pytest.MonkeyPatch):
     poison_losses(monkeypatch)
-    monkeypatch.setattr(run_log, "MAX_SKIPPED_STEPS", 3)
+    monkeypatch.setattr(pretrain, "MAX_SKIPPED_STEPS", 3)
     stopped = train(config, stop_after(2))
     assert (stopped.step, stopped.exit_code) == (2, 143)
     with pytest.raises(NonFiniteError, match=r"the last 3 step\(s\), up to step 3"):
@@ -94,7 +93,7 @@ def test_a_gradient_that_is_not_finite_is_named(config: Config, monkeypatch: pyt
         self.get_parameter("blocks.1.ffn.out_proj.bias").register_hook(lambda gradient: gradient * float("inf"))
 
     monkeypatch.setattr(LLM, "__init__", poisoned)
-    monkeypatch.setattr(run_log, "MAX_SKIPPED_STEPS", 1)
+    monkeypatch.setattr(pretrain, "MAX_SKIPPED_STEPS", 1)
     with pytest.raises(NonFiniteError):
         train(config)
     text = (pretrain.RUNS / "whole" / "metrics.jsonl").read_text()

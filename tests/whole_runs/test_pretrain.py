@@ -144,7 +144,7 @@ def test_going_on_from_an_earlier_step(config: Config):
     assert train(replace(config, resume="10")).exit_code == 0
     assert all(torch.equal(tensor, final[name]) for name, tensor in final_tensors(run_dir).items())
     assert (run_dir / "checkpoints" / "step_0000012.set-aside-1").is_dir()
-    with pytest.raises(UserError, match=r"no checkpoint .*; steps that have one: 10, 12"):
+    with pytest.raises(UserError, match=r"step_0000011 does not exist. Steps with a checkpoint: 10, 12"):
         train(replace(config, resume="11"))
 
 
@@ -168,7 +168,7 @@ def test_two_runs_cannot_share_a_directory(config: Config):
 
 
 def test_a_vocabulary_too_small_for_the_data(config: Config):
-    with pytest.raises(UserError, match=r"set --model\.n-vocab 300"):
+    with pytest.raises(UserError, match=r"Set --model\.n-vocab 300"):
         train(replace(config, model=replace(config.model, n_vocab=299)))
 
 
@@ -194,7 +194,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run(config: Config, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_utils, "save_file", full)
-    with pytest.raises(StorageError, match="the checkpoint of step 5 could not be saved"):
+    with pytest.raises(StorageError, match="Cannot save the checkpoint of step 5"):
         train(config)
     status = json.loads((pretrain.RUNS / "whole" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 4)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from src.model_configs.my_llm_config import debug, lf_llm_269m
-from src.model_utils import disk_need
-from src.model_utils.disk_need import checkpoint_bytes, checkpoints_need, refuse_full_disk
+from src.model_utils import checkpoint_saver as disk_need
+from src.model_utils.checkpoint_saver import checkpoint_bytes, checkpoints_need, refuse_full_disk
 from src.params import CheckpointConfig, Config
 from src.utils.errors import StorageError
 from src.utils.files import bytes_below
@@ -100,6 +100,6 @@ def test_a_full_disk_is_refused_with_its_numbers(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(disk_need, "free_bytes", lambda _: 3 * SIZE - 1)
     with pytest.raises(StorageError) as caught:
         refuse_full_disk(settings, tmp_path)
-    assert f"{tmp_path} is too small" in str(caught.value)
+    assert f"Cannot hold the run's checkpoints on the disk of {tmp_path}" in str(caught.value)
     assert f"they need {3 * SIZE:,} bytes more, {3 * SIZE - 1:,} are free" in str(caught.value)
     assert "TEMP_DATA_DIR" in str(caught.value)
