@@ -164,16 +164,15 @@ def prepare(
     model.to(procs.device).train()
     was, step = (checkpoint.state["config"]["train"], checkpoint.step) if checkpoint else (None, 0)
     procs.doing("trying out micro-batches and what to compile")
-    config, notes = settle(config, was, config.total_steps - step, model, precision, procs, log.info)
+    config, forward, notes = settle(config, was, config.total_steps - step, model, precision, procs, log.info)
     procs.doing("preparing model and optimizer")
     state = TrainingState(model, build_adamw(model, config.optim), Progress())
     if checkpoint is not None:
         state.restore(checkpoint, config.train.seed, procs)
     else:
         seed_random_state(config.train.seed, procs.rank)
-    forward: nn.Module = model
     if procs.world_size > 1:
-        forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     dataset = {
         "name": config.data.dir,
         "sources": manifest.origins,

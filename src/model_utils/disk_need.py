@@ -22,7 +22,7 @@ def checkpoint_bytes(config: Config) -> int:
     """Roughly the bytes of one checkpoint: float32 weights, AdamW's two moments of each, and small files."""
     with torch.device("meta"):
         model = LLM(config.model)
-    weights = [*model.state_dict().values()]
+    weights = [*model.parameters()]
     moments = [*model.parameters()] * 2
     tensors = len(weights) + len(moments) + len(moments) // 2  # AdamW also counts each parameter's steps
     content = sum(tensor.numel() * tensor.element_size() for tensor in weights + moments)

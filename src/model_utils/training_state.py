@@ -57,7 +57,7 @@ class TrainingState:
         """The tensors of a checkpoint by file, as they are, not copied; all processes call it."""
         random_states = procs.gather(_random_state(procs.device))
         return {
-            "model": self.model.state_dict(),
+            "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
             "optimizer": optimizer_tensors(self.model, self.optimizer),
             **{f"rank_{rank:05d}": tensors for rank, tensors in enumerate(random_states)},
         }
