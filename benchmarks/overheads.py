@@ -30,6 +30,7 @@ from src.model_assessment.hellaswag_items import load_items
 from src.model_assessment.sampling import SamplingConfig, sample
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.adamw_opt import build_adamw
+from src.model_utils.autotune import CompiledForward
 from src.model_utils.checkpoint_saver import CheckpointSaver
 from src.model_utils.training_state import Progress, TrainingState
 from src.model_utils.weight_init import init_weights
@@ -71,14 +72,13 @@ def measure(args: argparse.Namespace, config: Config, device: torch.device) -> d
     init_weights(model, config.model, config.train.seed)
     model.to(device).train()
     B, T = config.micro_batch_size, config.model.n_ctx
-    if args.compile:
-        model.compile_blocks(B)
+    forward = CompiledForward(model) if args.compile else model
     tokenizer = load_tokenizer()
     windows = WindowDataset(folder, held_out, T, config.model.n_vocab, B)
     inputs_BT, targets_BT = torch.randint(config.model.n_vocab, (2, B, T), device=device)
 
     def train() -> None:
-        model(inputs_BT, targets_BT).backward()
+        forward(inputs_BT, targets_BT).backward()
         model.zero_grad()
 
     n_windows = B * max(1, min(4, windows.n_windows // B))

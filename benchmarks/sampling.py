@@ -25,7 +25,7 @@ from src.model_assessment.generation import SamplingConfig, generate
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.debugging import count_parameters
 from src.model_utils.llama_format import llama_settings, llama_tensors
-from src.model_utils.stored_weights import store_weights
+from src.model_utils.load_model import convert_weights
 from src.model_utils.weight_init import init_weights
 from src.utils import hardware
 from src.utils.errors import exit_with
@@ -46,15 +46,14 @@ def main() -> None:
     device = hardware.choose_device("auto")
     new = LLM(config)
     init_weights(new, config, seed=0)
-    models = {kind: stored(new, kind, device) for kind in dict.fromkeys((args.weights, "int8"))}
-    theirs = transformers_model(new, models[args.weights].embedding.weight.dtype, device)
+    model = stored(new, args.weights, device)
+    theirs = transformers_model(new, model.embedding.weight.dtype, device)
     new.to(device).eval()
     lists: dict[str, list[int]] = {}
     variants: dict[str, Callable[[], list[int]]] = {
-        "ours": partial(ours, models[args.weights], 1, args.tokens),
-        "ours, int8": partial(ours, models["int8"], 1, args.tokens),
+        "ours": partial(ours, model, 1, args.tokens),
         "transformers": partial(transformers, theirs, args.tokens, device),
-        "ours, four": partial(ours, models[args.weights], 4, args.tokens),
+        "ours, four": partial(ours, model, 4, args.tokens),
         "no cache, four": partial(no_cache, new, 4, args.tokens, device),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -86,7 +85,7 @@ def main() -> None:
 def stored(new: LLM, kind: str, device: torch.device) -> LLM:
     model = LLM(new.config)
     model.load_state_dict(new.state_dict())
-    store_weights(model.to(device), kind, torch.float32)
+    convert_weights(model.to(device), kind, torch.float32)
     return model.eval()
 
 
@@ -94,7 +93,7 @@ def transformers_model(new: LLM, dtype: torch.dtype, device: torch.device) -> to
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**llama_settings(new.config)))
-    model.load_state_dict(llama_tensors(new.state_dict(), new.config.n_layer))
+    model.load_state_dict(llama_tensors(dict(new.named_parameters()), new.config.n_layer))
     model.generation_config.eos_token_id = None
     return model.to(device, dtype).eval()
 

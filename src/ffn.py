@@ -8,7 +8,7 @@ from src.params import ModelConfig
 
 
 class FFN(nn.Module):
-    """out(dropout(value * silu(gate))), where one projection computes value and gate together."""
+    """out(dropout(value * silu(gate))). One projection computes value and gate together."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

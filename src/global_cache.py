@@ -1,7 +1,7 @@
-"""One copy, per process and device, of tensors that are computed rather than learned.
+"""Tensors that are computed rather than learned, one copy per process and device.
 
-A key holds everything that determines the tensor, so two models of different shapes in one process
-never share one by mistake, and all layers of a model share one by design.
+A key holds everything that determines its tensor. So all layers of a model share one copy, and two models of
+different shapes in one process never do.
 """
 
 from collections.abc import Callable, Hashable
@@ -12,15 +12,15 @@ _tensors: dict[Hashable, torch.Tensor] = {}
 
 
 def cached(key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The tensor stored under `key`, made by `make` the first time."""
+    """Returns the tensor stored under `key`; `make` computes it the first time."""
     tensor = _tensors.get(key)
     if tensor is None:
-        # A tensor born in inference mode could not take part in training later.
+        # A tensor made in inference mode could not take part in training later.
         with torch.inference_mode(False), torch.no_grad():
             tensor = _tensors[key] = make()
     return tensor
 
 
 def clear() -> None:
-    """Forgets every stored tensor, for example when a device's memory is wanted back."""
+    """Drops every stored tensor, for example to free a device's memory."""
     _tensors.clear()

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
-The two halves of each head form the rotated pairs: dimension i turns with dimension i + K/2.
+Dimension i of a head and dimension i + K/2 form a pair, which is rotated by an angle that grows with the position.
 Shapes: B sequences, H heads, T positions, K head dimension.
 """
 
@@ -14,11 +14,11 @@ from src.global_cache import cached
 def rope_tables(n_ctx: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of position x frequency, each (n_ctx, head_dim / 2), float32, on `device`.
 
-    Pair i turns by theta^(-2i / head_dim) radians a position. The angles are computed in float64 on
-    the CPU and rounded once, so every device gets the same tables.
+    Pair i turns by theta^(-2i / head_dim) radians per position.
     """
 
     def table(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        # In float64 on the CPU and rounded once, so that every device gets the same tables.
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
         positions = torch.arange(n_ctx, dtype=torch.float64, device="cpu")
         return function(torch.outer(positions, theta**-exponents)).to(dtype=torch.float32, device=device)
@@ -28,7 +28,7 @@ def rope_tables(n_ctx: int, head_dim: int, theta: float, device: torch.device) -
 
 
 def apply_rope(x_BHTK: torch.Tensor, cos_TK2: torch.Tensor, sin_TK2: torch.Tensor) -> torch.Tensor:
-    """`x_BHTK` with each pair rotated by its position's angle; computed in float32, returned in x's dtype."""
+    """Rotates each pair of `x_BHTK` by its position's angle. Computes in float32, returns x's dtype."""
     first, second = x_BHTK.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cos_TK2 - second * sin_TK2, second * cos_TK2 + first * sin_TK2), dim=-1)
     return rotated.to(x_BHTK.dtype)

@@ -9,7 +9,7 @@ from src.params import ModelConfig
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then the feed-forward network, each on a normed copy and added to the residual stream."""
+    """Attention, then the feed-forward network. Each reads a normed copy and adds to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -19,12 +19,6 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.ffn = FFN(config)
 
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        cache: KVCache | None = None,
-        positions_BT: torch.Tensor | None = None,
-        mask_BTS: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        x_BTD = x_BTD + self.dropout(self.attn(self.attn_norm(x_BTD), cache, positions_BT, mask_BTS))
+    def forward(self, x_BTD: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x_BTD = x_BTD + self.dropout(self.attn(self.attn_norm(x_BTD), cache))
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))

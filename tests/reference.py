@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from src.model import LLM
+from src.model_utils.load_model import load_weights
 from src.params import ModelConfig
 
 CONFIG = ModelConfig(n_vocab=512, n_ctx=64, n_embd=48, n_head=4, n_layer=3, residual_dropout=0.0, ffn_dropout=0.0)
@@ -30,7 +31,7 @@ def reference_model(folder: Path) -> LLM:
     with torch.serialization.safe_globals([(_ReferenceConfig, "src.params.HParams")]):
         state = torch.load(folder / "reference_checkpoint.pth", weights_only=True)["model_state_dict"]
     model = LLM(CONFIG)
-    model.load_state_dict({ours(name): tensor for name, tensor in state.items() if name != "out_proj.weight"})
+    load_weights(model, {ours(n): tensor for n, tensor in state.items() if n != "out_proj.weight"}, "the reference")
     return model
 
 

@@ -14,7 +14,7 @@ from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment import hellaswag, sampling
 from src.model_assessment.hellaswag_items import Item
-from src.model_utils.autotune import compiling_fails
+from src.model_utils.autotune import CompiledForward, compiling_fails
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig
 from src.utils.root import ROOT
@@ -50,10 +50,10 @@ def windows(model: LLM, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def train(model: LLM, sequences: int) -> None:
+def train(forward: CompiledForward, sequences: int) -> None:
     for _ in range(3):
-        model(*windows(model, sequences)).backward()
-        model.zero_grad()
+        forward(*windows(forward.model, sequences)).backward()
+        forward.zero_grad()
 
 
 def validate(model: LLM, sequences: int) -> None:
@@ -65,33 +65,26 @@ def validate(model: LLM, sequences: int) -> None:
 
 def test_layers_share_what_is_compiled_and_other_shapes_are_not(model: LLM):
     backend = CountingBackend()
-    model.compile_blocks(4, backend=backend)
-    train(model, 4)
+    forward = CompiledForward(model, backend=backend)
+    train(forward, 4)
     assert backend.graphs == 2  # one block for all four layers, one softmax
-    validate(model, 4)
-    with_validation = backend.graphs
-    assert with_validation == 4  # the same without gradients and dropout
 
     tokenizer = load_tokenizer()
-    for sequences in (1, 2, 3, 5):
+    for sequences in (1, 4):
         validate(model, sequences)
-        train(model, sequences)
     items = [Item(n, "a b " * n, ("c", "d e", "f", "g h i"), 0) for n in range(1, 6)]
     hellaswag.evaluate(model, items, tokenizer.encode, protocol="test")
     for prompt, n in (("One", 1), ("One two three", 3)):
         sampling.sample(model, tokenizer, (prompt,), sampling.SamplingConfig(max_new_tokens=20), num_samples=n)
-    train(model, 4)
-    validate(model, 4)
-    assert backend.graphs == with_validation
+    train(forward, 4)
+    assert backend.graphs == 2
 
 
 def test_another_model_in_the_same_process_compiles_its_own(model: LLM, tiny_config: ModelConfig):
     backend = CountingBackend()
-    model.compile_blocks(4, backend=backend)
-    train(model, 4)
+    train(CompiledForward(model, backend=backend), 4)
     other = LLM(replace(tiny_config, n_vocab=50_257, n_layer=2, n_embd=48))
-    other.compile_blocks(2, backend=backend)
-    train(other, 2)
+    train(CompiledForward(other, backend=backend), 2)
     assert backend.graphs == 4
 
 
@@ -102,13 +95,9 @@ def test_compiled_to_machine_code_it_computes_the_same(model: LLM, tmp_path: Pat
     inputs, targets = windows(model, 2)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         found = []
-        for compiled in (False, True):
-            if compiled:
-                model.compile_blocks(2)
-            else:
-                model.compile_nothing()
+        for forward in (model, CompiledForward(model)):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = model(inputs, targets)
+                loss = forward(inputs, targets)
             found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
         for eager, fast in zip(*found, strict=True):
             assert torch.linalg.vector_norm(fast - eager) <= tolerance * torch.linalg.vector_norm(eager)
@@ -123,14 +112,14 @@ def test_compiled_dropout_is_the_same_forward_and_backward(
     torch._dynamo.reset()
     model = LLM(replace(tiny_config, n_embd=48, residual_dropout=0.3, ffn_dropout=0.3)).train()
     init_weights(model, model.config, seed=0)
-    model.compile_blocks(4)
+    forward = CompiledForward(model)
     inputs, targets = windows(model, 4)
     parameters = list(model.parameters())
     directions = [torch.randn_like(p) * p.detach().std().clamp(min=0.02) for p in parameters]
 
     def loss() -> torch.Tensor:
         torch.manual_seed(3)
-        return model(inputs, targets)
+        return forward(inputs, targets)
 
     gradients = torch.autograd.grad(loss(), parameters)
     slope = sum(float((gradient * d).sum()) for gradient, d in zip(gradients, directions, strict=True))

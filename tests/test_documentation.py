@@ -290,8 +290,9 @@ def test_examples_of_the_checkpoint_format(temp_data: Path, monkeypatch: pytest.
     assert left["newest"].name == "step_0000002"
     assert left["logits_BTV"].shape == (1, 3, 50_257)
     weights, model = left["weights"], left["loaded"].model
-    assert set(weights) == set(model.state_dict())
-    assert all(np.array_equal(weights[key], tensor) for key, tensor in model.state_dict().items())
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert set(weights) == set(parameters)
+    assert all(np.array_equal(weights[key], tensor) for key, tensor in parameters.items())
     assert {array.dtype for array in weights.values()} == {np.dtype("float32")}
 
 

@@ -13,6 +13,7 @@ from src.model import LLM
 from src.model_configs.my_llm_config import lf_llm_269m
 from src.model_utils.adamw_opt import build_adamw, learning_rate
 from src.model_utils.llama_format import llama_settings, llama_tensors
+from src.model_utils.load_model import load_weights
 from src.model_utils.weight_init import init_weights
 from src.params import ConfigError, ModelConfig, OptimConfig
 from tests.reference import CONFIG, ours, reference_model, reference_tensors
@@ -122,27 +123,36 @@ def test_a_position_does_not_see_the_future(tiny_config: ModelConfig):
     assert difference[9:].min() > 0
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_branches_in_one_row_are_what_they_are_alone(tiny_config: ModelConfig, cached: bool):
-    """Two continuations of one beginning, which don't see each other, by their positions and a mask."""
+@pytest.mark.parametrize("lengths", [(16,), (1,) * 16, (5, 1, 1, 9), (1, 6, 9)])
+def test_positions_read_through_a_cache_are_what_they_are_together(tiny_config: ModelConfig, lengths: tuple[int, ...]):
     model = LLM(tiny_config).eval()
-    start, left, right = (torch.randint(tiny_config.n_vocab, (1, n)) for n in (5, 3, 4))
-    positions = torch.cat([torch.arange(5), torch.arange(5, 8), torch.arange(5, 9)])[None]
-    mask = torch.ones(12, 12, dtype=torch.bool).tril()
-    mask[8:, 5:8] = False
-    row = torch.cat((start, left, right), dim=1)
-    caches = model.new_caches(1, torch.float32) if cached else None
-    if cached:
-        model.hidden(start, caches)
-        row, positions, mask = row[:, 5:], positions[:, 5:], mask[5:]
-    found = model.hidden(row, caches, positions, mask[None])
-    for branch, place in ((left, slice(-7, -4)), (right, slice(-4, None))):
-        alone = model.hidden(torch.cat((start, branch), dim=1))[:, 5:]
-        torch.testing.assert_close(found[:, place], alone, atol=1e-5, rtol=1e-5)
+    ids = torch.randint(tiny_config.n_vocab, (2, 16))
+    caches = model.new_caches(2, torch.float32)
+    parts = [model(part, caches=caches) for part in ids.split(list(lengths), dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_head_and_embedding_are_one_weight(tiny_config: ModelConfig):
+    """After every way that gives a model its weights, and trained by both uses."""
+    model = LLM(tiny_config)
+    tensors = {name: torch.full_like(parameter, 0.5) for name, parameter in model.named_parameters()}
+    with torch.device("meta"):
+        assigned = LLM(tiny_config)
+    load_weights(assigned, tensors, "a test", assign=True)
+    load_weights(model, tensors, "a test")
+    for each in (model, assigned, assigned.bfloat16(), assigned.float()):
+        assert each.head.weight is each.embedding.weight
+        assert each.head.weight.device.type == "cpu"
+        assert "head.weight" not in dict(each.named_parameters())
+    ids = torch.tensor([[1, 2, 3]])
+    model(ids, ids).backward()
+    gradient = model.embedding.weight.grad
+    assert gradient is not None
+    assert (gradient.abs().sum(dim=1) > 0).all()  # the head's gradient reaches tokens that are not in the batch
 
 
 def test_two_models_of_other_shapes_in_one_process(tiny_config: ModelConfig):
-    """The second one's rotary tables must be its own, in whichever order they are called."""
+    """Each uses the rotary tables of its shape, in whichever order they are called."""
     other = ModelConfig(n_vocab=97, n_ctx=48, n_embd=32, n_head=2, n_layer=2, residual_dropout=0.0, ffn_dropout=0.0)
     inputs = torch.randint(97, (1, 12))
     alone = []
@@ -162,7 +172,7 @@ def test_rope_tables_are_not_saved_and_are_shared_by_layers(tiny_config: ModelCo
     global_cache.clear()
     model = LLM(tiny_config)
     model(torch.zeros(1, 4, dtype=torch.int64))
-    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()} | {"head.weight"}
     assert len(global_cache._tensors) == 2  # cosine and sine, for both layers
 
 

@@ -39,7 +39,7 @@ def printed(content: nbformat.NotebookNode) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
-@pytest.mark.parametrize("weights", ["auto", "int8"])
+@pytest.mark.parametrize("weights", ["auto", "bf16"])
 def test_sampling_from_a_run(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make_run(tmp_path / "runs" / "words", small_model())
     values = {"MODEL": "words", "WEIGHTS": weights, "PROMPT": "Once"}

@@ -21,8 +21,7 @@ from src.data_processing.training_data_loader import WindowDataset
 from src.model_assessment import hellaswag
 from src.model_assessment.validation import validate
 from src.model_utils.debugging import count_parameters
-from src.model_utils.load_model import LoadedModel, load_model
-from src.model_utils.stored_weights import WEIGHTS, store_weights
+from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, convert_weights, load_model
 from src.utils.errors import UserError, exit_with, now_and_then, say
 from src.utils.hardware import autocast, choose_device, describe_machine
 from src.utils.root import dataset_dir
@@ -37,7 +36,7 @@ class Evaluated:
     checkpoint: str
     step: int
     weights: str
-    """What they are kept in: float32, bf16 or int8."""
+    """What they are kept in: float32 or bf16."""
     matmuls: str
     """What they are computed in."""
     n_ctx: int
@@ -70,7 +69,7 @@ def evaluate(
     """
     config, held_out = loaded.config.model, manifest.validation[0]
     parameters = count_parameters(loaded.model)
-    precision = store_weights(loaded.model, weights, loaded.precision)
+    precision = convert_weights(loaded.model, weights, loaded.precision)
     windows = WindowDataset(folder, manifest.validation, config.n_ctx, config.n_vocab, at_least=1)
     n_windows = min(max(1, val_tokens // config.n_ctx), windows.n_windows)
     batch_size = max(1, BATCH_TOKENS // config.n_ctx)
@@ -289,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         nargs="+",
         default=["float32"],
-        choices=WEIGHTS[1:],
+        choices=WEIGHT_DTYPES[1:],
         help="how to keep the weights, one after the other (default: float32, as they are saved; computed in bf16 "
         "where training would be)",
     )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from src.attention import KVCache
 from src.model import LLM
 from src.utils.errors import UserError
 
@@ -89,16 +90,16 @@ def generate(
     device = model.embedding.weight.device
     rows = [list(prompt) for prompt in prompts]
     generators = [_generator(config.seed, i) for i in samples]
-    window: _Window | None = None
+    caches, start = model.new_caches(len(rows), _cache_dtype(model)), -1
     try:
         for _ in range(config.max_new_tokens):
-            starts = [_window_start(len(row), model.config.n_ctx) for row in rows]
-            if window is None or window.starts != starts:
-                window = _Window(model, rows, starts, device)
-                hidden_BTD = window.read_all(rows)
-            else:
-                hidden_BTD = window.read_last(rows)
-            logits_BV = model.logits(hidden_BTD[:, -1])[:, :n_tokens].float().cpu()
+            new = 1
+            if start != (start := _window_start(len(rows[0]), model.config.n_ctx)):
+                for cache in caches:
+                    cache.length = 0
+                new = len(rows[0]) - start
+            ids_BT = torch.tensor([row[-new:] for row in rows], device=device)
+            logits_BV = _last_logits(model, ids_BT, caches)[:, :n_tokens].float().cpu()
             log_norms_B = logits_BV.logsumexp(dim=-1)
             draws_B = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
             next_B = _choose(_penalized(logits_BV, rows, config.repetition_penalty), draws_B, config)
@@ -112,35 +113,12 @@ def generate(
         model.train(was_training)
 
 
-class _Window:
-    """What the model sees of each row, from where it starts: the tokens, and once they are read, a cache of them."""
-
-    def __init__(self, model: LLM, rows: list[list[int]], starts: list[int], device: torch.device) -> None:
-        self.model, self.starts, self.device = model, starts, device
-        lengths = [len(row) - start for row, start in zip(rows, starts, strict=True)]
-        self.padding = [max(lengths) - length for length in lengths]
-        self.padding_B1 = torch.tensor(self.padding, device=device)[:, None]
-        self.caches = model.new_caches(len(rows), _cache_dtype(model))
-
-    def read_all(self, rows: list[list[int]]) -> torch.Tensor:
-        """The model's output for the whole window, (B, T, D); once, before all else."""
-        windows = zip(self.padding, rows, self.starts, strict=True)
-        return self._read([[0] * padding + row[start:] for padding, row, start in windows], 0)
-
-    def read_last(self, rows: list[list[int]]) -> torch.Tensor:
-        """The same for the last token alone, (B, 1, D)."""
-        return self._read([row[-1:] for row in rows], self.caches[0].length)
-
-    def _read(self, tokens: list[list[int]], start: int) -> torch.Tensor:
-        ids_BT = torch.tensor(tokens, device=self.device)
-        if not any(self.padding):
-            return self.model.hidden(ids_BT, self.caches)
-        end = start + ids_BT.shape[1]
-        here_T, all_S = torch.arange(start, end, device=self.device), torch.arange(end, device=self.device)
-        # A place of padding sees itself: a softmax of nothing is no number.
-        seen_TS = all_S <= here_T[:, None]
-        mask_BTS = seen_TS & (all_S >= self.padding_B1)[:, None] | (all_S == here_T[:, None])
-        return self.model.hidden(ids_BT, self.caches, (here_T - self.padding_B1).clamp(min=0), mask_BTS)
+def _last_logits(model: LLM, ids_BT: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+    """(B, V), as model(ids_BT, caches=caches) gives them at the last position, without those of the others."""
+    x_BTD = model.embedding(ids_BT)
+    for block, cache in zip(model.blocks, caches, strict=True):
+        x_BTD = block(x_BTD, cache)
+    return model.head(model.norm(x_BTD[:, -1]))
 
 
 def _penalized(logits_BV: torch.Tensor, rows: list[list[int]], penalty: float) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """The log-probabilities that a model gives to several endings of one context, for many questions at a time.
 
-A question is one row of a batch: its context once, then its endings as branches. Each ending sees the context and
-itself, at the positions it has right after the context, so it gets what it would get in a row of its own. Rows of like
-length make a batch, and logits exist only where the next token belongs to an ending.
+Each ending is a row of a batch, after its context. Rows of similar length make a batch, padded on the right, and logits
+exist only where the next token belongs to an ending.
 
 Shapes: B rows of a batch, T places in a row, S the places that each of them sees, D width, V vocabulary, N tokens of
 endings in a batch.
@@ -12,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -26,8 +24,6 @@ TOKENS_GPU = 32_768
 # those of all 50,257 words of 128 positions at once, the head took twice as long at width 256, 1.7 times at 1,024.
 POSITIONS = 1_024
 LOGITS_CPU = 2**21
-
-PADDING = -1
 
 
 @dataclass(frozen=True)
@@ -102,16 +98,13 @@ class _Row:
 
 
 def _rows(question: Question, n_ctx: int) -> list[_Row]:
-    """One row for all endings, as long as the whole context fits before each; another context, another row."""
-    rows: dict[tuple[int, ...], _Row] = {}
+    """One row for each ending, with as much of the end of the context as fits before it."""
+    rows = []
     for number, ending in enumerate(question.endings):
         tokens = [*question.context, *ending][-n_ctx - 1 :]
         scored = min(len(ending), n_ctx)
-        context = tuple(tokens[:-scored])
-        row = rows.setdefault(context, _Row(context, [], []))
-        row.endings.append(tokens[-scored:])
-        row.numbers.append(number)
-    return list(rows.values())
+        rows.append(_Row(tuple(tokens[:-scored]), [tokens[-scored:]], [number]))
+    return rows
 
 
 def _batches(rows: list[list[_Row]], token_budget: int) -> list[list[int]]:
@@ -134,45 +127,34 @@ def _batches(rows: list[list[_Row]], token_budget: int) -> list[list[int]]:
 def _score(model: LLM, rows: list[_Row], device: torch.device) -> list[EndingScore]:
     """The score of each ending of each row, in order."""
     B, T = len(rows), max(row.length for row in rows)
-    arrays = np.zeros((3, B, T), dtype=np.int64)
-    ids_BT, positions_BT, branch_BT = arrays
-    branch_BT[:] = PADDING
+    # Padded on the right: attention is causal, so nothing before the padding sees it.
+    ids_BT = torch.zeros(B, T, dtype=torch.int64)
     before_N: list[int] = []  # the place in the batch from which each token of an ending is predicted
     for b, row in enumerate(rows):
-        start = end = len(row.context)
-        ids_BT[b, :end], positions_BT[b, :end], branch_BT[b, :end] = row.context, np.arange(end), 0
-        for branch, ending in enumerate(row.endings, start=1):
-            place, end = end, end + len(ending) - 1
-            ids_BT[b, place:end] = ending[:-1]
-            positions_BT[b, place:end] = np.arange(start, start + len(ending) - 1)
-            branch_BT[b, place:end] = branch
-            before_N += [b * T + start - 1, *range(b * T + place, b * T + end)]
+        tokens = [*row.context, *row.endings[0][:-1]]
+        ids_BT[b, : len(tokens)] = torch.tensor(tokens)
+        before_N += range(b * T + len(row.context) - 1, b * T + len(tokens))
     targets_N = [token for row in rows for ending in row.endings for token in ending]
 
-    hidden_BTD = _hidden(model, *torch.from_numpy(arrays).to(device))
-    hidden_ND = hidden_BTD.flatten(0, 1)[torch.tensor(before_N, device=device)]
+    x_BTD = model.embedding(ids_BT.to(device))
+    for block in model.blocks:
+        x_BTD = block(x_BTD)
+    hidden_ND = model.norm(x_BTD.flatten(0, 1)[torch.tensor(before_N, device=device)])
     log_probs_N = _log_probs(model, hidden_ND, torch.tensor(targets_N, device=device)).cpu().double()
     sizes = [len(ending) for row in rows for ending in row.endings]
     return [EndingScore(part.sum().item(), len(part)) for part in log_probs_N.split(sizes)]
 
 
-def _hidden(model: LLM, ids_BT: torch.Tensor, positions_BT: torch.Tensor, branch_BT: torch.Tensor) -> torch.Tensor:
-    """The model's output, where a place sees what is before it of its own branch and of the context, branch 0."""
-    same_BTS = branch_BT[:, :, None] == branch_BT[:, None, :]
-    mask_BTS = (same_BTS | (branch_BT[:, None, :] == 0)).tril()
-    return model.hidden(ids_BT, positions_BT=positions_BT, mask_BTS=mask_BTS)
-
-
 def _log_probs(model: LLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """log softmax(head(hidden))[target], (N,) float32, with few of the logits at once."""
-    in_parts = hidden_ND.device.type == "cpu" and model.head is None
+    in_parts = hidden_ND.device.type == "cpu"
     log_probs = _log_probs_by_vocabulary_part if in_parts else _log_probs_of_all
     parts = zip(hidden_ND.split(POSITIONS), targets_N.split(POSITIONS), strict=True)
     return torch.cat([log_probs(model, hidden, targets) for hidden, targets in parts])
 
 
 def _log_probs_of_all(model: LLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    return -F.cross_entropy(model.logits(hidden_ND).float(), targets_N, reduction="none")
+    return -F.cross_entropy(model.head(hidden_ND).float(), targets_N, reduction="none")
 
 
 def _log_probs_by_vocabulary_part(model: LLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:

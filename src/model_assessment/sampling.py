@@ -13,8 +13,7 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_assessment.generation import SamplingConfig, generate
 from src.model_assessment.interactive import converse
-from src.model_utils.load_model import load_model
-from src.model_utils.stored_weights import WEIGHTS, store_weights
+from src.model_utils.load_model import WEIGHT_DTYPES, convert_weights, load_model
 from src.utils.errors import UserError, exit_with, harmless, say
 from src.utils.hardware import autocast
 
@@ -60,16 +59,16 @@ def sample(
     made = [_Continuation(tokenizer, config.stop) for _ in encoded]
     started = time.perf_counter()
     with autocast or nullcontext():
-        for first in range(0, len(encoded), MOST_ROWS):
-            rows, ended = slice(first, first + MOST_ROWS), set[int]()
-            steps = generate(model, encoded[rows], config, numbers[rows], ended, tokenizer.n_vocab)
-            for tokens, log_probs in steps:
+        for group in _groups(encoded):
+            ended = set[int]()
+            prompts_ids, samples = [encoded[i] for i in group], [numbers[i] for i in group]
+            for tokens, log_probs in generate(model, prompts_ids, config, samples, ended, tokenizer.n_vocab):
                 between_tokens()
-                for i, (token, log_prob) in enumerate(zip(tokens, log_probs, strict=True)):
-                    if i not in ended:
-                        made[first + i].add(token, log_prob)
-                        if made[first + i].finish_reason:
-                            ended.add(i)
+                for row, (token, log_prob) in enumerate(zip(tokens, log_probs, strict=True)):
+                    if row not in ended:
+                        made[group[row]].add(token, log_prob)
+                        if made[group[row]].finish_reason:
+                            ended.add(row)
     rate = sum(len(each.tokens) for each in made) / (time.perf_counter() - started)
     for each in made:
         each.finish()
@@ -103,6 +102,16 @@ def stream(
             if made.finish_reason:
                 ended.add(0)
     yield made.finish()
+
+
+def _groups(encoded: list[list[int]]) -> Iterator[list[int]]:
+    """Indices of prompts of equal length, up to MOST_ROWS at a time."""
+    by_length: dict[int, list[int]] = {}
+    for i, ids in enumerate(encoded):
+        by_length.setdefault(len(ids), []).append(i)
+    for indices in by_length.values():
+        for first in range(0, len(indices), MOST_ROWS):
+            yield indices[first : first + MOST_ROWS]
 
 
 class _Continuation:
@@ -192,7 +201,7 @@ def main() -> int:
     )
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
     model = loaded.model
-    precision = store_weights(model, args.weights, loaded.precision)
+    precision = convert_weights(model, args.weights, loaded.precision)
 
     def context() -> AbstractContextManager[Any]:
         return autocast(loaded.device, precision)
@@ -250,9 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights",
         default="auto",
-        choices=WEIGHTS,
-        help="what the weights are kept in: bf16 takes half the memory of float32, int8 a quarter "
-        "(default: bf16 where the device computes with it)",
+        choices=WEIGHT_DTYPES,
+        help="dtype of the weights; bf16 takes half of the memory (default: bf16 where the device computes with it)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     return parser

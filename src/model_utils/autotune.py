@@ -9,13 +9,16 @@ import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
-from src.lm_loss import LOGIT_POSITIONS
+from src.lm_loss import LOGIT_POSITIONS, compile_softmax, linear_cross_entropy
 from src.model import LLM
 from src.params import Config
+from src.rope import rope_tables
 from src.utils import hardware
 from src.utils.errors import PeerError, UserError
 from src.utils.handle_ddp import Processes, processes_here, world_size
@@ -31,7 +34,32 @@ FASTER = 0.97  # of the eager time: a smaller gain is noise
 SPARE_GPU, SPARE_CPU = 0.03, 0.5
 
 
-@dataclass(frozen=True)
+class CompiledForward(nn.Module):
+    """`model(inputs_BT, targets_BT)` with its blocks and the loss's softmax compiled, for batches of one shape.
+
+    The compiling happens at the first batch. All blocks share the code of one, so it takes a fraction of the time of
+    compiling the whole model. `model` itself stays eager, so validation and sampling compile nothing.
+    """
+
+    def __init__(self, model: LLM, backend: str | Callable[..., Any] = "inductor") -> None:
+        super().__init__()
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        config, device = model.config, model.embedding.weight.device
+        rope_tables(config.n_ctx, config.head_dim, config.rope_theta, device)  # tracing must find them in the cache
+        self.model = model
+        self._blocks = [compiled(block) for block in model.blocks]  # a plain list: their parameters are the model's
+        self._softmax = compile_softmax(compiled)
+
+    def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """The mean loss in nats, as the model gives it."""
+        x_BTD = self.model.embedding(inputs_BT)
+        for block in self._blocks:
+            x_BTD = block(x_BTD)
+        hidden_ND = self.model.norm(x_BTD).flatten(0, 1)
+        return linear_cross_entropy(hidden_ND, self.model.head.weight, targets_BT.flatten(), self._softmax)
+
+
+@dataclass
 class Trial:
     """Tries forward and backward passes over random tokens; the model is left without gradients."""
 
@@ -39,6 +67,11 @@ class Trial:
     precision: torch.dtype
     device: torch.device
     _activations: dict[int, int] = field(default_factory=dict)
+    forward: nn.Module = field(init=False)
+    """What gives the loss: the model, or its compiled form."""
+
+    def __post_init__(self) -> None:
+        self.forward = self.model
 
     def seconds(self, batch_size: int) -> float:
         """How long one pass takes. Raises UserError where it needs more memory than there is."""
@@ -101,7 +134,7 @@ class Trial:
         shape = (batch_size, config.n_ctx)
         inputs_BT, targets_BT = (torch.randint(config.n_vocab, shape, device=self.device) for _ in range(2))
         with hardware.autocast(self.device, self.precision):
-            loss = self.model(inputs_BT, targets_BT)
+            loss = self.forward(inputs_BT, targets_BT)
         loss.backward()
         loss.item()  # waits for a GPU
 
@@ -114,13 +147,13 @@ def settle(
     precision: torch.dtype,
     procs: Processes,
     say: Callable[[str], None],
-) -> tuple[Config, list[str]]:
-    """`config` without "auto" in train.micro_batch_size and train.compile, and what was found out, in words.
+) -> tuple[Config, nn.Module, list[str]]:
+    """`config` without "auto" in train.micro_batch_size and train.compile, what gives the loss, and notes for the log.
 
-    The model is compiled from then on where that was chosen. `was`: the settings `train` of the checkpoint that the run
-    goes on from, if any. `say` hears beforehand of what takes long. All processes call it together, before the model
-    takes part in anything that they share. Raises UserError where not even one sequence fits, or where compiling was
-    asked for and fails.
+    What gives the loss is the model, or a CompiledForward where that was chosen. `was`: the settings `train` of the
+    checkpoint that the run goes on from, if any. `say` hears beforehand of what takes long. All processes call it
+    together, before the model takes part in anything that they share. Raises UserError where not even one sequence
+    fits, or where compiling was asked for and fails.
     """
     trial, notes = Trial(model, precision, procs.device), []
     if config.train.micro_batch_size == "auto":
@@ -132,7 +165,7 @@ def settle(
     if procs.device.type == "cuda":  # the peak that is logged is the training's
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(procs.device)
-    return replace(config, train=replace(config.train, compile="on" if on else "off")), notes
+    return replace(config, train=replace(config.train, compile="on" if on else "off")), trial.forward, notes
 
 
 def out_of_memory(error: Exception, device: torch.device, micro_batch_size: int, where: str) -> UserError:
@@ -188,22 +221,22 @@ def _compile(
             raise UserError(f"{failure}, or start with --train.compile off")
         return False, failure
     if reason:
-        trial.model.compile_blocks(size)
+        trial.forward = CompiledForward(trial.model)
         return True, f"{reason}; {_took(_try_compiled(size, trial, procs, 1, say)[0])}"
 
     eager = _mean(procs.together(lambda: [trial.seconds(size) for _ in range(2)])[1:], procs)
     micro_steps = steps_left * config.grad_accumulation_steps(procs.world_size)
     if eager * micro_steps * LIKELY_GAIN[kind] <= COMPILE_SECONDS[kind]:
         return False, f"{micro_steps} micro-batches of {eager:.2g} s: compiling would take longer than it saves"
-    trial.model.compile_blocks(size)
+    trial.forward = CompiledForward(trial.model)
     try:
         first, *later = _try_compiled(size, trial, procs, 4, say)
     except (UserError, PeerError) as error:  # here, or in another process: none compiles
-        trial.model.compile_nothing()
+        trial.forward = trial.model
         return False, str(error).split(";")[0]
     compiled = _mean(later, procs)
     if compiled > eager * FASTER:
-        trial.model.compile_nothing()
+        trial.forward = trial.model
         return False, f"a micro-batch takes {compiled:.3g} s compiled and {eager:.3g} s as it is"
     return True, f"a micro-batch takes {compiled:.3g} s instead of {eager:.3g} s; {_took(first)}"
 

@@ -47,7 +47,8 @@ def export(checkpoint: str | Path, out: Path, form: str, dtype: str, overwrite: 
     elif not has_tokenizer:
         say(f"warning: exported without a tokenizer: the model's {config.n_vocab:,} tokens are not {tokenizer.name}'s")
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.end_of_text)]
-    weights, parameters = loaded.model.state_dict(), count_parameters(loaded.model)
+    weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
+    parameters = count_parameters(loaded.model)
     file = WEIGHTS if form == "hf" else f"{loaded.config.run_name}-{dtype}.gguf"
     with writing(out, origin, overwrite, int(parameters * _BYTES[dtype])) as folder:
         card = model_card(origin, config, parameters, dtype, file, has_tokenizer)

@@ -75,7 +75,7 @@ def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor
     # Older versions of transformers saved the frequencies, which follow from the settings.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     with torch.device("meta"):
-        expected = llama_tensors(LLM(config).state_dict(), config.n_layer)
+        expected = llama_tensors(dict(LLM(config).named_parameters()), config.n_layer)
     expected.pop(_HEAD)
     problems = [
         f"{name}: expected {_shape(expected.get(name))}, found {_shape(tensors.get(name))}"

@@ -17,6 +17,8 @@ from src.utils.errors import UserError, say
 from src.utils.hardware import autocast, choose_device, choose_precision
 from src.utils.root import run_dir
 
+WEIGHT_DTYPES = ("auto", "float32", "bf16")
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -70,14 +72,31 @@ def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
 
 
 def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, assign: bool = False) -> None:
-    """Puts weights into `model`; raises UserError naming their `origin` and what doesn't fit, changing nothing."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
-        wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-        lines = [f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}" for n in wrong]
+    """Puts weights, named as `model.named_parameters()` names them, into `model`: copied, or with `assign` as they are.
+
+    Raises UserError before any change where names or shapes differ; it names their `origin` and the differences.
+    """
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if actual != expected:
+        wrong = sorted(n for n in expected.keys() | actual.keys() if expected.get(n) != actual.get(n))
+        lines = [f"{n}: expected {expected.get(n, 'nothing')}, found {actual.get(n, 'nothing')}" for n in wrong]
         raise UserError(f"{origin} holds another model's weights:\n  - " + "\n  - ".join(lines[:10]))
-    model.load_state_dict(tensors, assign=assign)
+    # Not strict, because the head's weight has no name of its own: it is the embedding's, which assigning replaces.
+    model.load_state_dict(tensors, strict=False, assign=assign)
+    model.head.weight = model.embedding.weight
+
+
+def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtype:
+    """Converts `model` in place to the dtype `kind`, one of WEIGHT_DTYPES. Returns the dtype to call it in.
+
+    "float32": stays as it is, called in `precision`. "bf16": all weights in bfloat16. "auto": bf16 where `precision`
+    is bfloat16.
+    """
+    if kind == "float32" or (kind == "auto" and precision == torch.float32):
+        return precision
+    model.bfloat16()
+    return torch.bfloat16
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def _model_config(hparams: Any, theirs: dict[str, Any]) -> ModelConfig:
 
 def _weights(config: ModelConfig, theirs: dict[str, Any]) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LLM(config).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in LLM(config).named_parameters()}
     names = {their_name(name) for name in shapes}
     if missing := sorted(names - theirs.keys()):
         raise _Refusal(f"model_state_dict has no {missing[0]} ({len(missing)} of {len(names)} are missing)")

@@ -92,13 +92,13 @@ def test_an_export_other_weights_and_multiple_choice(commands: Commands, tmp_pat
         "src.data_processing.data_downloader", "--source", "files", "--path", str(texts), "--out", "text"
     )
     assert prepared.returncode == 0, prepared.stderr
-    weights = ("--weights", "float32", "int8", "--val-tokens", "2000")
+    weights = ("--weights", "float32", "bf16", "--val-tokens", "2000")
     asked = ("--checkpoint", "words", str(tmp_path / "exported"), "--data", "text", *weights)
     result, tables = evaluated(commands, *asked, "--hellaswag", "held-out", "--limit", "6")
-    exact, int8, exported, exported_int8 = result["results"]
+    exact, rounded, exported, exported_rounded = result["results"]
     assert exported["validation"]["loss"] == pytest.approx(exact["validation"]["loss"], abs=1e-6)
-    assert exported_int8["validation"]["loss"] == pytest.approx(int8["validation"]["loss"], abs=1e-6)
-    assert 0 < abs(int8["loss_less_first"]["difference"]) < 0.2
+    assert exported_rounded["validation"]["loss"] == pytest.approx(rounded["validation"]["loss"], abs=1e-6)
+    assert 0 < abs(rounded["loss_less_first"]["difference"]) < 0.2
     for each in result["results"]:
         choice = each["multiple_choice"]
         assert list(choice) == ["reference"]

@@ -210,7 +210,7 @@ def checkpoint(tmp_path: Path) -> Path:
     write_prose(tmp_path / "datasets" / "prose")
     trained_on = shards.read_manifest(tmp_path / "datasets" / "prose").sha256
     state = {"config": to_dict(config), "dataset_sha256": trained_on}
-    save_checkpoint(root, 3, {"model": model.state_dict()}, state)
+    save_checkpoint(root, 3, {"model": dict(model.named_parameters())}, state)
     return step_dir(root, 3)
 
 

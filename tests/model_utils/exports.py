@@ -60,7 +60,7 @@ def make_run(
         eval=EvalConfig(hellaswag_data="/home/somebody/items.jsonl"),
     )
     state = {"config": to_dict(config), "dataset_sha256": dataset_sha256}
-    save_checkpoint(folder / "checkpoints", step, {"model": model.state_dict()}, state)
+    save_checkpoint(folder / "checkpoints", step, {"model": dict(model.named_parameters())}, state)
     sources = [
         {"name": "pydocs", "documents": 1_500, "tokens": 2_358_597, "share": 0.75},
         {"name": "files", "path": "/home/somebody/texts", "documents": 7, "tokens": 786_199, "share": 0.25},

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from src.model import LLM
 from src.model_utils import autotune as start_choices
-from src.model_utils.autotune import Trial, settle
+from src.model_utils.autotune import CompiledForward, Trial, settle
 from src.params import Config, ModelConfig, TrainConfig
 from src.utils import hardware
 from src.utils.errors import PeerError, UserError
@@ -50,10 +51,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[int]
     return make
 
 
-def settled(config: Config, was: dict[str, Any] | None = None) -> tuple[Config, LLM, str]:
+def settled(config: Config, was: dict[str, Any] | None = None) -> tuple[Config, nn.Module, str]:
     model = LLM(config.model)
-    chosen, notes = settle(config, was, config.total_steps, model, torch.float32, ALONE, print)
-    return chosen, model, "; ".join(notes)
+    chosen, forward, notes = settle(config, was, config.total_steps, model, torch.float32, ALONE, print)
+    return chosen, forward, "; ".join(notes)
 
 
 def auto_micro_batch(config: Config) -> Config:
@@ -121,11 +122,11 @@ def test_a_run_that_goes_on_keeps_its_choices(
     tried = passes([])
     monkeypatch.setattr(Trial, "fits", lambda *_: True)
     auto = replace(config, train=replace(config.train, micro_batch_size="auto"))
-    chosen, model, words = settled(auto, was={"micro_batch_size": 3, "compile": "off"})
+    chosen, forward, words = settled(auto, was={"micro_batch_size": 3, "compile": "off"})
     assert (chosen.train.micro_batch_size, chosen.train.compile) == (3, "off")
     assert words.count("as this run has had it") == 2
     assert not tried
-    assert model._compiled is None
+    assert isinstance(forward, LLM)
 
 
 def test_a_micro_batch_that_another_number_of_processes_cannot_keep_is_found_anew(config: Config):
@@ -137,9 +138,9 @@ def test_a_micro_batch_that_another_number_of_processes_cannot_keep_is_found_ane
 def test_a_short_run_is_not_compiled(config: Config, passes: Callable[[list[float]], list[int]]):
     """100 steps of 3 micro-batches of 0.5 s take 150 s: the likely gain is less than compiling takes."""
     tried = passes([0.9, 0.5])
-    chosen, model, words = settled(config)
+    chosen, forward, words = settled(config)
     assert chosen.train.compile == "off"
-    assert model._compiled is None
+    assert isinstance(forward, LLM)
     assert tried == [4, 4]
     assert "compile: off (300 micro-batches of 0.5 s: compiling would take longer than it saves)" in words
 
@@ -149,23 +150,17 @@ def test_a_long_run_is_compiled_where_that_is_faster(
     config: Config, compiled: float, expected: str, passes: Callable[[list[float]], list[int]]
 ):
     passes([2.4, 2.0, 20.0, compiled, compiled, compiled])
-    chosen, model, words = settled(config)
+    chosen, forward, words = settled(config)
     assert chosen.train.compile == expected
-    assert (model._compiled is not None) == (expected == "on")
+    assert isinstance(forward, CompiledForward if expected == "on" else LLM)
     assert f"compile: {expected} (a micro-batch takes {compiled:.3g} s" in words
 
 
 def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_blocks(self: LLM, batch_size: int) -> None:
-        def fails(*_: Any) -> torch.Tensor:
-            raise RuntimeError("no working C++ compiler was found\nand more lines")
+    def fails(*_: Any) -> torch.Tensor:
+        raise RuntimeError("no working C++ compiler was found\nand more lines")
 
-        original(self, batch_size, backend="eager")
-        assert self._compiled
-        self._compiled.blocks[0] = fails
-
-    original = LLM.compile_blocks
-    monkeypatch.setattr(LLM, "compile_blocks", compile_blocks)
+    monkeypatch.setattr(CompiledForward, "forward", fails)
 
 
 def test_without_a_compiler_a_run_is_not_compiled(
@@ -176,10 +171,10 @@ def test_without_a_compiler_a_run_is_not_compiled(
     with pytest.raises(UserError, match=r"torch.compile failed: no working C\+\+ compiler was found; install"):
         settled(asked)
     monkeypatch.setitem(start_choices.LIKELY_GAIN, "cpu", 1e9)
-    chosen, model, words = settled(config)
+    chosen, forward, words = settled(config)
     assert chosen.train.compile == "off"
     assert "compile: off (torch.compile failed: no working C++ compiler was found)" in words
-    assert model._compiled is None
+    assert isinstance(forward, LLM)
 
 
 def test_pytorch_in_a_folder_with_a_space_is_not_tried(
@@ -187,9 +182,9 @@ def test_pytorch_in_a_folder_with_a_space_is_not_tried(
 ):
     monkeypatch.setattr(torch, "__file__", "/my programs/torch/__init__.py")
     tried = passes([])
-    _, model, words = settled(config)
+    _, forward, words = settled(config)
     assert "compile: off (PyTorch lies in /my programs/torch" in words
-    assert model._compiled is None
+    assert isinstance(forward, LLM)
     with pytest.raises(UserError, match="do not take a space; use an environment in another folder"):
         settled(replace(config, train=replace(config.train, compile="on")))
     assert tried == []
@@ -201,9 +196,9 @@ def test_without_pythons_headers_it_is_not_tried(
     """A CPU's code and what starts a GPU's kernels include them."""
     monkeypatch.setattr(sysconfig, "get_path", lambda name: f"/nowhere/{name}")
     tried = passes([])
-    _, model, words = settled(config)
+    _, forward, words = settled(config)
     assert "compile: off (there is no Python.h in /nowhere/include; install Python's headers" in words
-    assert model._compiled is None
+    assert isinstance(forward, LLM)
     with pytest.raises(UserError, match=r"python3-dev\), or start with --train\.compile off"):
         settled(replace(config, train=replace(config.train, compile="on")))
     assert tried == []
@@ -215,10 +210,10 @@ def test_without_a_compiler_on_another_machine_a_run_is_not_compiled(config: Con
 
     monkeypatch.setattr(start_choices, "_try_compiled", failed_elsewhere)
     monkeypatch.setitem(start_choices.COMPILE_SECONDS, "cpu", 0.0)
-    chosen, model, words = settled(config)
+    chosen, forward, words = settled(config)
     assert chosen.train.compile == "off"
     assert "torch.compile failed: no working C++ compiler was found)" in words
-    assert model._compiled is None
+    assert isinstance(forward, LLM)
 
 
 def test_what_is_tried_leaves_nothing_behind(config: Config):

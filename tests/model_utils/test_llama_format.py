@@ -30,7 +30,7 @@ def settings() -> dict[str, Any]:
 
 
 def test_there_and_back():
-    ours = small_model(SHAPE).state_dict()
+    ours: dict[str, torch.Tensor] = dict(small_model(SHAPE).named_parameters())
     back = our_tensors(llama_tensors(ours, SHAPE.n_layer), SHAPE.n_layer)
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)

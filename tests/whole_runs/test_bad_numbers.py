@@ -34,7 +34,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(config: Config
     record_skip = pretrain.record_skip
 
     def spy(run, *arguments):
-        tensors = {f"model/{k}": v.clone() for k, v in run.state.model.state_dict().items()}
+        tensors = {f"model/{k}": v.detach().clone() for k, v in run.state.model.named_parameters()}
         optimizer = optimizer_tensors(run.state.model, run.state.optimizer)
         seen.append(tensors | {f"optimizer/{k}": v.clone() for k, v in optimizer.items()})
         record_skip(run, *arguments)
