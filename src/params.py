@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses, and the checks on them.
 
-Standard library only: this file knows fields, units and limits, and nothing of torch, the
-environment or the command line. The string under each field is its help text on the command line.
+Standard library only: this file knows fields, units and limits, and nothing of torch or the command line. The string
+under each field is its help text on the command line.
 """
 
 import dataclasses
@@ -11,17 +11,23 @@ from typing import Any, Literal, get_args
 
 MAX_STEPS = 10_000_000  # 500 times the published run's
 MAX_NAME_BYTES = 200  # of run_name: file systems take 255, and folders set aside get longer names
+# Far above anything this code can train, so that a slip of the keyboard is refused at once and takes no memory.
+MAX_WIDTH = MAX_VOCAB = 65_536  # token ids are uint16
+MAX_LAYERS = 1_024
+MAX_CONTEXT = 1_048_576
+MAX_COUNT = 10**9
+MAX_TOKENS = 10**15
 Reporter = Literal["tensorboard", "wandb"]
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work. The message lists every problem found, one a line."""
+    """A setting that cannot work. The message lists every problem problems, one a line."""
 
     exit_code = 2
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
-        super().__init__("the configuration cannot work:\n" + "\n".join(f"  - {p}" for p in problems))
+        super().__init__("Cannot use this configuration:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class ModelConfig:
     n_vocab: int = 50_257
     """Tokens in the vocabulary; r50k_base has 50,257."""
     n_ctx: int = 2_048
-    """Longest sequence the model sees, in tokens."""
+    """Longest sequence, in tokens."""
     n_embd: int = 1_024
     """Width: the size of a token's vector between blocks."""
     n_head: int = 16
@@ -58,23 +64,30 @@ class ModelConfig:
         return self.n_embd * self.ffn_mult
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "model", "n_vocab n_ctx n_embd n_head n_layer ffn_mult norm_eps rope_theta")
-        if not found and self.n_embd % self.n_head:
+        """All reasons why this shape cannot work, each with a remedy."""
+        limits = {"n_vocab": MAX_VOCAB, "n_ctx": MAX_CONTEXT, "n_embd": MAX_WIDTH, "n_head": MAX_WIDTH}
+        problems = _outside(self, "model", {**limits, "n_layer": MAX_LAYERS, "ffn_mult": MAX_LAYERS})
+        problems += _not_positive(self, "model", "norm_eps rope_theta")
+        if not problems and self.n_embd % 2:
+            problems.append(
+                f"model.n_embd = {self.n_embd} is odd; RoPE rotates pairs, so use {self.n_embd + 1}, for example"
+            )
+        elif not problems and self.n_embd % self.n_head:
             heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % (2 * h) == 0]
             near = sorted(heads, key=lambda h: abs(h - self.n_head))[:4]
-            found.append(
+            problems.append(
                 f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
                 f"for this width, n_head can be {_either(near)}"
             )
-        elif not found and self.head_dim % 2:
-            found.append(
+        elif not problems and self.head_dim % 2:
+            problems.append(
                 f"the head dimension, model.n_embd / model.n_head = {self.n_embd} / {self.n_head} = {self.head_dim}, "
                 "is odd; RoPE rotates pairs, so choose n_embd and n_head with an even quotient"
             )
         for name in ("residual_dropout", "ffn_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                found.append(f"model.{name} = {getattr(self, name)} must be at least 0 and below 1")
-        return found
+                problems.append(f"model.{name} = {getattr(self, name)} must be at least 0 and below 1")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class OptimConfig:
     max_lr: float = 2.1e-3
     """Learning rate at the end of warm-up."""
     min_lr_ratio: float = 0.1
-    """The cosine ends at max_lr times this."""
+    """Final learning rate of the cosine, as a share of max_lr."""
     warmup_ratio: float = 0.0119
     """Share of all tokens over which the learning rate rises linearly."""
     warmup_steps: int | None = None
@@ -114,20 +127,20 @@ class OptimConfig:
     """Skip steps whose loss lies this many standard deviations above the recent ones; 0 turns it off."""
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "optim", "max_lr eps clip_grad_norm")
+        problems = _not_positive(self, "optim", "max_lr eps clip_grad_norm")
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= MAX_STEPS:
+            problems.append(f"optim.warmup_steps = {self.warmup_steps} must be at least 0 and at most {MAX_STEPS:,}")
         for name in ("min_lr_ratio", "warmup_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                found.append(f"optim.{name} = {getattr(self, name)} must be between 0 and 1")
+                problems.append(f"optim.{name} = {getattr(self, name)} must be between 0 and 1")
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                found.append(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
-        if not self.weight_decay >= 0.0:
-            found.append(f"optim.weight_decay = {self.weight_decay} must not be negative")
+                problems.append(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
+        if not 0.0 <= self.weight_decay < math.inf:
+            problems.append(f"optim.weight_decay = {self.weight_decay} must be finite and not negative")
         if not 0.0 <= self.spike_z < math.inf:
-            found.append(f"optim.spike_z = {self.spike_z} must be finite and not negative; 0 turns it off")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            found.append(f"optim.warmup_steps = {self.warmup_steps} must not be negative")
-        return found
+            problems.append(f"optim.spike_z = {self.spike_z} must be finite and not negative; 0 turns it off")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -141,53 +154,56 @@ class TrainConfig:
     batch_tokens: int = 524_288
     """Tokens in one optimizer step, over all processes and accumulation steps."""
     micro_batch_size: int | Literal["auto"] = 16
-    """Sequences in one forward pass of one process; gradient accumulation follows from it. auto: the most that fit.
-    Changes what dropout draws, and otherwise no result but rounding."""
+    """Sequences in one forward pass of one process; gradient accumulation follows from it. auto: as many as fit.
+    Affects only rounding and dropout's random numbers."""
     seed: int = 42
     """Seeds initial weights, dropout and data order."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """bf16 autocast or float32; auto takes bf16 where the device is faster in it, measured on CPUs, and what a run has
-    had when it goes on."""
+    """bf16 autocast or float32. auto: bf16 on GPUs since Ampere and on CPUs with AMX, else float32; a resumed run keeps
+    its precision."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks and the loss; auto compiles where measuring says that it pays."""
+    """torch.compile of the blocks and the loss; auto: on for CUDA, off elsewhere; a resumed run keeps its choice."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes CUDA, else MPS, else the CPU."""
     log_every_steps: int = 50
     """Steps between training lines in metrics.jsonl and on the console."""
     timeout_s: float = 600.0
-    """Seconds after which processes that wait for one that does not answer give up, naming the step."""
+    """Seconds that a process waits for another one before it gives up and names the step."""
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "train", "total_tokens batch_tokens log_every_steps timeout_s")
+        limits = {"total_tokens": MAX_TOKENS, "batch_tokens": MAX_COUNT, "log_every_steps": MAX_COUNT}
+        problems = _outside(self, "train", limits)
         if self.micro_batch_size != "auto":
-            found += _not_positive(self, "train", "micro_batch_size")
+            problems += _outside(self, "train", {"micro_batch_size": MAX_COUNT})
+        if not 0 < self.timeout_s <= MAX_COUNT:
+            problems.append(f"train.timeout_s = {self.timeout_s} must be above 0 and at most {MAX_COUNT:,}")
         if self.total_steps is not None and not 1 <= self.total_steps <= MAX_STEPS:
-            found.append(f"train.total_steps = {self.total_steps} must be at least 1 and at most {MAX_STEPS:,}")
+            problems.append(f"train.total_steps = {self.total_steps} must be at least 1 and at most {MAX_STEPS:,}")
         if not 0 <= self.seed < 2**63:
-            found.append(f"train.seed = {self.seed} must be between 0 and 2^63 - 1")
+            problems.append(f"train.seed = {self.seed} must be between 0 and 2^63 - 1")
         for name, allowed in (
             ("precision", ("auto", "bf16", "float32")),
             ("compile", ("auto", "on", "off")),
             ("device", ("auto", "cpu", "cuda", "mps")),
         ):
             if getattr(self, name) not in allowed:
-                found.append(f"train.{name} = {getattr(self, name)!r} must be {_either(allowed)}")
-        return found
+                problems.append(f"train.{name} = {getattr(self, name)!r} must be {_either(allowed)}")
+        return problems
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is measured while training. Everything also runs before the first and after the last step."""
+    """Evaluations during training. All of them also run before the first and after the last step."""
 
     val_every_steps: int = 100
     """Steps between validations."""
     val_tokens: int = 2_097_152
-    """Validation tokens, the same ones every time; fewer where shard 0 holds fewer. Those of the published recipe,
-    7,864,320, take 5% of its time where a token costs a third of training on one; the standard error is logged."""
+    """Validation tokens, the same ones every time; fewer where shard 0 holds fewer. A quarter of the published
+    recipe's, which take 5% of its time; the standard error is logged."""
     hellaswag_every_steps: int = 500
     """Steps between multiple-choice evaluations."""
     hellaswag_data: str = "auto"
-    """A HellaSwag .jsonl or .jsonl.gz; 'auto' fetches it, 'held-out' makes items from validation documents."""
+    """A HellaSwag .jsonl or .jsonl.gz; 'auto' downloads it, 'held-out' makes items from validation documents."""
     hellaswag_items: int = 10_042
     """How many items to evaluate, from the first; 0 turns the evaluation off."""
     sample_every_steps: int = 500
@@ -201,32 +217,35 @@ class EvalConfig:
 
     def problems(self) -> list[str]:
         names = "val_every_steps val_tokens hellaswag_every_steps sample_every_steps samples_per_prompt sample_tokens"
-        found = _not_positive(self, "eval", names)
-        if self.hellaswag_items < 0:
-            found.append(f"eval.hellaswag_items = {self.hellaswag_items} must not be negative; 0 turns it off")
+        problems = _outside(self, "eval", dict.fromkeys(names.split(), MAX_COUNT))
+        if not 0 <= self.hellaswag_items <= MAX_COUNT:
+            problems.append(
+                f"eval.hellaswag_items = {self.hellaswag_items} must be at least 0 and at most {MAX_COUNT:,}; "
+                "0 turns it off"
+            )
         if not self.hellaswag_data:
-            found.append("eval.hellaswag_data is empty; give a file, 'auto' or 'held-out'")
-        return found
+            problems.append("eval.hellaswag_data is empty; give a file, 'auto' or 'held-out'")
+        return problems
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep. The last step is always saved."""
+    """The steps to save at and the checkpoints to keep. The last step is always saved."""
 
     every_steps: int = 500
     """Steps between checkpoints."""
     keep_last: int = 2
     """Newest checkpoints to keep; at least 2, so that a damaged one has a predecessor."""
     keep_every_steps: int = 0
-    """Also keep every checkpoint whose step is a multiple of this; 0 keeps none besides."""
+    """Also keep every checkpoint whose step is a multiple of this; 0 turns it off."""
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "checkpoint", "every_steps")
-        if self.keep_last < 2:
-            found.append(f"checkpoint.keep_last = {self.keep_last} must be at least 2")
-        if self.keep_every_steps < 0:
-            found.append(f"checkpoint.keep_every_steps = {self.keep_every_steps} must not be negative")
-        return found
+        problems = _outside(self, "checkpoint", {"every_steps": MAX_COUNT})
+        if not 2 <= self.keep_last <= MAX_COUNT:
+            problems.append(f"checkpoint.keep_last = {self.keep_last} must be at least 2 and at most {MAX_COUNT:,}")
+        if not 0 <= self.keep_every_steps <= MAX_COUNT:
+            problems.append(f"checkpoint.keep_every_steps = {self.keep_every_steps} must be at least 0; 0 turns it off")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -236,14 +255,12 @@ class Config:
     run_name: str = "run"
     """Folder of the run under temp_data/runs/."""
     resume: str = "auto"
-    """auto: go on from the newest good checkpoint; never: start anew, at every start, setting an old run aside; or
-    the step of a checkpoint, setting later ones aside."""
+    """auto: resume from the newest good checkpoint. never: start from scratch and set an old run aside. Or a step: resume
+    from its checkpoint and set later ones aside."""
     profile: int = 0
-    """Steps to record with PyTorch's profiler, soon after the start; the trace in the run's folder opens at
-    ui.perfetto.dev."""
+    """Steps to record with PyTorch's profiler, near the start; the trace opens at ui.perfetto.dev."""
     report_to: tuple[Reporter, ...] = ()
-    """Other programs to watch the run with, which have to be installed: tensorboard, wandb or both. No result depends
-    on it."""
+    """Trackers to report to: tensorboard, wandb or both; they must be installed. Affects no result."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -253,35 +270,35 @@ class Config:
 
     def __post_init__(self) -> None:
         groups = (self.model, self.data, self.optim, self.train, self.eval, self.checkpoint)
-        found = [problem for group in groups for problem in group.problems()]
+        problems = [problem for group in groups for problem in group.problems()]
         if not self.run_name or self.run_name in (".", "..") or set(self.run_name) & set("/\\\0"):
-            found.append(f"run_name = {self.run_name!r} must be a plain folder name")
+            problems.append(f"run_name = {self.run_name!r} must be a plain folder name")
         if (length := len(self.run_name.encode(errors="replace"))) > MAX_NAME_BYTES:
-            found.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; it can have {MAX_NAME_BYTES}")
+            problems.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; it can have {MAX_NAME_BYTES}")
         if self.resume not in ("auto", "never") and not self.resume.isdecimal():
-            found.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
-        if self.profile < 0:
-            found.append(f"profile = {self.profile} must not be negative; 0 records nothing")
+            problems.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
+        if not 0 <= self.profile <= MAX_COUNT:
+            problems.append(f"profile = {self.profile} must be at least 0 and at most {MAX_COUNT:,}; 0 records nothing")
         for name in self.report_to:
             if name not in get_args(Reporter):
-                found.append(f"report_to names {name!r}; it can name {_either(get_args(Reporter))}, or both")
-        if not found and self.train.batch_tokens % self.model.n_ctx:
+                problems.append(f"report_to names {name!r}; it can name {_either(get_args(Reporter))}, or both")
+        if not problems and self.train.batch_tokens % self.model.n_ctx:
             multiple = max(1, round(self.train.batch_tokens / self.model.n_ctx)) * self.model.n_ctx
-            found.append(
+            problems.append(
                 f"train.batch_tokens = {self.train.batch_tokens} is not a multiple of model.n_ctx = "
-                f"{self.model.n_ctx}; the nearest that is: {multiple}"
+                f"{self.model.n_ctx}; the nearest multiple is {multiple}"
             )
-        if not found and self.total_steps < 1:
-            found.append(
+        if not problems and self.total_steps < 1:
+            problems.append(
                 f"train.total_tokens = {self.train.total_tokens} is less than one step of "
                 f"train.batch_tokens = {self.train.batch_tokens}"
             )
-        if not found and self.warmup_steps >= self.total_steps and self.optim.warmup_steps is not None:
-            found.append(
+        if not problems and self.warmup_steps >= self.total_steps and self.optim.warmup_steps is not None:
+            problems.append(
                 f"optim.warmup_steps = {self.warmup_steps} must be below the {self.total_steps} steps of the run"
             )
-        if found:
-            raise ConfigError(found)
+        if problems:
+            raise ConfigError(problems)
 
     @property
     def total_steps(self) -> int:
@@ -306,11 +323,14 @@ class Config:
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences in one forward pass of one process; 1, the least there is, as long as auto is not settled."""
+        """Sequences in one forward pass of one process; 1, the smallest possible, until "auto" is settled."""
         return 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_size
 
     def grad_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches each of `world_size` processes adds up for one step; raises ConfigError if it isn't whole."""
+        """Micro-batches that each of `world_size` processes accumulates for one step.
+
+        Raises ConfigError, with settings that divide the batch evenly, if these don't.
+        """
         sequences, micro = self.batch_size, self.micro_batch_size
         if sequences % (micro * world_size) == 0:
             return sequences // (micro * world_size)
@@ -321,7 +341,7 @@ class Config:
         )
         if sequences % world_size == 0:
             share = sequences // world_size
-            sizes = [size for size in range(1, share + 1) if share % size == 0]
+            sizes = [size for size in range(1, min(share, MAX_CONTEXT) + 1) if share % size == 0]
             remedy = f"with {world_size} process(es), micro_batch_size can be {_either(sizes)}"
         else:
             counts = [n for n in range(1, 2 * world_size) if sequences % (micro * n) == 0]
@@ -339,7 +359,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Config:
-    """The Config that `to_dict` made `data` from, read back from JSON; raises ConfigError on unknown fields."""
+    """The Config that `to_dict` wrote as `data`, read back from JSON; raises ConfigError on unknown fields."""
     groups: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.default is MISSING}
     unknown = [name for name in data if name not in {f.name for f in dataclasses.fields(Config)}]
     values: dict[str, Any] = {name: value for name, value in data.items() if name not in groups}
@@ -355,6 +375,14 @@ def from_dict(data: dict[str, Any]) -> Config:
     if unknown:
         raise ConfigError([f"{name} is not a field of the configuration" for name in unknown])
     return Config(**values)
+
+
+def _outside(group: Any, prefix: str, limits: dict[str, int]) -> list[str]:
+    return [
+        f"{prefix}.{name} = {getattr(group, name)} must be at least 1 and at most {limit:,}"
+        for name, limit in limits.items()
+        if not 1 <= getattr(group, name) <= limit
+    ]
 
 
 def _not_positive(group: Any, prefix: str, names: str) -> list[str]:

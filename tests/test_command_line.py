@@ -19,7 +19,7 @@ from tests.conftest import Commands
         (["debug", "--train.total-step", "5"], "--train.total-steps"),
         (["debug", "--model.n-embd", "30"], "not divisible by model.n_head = 4"),
         (["debug", "--model.n-embd", "12", "--model.n-head", "4"], "is odd"),
-        (["debug", "--train.batch-tokens", "1000"], "the nearest that is: 1024"),
+        (["debug", "--train.batch-tokens", "1000"], "the nearest multiple is 1024"),
         (["debug", "--train.micro-batch-size", "3"], "micro_batch_size can be 1, 2, 4, 8 or 16"),
         (["debug", "--data.dir", "nowhere"], "no dataset at"),
         (["debug", "--resume", "soon"], "must be auto, never or the step"),
@@ -75,7 +75,7 @@ def test_sampling_from_nowhere_and_with_odd_settings(commands: Commands):
     assert "top_p = 2.0 must be above 0 and at most 1" in result.stderr
     result = commands.module("src.model_assessment.sampling", "--checkpoint", "nowhere")
     assert result.returncode == 2
-    assert "no checkpoint at" in result.stderr
+    assert "Cannot load a checkpoint" in result.stderr
 
 
 def test_a_hub_that_cannot_be_reached_is_noticed_before_training(commands: Commands, dataset: Callable[..., Path]):

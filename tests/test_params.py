@@ -37,7 +37,7 @@ def test_every_problem_is_reported_at_once():
     [
         (ModelConfig(n_embd=30, n_head=10), "30 / 10 = 3, is odd"),
         (ModelConfig(n_embd=1024, n_head=15), "n_head can be 16, 8"),
-        (ModelConfig(n_layer=0), "model.n_layer = 0 must be above 0"),
+        (ModelConfig(n_layer=0), "model.n_layer = 0 must be at least 1"),
         (ModelConfig(rope_theta=float("nan")), "model.rope_theta = nan must be above 0"),
         (ModelConfig(norm_eps=float("inf")), "model.norm_eps = inf must be above 0 and finite"),
     ],
@@ -55,7 +55,7 @@ def test_a_limit_for_spikes_that_cannot_work(value: float):
 
 
 def test_a_batch_that_context_does_not_divide():
-    with pytest.raises(ConfigError, match="the nearest that is: 4096"):
+    with pytest.raises(ConfigError, match="the nearest multiple is 4096"):
         replace(debug(), train=replace(debug().train, batch_tokens=4_100))
 
 
