@@ -145,7 +145,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at once, and on what."""
+    """Length of the run, batch and device."""
 
     total_tokens: int = 10_000_000_000
     """Tokens to train on; the number of steps follows from it and batch_tokens."""
@@ -164,7 +164,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks and the loss; auto: on for CUDA, off elsewhere; a resumed run keeps its choice."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train; auto takes CUDA, else MPS, else the CPU."""
+    """Device to train on; auto takes CUDA, else MPS, else the CPU."""
     log_every_steps: int = 50
     """Steps between training lines in metrics.jsonl and on the console."""
     timeout_s: float = 600.0
@@ -205,7 +205,7 @@ class EvalConfig:
     hellaswag_data: str = "auto"
     """A HellaSwag .jsonl or .jsonl.gz; 'auto' downloads it, 'held-out' makes items from validation documents."""
     hellaswag_items: int = 10_042
-    """How many items to evaluate, from the first; 0 turns the evaluation off."""
+    """Items to evaluate, from the first; 0 turns the evaluation off."""
     sample_every_steps: int = 500
     """Steps between samples."""
     sample_prompts: tuple[str, ...] = ()
@@ -255,8 +255,8 @@ class Config:
     run_name: str = "run"
     """Folder of the run under temp_data/runs/."""
     resume: str = "auto"
-    """auto: resume from the newest good checkpoint. never: start from scratch and set an old run aside. Or a step: resume
-    from its checkpoint and set later ones aside."""
+    """auto: resume from the newest good checkpoint. never: start from scratch and set an old run aside. Or a step:
+    resume from its checkpoint and set later ones aside."""
     profile: int = 0
     """Steps to record with PyTorch's profiler, near the start; the trace opens at ui.perfetto.dev."""
     report_to: tuple[Reporter, ...] = ()

@@ -37,7 +37,7 @@ class Saved:
     step: int
     bytes: int
     seconds: float
-    """From the request to the last check; older checkpoints are removed after that."""
+    """Time until the last check passed; older checkpoints are removed after that."""
     held_up_seconds: float
     """The training loop's wait: for the save before, and for the copy."""
 

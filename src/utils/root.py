@@ -1,4 +1,4 @@
-"""Where the repository and its data lie, whatever folder a command is started from."""
+"""Places of the repository and its data, whatever folder a command is started from."""
 
 import os
 from pathlib import Path
@@ -12,12 +12,12 @@ COMPILE_CACHE = TEMP_DATA / "compile_cache"
 
 
 def dataset_dir(name: str) -> Path:
-    """The dataset folder that `name` means: a bare name lies under temp_data/datasets, ./NAME is a path."""
+    """The dataset folder that `name` refers to: a bare name lies under temp_data/datasets, ./NAME is a path."""
     return _named_or_path(name, DATASETS)
 
 
 def run_dir(name: str) -> Path:
-    """The run directory that `name` means: a bare name lies under temp_data/runs, ./NAME is a path."""
+    """The run directory that `name` refers to: a bare name lies under temp_data/runs, ./NAME is a path."""
     return _named_or_path(name, RUNS)
 
 
