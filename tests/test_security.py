@@ -111,7 +111,7 @@ def test_a_checkpoints_manifest_cannot_lead_elsewhere(checkpoint: Path, name: st
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][name.format(outside=outside)] = fingerprint(outside)
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="cannot use the checkpoint"):
+    with pytest.raises(UserError, match="Cannot use the checkpoint"):
         checkpoint_utils.open_checkpoint(checkpoint)
 
 

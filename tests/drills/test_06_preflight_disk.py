@@ -50,7 +50,7 @@ def test_the_start_of_training(commands: Commands, dataset: Callable[..., Path])
     with mounts(small_disk(folder, 300)) as disk:
         refused = start_with(commands, "", data, under=disk.under)
         assert refused.returncode == 4, refused.stderr
-        assert "is too small for the run's checkpoints: they need " in refused.stderr
+        assert "Cannot hold the run's checkpoints on the disk of " in refused.stderr
         assert "Traceback" not in refused.stderr
         assert not (disk.path(folder) / "drill" / "checkpoints").exists()
     with mounts(small_disk(folder, 2_000)) as disk:

@@ -14,7 +14,7 @@ from tests.drills.small_run import AT_LINE, LONGER, PROGRAM, Mounts, arguments, 
 
 # Files grow by pages of 4 kB, which take some 17 lines of metrics.jsonl.
 MANY_STEPS = (*LONGER, "--train.total-steps", "90", "--checkpoint.every-steps", "45")
-WARNING = "cannot be written ([Errno 28] No space left on device); training goes on"
+WARNING = "[Errno 28] No space left on device. Training continues."
 
 FULL_FOR_A_WHILE = (
     AT_LINE

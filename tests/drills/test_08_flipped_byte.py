@@ -36,11 +36,11 @@ def test_the_one_before_is_used_unless_it_is_asked_for(commands: Commands, datas
     found = hashlib.sha256(damaged.read_bytes()).hexdigest()
     fault = f"{damaged.parent}: optimizer.safetensors has sha256 {found}, expected {sound}"
 
-    assert f"cannot use the checkpoint {fault}" in refusal(commands, data, *LONGER, "--resume", "12")
+    assert f"Cannot use the checkpoint {fault}" in refusal(commands, data, *LONGER, "--resume", "12")
 
     result = start(commands, data, *LONGER)
     assert result.returncode == 0, result.stderr
-    assert f"passed over a damaged checkpoint: {fault}" in result.stderr
+    assert f"skipped a damaged checkpoint: {fault}" in result.stderr
     assert "from step_0000008 of 12 steps" in result.stderr
     assert_same_run(runs / "drill", runs / "sound", steps=12)
     assert damaged.parent.with_name("step_0000012.set-aside-1").is_dir()  # nothing is lost
@@ -53,7 +53,7 @@ def test_a_save_that_does_not_read_back_ends_the_run_and_the_one_before_is_used(
     result = start_with(commands, FLIP, data, *LONGER)
     assert result.returncode == 4, result.stderr
     bad = runs / "drill" / "checkpoints" / "step_0000012"
-    assert f"does not read back: {bad}: model.safetensors has sha256 " in result.stderr
+    assert f"Cannot trust the checkpoint just saved: {bad}: model.safetensors has sha256 " in result.stderr
     assert "Traceback" not in result.stderr
     assert [damage(bad.with_name(name)) for name in ("step_0000004", "step_0000008")] == [None, None]
     again = start(commands, data, *LONGER)

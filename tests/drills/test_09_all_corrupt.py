@@ -29,7 +29,7 @@ def test_nothing_starts_from_scratch_in_silence(commands: Commands, dataset: Cal
         f"{emptied}: manifest.json is damaged",
     ):
         assert f"\n  - {reason}" in message
-    assert "restore one from a copy, or use --resume never" in message
+    assert "Restore one from a copy, or use --resume never" in message
 
     anew = start(commands, data, *every_step, "--resume", "never")
     assert anew.returncode == 0, anew.stderr
@@ -49,16 +49,16 @@ def test_checkpoints_that_are_gone_are_no_new_run(commands: Commands, dataset: C
         ):
             assert found in message
             assert (
-                "Restore the checkpoints from a copy, mount the disk that they are on, or use --resume nev" in message
+                "Restore the checkpoints from a copy, mount their disk, or use --resume nev" in message
             )
 
     shutil.rmtree(checkpoints)
-    refused(f"{checkpoints} holds no checkpoint, but metrics.jsonl says that the run saved one at step 4; nothing was")
+    refused(f"{checkpoints} holds no checkpoint, but metrics.jsonl says that the run saved one at step 4. Nothing was")
     checkpoints.symlink_to(elsewhere)
-    refused(f"{checkpoints} is a link to {elsewhere}, which is not there; nothing was changed")
+    refused(f"{checkpoints} is a link to {elsewhere}, which does not exist. Nothing was changed")
     checkpoints.unlink()
     log = (run_dir / "metrics.jsonl").rename(commands.temp_data / "metrics.jsonl")
-    refused(f"{checkpoints} holds no checkpoint, but status.json says that the run is done; nothing was changed")
+    refused(f"{checkpoints} holds no checkpoint, but status.json says that the run is done. Nothing was changed")
     log.rename(run_dir / "metrics.jsonl")
     words = commands.module("src.preflight", *arguments(data, "--resume", "never")).stderr
     assert f"run folder:   {run_dir}, begun anew, the old one set aside" in words

@@ -138,7 +138,7 @@ def test_never_sets_the_old_run_aside(config: Config):
     assert len(metrics(run_dir)) == len(metrics(aside))
 
 
-def test_going_on_from_an_earlier_step(config: Config):
+def test_resuming_from_an_earlier_step(config: Config):
     run_dir = train(config).run_dir
     final = final_tensors(run_dir)
     assert train(replace(config, resume="10")).exit_code == 0
