@@ -1,9 +1,9 @@
-"""The training data loader on 10B tokens: memory, first batch, resume, speed, reads, as one JSON object.
+"""Measure the training data loader on 10B tokens: memory, first batch, resume, speed, reads. Prints one JSON object.
 
 python -m benchmarks.loader [--data DIR] [--n-ctx 2048 256] [--seconds 3]
 
-Without --data it reads a sparse dataset of 10B tokens that it makes in a temporary folder: that measures the program,
-not a disk. Linux only, for the memory and the reads. Each n_ctx is measured in a process of its own.
+Without --data it reads a sparse dataset of 10B tokens in a temporary folder, which measures the program, not a disk.
+Memory and reads come from /proc, so it runs on Linux only. Each n_ctx is measured in a separate process.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def loader_figures_in_a_process(folder: Path, n_ctx: int, seconds: float = 3.0) -> dict[str, float]:
-    """`loader_figures` in a process that has done nothing yet."""
+    """Call `loader_figures` in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(loader_figures, (folder, n_ctx, seconds))
 
@@ -52,9 +52,9 @@ def loader_figures_in_a_process(folder: Path, n_ctx: int, seconds: float = 3.0) 
 def loader_figures(
     folder: Path, n_ctx: int, seconds: float = 3.0, micro_batch_tokens: int = 32_768
 ) -> dict[str, float]:
-    """What one process of one sees, from opening the dataset on; to be called in a process that has done nothing yet.
+    """Measure a loader of a single process. Call it in a new process.
 
-    Memory is the most that is resident while batches are taken, above what the imports left, in MB.
+    Memory is the maximum of the resident memory in MB, minus what the imports took.
     """
     resident = [_resident_mb()]
     started = time.perf_counter()
@@ -107,7 +107,7 @@ def _resident_mb() -> dict[str, float]:
 
 
 def _counters(path: str) -> dict[str, int]:
-    """The lines `name: number` of a file that the kernel writes."""
+    """The lines `name: number` of a file in /proc."""
     pairs = (line.split()[:2] for line in Path(path).read_text().splitlines() if len(line.split()) > 1)
     return {name.rstrip(":"): int(value) for name, value in pairs if value.isdecimal()}
 

@@ -1,24 +1,23 @@
-"""Token shards -> batches.
+"""Batches of token ids from a dataset's shards, in an order that is a pure function of (seed, step).
 
-The training tokens are cut into windows of n_ctx + 1 tokens that overlap by one, so that a token is predicted
-once an epoch, but for a shard's first and the rest at its end that fills no window. Consecutive windows of a
-shard, GROUP_TOKENS // n_ctx of them (fewer at its end), form a group, which is read from the disk in one piece:
-so reads are long and forward, and of a dataset of any size a process holds one group.
+- A *window* is n_ctx + 1 consecutive tokens of a shard. Neighbouring windows overlap by one token, so an epoch
+  predicts each token once. The exceptions are a shard's first token and the rest at its end that fills no window.
+- A *group* is GROUP_TOKENS // n_ctx consecutive windows of a shard, fewer at its end. The loader reads a group in
+  one piece and holds one group at a time, so reads are long and memory stays small for a dataset of any size.
 
-The order of the windows is a pure function of the seed. Number the groups shard by shard, as the manifest lists
-them, and let permutation(n, seed, ...) be that of src/utils/rand_idx_seq_gen.py: epoch e visits the groups in
-the order permutation(groups, seed, e, 0), and the windows of group g in the order permutation(windows of g,
-seed, e, 1 + g). Sequence number s * batch_size + j of that order, counted over all epochs, is sequence j of
-step s, for any number of processes; a process takes its share of each step. All the loader's state is therefore
-a step number, and going on from one costs two permutations, whatever the step.
+Number the groups shard by shard in the manifest's order, and let permutation(n, seed, ...) be the function in
+src/utils/rand_idx_seq_gen.py. Epoch e visits the groups in the order permutation(groups, seed, e, 0), and the
+windows of group g in the order permutation(windows of g, seed, e, 1 + g). Sequence j of step s is number
+s * batch_size + j of that order, counted over all epochs, for any number of processes. Each process takes its
+share of a step. The loader's whole state is therefore a step number, and resuming costs two permutations.
 
-Windows are shuffled within 8M tokens, not over all of them: documents already lie in random order in a dataset.
-One of no more tokens is a single group. Shapes: B sequences, T positions.
+Windows are shuffled within 8M tokens. That is enough, because a dataset's documents already lie in random order.
+Shapes: B sequences, T positions.
 """
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,18 +28,19 @@ from src.data_processing.shards import TOKEN_DTYPE, Shard, check_shard
 from src.utils.errors import StorageError, UserError
 from src.utils.rand_idx_seq_gen import permutation
 
-# 16 MiB: long enough that a disk's seek or a network's round trip costs next to nothing. Changes the order.
+# 16 MiB: a disk's seek or a network's round trip is cheap by comparison. Another value changes the order.
 GROUP_TOKENS = 1 << 23
+_AHEAD = 4  # micro-batches that are ready before training needs them
 
 
 class WindowDataset:
-    """The windows of some shards of a dataset, read when asked for; no file stays open.
+    """The windows of some shards of a dataset. A file is open only during a read.
 
-    Raises UserError for a dataset that is damaged or too small, and StorageError where a later read fails.
+    Raises UserError for a dataset that is damaged or too small, and StorageError if a later read fails.
     """
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...], n_ctx: int, n_vocab: int, at_least: int) -> None:
-        """`at_least`: the windows its user needs; `n_vocab`: the ids a model can take."""
+        """Check the shards' headers. `at_least`: windows that the caller needs. `n_vocab`: ids that the model takes."""
         for shard in shards:
             check_shard(folder, shard, n_vocab)
         self.n_ctx = n_ctx
@@ -51,12 +51,12 @@ class WindowDataset:
         self._ends = np.cumsum(self.windows_per_shard)
         self.n_windows = int(self.windows_per_shard.sum())
         if self.n_windows < at_least:
-            have = sum(shard.tokens for shard in shards)
+            tokens = sum(shard.tokens for shard in shards)
             split = shards[0].split if shards else "training"
             raise UserError(
-                f"the {split} part of {folder} holds {have} tokens: {self.n_windows} windows of n_ctx + 1 = "
-                f"{n_ctx + 1}. At least {at_least} are needed, or {at_least * n_ctx + 1} tokens. "
-                "Add text, or make the batch or model.n_ctx smaller"
+                f"Cannot use the {split} part of {folder}: it holds {tokens} tokens, which is {self.n_windows} windows "
+                f"of n_ctx + 1 = {n_ctx + 1}. At least {at_least} are needed, or {at_least * n_ctx + 1} tokens. "
+                "Add text, or make the batch or model.n_ctx smaller."
             )
 
     def __getitem__(self, number: int) -> np.ndarray:
@@ -67,21 +67,25 @@ class WindowDataset:
         return tokens
 
     def read(self, shard: int, first: int, tokens: np.ndarray) -> None:
-        """Fills `tokens`, uint16, with the token ids of shard `shard` from the start of its window `first` on."""
+        """Fill `tokens`, uint16, with the token ids of shard `shard` that start at its window `first`."""
         path, offset = self.paths[shard], self._header_bytes[shard] + first * self.n_ctx * TOKEN_DTYPE.itemsize
         try:
             with open(path, "rb") as file:
                 file.seek(offset)
-                found = file.readinto(tokens.data)
+                n_bytes = file.readinto(tokens.data)
         except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror or error}; put it back and start again") from error
-        if found < tokens.nbytes:
-            what = f"expected {tokens.nbytes} bytes from byte {offset} on, found {found}"
-            raise StorageError(f"{path} became shorter while it was in use: {what}; prepare the dataset again")
+            raise StorageError(
+                f"Cannot read {path}: {error.strerror or error}. Put it back and rerun to resume."
+            ) from error
+        if n_bytes < tokens.nbytes:
+            raise StorageError(
+                f"Cannot read {path}: it became shorter during use: expected {tokens.nbytes} bytes at byte {offset}, "
+                f"found {n_bytes}. Prepare the dataset again."
+            )
 
 
 class SampleOrder:
-    """Which window each sequence number of a training run is."""
+    """The window of each sequence number of a training run."""
 
     def __init__(self, windows_per_shard: np.ndarray, windows_per_group: int, seed: int) -> None:
         self.epoch_length = int(windows_per_shard.sum())
@@ -93,12 +97,12 @@ class SampleOrder:
         ]
         """Shard, first window and number of windows of each group."""
 
-        # An epoch walks through one group after the other, so only the current ones' orders are kept.
+        # An epoch walks through one group after the other, so only the current orders are cached.
         self._group_order = lru_cache(maxsize=2)(self._make_group_order)
         self._window_order = lru_cache(maxsize=2)(self._make_window_order)
 
     def __getitem__(self, number: int) -> tuple[int, int]:
-        """Group of sequence `number`, counted from the start of the run over all epochs, and its window there."""
+        """Group of sequence `number`, counted from the start of the run over all epochs, and the window inside it."""
         epoch, position = divmod(number, self.epoch_length)
         groups, starts = self._group_order(epoch)
         turn = int(np.searchsorted(starts, position, side="right")) - 1
@@ -106,7 +110,7 @@ class SampleOrder:
         return group, int(self._window_order(epoch, group)[position - starts[turn]])
 
     def _make_group_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of groups, and the position at which each one's turn starts."""
+        """The epoch's order of groups, and the position at which each one starts."""
         groups = permutation(len(self.groups), self.seed, epoch, 0)
         sizes = np.array([windows for _, _, windows in self.groups])[groups]
         return groups, np.cumsum(sizes) - sizes
@@ -116,9 +120,9 @@ class SampleOrder:
 
 
 class TrainingDataLoader:
-    """An iterator over this process's micro-batches, from `first_step` on and without end.
+    """An endless iterator over this process's micro-batches, starting at `first_step`.
 
-    Yields inputs_BT and targets_BT, int64 on `device`, prepared ahead by a thread that ends with the `with` block.
+    Yields inputs_BT and targets_BT, int64 on `device`. A thread prepares them ahead and ends with the `with` block.
     """
 
     def __init__(
@@ -140,10 +144,11 @@ class TrainingDataLoader:
         self._group, self._tokens = -1, np.empty(most_windows * dataset.n_ctx + 1, TOKEN_DTYPE)
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.world_size, self.device = rank, world_size, device
-        self._ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(maxsize=4)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(first_step,), name="prefetch", daemon=True)
-        self._thread.start()
+        self._micro_batches_a_step = batch_size // world_size // micro_batch_size
+        self._submitted = first_step * self._micro_batches_a_step
+        self._thread = ThreadPoolExecutor(1, "prefetch")  # a single thread, because it reuses `_tokens`
+        self._ahead: deque[Future[torch.Tensor]] = deque()
+        self._prefetch()
 
     def sequence_numbers(self, step: int) -> range:
         """The sequence numbers that this process trains on in `step`."""
@@ -154,9 +159,9 @@ class TrainingDataLoader:
     def step_windows(self, step: int) -> list[tuple[int, int]]:
         """The windows of `step`, counted from 0, of all processes, in the order of their sequence numbers.
 
-        Each is a shard and its window there, which starts at token window * n_ctx. Shard i is the i-th that `dataset`
-        was given: of manifest.train, it is manifest.shards[len(manifest.validation) + i]. Process r trains on the r-th
-        of world_size equal parts of the list, micro-batch after micro-batch.
+        Each is a shard and a window of it, which starts at token window * n_ctx. Shard i is the i-th of `dataset`: for
+        manifest.train, it is manifest.shards[len(manifest.validation) + i]. Process r trains on the r-th of world_size
+        equal parts of the list, micro-batch after micro-batch.
         """
         places = []
         for number in range(step * self.batch_size, (step + 1) * self.batch_size):
@@ -169,9 +174,8 @@ class TrainingDataLoader:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        windows = self._ready.get()
-        if isinstance(windows, BaseException):
-            raise windows
+        windows = self._ahead.popleft().result()
+        self._prefetch()
         windows = windows.to(self.device, non_blocking=self.device.type == "cuda")
         return windows[:, :-1], windows[:, 1:]
 
@@ -179,38 +183,28 @@ class TrainingDataLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the thread; the loader yields nothing after that."""
-        self._closed.set()
-        self._thread.join()
+        """End the thread. The loader yields nothing after that."""
+        self._thread.shutdown(cancel_futures=True)
 
-    def _fill(self, step: int) -> None:
-        try:
-            while not self._closed.is_set():
-                numbers = self.sequence_numbers(step)
-                for first in range(0, len(numbers), self.micro_batch_size):
-                    self._put(self._micro_batch(numbers[first : first + self.micro_batch_size]))
-                step += 1
-        except BaseException as error:
-            self._put(error)
+    def _prefetch(self) -> None:
+        while len(self._ahead) < _AHEAD:
+            self._ahead.append(self._thread.submit(self._micro_batch, self._submitted))
+            self._submitted += 1
 
-    def _micro_batch(self, numbers: range) -> torch.Tensor:
-        # from pinned memory the copy to the GPU waits its turn there, and the program goes on
+    def _micro_batch(self, index: int) -> torch.Tensor:
+        """Micro-batch `index` of this process, counted from step 0 of the run."""
+        step, part = divmod(index, self._micro_batches_a_step)
+        numbers = self.sequence_numbers(step)[part * self.micro_batch_size :][: self.micro_batch_size]
+        # Pinned memory lets the copy to the GPU overlap with the program. Without it, each copy blocks.
         pinned = self.device.type == "cuda"
         n_ctx = self.dataset.n_ctx
         batch = torch.empty(len(numbers), n_ctx + 1, dtype=torch.int64, pin_memory=pinned)
         for row, number in zip(batch.numpy(), numbers, strict=True):
             group, window = self.order[number]
             if group != self._group:
+                self._group = -1  # a read that fails halfway leaves no group
                 shard, first, windows = self.order.groups[group]
                 self.dataset.read(shard, first, self._tokens[: windows * n_ctx + 1])
                 self._group = group
             row[:] = self._tokens[window * n_ctx : (window + 1) * n_ctx + 1]
         return batch
-
-    def _put(self, item: torch.Tensor | BaseException) -> None:
-        while not self._closed.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue

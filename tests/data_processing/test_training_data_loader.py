@@ -1,4 +1,4 @@
-"""Which tokens a step trains on."""
+"""The tokens of a step are a pure function of (seed, step), for any number of processes."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_targets_are_the_next_tokens(windows: WindowDataset):
 
 
 def test_windows_hold_the_shards_tokens(windows: WindowDataset):
-    """Every window is found at its place in its file, read anew with numpy."""
+    """Every window is at its place in its file, as numpy reads it."""
     files = [np.load(path) for path in windows.paths]
     places = [(shard, start) for shard, file in enumerate(files) for start in range(0, len(file) - 16, 16)]
     assert windows.n_windows == len(places) == 499 // 16 + 332 // 16 + 800 // 16
@@ -60,7 +60,7 @@ def test_windows_hold_the_shards_tokens(windows: WindowDataset):
         np.testing.assert_array_equal(windows[number], files[shard][start : start + 17])
 
 
-def test_an_epoch_holds_every_window_once_and_the_next_is_shuffled_anew(windows: WindowDataset):
+def test_an_epoch_holds_every_window_once_and_the_next_has_another_order(windows: WindowDataset):
     order = SampleOrder(windows.windows_per_shard, 10, seed=7)
     first = [order[i] for i in range(101)]
     second = [order[i] for i in range(101, 202)]
@@ -71,7 +71,7 @@ def test_an_epoch_holds_every_window_once_and_the_next_is_shuffled_anew(windows:
 
 
 def test_the_order_is_the_one_that_is_documented(windows: WindowDataset):
-    """Against the definition in the module's docstring, written out: a change of order is a change of every run."""
+    """The definition in the module's docstring, written out. Another order would change every run."""
     groups = [(0, 10), (10, 10), (20, 10), (30, 1), (31, 10), (41, 10), *((start, 10) for start in range(51, 101, 10))]
     expected = [
         groups[g][0] + w
@@ -126,7 +126,7 @@ def test_global_batches_are_the_same_for_any_number_of_processes(windows: Window
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 2), (2, 2), (4, 1)])
 def test_the_windows_of_a_step_are_those_that_all_processes_get(windows: WindowDataset, world_size: int, micro: int):
-    """Read anew from the files of the whole dataset, as someone does who has its manifest alone."""
+    """Read from the files of the whole dataset with its manifest alone."""
     folder = windows.paths[0].parent
     manifest = read_manifest(folder)
     files = [np.load(folder / shard.file) for shard in manifest.shards]
@@ -162,17 +162,17 @@ def test_starting_at_a_step_gives_what_an_uninterrupted_reader_gets(windows: Win
 def test_a_shard_that_goes_away_while_it_is_trained_on(windows: WindowDataset):
     os.truncate(windows.paths[2], windows.paths[2].stat().st_size - 1)
     with pytest.raises(
-        StorageError, match=rf"{windows.paths[2]} became shorter.* expected 322 bytes from .* found 321"
+        StorageError, match=rf"Cannot read {windows.paths[2]}: it became shorter.* expected 322 bytes .* found 321"
     ):
         batches(windows, 15)
     windows.paths[2].unlink()
-    with pytest.raises(StorageError, match=rf"cannot read {windows.paths[2]}: No such file"):
+    with pytest.raises(StorageError, match=rf"Cannot read {windows.paths[2]}: No such file"):
         batches(windows, 15)
 
 
 def test_too_little_data_for_one_batch(dataset: Callable[..., Path]):
     folder = dataset(train_tokens=[40])
-    with pytest.raises(UserError, match=r"holds 40 tokens: 2 windows .* At least 4 are needed, or 65 tokens"):
+    with pytest.raises(UserError, match=r"holds 40 tokens, which is 2 windows .* At least 4 are needed, or 65 tokens"):
         WindowDataset(folder, read_manifest(folder).train, N_CTX, 50_257, at_least=4)
 
 
@@ -184,7 +184,7 @@ def test_a_stray_file_is_ignored(dataset: Callable[..., Path]):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_billion_tokens_take_little_memory_and_are_read_once():
-    """By the benchmark, in a process of its own; speed depends on the machine and is not judged here."""
+    """Measured by the benchmark in a separate process. Speed depends on the machine, so it is not judged here."""
     command = [sys.executable, "-m", "benchmarks.loader", "--n-ctx", "256", "--seconds", "1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     (figures,) = json.loads(result.stdout)["loader"]

@@ -15,14 +15,14 @@ ITEM = {"ind": 1, "ctx": "A cat sits", "endings": ["down.", "up.", "in.", "out."
 def test_less_than_one_batch(commands: Commands, dataset: Callable[..., Path]):
     data = dataset(train_tokens=[60, 70], n_vocab=300)  # 3 + 4 windows; a batch takes 8 of 16 + 1 tokens
     message = refusal(commands, data)
-    assert f"the train part of {data} holds 130 tokens: 7 windows of n_ctx + 1 = 17" in message
+    assert f"the train part of {data}: it holds 130 tokens, which is 7 windows of n_ctx + 1 = 17" in message
     assert "At least 8 are needed, or 129 tokens" in message
     assert not (commands.temp_data / "runs").exists()
 
 
 def test_an_empty_validation_shard(commands: Commands, dataset: Callable[..., Path]):
     message = refusal(commands, dataset(train_tokens=[700], val_tokens=0, n_vocab=300))
-    assert "holds 0 tokens: 0 windows" in message
+    assert "holds 0 tokens, which is 0 windows" in message
     assert "At least 1 are needed, or 17 tokens" in message
     assert not (commands.temp_data / "runs").exists()
 
