@@ -351,7 +351,7 @@ def _data_need(start: Start) -> tuple[int, bool]:
         return 0, True
     download_bytes = 0
     if preparation.source == "fineweb-edu":
-        from src.data_processing.hub_sources import USUAL_DOWNLOAD_BYTES, USUAL_TOKENS  # imports pyarrow and the hub
+        from src.data_processing.hub_dataset import USUAL_DOWNLOAD_BYTES, USUAL_TOKENS  # imports pyarrow and the hub
 
         tokens = USUAL_TOKENS
         download_bytes = USUAL_DOWNLOAD_BYTES if preparation.max_tokens is None else 0

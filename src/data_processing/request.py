@@ -25,6 +25,13 @@ class Request:
     drop_duplicates: bool = False
     """Whether one is left of documents that are equal to the byte."""
 
+    dataset: str | None = None
+    """For hub: OWNER/NAME."""
+    config: str | None = None
+    """For hub: the dataset's configuration."""
+    split: str | None = None
+    """For hub: the dataset's split."""
+
     @property
     def is_limited(self) -> bool:
         """Whether perhaps not all documents are taken."""
@@ -32,7 +39,7 @@ class Request:
 
     def stored(self) -> dict[str, Any]:
         """As the manifest has it, where the sources are called `source`."""
-        fields = asdict(self)
+        fields = {name: value for name, value in asdict(self).items() if value is not None or name.startswith("max")}
         return {"source": fields.pop("sources"), **fields}
 
     @classmethod

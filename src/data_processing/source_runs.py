@@ -14,6 +14,7 @@ from src.data_processing.file_formats import Documents
 from src.data_processing.progress import Progress
 from src.data_processing.request import Request
 from src.data_processing.text_sources import Source
+from src.data_processing.work_folder import DOWNLOADS
 from src.utils.errors import UserError
 
 
@@ -30,13 +31,13 @@ def open_sources(request: Request, pinned: Sequence[dict[str, Any]], work: Path,
             opened = [*text_sources.open_files(request.paths, request.text_field)]
         else:
             try:
-                from src.data_processing.hub_sources import random_part, whole_sample
+                from src.data_processing.hub_dataset import open_fineweb_edu, open_hub
             except ImportError as error:  # these packages are for the hub alone
                 raise UserError(
                     f"--source fineweb-edu needs a package more ({error}); run: pip install -r requirements.txt"
                 ) from None
-            details = next((entry for entry in pinned if entry["name"] == name), None)
-            opened = [random_part(details, request.seed) if request.is_limited else whole_sample(details, work)]
+            open_it = open_hub if name == "hub" else open_fineweb_edu
+            opened = open_it(request, [entry for entry in pinned if entry["name"] == name], work / DOWNLOADS)
         for source in opened:
             stack.callback(source.close)
         sources += opened

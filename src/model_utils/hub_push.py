@@ -8,8 +8,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from src.utils.errors import UserError
-from src.utils.hub_errors import HUB_ERRORS, failed
+from src.utils.errors import UserError, hub_errors, hub_failure
 
 
 def check_push(repository: str, uploading: bool) -> None:
@@ -38,7 +37,7 @@ def upload(folder: Path, files: Iterable[str], repository: str, message: str) ->
             allow_patterns=[glob.escape(name) for name in files],
             commit_message=message,
         )
-    except HUB_ERRORS as error:
-        remedy = "check the name, and that the token in HF_TOKEN or of `hf auth login` may write there"
-        raise failed(f"upload to {repository} at", error, remedy) from error
+    except hub_errors() as error:
+        remedy = "Check the name, and that the token in HF_TOKEN or of `hf auth login` may write there"
+        raise hub_failure(f"upload to {repository} at", error, remedy) from error
     return f"{constants.ENDPOINT}/{repository}"

@@ -25,10 +25,9 @@ from src.model_utils.reference_format import ReferenceCheckpoint, read_reference
 from src.model_utils.run_records import run_settings
 from src.model_utils.training_state import Progress, seed_random_state
 from src.params import Config, DataConfig, to_dict
-from src.utils.errors import UserError, exit_with, say
+from src.utils.errors import UserError, exit_with, hub_errors, hub_failure, say
 from src.utils.files import fingerprint, refuse_claimed, refuse_dangling, storage_errors, sync
 from src.utils.handle_ddp import Processes
-from src.utils.hub_errors import HUB_ERRORS, failed
 from src.utils.logger import RunLogger
 from src.utils.root import dataset_dir, run_dir
 
@@ -156,9 +155,9 @@ def _fetch(repository: str, file: str) -> Path:
         return Path(hf_hub_download(repository, file))
     except HFValidationError as error:
         raise UserError(f"--hub {repository!r} cannot be a repository ({error})") from None
-    except HUB_ERRORS as error:
-        remedy = "check the names, and for a repository that is not public the token in HF_TOKEN"
-        raise failed(f"get {file} of {repository} from", error, remedy) from error
+    except hub_errors() as error:
+        remedy = "Check the names, and for a repository that is not public the token in HF_TOKEN"
+        raise hub_failure(f"get {file} of {repository} from", error, remedy) from error
 
 
 def main() -> int:

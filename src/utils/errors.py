@@ -97,6 +97,40 @@ def exit_with(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+CHECK_CONNECTION = "Check the connection, or name a mirror in HF_ENDPOINT"
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that the Hugging Face hub's client raises, for an `except` clause.
+
+    They mean that the hub is out of reach, refuses, or sends something unexpected.
+    """
+    import httpx2  # takes a third of a second, and most commands don't use the hub
+
+    return httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError
+
+
+def hub_failure(action: str, error: Exception, remedy: str) -> UserError:
+    """Return the error for a failed `action`, such as "upload to X at". `remedy` is for a hub that refuses."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    advice = remedy if isinstance(error, HfHubHTTPError) else CHECK_CONNECTION
+    return UserError(f"Cannot {action} {constants.ENDPOINT}: {hub_reason(error)}. {advice}.")
+
+
+def hub_reason(error: Exception) -> str:
+    """Describe an error in one short line, with the hub's own message if it refused."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        message = f": {error.server_message}" if error.server_message else ""
+        text = f"HTTP {error.response.status_code} {error.response.reason_phrase}{message}"
+    else:
+        text = f"{type(error).__name__}: {str(error).strip() or 'no details'}"
+    return text.splitlines()[0][:200].rstrip(".")
+
+
 def recorded_exit_code() -> int | None:
     """The final exit code that a process of this machine left in EXIT_CODE_FILE, if any."""
     path = os.environ.get("EXIT_CODE_FILE")

@@ -1,4 +1,4 @@
-"""The part of the Hugging Face hub that its clients need, on loopback: one dataset, one revision, and faults.
+"""A stand-in for the Hugging Face hub on loopback: any one dataset, one revision, and faults.
 
 As on the real one, a parquet file is stored with LFS: its sha256 is in the listing, and the request for it is
 redirected to another origin, the storage, which answers ranges and must not see the token.
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 REVISION = "f" * 40
 _PIECE_BYTES = 1 << 14
@@ -56,8 +56,8 @@ class Hub:
     """Needed for everything, if there is one: the dataset is gated."""
     piece_s: float
     """Seconds for every 16 KiB of a body."""
-    page_entries: int
-    """A list of files comes in pages of this many."""
+    card: dict[str, Any]
+    """The YAML of the dataset's card."""
     address: str = ""
     requests: list[Request] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
@@ -78,10 +78,10 @@ def hub(
     faults: dict[str, Fault] | None = None,
     token: str | None = None,
     piece_s: float = 0.0,
-    page_entries: int = 1_000,
+    card: dict[str, Any] | None = None,
 ) -> Iterator[Hub]:
     """Serves `files` as the dataset `repository` at the address in the hub this yields, for HF_ENDPOINT."""
-    served = Hub(repository, files, faults or {}, token, piece_s, page_entries)
+    served = Hub(repository, files, faults or {}, token, piece_s, card or {})
     with serving(type("Handler", (_Handler,), {"hub": served})) as served.address:
         try:
             yield served
@@ -119,9 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.hub.token and token != f"Bearer {self.hub.token}":
             self.reply(401, {"error": "Access to this dataset is restricted."}, {"X-Error-Code": "GatedRepo"})
         elif path == api:
-            self.reply(200, {"_id": "0", "id": self.hub.repository, "sha": REVISION, "private": False})
-        elif path.startswith(f"{api}/tree/{REVISION}/"):
-            self.send_page(path, int(parse_qs(url.query).get("cursor", ["0"])[0]))
+            self.reply(200, self.info())
         elif name in self.hub.files:
             self.redirect_to_storage(name)
         else:
@@ -129,26 +127,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def send_page(self, path: str, cursor: int) -> None:
-        """The entries of a folder from number `cursor` on, and where the next ones are."""
-        entries = self.entries(path.partition(f"/tree/{REVISION}/")[2])
-        end = cursor + self.hub.page_entries
-        more = {"Link": f'<{self.hub.address}{quote(path)}?cursor={end}>; rel="next"'} if end < len(entries) else {}
-        self.reply(200, entries[cursor:end], more)
-
-    def entries(self, folder: str) -> list[dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
+    def info(self) -> dict[str, Any]:
+        """The answer to dataset_info with files_metadata=True."""
+        siblings: list[dict[str, Any]] = []
         for name, content in self.hub.files.items():
-            if name.startswith(f"{folder}/"):
-                path = "/".join(name.split("/")[: folder.count("/") + 2])
-                found[path] = {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
-                if path == name:
-                    oid = hashlib.sha1(content).hexdigest()
-                    found[path] = {"type": "file", "path": path, "oid": oid, "size": len(content)}
-                    if name.endswith(".parquet"):
-                        lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-                        found[path]["lfs"] = lfs
-        return list(found.values())
+            siblings.append({"rfilename": name, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()})
+            if name.endswith(".parquet"):
+                sha256 = hashlib.sha256(content).hexdigest()
+                siblings[-1]["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
+        identity = {"_id": "0", "id": self.hub.repository, "sha": REVISION, "private": False, "tags": [], "likes": 0}
+        return {**identity, "downloads": 0, "cardData": self.hub.card, "siblings": siblings}
 
     def redirect_to_storage(self, name: str) -> None:
         content = self.hub.files[name]

@@ -1,0 +1,463 @@
+"""A dataset of the hub arrives whole, each byte once, whatever the hub, the network or the disk does."""
+
+import hashlib
+import io
+import random
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+
+from src.data_processing import hub_dataset
+from src.data_processing.hub_layout import choose_files
+from src.data_processing.request import Request
+from src.data_processing.text_sources import Source
+from src.utils.errors import StorageError, UserError
+from src.utils.rand_idx_seq_gen import permutation
+from tests.data_processing.stand_in_hub import REVISION, Fault, hub, serving
+
+REPOSITORY = "org/data"
+GROUPS = (5, 1, 4)  # row groups of each file
+WHERE = [(number, group) for number, groups in enumerate(GROUPS) for group in range(groups)]
+
+
+def parquet(number: int, groups: int, n_bytes: int = 1_000) -> bytes:
+    """Row groups of 20 texts of about 2 * n_bytes characters, and a column as large that nobody reads."""
+    chooser = random.Random(number)
+    file = io.BytesIO()
+    with pq.ParquetWriter(file, pa.schema({"id": pa.string(), "text": pa.string(), "score": pa.float64()})) as writer:
+        for group in range(groups):
+            texts = [f"{number} {group} {i} {chooser.randbytes(n_bytes).hex()}" for i in range(20)]
+            ids = [chooser.randbytes(n_bytes).hex() for _ in texts]
+            writer.write_table(pa.table({"id": ids, "text": texts, "score": [0.5] * 20}))
+    return file.getvalue()
+
+
+FILES = {f"data/train-{i:05}-of-00003.parquet": parquet(i, groups) for i, groups in enumerate(GROUPS)}
+FIRST, SECOND, THIRD = FILES
+SIZES = {path: len(content) for path, content in FILES.items()}
+
+
+@pytest.fixture
+def reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Point the client at an address, with short waits and an empty cache."""
+
+    def set_up(address: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.setattr(hub_dataset, "BASE_DELAY_S", 0.01)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+
+    return set_up
+
+
+def request(**fields: Any) -> Request:
+    values = {"sources": ["hub"], "paths": [], "text_field": "text", "tokens_per_shard": 1_000, "seed": 3}
+    return Request(**{**values, "dataset": REPOSITORY, **fields})
+
+
+def opened(downloads: Path, pinned: Any = (), **fields: Any) -> Source:
+    [source] = hub_dataset.open_hub(request(**fields), pinned, downloads)
+    return source
+
+
+def read(source: Source, first: int = 0) -> list[str]:
+    """All texts from unit `first` on."""
+    units = range(first, len(source.unit_bytes))
+    texts = [text for unit in units for batch, _ in source.batches(unit, 0) for text in batch.texts()]
+    source.close()
+    return texts
+
+
+def expected(files: dict[str, bytes]) -> list[str]:
+    return [text for content in files.values() for text in pq.read_table(io.BytesIO(content))["text"].to_pylist()]
+
+
+def local(tmp_path: Path, path: str) -> Path:
+    return tmp_path / REVISION / path.replace("/", "--")
+
+
+def test_every_byte_once_and_few_files_at_a_time(tmp_path: Path, reach: Callable[[str], None]) -> None:
+    files = {f"data/train-{i:05}-of-00006.parquet": parquet(i, 1) for i in range(6)}
+    with hub(REPOSITORY, files) as served:
+        reach(served.address)
+        source = opened(tmp_path)
+        for unit, content in enumerate(files.values()):
+            texts = [text for batch, _ in source.batches(unit, 0) for text in batch.texts()]
+            assert texts == expected({"": content})
+            assert len([*(tmp_path / REVISION).glob("*.parquet")]) <= 3
+        source.close()
+    assert [served.bytes_sent(path) for path in files] == list(map(len, files.values()))
+    assert source.details == {
+        "name": "hub", "config": None, "split": "train", "repository": REPOSITORY, "revision": REVISION,
+        "hub_files": [
+            {"path": path, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for path, content in files.items()
+        ],
+    }
+
+
+def test_fineweb_edu_is_a_name_for_one_of_them(tmp_path: Path, reach: Callable[[str], None]) -> None:
+    files = {"README.md": b"", "data/CC/000_00000.parquet": b"no", "sample/10BT/000_00000.parquet": FILES[FIRST]}
+    with hub("HuggingFaceFW/fineweb-edu", files) as served:
+        reach(served.address)
+        [source] = hub_dataset.open_fineweb_edu(request(dataset=None), [], tmp_path)
+        assert read(source) == expected({FIRST: FILES[FIRST]})
+    assert list(source.details) == ["name", "config", "repository", "revision", "hub_files"]
+    assert (source.details["name"], source.details["config"]) == ("fineweb-edu", "sample-10BT")
+
+
+def test_faults_that_pass(tmp_path: Path, reach: Callable[[str], None], capfd: pytest.CaptureFixture[str]) -> None:
+    faults = [
+        (Fault(4, status=500), "Attempt 5 of 5 for {path} in 0 s: HTTP 500 Internal Server Error", 1),
+        (Fault(1, status=429, headers={"RateLimit": '"resolvers";r=0;t=1'}), "for {path} in 1 s: HTTP 429", 1),
+        (Fault(1, status=403), "for {path} in 0 s: HTTP 403", 1),  # the storage refuses, not the hub
+        (Fault(1, stall_after=10_000), "Attempt 2 of 5 for {path} in 0 s: ReadTimeout", 1),
+        (Fault(4, cut_after=10_000), "Attempt 5 of 5 for {path} in 0 s: RemoteProtocolError: peer closed", 1),
+        (Fault(9, cut_after=20_000), "Attempt 2 of 5 for {path}", 1),  # each attempt fetches much
+        (Fault(1, wrong=True), "for {path} in 0 s: the content's sha256 is", 2),
+        (Fault(1, whole=True), "", 1),
+    ]
+    content = parquet(0, 5)
+    files = {f"data/train-{i:05}-of-00008.parquet": content for i in range(len(faults))}
+    with hub(REPOSITORY, files, {path: fault for path, (fault, *_) in zip(files, faults, strict=True)}) as served:
+        reach(served.address)
+        hub_dataset.WORTHWHILE_BYTES, before = 20_000, hub_dataset.WORTHWHILE_BYTES
+        assert read(opened(tmp_path)) == expected(files)
+        hub_dataset.WORTHWHILE_BYTES = before
+    stderr = capfd.readouterr().err
+    for path, (_, message, times) in zip(files, faults, strict=True):
+        assert message.replace("{path}", path) in stderr
+        assert sum(r.body_bytes for r in served.stored(path) if r.body_bytes > 1_000) == times * len(content)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(Fault(99, status=503), "HTTP 503 Service Unavailable"), (Fault(99, wrong=True), "the content's sha256 is")],
+    ids=["503", "wrong content"],
+)
+def test_faults_that_last(tmp_path: Path, reach: Callable[[str], None], fault: Fault, reason: str) -> None:
+    with hub(REPOSITORY, FILES, {SECOND: fault}) as served:
+        reach(served.address)
+        source = opened(tmp_path)
+        with pytest.raises(
+            UserError, match=f"Cannot get {SECOND} of org/data from .* after 5 attempts: {reason}.*Rerun"
+        ):
+            read(source)
+        source.close()
+    assert len(served.stored(SECOND)) == 5
+    assert not local(tmp_path, SECOND).exists()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["ranges", "a server without ranges"])
+def test_a_partial_file_is_resumed(tmp_path: Path, reach: Callable[[str], None], whole: bool) -> None:
+    partial = local(tmp_path, FIRST + ".partial")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(FILES[FIRST][:70_000])
+    with hub(REPOSITORY, FILES, {FIRST: Fault(1, whole=whole)}) as served:
+        reach(served.address)
+        assert read(opened(tmp_path)) == expected(FILES)
+    assert [r.range for r in served.stored(FIRST)] == [f"bytes=70000-{SIZES[FIRST] - 1}"]
+
+
+def test_a_later_start_needs_no_network_and_skips_what_was_read(tmp_path: Path, reach: Callable[[str], None]) -> None:
+    with hub(REPOSITORY, FILES) as served:
+        reach(served.address)
+        source = opened(tmp_path)
+        read(source)
+    reach("http://127.0.0.1:9")
+    again = opened(tmp_path, [{**source.details, "documents": 5}])
+    assert again.details == source.details
+    assert read(again, first=1) == expected({path: FILES[path] for path in (SECOND, THIRD)})
+    local(tmp_path, THIRD).write_bytes(b"another size")
+    with pytest.raises(UserError, match=f"Cannot get {THIRD}"):
+        read(opened(tmp_path, [source.details]), first=2)
+
+
+def test_the_users_own_cache_is_used_in_place(tmp_path: Path, reach: Callable[[str], None]) -> None:
+    cached = tmp_path / "hf" / "datasets--org--data" / "snapshots" / REVISION
+    with hub(REPOSITORY, FILES) as served:
+        reach(served.address)
+        (cached / "data").mkdir(parents=True)
+        (cached / FIRST).write_bytes(FILES[FIRST])
+        (cached / SECOND).write_bytes(b"?" * SIZES[SECOND])
+        assert read(opened(tmp_path)) == expected(FILES)
+    assert [served.bytes_sent(path) for path in FILES] == [0, SIZES[SECOND], SIZES[THIRD]]
+    assert (cached / FIRST).read_bytes() == FILES[FIRST]
+
+
+def test_a_file_that_cannot_get_its_name(tmp_path: Path, reach: Callable[[str], None]) -> None:
+    (local(tmp_path, FIRST) / "in the way").mkdir(parents=True)
+    with hub(REPOSITORY, FILES) as served:
+        reach(served.address)
+        with pytest.raises(StorageError, match=r"\.partial: Is a directory"):
+            read(opened(tmp_path))
+
+
+def test_closing_ends_a_download_and_its_retries(tmp_path: Path, reach: Callable[[str], None]) -> None:
+    with hub(REPOSITORY, FILES, {SECOND: Fault(99, stall_after=5_000)}) as served:
+        reach(served.address)
+        source = opened(tmp_path)
+        source.batches(0, 0)
+        start = time.monotonic()
+        source.close()
+        source._threads.shutdown(wait=True)  # type: ignore[attr-defined]
+        assert time.monotonic() - start < 3
+    assert not local(tmp_path, SECOND).exists()
+
+
+# A random part
+
+
+def row_groups(source: Source, skip: int = 0) -> list[tuple[int, int]]:
+    """File and row group of each batch."""
+    places = []
+    for batch, _ in source.batches(0, skip):
+        texts = list(batch.texts())
+        number, group = map(int, texts[0].split()[:2])
+        content = io.BytesIO(list(FILES.values())[number])
+        assert texts == pq.ParquetFile(content).read_row_group(group)["text"].to_pylist()
+        places.append((number, group))
+    return places
+
+
+def test_a_part_is_the_row_groups_in_one_order(tmp_path: Path, reach: Callable[[str], None]) -> None:
+    """In the order that datasets of today's users have: permutation(all row groups, seed)."""
+    with hub(REPOSITORY, FILES) as served:
+        reach(served.address)
+        source = opened(tmp_path, max_tokens=10**9)
+        assert source.details["order"] == "row groups"
+        assert row_groups(source) == [WHERE[i] for i in permutation(len(WHERE), 3)]
+        other = row_groups(opened(tmp_path, max_documents=10**9, seed=4))
+        before = served.bytes_sent()
+        last = row_groups(source, skip=7)
+    assert last == [WHERE[i] for i in permutation(len(WHERE), 3)][7:]
+    assert sorted(other) == WHERE
+    assert other != [WHERE[i] for i in permutation(len(WHERE), 3)]
+    footers = [pq.read_metadata(io.BytesIO(content)) for content in FILES.values()]
+    sizes = [footers[number].row_group(group).column(1).total_compressed_size for number, group in last]
+    tails = [min(size, 64 << 10) for size in SIZES.values()]  # what pyarrow reads of a file's end at first
+    assert served.bytes_sent() - before == sum(sizes) + sum(tails)
+    assert not tmp_path.joinpath(REVISION).exists()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(3, status=500), Fault(3, cut_after=1_000), Fault(3, wrong=True), Fault(3, whole=True)],
+    ids=["500", "short body", "wrong content", "no ranges"],
+)
+def test_faults_of_a_part_that_pass(
+    tmp_path: Path, reach: Callable[[str], None], fault: Fault, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with hub(REPOSITORY, FILES, {FIRST: fault}) as served:
+        reach(served.address)
+        assert sorted(row_groups(opened(tmp_path, max_tokens=10**9))) == WHERE
+    assert capfd.readouterr().err.count("Attempt ") == (0 if fault.whole else 3)
+
+
+FOOTER = FILES[FIRST][-8 - int.from_bytes(FILES[FIRST][-8:-4], "little") :]
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "message"),
+    [
+        (FILES, {"text_field": "body"}, "parquet: no field 'body'; fields found: id, text, score"),
+        (FILES, {"text_field": "score"}, "column 'score' must hold text, found type double"),
+        ({FIRST: b""}, {}, f"Cannot get the footer of {FIRST} .* after 5 attempts: not sound parquet"),
+        ({FIRST: FOOTER}, {}, f"Cannot get row group . of {FIRST} .* after 5 attempts"),
+        ({FIRST: FOOTER[:-8] + b"\xff\xff\xff\x7fPAR1"}, {}, "Cannot get the footer"),
+    ],
+    ids=["no column", "not text", "an empty file", "a footer without its file", "a footer of 2 GB"],
+)
+def test_a_part_that_cannot_be_read(
+    tmp_path: Path, reach: Callable[[str], None], files: dict[str, bytes], fields: Any, message: str
+) -> None:
+    with hub(REPOSITORY, files) as served:
+        reach(served.address)
+        with pytest.raises(UserError, match=message):
+            list(opened(tmp_path, max_tokens=1_000, **fields).batches(0, 0))
+
+
+# The list of files
+
+
+def refusal(tmp_path: Path, **fields: Any) -> str:
+    with pytest.raises(UserError) as refused:
+        opened(tmp_path, **fields)
+    return str(refused.value)
+
+
+def test_a_gated_dataset(tmp_path: Path, reach: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub(REPOSITORY, FILES, token="hf_right") as served:
+        reach(served.address)
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+        message = refusal(tmp_path)
+        assert "HTTP 401 Unauthorized: Access to this dataset is restricted. Accept the dataset's conditions" in message
+        assert len(served.requests) == 1, "no retry"
+        monkeypatch.setenv("HF_TOKEN", "hf_right")
+        assert read(opened(tmp_path)) == expected(FILES)
+    stored = [request for request in served.requests if request.path.startswith("/storage/")]
+    assert len(stored) == 3
+    assert not any(request.with_token for request in stored), "the token left the hub"
+
+
+def test_a_hub_that_is_out_of_reach(
+    tmp_path: Path, reach: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reach("http://127.0.0.1:9")
+    message = refusal(tmp_path)
+    assert "Cannot get the list of files of org/data from http://127.0.0.1:9 after 3 attempts: ConnectError" in message
+    assert "--source files --path" in message
+    assert capfd.readouterr().err.count("Attempt ") == 2
+    monkeypatch.setattr(constants, "ENDPOINT", "hub.local")
+    assert "Set HF_ENDPOINT to an address" in refusal(tmp_path)
+    reach("http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "Unset HF_HUB_OFFLINE" in refusal(tmp_path)
+
+
+def test_a_dataset_that_does_not_exist(tmp_path: Path, reach: Callable[[str], None]) -> None:
+    with hub(REPOSITORY, {"notes.txt": b"", "a.jsonl": b""}) as served:
+        reach(served.address)
+        assert f"Look at {served.address}/datasets/org/other" in refusal(tmp_path, dataset="org/other")
+        assert "holds no parquet file, but a.jsonl, notes.txt" in refusal(tmp_path)
+        assert "Give OWNER/NAME" in refusal(tmp_path, dataset="../../etc")
+        assert "--dataset is missing" in refusal(tmp_path, dataset=None)
+
+
+SIBLING = {"rfilename": FIRST, "size": 5, "lfs": {"sha256": "a" * 64}}
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        [],
+        {},
+        {"sha": "../../etc", "siblings": [SIBLING]},
+        {"sha": 5, "siblings": [SIBLING]},
+        {"sha": REVISION, "siblings": 7},
+        {"sha": REVISION, "siblings": [SIBLING], "cardData": [1]},
+        {"sha": REVISION, "siblings": [SIBLING], "cardData": {"configs": [{"data_files": 5}]}},
+        {"sha": REVISION, "siblings": [SIBLING], "cardData": {"configs": [{"config_name": "a", "data_files": 5}]}},
+        *({"sha": REVISION, "siblings": [SIBLING | lie]} for lie in (
+            {"size": -1}, {"size": 2**60}, {"size": "5"}, {"size": True}, {"lfs": {"sha256": "x"}}, {"lfs": 5},
+            {"rfilename": "a\n.parquet"}, {"rfilename": "\ud800.parquet"}, {"rfilename": "x" * 300 + ".parquet"},
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lies_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, info: Any) -> None:
+    monkeypatch.setattr(hub_dataset, "BASE_DELAY_S", 0.0)
+    monkeypatch.setattr(hub_dataset, "_fetch_info", lambda repository: info)
+    message = refusal(tmp_path)
+    assert "not an answer of a hub" in message or "is damaged" in message
+
+
+def test_a_file_cannot_leave_the_folder(tmp_path: Path, reach: Callable[[str], None]) -> None:
+    files = {"../../data/train.parquet": FILES[SECOND]}
+    with hub(REPOSITORY, files) as served:
+        reach(served.address)
+        read(opened(tmp_path / "a" / "b", config="."))
+    kept = [path.parent for path in tmp_path.rglob("*") if path.is_file()]
+    assert kept == [tmp_path / "a" / "b" / REVISION]
+
+
+def test_a_list_without_an_end(tmp_path: Path, reach: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(b" " * 65_536)
+            except ConnectionError:
+                pass
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    monkeypatch.setattr(hub_dataset, "_LISTING_BYTES", 1_000_000)
+    with serving(Endless) as address:
+        reach(address)
+        assert "after 3 attempts: the list has no end after" in refusal(tmp_path)
+
+
+# Config and split
+
+
+def card(*configs: dict[str, Any]) -> dict[str, Any]:
+    return {"configs": list(configs)}
+
+
+PLAIN = {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}
+NESTED = ["en/train/0.parquet", "en/dev/0.parquet", "de/train/0.parquet", "de/test.parquet"]
+SHARDS = ["data/test-00000-of-00001.parquet", "data/extra_2-00000-of-00001.parquet", FIRST, SECOND]
+
+
+@pytest.mark.parametrize(
+    ("paths", "card", "config", "split", "chosen"),
+    [
+        (["x.parquet", "y.parquet", "z.txt"], {}, None, "train", ["x.parquet", "y.parquet"]),
+        (SHARDS, {}, None, "train", [FIRST, SECOND]),
+        (SHARDS, {}, None, "extra_2", ["data/extra_2-00000-of-00001.parquet"]),
+        (["train.parquet", "my_valid.parquet", "rest.parquet"], {}, None, "validation", ["my_valid.parquet"]),
+        (["train.parquet", "my_valid.parquet", "rest.parquet"], {}, None, "train", ["train.parquet"]),
+        (NESTED, {}, "en", "train", ["en/train/0.parquet"]),
+        (NESTED, {}, "de/", "test", ["de/test.parquet"]),
+        (NESTED, {}, ".", "train", ["de/train/0.parquet", "en/train/0.parquet"]),
+        (SHARDS, card(PLAIN), None, "train", [FIRST, SECOND]),
+        (SHARDS, card(PLAIN), "default", "train", [FIRST, SECOND]),
+        (NESTED, card({"config_name": "de", "data_files": "de/**"}), None, "train", NESTED[2:][::-1]),
+        (NESTED, card({"config_name": "de", "data_dir": "de"}, PLAIN), "de", "train", ["de/train/0.parquet"]),
+        (NESTED, card({"config_name": "a", "data_files": ["*/dev/*"]}), "a", "train", ["en/dev/0.parquet"]),
+        (NESTED, card({"config_name": "a", "data_dir": "en", "data_files": "*/0.*"}), "a", "train", NESTED[:2][::-1]),
+        (NESTED, card({"config_name": "a"}, {"config_name": "b", "default": True, "data_dir": "de"}), None, "test",
+         ["de/test.parquet"]),
+        (NESTED, card({"config_name": "a", "data_files": [{"split": "x", "path": ["en/**/*.parquet", "en/dev/*"]}]}),
+         "a", "x", NESTED[:2][::-1]),
+    ],
+)  # fmt: skip
+def test_files_of_a_config_and_a_split(
+    paths: list[str], card: dict[str, Any], config: str | None, split: str, chosen: list[str]
+) -> None:
+    assert choose_files(REPOSITORY, paths, card, config, split) == chosen
+
+
+@pytest.mark.parametrize(
+    ("paths", "card", "config", "split", "message"),
+    [
+        (
+            NESTED,
+            {},
+            None,
+            "train",
+            r"several folders. Give --config \. for all of them, .* one of: de/train, en/train",
+        ),
+        (NESTED, {}, "fr", "train", "no config 'fr'. Give --config and one of: de, en"),
+        (NESTED, card({"config_name": "a"}, {"config_name": "b"}), None, "train", "several configs.* one of: a, b"),
+        (SHARDS, card(PLAIN), None, "test", "no split 'test'. Give --split and one of: train"),
+        ([f"{i}/x.parquet" for i in range(99)], {}, None, "train", "and 69 more"),
+        (SHARDS, card({"config_name": "a", "data_files": "hf://other/*"}), None, "train", "no split 'train'"),
+    ],
+)
+def test_an_unclear_choice_lists_what_exists(
+    paths: list[str], card: dict[str, Any], config: str | None, split: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        choose_files(REPOSITORY, paths, card, config, split)
+
+
+def test_a_pattern_takes_bounded_time() -> None:
+    paths = ["/".join(["a"] * 60) + ".parquet"]
+    entry = {"config_name": "a", "data_files": "/".join(["**", "a"] * 25 + ["b"]) + "*a" * 50}
+    start = time.monotonic()
+    with pytest.raises(UserError, match="no split"):
+        choose_files(REPOSITORY, paths, card(entry), None, "train")
+    assert time.monotonic() - start < 2
