@@ -33,7 +33,7 @@ FORBIDDEN = {
     "src/model_utils/checkpoint_utils.py": {"pickle"},
 }
 # A file that other rooms call must not know these of ours.
-HUB = tuple(f"src.data_processing.hub_{name}" for name in ("sources", "downloads", "files", "row_groups"))
+HUB = tuple(f"src.data_processing.hub_{name}" for name in ("dataset", "layout"))
 PREPARATION = (*HUB, *(f"src.data_processing.{name}" for name in ("preparation", "source_runs", "encoding")))
 MUST_NOT_KNOW = {
     "src/data_processing/": ("src.model", "src.model_utils", "src.model_assessment"),

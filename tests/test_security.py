@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from src.data_processing import hub_sources
 from src.data_processing.dataset_writer import read_journal
 from src.data_processing.document_sort import find_damage
+from src.data_processing.hub_dataset import open_fineweb_edu
+from src.data_processing.request import Request
 from src.data_processing.shards import check_shard, read_manifest
 from src.model_assessment import sampling
 from src.model_assessment.report import write_comparison, write_report
@@ -182,7 +183,7 @@ def test_a_pinned_listing_cannot_lead_elsewhere(tmp_path: Path, revision: str, p
     files = [{"path": path, "bytes": 1, "sha256": None}]
     pinned = {"name": "fineweb-edu", "repository": "org/data", "revision": revision, "hub_files": files}
     with pytest.raises(UserError, match="is damaged"):
-        hub_sources.whole_sample(pinned, tmp_path)
+        open_fineweb_edu(Request([], [], "text", 1, 0), [pinned], tmp_path)
 
 
 HOSTILE = (

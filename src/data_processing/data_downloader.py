@@ -30,8 +30,7 @@ def main() -> None:
     start = time.monotonic()
     folder = dataset_dir(args.out)
     if args.inspect:
-        from src.data_processing.inspection import inspect  # matplotlib takes its time
-        from src.data_processing.skipped_steps import inspect_skipped
+        from src.data_processing.inspect_dataset import inspect, inspect_skipped
 
         found = inspect_skipped(folder, run_dir(args.skipped), args.windows) if args.skipped else inspect(folder)
         print(found.page)

@@ -76,7 +76,8 @@ class HubFile:
         validate_repo_id(self.repository)
         if not re.fullmatch("[0-9a-f]{40}", self.revision):
             raise ValueError(f"{self.revision!r} is not a commit")
-        if not (self.path.isprintable() and self.path.endswith(".parquet") and len(self.path.encode()) <= 240):
+        elsewhere = {"", ".", ".."} & set(self.path.split("/"))
+        if elsewhere or not re.fullmatch(r".{1,230}\.parquet", self.path) or not self.path.isprintable():
             raise ValueError(f"{self.path!r} is not the path of a parquet file")
         if type(self.bytes) is not int or not 0 <= self.bytes < 1 << 50:
             raise ValueError(f"{self.bytes!r} is not a size")
@@ -138,8 +139,8 @@ class _WholeFiles(Source):
         file, path = self._files[number], self._path(number)
         if path.is_file() and path.stat().st_size == file.bytes:
             return path
-        cached = try_to_load_from_cache(file.repository, file.path, revision=file.revision, repo_type="dataset")
-        with suppress(OSError):  # an unreadable cache
+        with suppress(OSError, ValueError):  # an unreadable cache, or a path that the client refuses
+            cached = try_to_load_from_cache(file.repository, file.path, revision=file.revision, repo_type="dataset")
             if isinstance(cached, str) and not _difference(Path(cached), file):
                 return Path(cached)
         partial = path.with_name(path.name + ".partial")

@@ -2,13 +2,12 @@
 
 import io
 import re
-import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from src.data_processing import hub_files, progress
+from src.data_processing import progress
 from src.data_processing.file_formats import Documents
 from src.data_processing.progress import Progress
 from src.data_processing.text_sources import Download, Source
@@ -94,23 +93,3 @@ class Terminal(io.StringIO):
                     line, at = line[:at] + piece + line[at + len(piece) :], at + len(piece)
             lines.append(line)
         return lines
-
-
-def test_a_note_stands_on_a_line_of_its_own_beside_the_line_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(progress, "_EVERY_S_ON_A_TERMINAL", 0.01)
-    monkeypatch.setattr(hub_files, "BASE_DELAY_S", 0.2)
-    answers = iter([hub_files.BadAnswerError("too short"), None])
-
-    def attempt() -> None:
-        if answer := next(answers):
-            time.sleep(0.1)
-            assert terminal.screen()[-1].startswith("50%"), "the line of progress stands there"
-            raise answer
-
-    with Progress([Fetched()]) as shown:
-        shown.update(0.5, documents=1, tokens=1_000)
-        hub_files.persist("it", "org/data", attempt)
-        assert terminal.screen()[-1].startswith("50%")
-    assert terminal.screen() == ["attempt 2 of 5 for it in 0 s: too short", ""]

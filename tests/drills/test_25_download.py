@@ -1,6 +1,6 @@
-"""A download that fails and is tried again, or is killed, ends in the dataset that nothing disturbed.
+"""Drill 25: a download that fails, stalls or is killed ends in the same dataset as an undisturbed one.
 
-The real command against a hub on loopback, with parquet files as the real one has them.
+Runs the real command against a stand-in hub on loopback, with parquet files like the real ones.
 """
 
 import io
@@ -24,10 +24,10 @@ from tests.data_processing.stand_in_hub import Fault, Hub, hub
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
 TEXTS = some_texts(1_200, words=300)
-# Waits of a few hundredths of a second instead of seconds, and runs of 50,000 tokens instead of 32M.
+# Waits of some hundredths of a second instead of seconds, and progress recorded every 50,000 tokens instead of 32M.
 COMMAND = (
-    "from src.data_processing import data_downloader, hub_files, source_runs; from src.utils.errors import exit_with; "
-    "hub_files.BASE_DELAY_S = 0.05; source_runs.RUN_TOKENS = 50_000; exit_with(data_downloader.main)"
+    "from src.data_processing import data_downloader, hub_dataset, source_runs; "
+    "from src.utils.errors import exit_with; hub_dataset.BASE_DELAY_S = 0.05; source_runs.RUN_TOKENS = 50_000; exit_with(data_downloader.main)"
 )
 
 
@@ -82,8 +82,8 @@ def test_faults_that_pass(tmp_path: Path, commands: Commands, undisturbed: dict[
         done = commands.run(arguments("web"))
     assert done.returncode == 0, done.stderr
     for path in faults:
-        assert f"attempt 2 of 5 for {path} in 0 s" in done.stderr
-    assert "attempt 3 of 5" in done.stderr
+        assert f"Attempt 2 of 5 for {path} in 0 s" in done.stderr
+    assert "Attempt 3 of 5" in done.stderr
     assert "Traceback" not in done.stderr
     assert contents(tmp_path / "datasets" / "web") == undisturbed
 
@@ -92,7 +92,7 @@ def test_kills_at_several_moments(tmp_path: Path, commands: Commands, undisturbe
     total = sum(map(len, FILES.values()))
     with hub(REPOSITORY, FILES, piece_s=0.01) as served:
         reach(commands, served)
-        for share in (0.05, 0.35, 0.65, 0.95):
+        for share in (0.2, 0.8):
             process = subprocess.Popen(
                 arguments("web"),
                 cwd=ROOT,
@@ -113,60 +113,28 @@ def test_kills_at_several_moments(tmp_path: Path, commands: Commands, undisturbe
     assert done.returncode == 0, done.stderr
     assert "going on after" in done.stderr
     assert contents(tmp_path / "datasets" / "web") == undisturbed
-    # What a kill loses is what was under way on four connections: no file is fetched from its start again.
-    assert served.bytes_sent() < 1.5 * total
-    for path in FILES:
-        begun_anew = [request for request in served.stored(path) if (request.range or "").startswith("bytes=0-")]
-        assert len(begun_anew) <= 2
+    # A kill loses what was on its way. A file is fetched again only if it was read and the progress not yet recorded.
+    assert served.bytes_sent() < 2 * total
 
 
-@pytest.mark.parametrize(
-    ("fault", "token", "message"),
-    [
-        (Fault(99, wrong=True), None, f"cannot get {SECOND} of {REPOSITORY}"),
-        (Fault(99, status=503), None, "after 5 attempts; check the connection"),
-        (Fault(0), "hf_secret", "accept the dataset's conditions"),
-    ],
-)
-def test_faults_that_stay(
-    tmp_path: Path, commands: Commands, fault: Fault, token: str | None, message: str, undisturbed: dict[str, bytes]
-) -> None:
-    with hub(REPOSITORY, FILES, {SECOND: fault}, token=token) as served:
+def test_a_fault_that_lasts(tmp_path: Path, commands: Commands, undisturbed: dict[str, bytes]) -> None:
+    with hub(REPOSITORY, FILES, {SECOND: Fault(99, status=503)}) as served:
         reach(commands, served)
         done = commands.run(arguments("web"))
     assert done.returncode == 2
-    assert message in done.stderr
+    assert f"Cannot get {SECOND} of {REPOSITORY} from {served.address} after 5 attempts: HTTP 503" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "datasets").glob("web/*.npy"))
-    with hub(REPOSITORY, FILES, token=token) as mended:
+    with hub(REPOSITORY, FILES) as mended:
         reach(commands, mended)
-        if token:
-            commands.environment["HF_TOKEN"] = token
         again = commands.run(arguments("web"))
     assert again.returncode == 0, again.stderr
     assert contents(tmp_path / "datasets" / "web") == undisturbed
-    if not token:
-        assert mended.stored(FIRST) == [], "it was there, and whole"
-
-
-def test_a_part_costs_a_part_and_is_the_same_twice(tmp_path: Path, commands: Commands) -> None:
-    with hub(REPOSITORY, FILES) as served:
-        reach(commands, served)
-        for out in ("a", "b"):
-            done = commands.run(arguments(out, "--max-tokens", "40_000"))
-            assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "datasets" / "a") == contents(tmp_path / "datasets" / "b")
-    manifest = read_manifest(tmp_path / "datasets" / "a")
-    assert 39_000 < manifest.counts["tokens"] <= 40_000
-    per_file = [
-        len(set(all_decoded(tmp_path / "datasets" / "a")) & set(TEXTS[i * 200 : i * 200 + 200])) for i in range(6)
-    ]
-    assert sum(per_file) == manifest.counts["documents"]
-    assert sum(count > 0 for count in per_file) >= 2, "of several files"
+    assert mended.stored(FIRST) == [], "it was complete"
 
 
 def test_kills_of_a_part_at_several_moments(tmp_path: Path, commands: Commands) -> None:
-    """While footers come, after one run and after three of row groups, and among the shards, of which there are 100."""
+    """While footers arrive, after 50,000 tokens, and among the shards, of which there are 100."""
     options = ["--max-tokens", "250_000", "--tokens-per-shard", "2_500"]
     work = tmp_path / "datasets" / "killed" / ".preparing"
     with hub(REPOSITORY, FILES, piece_s=0.02) as served:
@@ -177,7 +145,6 @@ def test_kills_of_a_part_at_several_moments(tmp_path: Path, commands: Commands) 
         moments: list[Callable[[], bool]] = [
             lambda: served.bytes_sent() > before,
             (work / "run_000000.json").exists,
-            (work / "run_000002.json").exists,
             (work / "shards.json").exists,
         ]
         for come in moments:
@@ -201,28 +168,16 @@ def test_kills_of_a_part_at_several_moments(tmp_path: Path, commands: Commands) 
     assert "all documents are tokenised" in done.stderr
     assert "shard(s) that are in" in done.stderr
     assert contents(work.parent) == contents(tmp_path / "datasets" / "whole")
-    assert 230_000 < read_manifest(work.parent).counts["tokens"] <= 250_000
+    manifest = read_manifest(work.parent)
+    assert 230_000 < manifest.counts["tokens"] <= 250_000
+    taken = set(all_decoded(work.parent))
+    per_file = [len(taken & set(TEXTS[i * 200 : i * 200 + 200])) for i in range(6)]
+    assert sum(per_file) == manifest.counts["documents"]
+    assert sum(count > 0 for count in per_file) >= 4, "a random part has documents of most files"
 
 
-def test_more_files_than_are_held_at_once_in_one_run(
-    tmp_path: Path, commands: Commands, undisturbed: dict[str, bytes]
-) -> None:
-    """With runs of the usual size all files fit into one; a repair keeps little of each."""
-    usual = [part.replace("source_runs.RUN_TOKENS = 50_000; ", "") for part in arguments("web")]
-    with hub(REPOSITORY, FILES) as served:
-        reach(commands, served)
-        done = commands.run(usual)
-        assert done.returncode == 0, done.stderr
-        folder = tmp_path / "datasets" / "web"
-        assert contents(folder) == undisturbed
-        (folder / read_manifest(folder).validation[0].file).unlink()
-        done = commands.run([*usual[:3], "--repair", "--out", "web"])
-        assert done.returncode == 0, done.stderr
-    assert contents(folder) == undisturbed
-
-
-def test_going_on_behind_the_hub(tmp_path: Path, commands: Commands) -> None:
-    """A kill in the second source, when the files of the first are not needed any more."""
+def test_resuming_behind_the_hub(tmp_path: Path, commands: Commands) -> None:
+    """A kill in the second source, when the files of the first are no longer needed."""
     notes = tmp_path / "notes"
     notes.mkdir()
     for number in range(40):
@@ -246,16 +201,18 @@ def test_going_on_behind_the_hub(tmp_path: Path, commands: Commands) -> None:
     assert killed == whole
 
 
-def test_a_repair_uses_the_revision_of_then(tmp_path: Path, commands: Commands) -> None:
+def test_a_repair_uses_the_revision_of_then(tmp_path: Path, commands: Commands, undisturbed: dict[str, bytes]) -> None:
+    """Without a kill and with more files than are held at once."""
+    usual = [part.replace("source_runs.RUN_TOKENS = 50_000; ", "") for part in arguments("web")]
     with hub(REPOSITORY, FILES) as served:
         reach(commands, served)
-        assert commands.run(arguments("web")).returncode == 0
+        assert commands.run(usual).returncode == 0
         folder = tmp_path / "datasets" / "web"
-        before = contents(folder)
+        assert contents(folder) == undisturbed
         (folder / read_manifest(folder).train[0].file).unlink()
         listings = len(served.requests)
-        done = commands.run([sys.executable, "-c", COMMAND, "--repair", "--out", "web"])
+        done = commands.run([*usual[:3], "--repair", "--out", "web"])
         assert done.returncode == 0, done.stderr
-    assert contents(folder) == before
+    assert contents(folder) == undisturbed
     assert [request.path for request in served.requests[listings:] if "/api/datasets" in request.path] == []
     assert not (folder / ".preparing").exists()

@@ -1,0 +1,450 @@
+"""The page on a dataset says what numpy finds in its shards, reads as its text does, and harms no terminal."""
+
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.synthetic_dataset import make_sparse_dataset
+from src.data_processing.inspect_dataset import excerpt, inspect, inspect_skipped
+from src.data_processing.shards import Manifest, unlisted_files, write_manifest
+from src.data_processing.tokenizer import Tokenizer, load_tokenizer
+from src.utils.errors import UserError
+from tests.conftest import Commands
+from tests.data_processing.documents import MODULE, contents, some_texts
+from tests.data_processing.text_datasets import END, write_texts
+
+BOUNDARY = "──── document ────"
+N_CTX = 64
+
+
+@pytest.fixture(autouse=True)
+def width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "datasets" / "texts"
+
+
+@pytest.fixture
+def manifest(folder: Path) -> Manifest:
+    return write_texts(folder, some_texts(20), some_texts(90, seed=1), some_texts(50, words=7, seed=2))
+
+
+def change(folder: Path, manifest: Manifest, **changes: object) -> None:
+    write_manifest(folder, dataclasses.replace(manifest, **changes))  # type: ignore[arg-type]
+
+
+def row(page: str, start: str) -> list[str]:
+    """The cells of the first line that starts so, after its first word or words."""
+    line = next(line.strip() for line in page.split("\n") if line.strip().startswith(start))
+    return line.removeprefix(start).split()
+
+
+def test_the_figures_are_those_of_the_shards(folder: Path, manifest: Manifest) -> None:
+    shards = [np.load(folder / shard.file) for shard in manifest.shards]
+    ids = np.concatenate(shards)
+    starts = np.flatnonzero(ids == END)
+    lengths = np.diff(np.append(starts, ids.size))
+    text_bytes = len("".join([*some_texts(20), *some_texts(90, seed=1), *some_texts(50, words=7, seed=2)]).encode())
+
+    found = inspect(folder)
+    assert json.loads(json.dumps(found.figures)) == {
+        "dataset": str(folder),
+        "documents": 160,
+        "tokens": ids.size,
+        "text_bytes": text_bytes,
+        "bytes_per_token": pytest.approx(text_bytes / ids.size, abs=1e-4),
+        "validation_tokens": shards[0].size,
+        "shards": 3,
+        "document_lengths": np.histogram(lengths, bins=2 ** np.arange(lengths.max().item().bit_length() + 1))[
+            0
+        ].tolist(),
+    }
+    ratios = ["100.0%", f"{text_bytes / ids.size:.3f}", f"{ids.size / 160:,.1f}"]
+    assert row(found.page, "all") == ["3", "160", f"{ids.size:,}", *ratios]
+    assert row(found.page, "training")[:3] == ["2", "140", f"{ids.size - shards[0].size:,}"]
+    median = int(np.median(lengths))
+    assert (
+        f"the median document has {1 << median.bit_length() - 1} to {(1 << median.bit_length()) - 1} tokens"
+        in found.page
+    )
+    assert row(found.page, "64 to 127")[:2] == [str((lengths >= 64).sum()), f"{(lengths >= 64).mean():.1%}"]
+    assert found.page.count("──── document ────") >= 3
+    assert manifest.sha256 in found.page
+
+
+def test_each_kind_of_source_has_its_line(folder: Path, manifest: Manifest) -> None:
+    counts = {"documents": 40, "tokens": manifest.counts["tokens"] // 4, "text_bytes": 1, "share": 0.25}
+    files = [{"path": f"/data/texts/{name}", "bytes": 5, "sha256": "0"} for name in ("a.txt", "b/c.md")]
+    hub = {"repository": "owner/name", "config": "sample", "revision": "abc123"}
+    sources = [
+        {"name": "files", "path": "/data/texts", "files": files, **counts},
+        {"name": "hub", **hub, **counts},
+        {"name": "pydocs", "packages": {"python": "3.11.7", "numpy": "2.2.6"}, **counts},
+        {"name": "new\x1b[2J"},
+    ]
+    change(folder, manifest, sources=sources)
+    page = inspect(folder).page
+    assert "  /data/texts\n" in page
+    assert "  owner/name, sample, abc123\n" in page
+    assert "  python 3.11.7, numpy 2.2.6\n" in page
+    assert row(page, "pydocs")[:3] == ["40", f"{counts['tokens']:,}", "25.0%"]
+    assert r"new\x1b[2J" in page
+
+
+def test_what_was_left_out_is_said(folder: Path, manifest: Manifest) -> None:
+    left_out = {"skipped_empty": 3, "dropped_duplicates": 1_200, "replaced_invalid": 7}
+    change(folder, manifest, counts=manifest.counts | left_out)
+    assert "left out: 3 empty, 1,200 duplicates; invalid UTF-8 replaced in 7\n" in inspect(folder).page
+
+
+def test_a_hundred_shards_of_a_hundred_gigabytes_take_no_time(folder: Path) -> None:
+    """Reading one of them would take most of a minute; they are holes, so they fit on any disk."""
+    holes = make_sparse_dataset(folder, n_shards=100, tokens_per_shard=50_000_000_000)
+    change(folder, holes, tokenizer_sha256=Tokenizer.sha256, document_lengths=[0] * 35 + [100])
+    start = time.monotonic()
+    found = inspect(folder)
+    assert time.monotonic() - start < 10
+    assert found.figures["tokens"] == 5_000_000_000_000
+    assert found.page.count("\n│ !!!!!!!!") >= 3
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_damaged_shard_leaves_the_rest(folder: Path, manifest: Manifest, damage: str) -> None:
+    path = folder / manifest.shards[0].file
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    found = inspect(folder)
+    faulty, *sound = found.page.split("\n\n")[-3:]
+    assert f"cannot be shown: {path}" in faulty
+    assert damage in faulty
+    assert f"--repair --out '{folder}'" in faulty
+    assert all("──── document ────" in sample for sample in sound)
+    assert found.figures["documents"] == 160
+
+
+def test_another_tokenizer_is_said_and_its_ids_are_not_decoded(folder: Path, manifest: Manifest) -> None:
+    change(folder, manifest, tokenizer="their_own")
+    page = inspect(folder).page
+    assert "another tokenizer" in page
+    *_, sample = page.split("\n\n")
+    assert set("".join(sample.split("\n")[1:])) <= set("│0123456789 ─document")
+
+
+def test_lengths_that_are_not_known(folder: Path, manifest: Manifest) -> None:
+    change(folder, manifest, document_lengths=[])
+    found = inspect(folder)
+    assert "does not say how long" in found.page
+
+
+def test_the_dataset_is_left_unchanged(folder: Path, manifest: Manifest) -> None:
+    before = contents(folder)
+    first = inspect(folder)
+    assert inspect(folder) == first
+    assert contents(folder) == before
+    assert unlisted_files(folder, manifest) == []
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["texts"]
+
+
+def test_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dataset at"):
+        inspect(tmp_path / "absent")
+
+
+# Pieces of text
+
+
+def text_of(lines: list[str]) -> str:
+    """The text behind the margin, with broken lines joined."""
+    return "".join(line.removeprefix("│ ") for line in lines)
+
+
+def samples(folder: Path) -> list[str]:
+    return inspect(folder).page.split("\n\n")[-3:]
+
+
+def whole(folder: Path, *texts: str) -> list[str]:
+    manifest = write_texts(folder, texts, ["other text"])
+    return excerpt(folder, manifest, 0, 0, manifest.shards[0].tokens)
+
+
+def test_boundaries_come_from_ids_and_not_from_text(tmp_path: Path) -> None:
+    shown = whole(tmp_path, "One.\n\nTwo.", "It says <|endoftext|> here.", "──── document ────\n│ ──── document ────")
+    assert shown == [
+        "──── document ────",
+        "│ One.",
+        "│",
+        "│ Two.",
+        "──── document ────",
+        "│ It says <|endoftext|> here.",
+        "──── document ────",
+        "│ ──── document ────",
+        "│ │ ──── document ────",
+    ]
+
+
+def test_a_window_shows_its_tokens_and_no_others(tmp_path: Path) -> None:
+    manifest = write_texts(tmp_path, ["unseen"], some_texts(5, words=6), some_texts(40, words=6, seed=1))
+    ids = np.load(tmp_path / manifest.shards[2].file)
+    for first in (0, 7, 100, len(ids) - 5):
+        decoded = load_tokenizer().decode(ids[first : first + 33].tolist())
+        shown = excerpt(tmp_path, manifest, 2, first, 33)
+        expected = decoded.replace("<|endoftext|>", "──── document ────")
+        assert text_of(shown).replace(" ", "") == expected.replace(" ", "")
+
+
+def test_a_terminal_is_shown_control_characters_and_does_not_get_them(tmp_path: Path) -> None:
+    acting = [chr(code) for code in (*range(10), *range(11, 32), *range(127, 160), 0x202E, 0x2066, 0x2028, 0xFEFF)]
+    shown = whole(tmp_path, "red \x1b[31m, home \r, tab\t.", "".join(acting), "soft\u00a0space, naïve, 文, 🙂")
+    assert r"red \x1b[31m, home \r, tab   ." in text_of(shown)
+    assert "soft\u00a0space, naïve, 文, 🙂" in text_of(shown)
+    assert not set(acting) & set("\n".join(shown)) - {"\n"}
+    assert r"\u202e\u2066\u2028\ufeff" in text_of(shown)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [("several words and more " * 40, 1), ("x" * 500, 1), ("汉字" * 150, 2), ("   indented " + "y" * 100, 1)],
+)
+def test_long_lines_are_broken_and_nothing_is_lost(tmp_path: Path, text: str, columns: int) -> None:
+    boundary, *lines = whole(tmp_path, text)
+    assert boundary == "──── document ────"
+    assert len(lines) > 1
+    assert all(2 + columns * len(line[2:]) <= 80 for line in lines)
+    assert "".join(line[2:] for line in lines).replace(" ", "") == text.replace(" ", "")
+
+
+def test_lines_are_broken_between_words(tmp_path: Path) -> None:
+    _, *lines = whole(tmp_path, "several words " * 40)
+    assert {word for line in lines for word in line[2:].split()} == {"several", "words"}
+
+
+def test_ids_of_another_tokenizer_are_shown_as_numbers(tmp_path: Path) -> None:
+    manifest = write_texts(tmp_path, ["two words", "two"], ["more"])
+    for theirs in ({"tokenizer": "cl100k_base"}, {"n_vocab": 60_000}, {"tokenizer_sha256": "0" * 64}):
+        shown = excerpt(tmp_path, dataclasses.replace(manifest, **theirs), 0, 0, 9)
+        two, words = load_tokenizer().encode("two words")
+        assert shown == ["──── document ────", f"│ {two} {words}", "──── document ────", f"│ {two}"]
+
+
+def test_an_impossible_id_is_named(tmp_path: Path) -> None:
+    manifest = write_texts(tmp_path, ["two words"], ["more"])
+    path = tmp_path / manifest.shards[0].file
+    np.save(path, np.array([END, 60_000, 5], "<u2"))
+    with pytest.raises(UserError, match=f"{path}: token 1 is 60000; expected ids below 50257"):
+        excerpt(tmp_path, manifest, 0, 0, 3)
+
+
+def test_samples_show_boundaries_of_validation_and_training(tmp_path: Path) -> None:
+    texts = some_texts(300)
+    manifest = write_texts(tmp_path, texts[:100], texts[100:200], texts[200:])
+    shown = samples(tmp_path)
+    assert [sample.split(",")[0] for sample in shown] == ["validation", "training", "training"]
+    for sample, shard, part in zip(shown, manifest.shards, (1 / 2, 2 / 3, 1 / 3), strict=True):
+        heading, *lines = sample.split("\n")
+        place = re.fullmatch(rf"\w+, around token ([\d,]+) of {shard.file}", heading)
+        assert place
+        token = int(place[1].replace(",", ""))
+        assert token == pytest.approx(part * shard.tokens, abs=100)
+        assert np.load(tmp_path / shard.file)[token] == END
+        assert 1 <= lines.index("──── document ────") <= 4
+        assert len(lines) == 12
+        assert re.match(r"│ Document \d+\. ", lines[lines.index("──── document ────") + 1])
+
+
+def test_a_sample_far_from_a_boundary_is_text_alone(tmp_path: Path) -> None:
+    write_texts(tmp_path, ["word " * 100_000], ["more"])
+    heading, *lines = samples(tmp_path)[0].split("\n")
+    assert "around token 50,0" in heading
+    assert set(" ".join(lines).split()) == {"│", "word"}
+
+
+def test_samples_of_tiny_shards(tmp_path: Path) -> None:
+    write_texts(tmp_path, ["a"], ["b"], ["c"])
+    shown = [sample.split("\n") for sample in samples(tmp_path)]
+    assert [lines[1:] for lines in shown] == [["──── document ────", f"│ {letter}"] for letter in "abc"]
+
+
+# Skipped steps
+
+
+@pytest.fixture
+def shards(folder: Path) -> Manifest:
+    """Shards of about 900, 1,300 and 1,300 tokens. Every document says its number."""
+    return write_texts(folder, some_texts(14), some_texts(20, seed=1), [f"Second {t}" for t in some_texts(20, seed=2)])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "spiky"
+
+
+def skipped(step: int, windows: Any, detail: Any = "loss nan, gradient norm nan", n_ctx: Any = N_CTX) -> str:
+    event = {"kind": "event", "step": step, "time": 0.0, "name": "skipped step"}
+    return json.dumps(event | {"detail": detail, "n_ctx": n_ctx, "windows": windows})
+
+
+def write_run(run: Path, sha256: str, *lines: str) -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps({"dataset": {"name": "texts", "manifest_sha256": sha256}}))
+    (run / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    return run
+
+
+def test_each_skipped_step_shows_the_text_of_its_windows(folder: Path, shards: Manifest, run: Path) -> None:
+    lines = [
+        '{"kind": "train", "step": 4, "time": 0.0, "loss": 3.0}',
+        skipped(5, [[2, 0], [1, 3]]),
+        '{"kind": "event", "step": 6, "time": 0.0, "name": "resume", "detail": "from step 5"}',
+        skipped(8, [[1, 0]], "loss 9.5, 12 standard deviations above"),
+    ]
+    before = contents(folder)
+    found = inspect_skipped(folder, write_run(run, shards.sha256, *lines), windows=4)
+    summary, five, first, second, eight, third = found.page.split("\n\n")
+    assert summary == f"{run} skipped 2 step(s)"
+    assert five == "== step 5: loss nan, gradient norm nan\n2 window(s) of 64 tokens"
+    assert first.split("\n")[:2] == [f"window 0 of shard 2: from token 0 of {shards.shards[2].file}", BOUNDARY]
+    assert first.split("\n")[2].startswith("│ Second Document 0. ")
+    # documents of 60 words take 64 tokens and a few for their heading, so token 192 lies in number 2
+    assert second.startswith(f"window 3 of shard 1: from token 192 of {shards.shards[1].file}\n│ ")
+    assert f"\n{BOUNDARY}\n│ Document 3. " in second
+    assert eight.startswith("== step 8: loss 9.5, 12 standard")
+    assert "│ Document 0. " in third
+    assert max(map(len, found.page.split("\n")[1:])) <= 80
+    assert json.loads(json.dumps(found.figures)) == {
+        "run": str(run),
+        "dataset": str(folder),
+        "skipped_steps": 2,
+        "windows": 3,
+        "unreadable_lines": 0,
+    }
+    assert contents(folder) == before
+
+
+def test_a_few_windows_of_each_step_and_a_few_lines_of_each_document(folder: Path, run: Path) -> None:
+    long, short = "\n".join(f"line {i}" for i in range(40)), ["a", "b\nc", "d", "e", "f"]
+    shards = write_texts(folder, ["unseen"], [long, *short, "end " * 2_000])
+    write_run(run, shards.sha256, skipped(5, [[1, 0]] * 9, n_ctx=512))
+    page = inspect_skipped(folder, run, windows=2).page
+    assert "9 window(s) of 512 tokens; the first 2 follow, --windows 9 shows all" in page
+    assert page.count("window 0 of shard 1") == 2
+    assert page.split("\n\n")[-1].split("\n")[1:] == [
+        BOUNDARY,
+        *(f"│ line {i}" for i in range(3)),
+        "(37 more line(s))",
+        *(BOUNDARY, "│ a", BOUNDARY, "│ b", "│ c", BOUNDARY, "│ d"),
+        "(3 more document(s))",
+    ]
+    assert inspect_skipped(folder, run, windows=9).page.count("window 0 of shard 1") == 9
+
+
+def test_a_run_that_skipped_nothing(folder: Path, shards: Manifest, run: Path) -> None:
+    found = inspect_skipped(folder, write_run(run, shards.sha256, '{"kind": "train", "step": 1}'), windows=4)
+    assert found.page == f"{run} skipped no step"
+    assert found.figures["skipped_steps"] == 0
+
+
+def test_windows_outside_the_shards_are_explained(folder: Path, shards: Manifest, run: Path) -> None:
+    windows = (shards.shards[1].tokens - 1) // N_CTX
+    places = [[1, windows - 1], [1, windows], [1, 10**30], [3, 0]]
+    page = inspect_skipped(folder, write_run(run, shards.sha256, skipped(5, places)), windows=4).page
+    last, *outside, no_shard = page.split("\n\n")[2:]
+    assert last.startswith(f"window {windows - 1} of shard 1")
+    for text, number in zip(outside, (windows, 10**30), strict=True):
+        assert text == f"window [1, {number}] cannot be shown: shard 1 has windows 0 to {windows - 1}"
+    assert "window [3, 0] cannot be shown: expected a shard, 0 to 2, and" in no_shard
+
+
+@pytest.mark.parametrize("place", [None, 7, "1", [1], [1, -2], [-1, 0], [1, 2.0], [1, 2, 3], {"\x1b[2J": 0}])
+def test_a_window_that_does_not_exist(folder: Path, shards: Manifest, run: Path, place: Any) -> None:
+    page = inspect_skipped(folder, write_run(run, shards.sha256, skipped(5, [place, [1, 0]])), windows=4).page
+    assert page.count(" cannot be shown: ") == 1
+    assert page.count("window 0 of shard 1") == 1
+    assert "\x1b" not in page
+
+
+@pytest.mark.parametrize(
+    ("windows", "n_ctx"), [(None, N_CTX), ("all", N_CTX), ([], N_CTX), ([[1, 0]], 0), ([[1, 0]], "x")]
+)
+def test_a_step_without_its_windows(folder: Path, shards: Manifest, run: Path, windows: Any, n_ctx: Any) -> None:
+    write_run(run, shards.sha256, skipped(5, windows, n_ctx=n_ctx), skipped(6, [[1, 0]]))
+    page = inspect_skipped(folder, run, windows=4).page
+    assert "== step 5: loss nan, gradient norm nan\nthe run did not record its windows" in page
+    assert "window 0 of shard 1" in page
+
+
+def test_damaged_lines_are_counted_and_passed_over(folder: Path, shards: Manifest, run: Path) -> None:
+    damaged = ["", "[" * 100_000, "null", '{"kind": "event", "na']
+    write_run(run, shards.sha256, damaged[0], skipped(5, [[1, 0]]), *damaged[1:])
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\x00\n")
+    found = inspect_skipped(folder, run, windows=4)
+    assert "5 line(s) of its metrics.jsonl are damaged" in found.page
+    assert (found.figures["skipped_steps"], found.figures["unreadable_lines"]) == (1, 5)
+
+
+def test_a_terminal_gets_no_control_characters_of_a_run(folder: Path, shards: Manifest, run: Path) -> None:
+    bad = "\x1b]0;title\x07\r\n== step 6: forged \u202e \ud800"
+    page = inspect_skipped(folder, write_run(run, shards.sha256, skipped(5, [[1, 0]], bad)), windows=4).page
+    assert r"== step 5: \x1b]0;title\x07\r\n== step 6: forged \u202e \ud800" in page
+    assert not set("\x1b\x07\r\u202e\ud800") & set(page)
+
+
+def test_a_damaged_shard_leaves_the_other_windows(folder: Path, shards: Manifest, run: Path) -> None:
+    (folder / shards.shards[2].file).unlink()
+    page = inspect_skipped(folder, write_run(run, shards.sha256, skipped(5, [[2, 0], [1, 0]])), windows=4).page
+    assert f"{folder / shards.shards[2].file} is missing" in page
+    assert "window 0 of shard 1" in page
+
+
+def test_a_run_on_another_dataset_is_refused(folder: Path, shards: Manifest, run: Path) -> None:
+    write_run(run, "5" * 64, skipped(5, [[1, 0]]))
+    with pytest.raises(UserError, match=rf"trained on another dataset, texts, .* 5{{64}}; .* {shards.sha256}"):
+        inspect_skipped(folder, run, windows=4)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"dataset": null}', '{"dataset": {"name": "texts"}}', "[" * 100_000])
+def test_a_run_that_does_not_say_its_dataset(folder: Path, shards: Manifest, run: Path, content: str) -> None:
+    (write_run(run, shards.sha256) / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        inspect_skipped(folder, run, windows=4)
+
+
+def test_no_such_run(folder: Path, shards: Manifest, run: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot read .*config\.json: No such file.* Give the folder of a run"):
+        inspect_skipped(folder, run, windows=4)
+    (write_run(run, shards.sha256) / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"Cannot read .*metrics\.jsonl: No such file"):
+        inspect_skipped(folder, run, windows=4)
+
+
+def test_the_command(commands: Commands) -> None:
+    folder, run = commands.temp_data / "datasets" / "texts", commands.temp_data / "runs" / "spiky"
+    sha256 = write_texts(folder, some_texts(3), some_texts(9)).sha256
+    look = ["--inspect", "--out", "texts", "--skipped", "spiky"]
+    assert commands.module(MODULE, *look).returncode == 2
+    write_run(run, sha256)
+    nothing = commands.module(MODULE, *look)
+    assert nothing.returncode == 0
+    assert nothing.stdout.startswith(f"{run} skipped no step\n")
+    write_run(run, sha256, skipped(5, [[1, 0], [1, 1], [1, 2]]))
+    shown = commands.module(MODULE, *look, "--windows", "2")
+    assert shown.returncode == 0
+    assert "window 1 of shard 1" in shown.stdout
+    assert "window 2 of shard 1" not in shown.stdout
+    assert json.loads(shown.stdout.splitlines()[-1])["windows"] == 3
+    for mistake in (
+        ["--verify", "--out", "texts", "--skipped", "spiky"],
+        ["--inspect", "--out", "texts", "--windows", "2"],
+    ):
+        assert commands.module(MODULE, *mistake).returncode == 2
