@@ -11,6 +11,7 @@ reaches the hub's host only. Its ready-made calls don't fit: `hf_hub_download` r
 `dataset_info` has no bound on time and size.
 """
 
+import io
 import json
 import random
 import re
@@ -28,7 +29,6 @@ import httpx2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.spec import AbstractBufferedFile
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers, validate_repo_id
@@ -220,15 +220,32 @@ class _RandomPart(Source):
         return _retry(name, file.repository, attempt, self._stopping)
 
 
-class _RemoteFile(AbstractBufferedFile):
+class _RemoteFile(io.RawIOBase):
     """A file on the hub. Each read is one Range request: pyarrow reads a footer or the chunk of a column."""
 
     def __init__(self, file: HubFile) -> None:
-        super().__init__(None, file.path, size=file.bytes, cache_type="none")
-        self.file = file
+        self._file, self._position = file, 0
 
-    def _fetch_range(self, start: int, end: int) -> bytes:
-        return b"".join(_read_range(self.file, start, end))
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._file.bytes)[whence]
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        start, end = self._position, self._file.bytes
+        if size >= 0:
+            end = min(end, start + size)
+        content = b"".join(_read_range(self._file, start, end))
+        self._position += len(content)
+        return content
 
 
 def _open(name: str, details: dict[str, Any], request: Request, downloads: Path) -> list[Source]:

@@ -27,7 +27,8 @@ TEXTS = some_texts(1_200, words=300)
 # Waits of some hundredths of a second instead of seconds, and progress recorded every 50,000 tokens instead of 32M.
 COMMAND = (
     "from src.data_processing import data_downloader, hub_dataset, source_runs; "
-    "from src.utils.errors import exit_with; hub_dataset.BASE_DELAY_S = 0.05; source_runs.RUN_TOKENS = 50_000; exit_with(data_downloader.main)"
+    "from src.utils.errors import exit_with; "
+    "hub_dataset.BASE_DELAY_S = 0.05; source_runs.RUN_TOKENS = 50_000; exit_with(data_downloader.main)"
 )
 
 

@@ -77,7 +77,7 @@ def test_without_a_token(tiny_export: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_hub_out_of_reach(tiny_export: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with pytest.raises(UserError, match=r"cannot upload to me/tiny at http://127.0.0.1:9 \(ConnectError"):
+    with pytest.raises(UserError, match=r"Cannot upload to me/tiny at http://127.0.0.1:9: ConnectError"):
         command(monkeypatch, "--out", tiny_export, "--push", "me/tiny", "--upload")
 
 

@@ -74,7 +74,7 @@ def test_the_command_with_a_file_from_the_hub(hub: str, commands: Commands, tmp_
         (
             "me/small",
             "other.pth",
-            r"cannot get other.pth of me/small from http.*\(HTTP 404 Not Found: Entry not found.*\); check",
+            r"Cannot get other.pth of me/small from http.*: HTTP 404 Not Found: Entry not found.*\. Check",
         ),
         ("me/small/more", "x", "--hub 'me/small/more' cannot be a repository"),
     ],
@@ -90,7 +90,7 @@ def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     ask("http://127.0.0.1:9", monkeypatch)
     monkeypatch.setattr("sys.argv", ["x", "--hub", "me/small", "model.pth", "--run-name", "fetched"])
     with pytest.raises(
-        UserError, match=r"cannot get model.pth of me/small from http://127.0.0.1:9 \(ConnectError: .*refused"
+        UserError, match=r"Cannot get model.pth of me/small from http://127.0.0.1:9: ConnectError: .*refused"
     ):
         reference_import.main()
     assert capsys.readouterr() == ("", "")  # it is not tried again and again
