@@ -31,7 +31,7 @@ _MARGIN = "│ "
 _SAMPLES = (("validation", "validation", 1 / 2), ("training", "train", 1 / 3), ("training", "train", 2 / 3))
 _SAMPLE_TOKENS, _TOKENS_BEFORE, _SEARCHED_TOKENS = 400, 100, 32_768  # the last: how far a boundary may lie
 _SAMPLE_LINES, _LINES_BEFORE = 12, 4
-_WINDOW_DOCUMENTS, _DOCUMENT_LINES = 4, 4  # of a skipped window, and of each document in it
+_WINDOW_DOCUMENTS, _WINDOW_LINES = 4, 16  # of a skipped window; its documents share the lines
 
 
 @dataclass(frozen=True)
@@ -294,10 +294,11 @@ def _window(folder: Path, manifest: Manifest, place: Any, n_ctx: int) -> list[st
         return [harmless(f"window {json.dumps(place)[:100]} cannot be shown: {expected}")]
     page = [harmless(f"window {window} of shard {index}: from token {window * n_ctx:,} of {shard.file}")]
     starts = [number for number, line in enumerate(lines) if line == BOUNDARY or number == 0]
+    lines_each = _WINDOW_LINES // min(_WINDOW_DOCUMENTS, len(starts))
     for start, end in list(pairwise([*starts, len(lines)]))[:_WINDOW_DOCUMENTS]:
-        page += lines[start : min(end, start + _DOCUMENT_LINES)]
-        if end > start + _DOCUMENT_LINES:
-            page.append(f"({end - start - _DOCUMENT_LINES:,} more line(s))")
+        page += lines[start : min(end, start + lines_each)]
+        if end > start + lines_each:
+            page.append(f"({end - start - lines_each:,} more line(s))")
     if len(starts) > _WINDOW_DOCUMENTS:
         page.append(f"({len(starts) - _WINDOW_DOCUMENTS:,} more document(s))")
     return page
