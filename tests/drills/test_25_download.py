@@ -181,7 +181,7 @@ def test_resuming_behind_the_hub(tmp_path: Path, commands: Commands) -> None:
     """A kill in the second source, when the files of the first are no longer needed."""
     notes = tmp_path / "notes"
     notes.mkdir()
-    for number in range(40):
+    for number in range(12):
         write_json_lines(notes / f"{number:02}.jsonl", some_texts(400, words=100, seed=number))
     with hub(REPOSITORY, FILES) as served:
         reach(commands, served)
