@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 
 from src.model import LLM
-from src.model_assessment.generation import SamplingConfig, generate
+from src.model_assessment.sampling import SamplingConfig, generate
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.debugging import count_parameters
 from src.model_utils.llama_format import llama_settings, llama_tensors
@@ -101,7 +101,7 @@ def transformers_model(new: LLM, dtype: torch.dtype, device: torch.device) -> to
 def ours(model: LLM, rows: int, tokens: int) -> list[int]:
     """The new tokens of the first row."""
     config = SamplingConfig(tokens, temperature=0)
-    return [chosen[0] for chosen, _ in generate(model, [PROMPT] * rows, config, range(rows), set())]
+    return [chosen[0] for chosen, _ in generate(model, [PROMPT] * rows, config, range(rows))]
 
 
 @torch.inference_mode()

@@ -82,7 +82,7 @@ def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, a
         wrong = sorted(n for n in expected.keys() | actual.keys() if expected.get(n) != actual.get(n))
         lines = [f"{n}: expected {expected.get(n, 'nothing')}, found {actual.get(n, 'nothing')}" for n in wrong]
         raise UserError(f"{origin} holds another model's weights:\n  - " + "\n  - ".join(lines[:10]))
-    # Not strict, because the head's weight has no name of its own: it is the embedding's, which assigning replaces.
+    # Not strict, because head.weight is missing: it is the embedding's, which assigning replaces.
     model.load_state_dict(tensors, strict=False, assign=assign)
     model.head.weight = model.embedding.weight
 

@@ -42,8 +42,8 @@ LLM.forward = counted
 # The first process makes 200 tokens, which take half a minute; after the fifth one the other is asked to stop.
 WHILE_THE_OTHER_SAMPLES = """
 import signal
-from src.model_assessment import generation
-choose, tokens = generation._choose, []
+from src.model_assessment import sampling
+choose, tokens = sampling._choose, []
 def slowly(*arguments):
     time.sleep(0.15)
     tokens.append(1)
@@ -52,7 +52,7 @@ def slowly(*arguments):
         with open(os.path.join(folder, "pid_1")) as file:
             os.kill(int(file.read()), signal.SIGTERM)
     return choose(*arguments)
-generation._choose = slowly
+sampling._choose = slowly
 """
 SAMPLES = (
     *("--model.n-vocab", "50257", "--eval.sample-every-steps", "100"),

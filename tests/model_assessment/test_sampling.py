@@ -1,7 +1,12 @@
 """Sampled text: what the cache may not change, what seeds decide, where it stops."""
 
+import io
+import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,11 +14,22 @@ import torch
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment import sampling
-from src.model_assessment.generation import LIKELIEST, SamplingConfig, _choose, _generator, _window_start, generate
-from src.model_assessment.sampling import sample, stream
+from src.model_assessment.sampling import (
+    CANDIDATES,
+    SamplingConfig,
+    _choose,
+    _generator,
+    _window_start,
+    converse,
+    generate,
+    main,
+    sample,
+    stream,
+)
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig
-from src.utils.errors import UserError
+from src.utils.errors import UserError, harmless
+from tests.model_utils.exports import make_run, small_model
 
 
 @pytest.fixture
@@ -35,7 +51,7 @@ def word_model() -> LLM:
 
 def tokens(model: LLM, prompts: list[list[int]], config: SamplingConfig, **options) -> list[list[int]]:
     samples = options.pop("samples", list(range(len(prompts))))
-    steps = [tokens for tokens, _ in generate(model, prompts, config, samples, set(), **options)]
+    steps = [tokens for tokens, _ in generate(model, prompts, config, samples, **options)]
     return [list(row) for row in zip(*steps, strict=True)]
 
 
@@ -111,7 +127,7 @@ def test_the_seed_and_the_sample_decide_not_the_batch(model: LLM):
 def test_log_probabilities_are_the_plain_models(model: LLM):
     config = SamplingConfig(8, temperature=0.7, top_k=5, repetition_penalty=1.3, seed=2)
     sequence = [3, 1, 4]
-    for (token,), (log_prob,) in generate(model, [sequence], config, [0], set()):
+    for (token,), (log_prob,) in generate(model, [sequence], config, [0]):
         with torch.no_grad():
             log_probs = torch.log_softmax(model.eval()(torch.tensor([sequence]))[0, -1], dim=-1)
         assert log_prob == pytest.approx(log_probs[token].item(), abs=1e-4)
@@ -140,14 +156,14 @@ def test_repetition_penalty_is_transformers(model: LLM):
 
 
 def test_top_p_past_the_likeliest_of_a_large_vocabulary(word_model: LLM):
-    """A new model finds all words about equally likely: half the probability takes far more than LIKELIEST of them."""
+    """A new model finds all words about equally likely: half the probability takes far more than CANDIDATES of them."""
     config = SamplingConfig(1, top_p=0.5, seed=1)
     drawn = {row[0] for row in tokens(word_model, [[5]] * 200, config)}
     with torch.no_grad():
         probs, order = torch.softmax(word_model.eval()(torch.tensor([[5]]))[0, -1], dim=-1).sort(descending=True)
     places = {token: place for place, token in enumerate(order.tolist())}
     nucleus = int((probs.cumsum(0) < 0.5).sum()) + 1
-    assert LIKELIEST < max(places[token] for token in drawn) <= nucleus
+    assert CANDIDATES < max(places[token] for token in drawn) <= nucleus
 
 
 def test_a_row_ends_at_end_of_text_while_others_go_on(word_model: LLM, monkeypatch: pytest.MonkeyPatch):
@@ -223,7 +239,7 @@ def test_a_vocabulary_other_than_the_tokenizers(n_vocab: int, prompt: str):
     model = LLM(config)
     init_weights(model, config, seed=0)
     if n_vocab < tokenizer.n_vocab:
-        with pytest.raises(UserError, match=r"the model knows the tokens below 300, and 'wonderful' needs token \d+"):
+        with pytest.raises(UserError, match=r"Cannot read 'wonderful': it needs token \d+ of r50k_base, .* below 300"):
             sample(model, tokenizer, [prompt], SamplingConfig(4))
         assert sample(model, tokenizer, ["!"], SamplingConfig(4))[0].tokens
         return
@@ -257,3 +273,78 @@ def test_the_model_goes_back_to_training(model: LLM):
     model.train()
     tokens(model, [[1]], SamplingConfig(2))
     assert model.training
+
+
+def conversation(
+    lines: str, monkeypatch: pytest.MonkeyPatch, config: SamplingConfig | None = None
+) -> list[tuple[str, int, float]]:
+    """Prompt, seed and temperature of each continuation after these lines; each continuation is " and on"."""
+    requested = []
+
+    def pieces(prompt: str, config: SamplingConfig) -> Iterator[str]:
+        requested.append((prompt, config.seed, config.temperature))
+        yield " and"
+        if "break" in prompt:
+            raise KeyboardInterrupt
+        yield " on"
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    converse(pieces, config or SamplingConfig())
+    return requested
+
+
+def test_a_conversation_continues_a_line_and_an_empty_one_the_last_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    lines = "It was\n\n\x1b[31mNew\n"
+    assert [prompt for prompt, *_ in conversation(lines, monkeypatch)] == ["It was", "It was and on", "\x1b[31mNew"]
+    assert capsys.readouterr().out == "It was and on\nIt was and on and on\n\\x1b[31mNew and on\n"
+
+
+def test_a_conversation_changes_options_and_mistakes_leave_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    last = 2**63 - 1
+    lines = f"--seed {last} --temperature 0.5\n--seed many\n--top-p 3\n--nosuch 1\n--stop 'a\nHi\n--stop a b\nyou\n"
+    assert conversation(lines, monkeypatch) == [("Hi", last, 0.5), ("you", 0, 0.5)]
+    said = capsys.readouterr().err
+    for message in ("invalid int value: 'many'", "top_p = 3.0 must be above 0 and at most 1", "--nosuch", "No closing"):
+        assert message in said
+
+
+def test_ctrl_c_ends_a_continuation_and_at_the_prompt_the_conversation(monkeypatch: pytest.MonkeyPatch):
+    assert [prompt for prompt, *_ in conversation("break\nthen\n", monkeypatch)] == ["break", "then"]
+
+    def interrupted(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        converse(lambda prompt, config: iter(()), SamplingConfig())
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Texts and JSON, a stream of the same text, and a conversation on a terminal without --prompt."""
+    run = make_run(tmp_path / "run", small_model())
+
+    def command(*arguments: str) -> str:
+        fixed = ("--checkpoint", str(run), "--device", "cpu", "--weights", "float32", "--max-new-tokens", "8")
+        monkeypatch.setattr("sys.argv", ["sampling", *fixed, *arguments])
+        assert main() == 0
+        return capsys.readouterr().out
+
+    several = ("--prompt", "One", "--prompt", "Two", "--num-samples", "2", "--stop", "x", "--stop", "y")
+    samples = json.loads(command(*several).splitlines()[-1])["samples"]
+    assert [each["prompt"] for each in samples] == ["One", "One", "Two", "Two"]
+    assert not any(stop in each["text"] for each in samples for stop in "xy")
+    text = json.loads(command("--prompt", "One").splitlines()[-1])["samples"][0]["text"]
+    assert command("--prompt", "One", "--stream") == harmless(f"One{text}\n", keep="\n\t")
+    typed = Mock(side_effect=["One", EOFError])
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))
+    assert command() == harmless(f"One{text}\n", keep="\n\t")
+    rounded = command("--prompt", "One", "--weights", "bf16")
+    assert json.loads(rounded.splitlines()[-1])["samples"][0]["tokens"]
+    for arguments in (("--stream", "--num-samples", "2"), ("--interactive", "--prompt", "x"), ("--num-samples", "0")):
+        with pytest.raises(UserError, match="Cannot"):
+            command(*arguments)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
-from src.model_assessment.generation import SamplingConfig, generate
+from src.model_assessment.sampling import SamplingConfig, generate
 from src.model_utils.byte_level_bpe import merges, printable
 from src.model_utils.hf_export import export
 from src.params import ModelConfig
@@ -130,7 +130,7 @@ def test_merges_are_those_that_openai_published():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_llama_cpp_goes_on_as_we_do(model: LLM, files: dict[str, Path], llama: Callable[[Path], Any], dtype: str):
     prompt = load_tokenizer().encode(TEXT)[:8]
-    ours = [t[0] for t, _ in generate(model, [prompt], SamplingConfig(40, temperature=0), [0], set())]
+    ours = [t[0] for t, _ in generate(model, [prompt], SamplingConfig(40, temperature=0), [0])]
     theirs = [token for token, _ in zip(llama(files[dtype]).generate(prompt, temp=0.0), range(40), strict=False)]
     assert theirs == ours
     assert len(set(ours)) > 15

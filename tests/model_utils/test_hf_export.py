@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from src.data_processing.tokenizer import load_tokenizer
-from src.model_assessment.generation import SamplingConfig, generate
+from src.model_assessment.sampling import SamplingConfig, generate
 from src.model_utils.export_folder import EXPORT
 from src.model_utils.hf_export import export
 from src.params import ModelConfig
@@ -57,7 +57,7 @@ def test_bf16_weights_are_the_rounded_ones(tiny_run: Path, tiny_export: Path, tm
 
 def test_greedy_text_is_ours_token_for_token(llama: Any, tokenizer: Any):
     prompt = load_tokenizer().encode("The water cycle begins when")
-    steps = generate(small_model(), [prompt], SamplingConfig(40, temperature=0), [0], set())
+    steps = generate(small_model(), [prompt], SamplingConfig(40, temperature=0), [0])
     ours = [tokens[0] for tokens, _ in steps]
     inputs = tokenizer("The water cycle begins when", return_tensors="pt")
     theirs = llama.generate(**inputs, max_new_tokens=40, do_sample=False)[0]
@@ -166,6 +166,6 @@ def test_the_command_and_sampling_from_what_it_made(tiny_run: Path, tmp_path: Pa
     )
     assert sampled.returncode == 0, sampled.stderr
     prompt = load_tokenizer().encode("It is")
-    greedy = generate(small_model(), [prompt], SamplingConfig(12, temperature=0), [0], set())
+    greedy = generate(small_model(), [prompt], SamplingConfig(12, temperature=0), [0])
     sample = json.loads(sampled.stdout.splitlines()[-1])["samples"][0]
     assert sample["tokens"] == [tokens[0] for tokens, _ in greedy]
