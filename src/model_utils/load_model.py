@@ -1,4 +1,4 @@
-"""From a checkpoint or an exported folder on disk to a model that can be called."""
+"""Loads a model for inference from a checkpoint or an exported folder."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,19 +22,21 @@ WEIGHT_DTYPES = ("auto", "float32", "bf16")
 
 @dataclass(frozen=True)
 class LoadedModel:
+    """A model and its origin."""
+
     model: LLM
     """In eval mode, on `device`, weights in float32."""
     config: Config
-    """The run's; of another program's model its shape, and the defaults for the rest."""
+    """The run's. For another program's model: its shape, and defaults for the rest."""
     path: Path
-    """The step_* directory or exported folder it was read from."""
+    """The step_* directory or exported folder."""
     step: int
-    """0 where that is not known."""
+    """0 where unknown."""
     dataset_sha256: str
-    """Of the manifest of the data it was trained on; empty if the checkpoint does not say."""
+    """Of the training dataset's manifest; empty where unknown."""
     device: torch.device
     precision: torch.dtype
-    """What its matmuls should run in on this machine: bfloat16 or float32."""
+    """The dtype of matmuls on this machine: bfloat16 or float32."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context to call the model in."""
@@ -42,37 +44,28 @@ class LoadedModel:
 
 
 def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
-    """The model in a run directory (its newest good checkpoint), a step_* directory or an exported folder.
+    """Loads a run directory (its newest good checkpoint), a step_* directory or an exported folder.
 
-    A bare name means a run under temp_data/runs, or else a folder here; the text ./NAME is a folder. An exported folder
-    is one of ours, or of another program's with a Llama of our architecture. Raises UserError for one that is missing,
-    damaged or different.
+    A bare name means a run under temp_data/runs, or else a folder here; ./NAME always means a folder. Exports may also
+    be another program's Llama of our architecture. Raises UserError for one that is missing, damaged or different.
     """
     if not str(checkpoint):
-        raise UserError("--checkpoint is empty; name a run, a step_* folder or an export")
+        raise UserError("Cannot load a model: --checkpoint is empty. Name a run, a step_* folder or an export.")
     path = run_dir(str(checkpoint))
     if not path.exists() and Path(checkpoint).exists():
         path = Path(checkpoint).absolute()
-    exported = is_model_folder(path) or (path / EXPORT).exists()
-    read = _read_exported if exported and not list(path.glob("*.gguf")) else _read_checkpoint
-    found = read(path)
+    exported = (is_model_folder(path) or (path / EXPORT).exists()) and not list(path.glob("*.gguf"))
+    config, tensors, path, step, dataset_sha256 = _read_export(path) if exported else _read_checkpoint(path)
     chosen = choose_device(device)
-    with torch.device("meta"):
-        model = LLM(found.config.model)
-    load_weights(model, found.tensors, found.path, assign=True)
-    return LoadedModel(
-        model=model.to(chosen).eval(),
-        config=found.config,
-        path=found.path,
-        step=found.step,
-        dataset_sha256=found.dataset_sha256,
-        device=chosen,
-        precision=choose_precision(found.config.train.precision, chosen),
-    )
+    with torch.device("meta"):  # no memory, and no initial values to compute
+        model = LLM(config.model)
+    load_weights(model, tensors, path, assign=True)
+    precision = choose_precision(config.train.precision, chosen)
+    return LoadedModel(model.to(chosen).eval(), config, path, step, dataset_sha256, chosen, precision)
 
 
 def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, assign: bool = False) -> None:
-    """Puts weights, named as `model.named_parameters()` names them, into `model`: copied, or with `assign` as they are.
+    """Loads weights, named as in `model.named_parameters()`. Copies them, or with `assign` makes them the parameters.
 
     Raises UserError before any change where names or shapes differ; it names their `origin` and the differences.
     """
@@ -81,17 +74,16 @@ def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, a
     if actual != expected:
         wrong = sorted(n for n in expected.keys() | actual.keys() if expected.get(n) != actual.get(n))
         lines = [f"{n}: expected {expected.get(n, 'nothing')}, found {actual.get(n, 'nothing')}" for n in wrong]
-        raise UserError(f"{origin} holds another model's weights:\n  - " + "\n  - ".join(lines[:10]))
+        raise UserError(f"Cannot load {origin}: it holds another model's weights:\n  - " + "\n  - ".join(lines[:10]))
     # Not strict, because head.weight is missing: it is the embedding's, which assigning replaces.
     model.load_state_dict(tensors, strict=False, assign=assign)
     model.head.weight = model.embedding.weight
 
 
 def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtype:
-    """Converts `model` in place to the dtype `kind`, one of WEIGHT_DTYPES. Returns the dtype to call it in.
+    """Converts `model` in place to `kind`, one of WEIGHT_DTYPES, and returns the dtype to call it in.
 
-    "float32": stays as it is, called in `precision`. "bf16": all weights in bfloat16. "auto": bf16 where `precision`
-    is bfloat16.
+    "float32" keeps its weights, called in `precision`. "auto" means bf16 where `precision` is bfloat16.
     """
     if kind == "float32" or (kind == "auto" and precision == torch.float32):
         return precision
@@ -99,36 +91,31 @@ def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtyp
     return torch.bfloat16
 
 
-@dataclass(frozen=True)
-class _Found:
-    config: Config
-    tensors: dict[str, torch.Tensor]
-    path: Path
-    step: int
-    dataset_sha256: str
+# Config, weights by our names, path, step and the dataset's sha256, as in LoadedModel.
+_Source = tuple[Config, dict[str, torch.Tensor], Path, int, str]
 
 
-def _read_checkpoint(path: Path) -> _Found:
+def _read_checkpoint(path: Path) -> _Source:
     if path.suffix == ".gguf" or (any(path.glob("*.gguf")) and not (path / "checkpoints").exists()):
-        raise UserError(f"{path} is GGUF, which is for llama.cpp; name the run, or its export in the format hf")
-    found, rejected = find_checkpoint(path)
+        raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
+    checkpoint, rejected = find_checkpoint(path)
     for reason in rejected:
         say(f"warning: passed over a damaged checkpoint: {reason}")
-    if "config" not in found.state:
-        raise UserError(f"{found.path / 'state.json'} holds no config; was it saved by another program?")
-    config, sha256 = from_dict(found.state["config"]), found.state.get("dataset_sha256", "")
-    return _Found(config, found.tensors("model"), found.path, found.step, sha256)
+    if "config" not in checkpoint.state:
+        raise UserError(f"Cannot load {checkpoint.path}: its state.json holds no config. Name a checkpoint of ours.")
+    config, sha256 = from_dict(checkpoint.state["config"]), checkpoint.state.get("dataset_sha256", "")
+    return config, checkpoint.tensors("model"), checkpoint.path, checkpoint.step, sha256
 
 
-def _read_exported(path: Path) -> _Found:
+def _read_export(path: Path) -> _Source:
     origin = read_origin(path, "config.json", WEIGHTS)
     shape, tensors = read_model_folder(path)
-    if origin is None:
-        _note_foreign(path)
-        # A batch of one sequence, because the default one is no multiple of every context.
-        config = Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1))
-        return _Found(config, tensors, path, step=0, dataset_sha256="")
-    return _Found(from_dict(origin.config), tensors, path, origin.step, origin.dataset_sha256)
+    if origin is not None:
+        return from_dict(origin.config), tensors, path, origin.step, origin.dataset_sha256
+    _note_foreign(path)
+    # A batch of one sequence, because the default one is not a multiple of every context.
+    config = Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1))
+    return config, tensors, path, 0, ""
 
 
 @cache  # once, however often the model is read

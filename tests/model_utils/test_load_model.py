@@ -175,5 +175,5 @@ def test_gguf_is_named_as_what_it_is(run: Path, tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/model.gguf").write_bytes(b"GGUF")
     for path in (tmp_path / "folder", tmp_path / "folder/model.gguf"):
-        with pytest.raises(UserError, match=r"is GGUF, which is for llama.cpp"):
+        with pytest.raises(UserError, match=r"it is GGUF, for llama.cpp"):
             load_model(path, "cpu")
