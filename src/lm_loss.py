@@ -1,9 +1,12 @@
 """The language-model loss without full float32 logits.
 
-Logits over 50,257 tokens are by far the largest tensor of a small model. Here those of some thousand positions exist at
-a time, in the dtype of the matmul, and become their own gradient in place: the float32 softmax is done a few rows at a
-time, while they are in cache, or in one compiled kernel, and the gradients of both inputs are computed in the forward
-pass, where the softmax is at hand. Shapes: N positions, D width, V vocabulary.
+Logits over 50,257 tokens are by far the largest tensor of a small model. Three things keep them small here:
+
+- Logits of at most LOGIT_POSITIONS positions exist at once, in the dtype of the matmul.
+- The float32 softmax runs over a few rows at a time, while these are in the CPU's cache, or as one compiled kernel.
+- The forward pass overwrites the logits with their own gradient, and computes the gradients of both inputs from it.
+
+Shapes: N positions, D width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -11,18 +14,18 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# Positions whose logits exist at once: 8,192 x 50,257 x 2 bytes = 0.8 GB in bf16. Enough to keep any device's matmuls
-# at their full rate; all 32,768 of the full-size micro-batch would be the peak of a step's memory.
+# 8,192 x 50,257 x 2 bytes = 0.8 GB of logits in bf16: enough to keep any device's matmuls at their full rate. All
+# 32,768 positions of the full-size micro-batch would be the peak of a step's memory.
 LOGIT_POSITIONS = 8_192
 
-# Rows of logits in float32 at once, where the softmax is not compiled. On a CPU 16 x 50,257 x 4 bytes = 3 MB stay near
-# a core's cache: 2,048 positions of width 256 took 299 ms so, 338 with 64 rows, 721 in torch's plain form and 307 in
-# that compiled (benchmarks/lm_loss.py, two cores). A GPU wants few, large kernels.
+# Rows of logits in float32 at once, for the softmax that is not compiled. On a CPU 16 x 50,257 x 4 bytes = 3 MB fit a
+# core's cache. 2,048 positions of width 256 took 299 ms with 16 rows and 338 with 64; torch's cross_entropy took 721,
+# compiled 307 (benchmarks/lm_loss.py, two cores). A GPU wants few, large kernels.
 ROWS_CPU = 16
 ROWS_GPU = 4096
 
-# A GPU's matrix units want rows that begin at multiples of 16 bytes, and 50,257 is odd: there the logits get columns
-# that belong to no token. The weight that is trained and saved has none.
+# A GPU's matrix units want rows that begin at multiples of 16 bytes, and 50,257 is odd. So logits on a GPU get extra
+# columns, which belong to no token; the weight that is trained and saved has none.
 VOCAB_MULTIPLE = {"cuda": 64}
 
 Softmax = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
@@ -31,12 +34,12 @@ Softmax = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 def linear_cross_entropy(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, compiled_softmax: Softmax | None = None
 ) -> torch.Tensor:
-    """Mean over N of -log softmax(hidden @ weight^T)[target], a float32 scalar, as `F.cross_entropy` gives it.
+    """Mean over N of -log softmax(hidden @ weight^T)[target], a float32 scalar equal to `F.cross_entropy`'s.
 
-    The matmuls run in the autocast dtype where autocast is on, the softmax and the sum in float32.
-    `compiled_softmax`: from `compile_softmax`, for all rows at once.
+    The matmuls run in the autocast dtype under autocast, the softmax and the sum in float32. `compiled_softmax`, from
+    `compile_softmax`, replaces the softmax by rows.
     """
-    if torch.compiler.is_compiling():  # as part of a larger compiled function: the compiler fuses the plain form
+    if torch.compiler.is_compiling():  # inside a larger compiled function the compiler fuses the plain form itself
         return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N)
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
@@ -45,11 +48,11 @@ def linear_cross_entropy(
 
 
 def compile_softmax(compiled: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]) -> Softmax:
-    """What `softmax_` does as one kernel that `compiled` makes, such as torch.compile with some options."""
+    """Returns `softmax_` as one kernel made by `compiled`, which is torch.compile with some options."""
     kernel = compiled(_softmax_kernel_)
 
     def softmax(logits_NV: torch.Tensor, targets_N: torch.Tensor, with_gradients: bool) -> torch.Tensor:
-        # Gathered out here: PyTorch 2.11 compiles it to after the change in place, and losses come out wrong (LOG.md).
+        # Gathered outside the kernel: PyTorch 2.11 would read it after the in-place change, a wrong loss (LOG.md).
         return kernel(logits_NV, targets_N[:, None], logits_NV.gather(1, targets_N[:, None]), with_gradients)
 
     return softmax
@@ -68,9 +71,9 @@ def _softmax_kernel_(
 
 
 def softmax_(logits_NV: torch.Tensor, targets_N: torch.Tensor, with_gradients: bool) -> torch.Tensor:
-    """Each row's -log softmax(logits)[target], (N,) float32.
+    """Returns each row's -log softmax(logits)[target], (N,) float32.
 
-    With gradients `logits_NV` become the gradient of the sum of these in place: softmax - one hot of the target.
+    With gradients, overwrites `logits_NV` with the gradient of the sum of these: softmax - one hot of the target.
     """
     targets_N1 = targets_N[:, None]
     log_probs = torch.log_softmax(logits_NV.float(), dim=-1)
@@ -89,6 +92,8 @@ def _softmax_by_rows_(logits_NV: torch.Tensor, targets_N: torch.Tensor, with_gra
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are computed forward, where the softmax exists, and only scaled backward."""
+
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, dtype, with_gradients, softmax):
         n_vocab = len(weight_VD)
@@ -100,13 +105,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for part, targets in zip(hidden.split(LOGIT_POSITIONS), targets_N.split(LOGIT_POSITIONS), strict=True):
                 logits = part @ weight.T
                 losses.append(softmax(logits[:, :n_vocab], targets, with_gradients))
-                if with_gradients:
+                if with_gradients:  # from here on `logits` holds the gradient of the logits
                     logits[:, n_vocab:] = 0
                     grad_hidden.append(logits @ weight)
                     grad = (logits.T @ part)[:n_vocab]
-                    # several parts are added up in float32; one alone stays as the matmul gave it
+                    # Parts add up in float32; a single one keeps the dtype of the matmul.
                     grad_weight = grad if grad_weight is None else grad_weight.float().add_(grad)
-                del logits  # before the next ones are made
+                del logits  # frees them before the next part
         if with_gradients:
             ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
             ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
@@ -115,6 +120,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_loss,) = grad_outputs
-        grad_loss = grad_loss / len(ctx.saved_tensors[0])  # the gradients are of the sum over N, the loss is the mean
+        grad_loss = grad_loss / len(ctx.saved_tensors[0])  # saved: gradients of the sum over N; the loss is the mean
         grads = (g.to(dtype) * grad_loss for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *grads, None, None, None, None

@@ -1,4 +1,4 @@
-"""What is compiled when: the blocks and the loss's softmax, for the training batch, and nothing else ever again."""
+"""Compiled training: the blocks and the loss's softmax for the training batch, and nothing else."""
 
 import os
 import shutil
@@ -12,8 +12,7 @@ import torch
 
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
-from src.model_assessment import hellaswag, sampling
-from src.model_assessment.hellaswag_items import Item
+from src.model_assessment import sampling
 from src.model_utils.autotune import CompiledForward, compiling_fails
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig
@@ -26,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 class CountingBackend:
-    """Runs what it is given as it is, and counts how often it is given something."""
+    """Runs each graph uncompiled and counts them."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -56,50 +55,44 @@ def train(forward: CompiledForward, sequences: int) -> None:
         forward.zero_grad()
 
 
-def validate(model: LLM, sequences: int) -> None:
-    model.eval()
-    with torch.no_grad():
-        model(*windows(model, sequences))
-    model.train()
-
-
-def test_layers_share_what_is_compiled_and_other_shapes_are_not(model: LLM):
+def test_layers_share_their_code_and_only_training_is_compiled(model: LLM, tiny_config: ModelConfig):
     backend = CountingBackend()
     forward = CompiledForward(model, backend=backend)
     train(forward, 4)
     assert backend.graphs == 2  # one block for all four layers, one softmax
+    assert [name for name, _ in forward.named_parameters()] == [f"model.{name}" for name, _ in model.named_parameters()]
 
-    tokenizer = load_tokenizer()
-    for sequences in (1, 4):
-        validate(model, sequences)
-    items = [Item(n, "a b " * n, ("c", "d e", "f", "g h i"), 0) for n in range(1, 6)]
-    hellaswag.evaluate(model, items, tokenizer.encode, protocol="test")
-    for prompt, n in (("One", 1), ("One two three", 3)):
-        sampling.sample(model, tokenizer, (prompt,), sampling.SamplingConfig(max_new_tokens=20), num_samples=n)
+    model.eval()
+    with torch.no_grad():
+        for sequences in (1, 4):
+            model(*windows(model, sequences))
+        sampling.sample(model, load_tokenizer(), ("One", "One two"), sampling.SamplingConfig(max_new_tokens=20))
+    model.train()
     train(forward, 4)
     assert backend.graphs == 2
 
-
-def test_another_model_in_the_same_process_compiles_its_own(model: LLM, tiny_config: ModelConfig):
-    backend = CountingBackend()
-    train(CompiledForward(model, backend=backend), 4)
     other = LLM(replace(tiny_config, n_vocab=50_257, n_layer=2, n_embd=48))
     train(CompiledForward(other, backend=backend), 2)
-    assert backend.graphs == 4
+    assert backend.graphs == 4  # another model compiles its own
 
 
 @needs_compiler
-def test_compiled_to_machine_code_it_computes_the_same(model: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Losses and gradients, in float32 and under bf16 autocast."""
+def test_machine_code_gives_the_same_losses_and_gradients(
+    tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In float32 and under bf16 autocast."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    model = LLM(tiny_config)
+    init_weights(model, tiny_config, seed=0)
     inputs, targets = windows(model, 2)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        found = []
+        results = []
         for forward in (model, CompiledForward(model)):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = forward(inputs, targets)
-            found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
-        for eager, fast in zip(*found, strict=True):
+            results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+        for eager, fast in zip(*results, strict=True):
             assert torch.linalg.vector_norm(fast - eager) <= tolerance * torch.linalg.vector_norm(eager)
 
 
@@ -107,7 +100,7 @@ def test_compiled_to_machine_code_it_computes_the_same(model: LLM, tmp_path: Pat
 def test_compiled_dropout_is_the_same_forward_and_backward(
     tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The gradient is that of the loss: a compiler that draws dropout anew in the backward pass gives another one."""
+    """The gradient is that of the loss: a compiler that draws dropout again in the backward pass gives another one."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     model = LLM(replace(tiny_config, n_embd=48, residual_dropout=0.3, ffn_dropout=0.3)).train()
@@ -124,7 +117,7 @@ def test_compiled_dropout_is_the_same_forward_and_backward(
     gradients = torch.autograd.grad(loss(), parameters)
     slope = sum(float((gradient * d).sum()) for gradient, d in zip(gradients, directions, strict=True))
     losses = []
-    for length in (1e-3, -2e-3):  # there, and as far to the other side
+    for length in (1e-3, -2e-3):  # one step along the directions, then two back
         with torch.no_grad():
             for p, d in zip(parameters, directions, strict=True):
                 p.add_(d, alpha=length)
@@ -132,11 +125,11 @@ def test_compiled_dropout_is_the_same_forward_and_backward(
     assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(slope, rel=0.02)
 
 
-def test_what_is_compiled_lies_where_the_log_says(tmp_path: Path):
+def test_compiled_code_lies_where_the_log_says(tmp_path: Path):
     program = "import src, torch._inductor.runtime.cache_dir_utils as d; print(d.cache_dir())"
     environment = {**os.environ, "TEMP_DATA_DIR": str(tmp_path)}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    found = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    assert found.stdout.strip() == str(tmp_path / "compile_cache")
+    assert printed.stdout.strip() == str(tmp_path / "compile_cache")

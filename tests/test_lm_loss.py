@@ -12,7 +12,7 @@ from src.lm_loss import compile_softmax, linear_cross_entropy, softmax_
 
 @pytest.mark.parametrize("n", [1, 15, 16, 53])  # below, at and off the rows done at once
 @pytest.mark.parametrize("positions", [8_192, 20])  # all at once, and in parts
-@pytest.mark.parametrize("columns", [1, 64])  # as they are, and padded as on a GPU
+@pytest.mark.parametrize("columns", [1, 64])  # unpadded, and padded as on a GPU
 def test_value_and_gradients_equal_torchs(n: int, positions: int, columns: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lm_loss, "LOGIT_POSITIONS", positions)
     monkeypatch.setattr(lm_loss, "VOCAB_MULTIPLE", {"cpu": columns})
