@@ -1,13 +1,15 @@
-"""Tokens a second while sampling, beside transformers' `generate` and the reference's loop without a cache.
+"""Tokens per second during sampling, compared with transformers' `generate` and with a loop without a cache.
 
 python -m benchmarks.sampling {debug,laptop,lf_llm_269m} [--tokens 48 --repeats 5 --weights bf16] prints a JSON object.
 
-New weights, the same for all; the likeliest token is taken each time. "one": one sequence, beside transformers with the
-same weights in the same dtype. "four": four sequences, beside a loop that gives the model the whole text again for each
-token, with logits at all positions, as the reference does (in autocast, weights in float32). The variants take turns;
-medians. `same_tokens`: the share of the tokens of "one" that transformers chose as well: rounding may decide ties.
-`read_gb_per_s`: how fast this device reads a matrix of 1 GB while multiplying a vector by it; the weights' bytes
-divided by it are the least that a token can take.
+All models have the same new weights and take the likeliest token. The variants take turns; the figures are medians.
+
+- "ours" and "transformers": one sequence, weights in the same dtype.
+- "ours, four": four sequences. "no cache, four": the reference's loop, which gives the model the whole text again for
+  each token and computes the logits of all positions (autocast, weights in float32).
+- `same_tokens`: the share of tokens that "ours" and transformers agree on; rounding may decide ties.
+- `read_gb_per_s`: how fast this device reads a matrix of 1 GB while multiplying a vector by it. The weights' bytes
+  divided by it are the shortest time of a token.
 """
 
 import argparse

@@ -136,7 +136,7 @@ def stream(
     config: SamplingConfig,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> Iterator[str]:
-    """Yields the text of `sample`'s first continuation in pieces as it is generated, cut only between characters."""
+    """Yields the text of `sample`'s first continuation in pieces during generation, cut only between characters."""
     ids, text = _encode(tokenizer, prompt, model), _Text(tokenizer, config.stop)
     with autocast or nullcontext():
         for (token,), (log_prob,) in generate(model, [ids], config, [0], tokenizer.n_vocab):
