@@ -26,6 +26,7 @@ from src.attention import KVCache
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_utils.load_model import WEIGHT_DTYPES, convert_weights, load_model
+from src.model_utils.packed_linear import pack_linears
 from src.utils.errors import UserError, exit_with, harmless, say
 from src.utils.hardware import autocast
 
@@ -38,7 +39,7 @@ CANDIDATES = 1_024
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. Raises UserError listing all impossible values.
+    """The rules that choose the next token. Raises UserError listing all impossible values.
 
     The penalty comes first, then the temperature, then top_k, top_p and min_p, each on the remaining tokens.
     """
@@ -331,6 +332,8 @@ def main() -> int:
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
     model = loaded.model
     precision = convert_weights(model, args.weights, loaded.precision)
+    if precision == torch.bfloat16:
+        pack_linears(model)
 
     def pieces(prompt: str, config: SamplingConfig) -> Iterator[str]:
         return stream(model, tokenizer, prompt, config, autocast(loaded.device, precision))
