@@ -1,7 +1,7 @@
 """One or several models on the same text and questions: a table for people, and JSON.
 
 Measures validation loss and bits per byte on the held-out text of a dataset, and multiple choice by the protocols of
-src/model_assessment/hellaswag.py. The difference between two models' losses has a standard error of its own: both are
+src/model_assessment/hellaswag.py. The difference between two models' losses has a separate standard error: both are
 measured on the same batches, so that a batch hard for both does not count.
 """
 

@@ -1,7 +1,7 @@
 """A stand-in for HellaSwag that needs no network: the model chooses the continuation of a held-out passage.
 
 The passages come from the validation text of the model's own dataset, so that a small model can learn to answer. The
-result says nothing about common sense or HellaSwag, and carries a protocol name of its own.
+result says nothing about common sense or HellaSwag, and carries a separate protocol name.
 
 A passage is a context and the ENDING_TOKENS tokens after it. An item is one passage with the endings of three others,
 from other documents. So right and wrong endings are drawn alike: whole words, the same number of tokens, single spaces
