@@ -1,14 +1,14 @@
-"""HellaSwag by the reference's protocol, ours beside the reference's algorithm, as one JSON object.
+"""HellaSwag by the reference's protocol: ours and the reference's algorithm in turns, as one JSON object.
 
 python -m benchmarks.hellaswag {debug,laptop,lf_llm_269m} --data FILE [--checkpoint DIR] [--items 100 --rounds 5]
 
 The reference takes one item at a time: its four rows, padded to the longest, through the model to logits of every
-position in float32; then the cross-entropy of all of them, and a masked mean. Both score the same items, every so
-many-th of the file, from the same token ids, in the same precision; they take turns, and each figure is the median over
-the rounds after one that is not counted. The weights are those of `--checkpoint`, or random.
+position in float32; then the cross-entropy of all of them, and a masked mean. Both score the same items, taken evenly
+from the file, with the same token ids and precision. They take turns. Each figure is the median over the rounds, after
+a first one that does not count. The weights are those of `--checkpoint`, or random.
 
-The run fails if the scores differ by more than rounding. `other_choices` counts the items whose choice is another one,
-`largest_gap` is the most by which two choices' scores lie apart there, by the reference's: ties of rounding.
+The run fails if the scores differ by more than rounding. `other_choices` counts the items with another choice. There
+`largest_gap` is the largest distance between the two choices' scores, by the reference: a tie of rounding.
 """
 
 import argparse
@@ -23,10 +23,8 @@ import torch.nn.functional as F
 
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
-from src.model_assessment.hellaswag import questions
+from src.model_assessment.hellaswag import Question, questions, reference_texts, score_endings
 from src.model_assessment.hellaswag_items import load_items
-from src.model_assessment.hellaswag_protocols import reference_texts
-from src.model_assessment.multiple_choice import Question, score_endings
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.load_model import load_model
 from src.model_utils.weight_init import init_weights
@@ -44,7 +42,7 @@ def main() -> None:
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--data", required=True, type=Path, help="HellaSwag as .jsonl or .jsonl.gz")
     parser.add_argument(
-        "--checkpoint", help="a run, a step_* folder or an export, whose model takes the preset's place"
+        "--checkpoint", help="a run, a step_* folder or an export, in place of the preset's random model"
     )
     parser.add_argument("--items", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
@@ -57,9 +55,9 @@ def main() -> None:
     items = load_items(args.data)
     items = items[:: max(1, len(items) // args.items)][: args.items]
     model = (load_model(args.checkpoint).model if args.checkpoint else random_model(args.preset)).to(device).eval()
-    asked = questions(items, reference_texts, load_tokenizer().encode)
+    tokenized = questions(items, reference_texts, load_tokenizer().encode)
     with hardware.autocast(device, precision), torch.no_grad():
-        seconds, scores = take_turns({"ours": ours, "reference": reference}, model, asked, args.rounds)
+        seconds, scores = take_turns({"ours": ours, "reference": reference}, model, tokenized, args.rounds)
     differences = [abs(a - b) for pair in zip(*scores.values(), strict=True) for a, b in zip(*pair, strict=True)]
     if max(differences) > TOLERANCE[precision]:
         raise SystemExit(f"not the same work: scores differ by {max(differences):.2g} nats a token")
@@ -85,7 +83,7 @@ def main() -> None:
 
 
 def take_turns(
-    ways: dict[str, Callable[[LLM, Sequence[Question]], Scores]], model: LLM, asked: Sequence[Question], rounds: int
+    ways: dict[str, Callable[[LLM, Sequence[Question]], Scores]], model: LLM, tokenized: Sequence[Question], rounds: int
 ) -> tuple[dict[str, float], dict[str, Scores]]:
     """Each way's median seconds for all questions, and its scores."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -93,27 +91,30 @@ def take_turns(
     for _ in range(1 + rounds):
         for name, way in ways.items():
             started = time.perf_counter()
-            scores[name] = way(model, asked)
+            scores[name] = way(model, tokenized)
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}, scores
 
 
-def ours(model: LLM, asked: Sequence[Question]) -> Scores:
-    scores = score_endings(model, asked)
-    return [[log_prob / tokens for log_prob, tokens in scores[i]] for i in range(len(asked))]
+def ours(model: LLM, tokenized: Sequence[Question]) -> Scores:
+    return [
+        [log_prob / min(len(ending), model.config.n_ctx) for log_prob, ending in zip(log_probs, endings, strict=True)]
+        for log_probs, (_, endings) in zip(score_endings(model, tokenized), tokenized, strict=True)
+    ]
 
 
-def reference(model: LLM, asked: Sequence[Question]) -> Scores:
-    return [reference_scores(model, question) for question in asked]
+def reference(model: LLM, tokenized: Sequence[Question]) -> Scores:
+    return [reference_scores(model, question) for question in tokenized]
 
 
 def reference_scores(model: LLM, question: Question) -> list[float]:
-    """All four rows, whole, through the model; their last position predicts nothing that is asked for."""
-    rows = [[*question.context, *ending] for ending in question.endings]
+    """All four rows, whole, through the model; the prediction of their last position is ignored."""
+    context, endings = question
+    rows = [[*context, *ending] for ending in endings]
     n_ctx = model.config.n_ctx
     tokens_BT = torch.zeros(len(rows), min(n_ctx + 1, max(map(len, rows))), dtype=torch.int64)
     scored_BT = torch.zeros_like(tokens_BT)
-    for b, (row, ending) in enumerate(zip(rows, question.endings, strict=True)):
+    for b, (row, ending) in enumerate(zip(rows, endings, strict=True)):
         row = row[-n_ctx - 1 :]
         tokens_BT[b, : len(row)] = torch.tensor(row)
         scored_BT[b, max(1, len(row) - len(ending)) : len(row)] = 1

@@ -1,12 +1,11 @@
-"""What a run spends on other things than training: measured here in small, added up for the whole recipe.
+"""The time a run spends on everything but training: each part measured on its own, then added up for the recipe.
 
 python -m benchmarks.overheads {debug,laptop,lf_llm_269m} --data DATASET [--hellaswag FILE --items 64 --processes 8]
 
-Measured on this machine, in the preset's precision: the forward and backward pass of a micro-batch, validation a token,
-HellaSwag an item, the preset's samples, the time that training waits for a checkpoint, and a log line. Then the
-recipe's arithmetic: so many of each, validation and HellaSwag shared out over the processes, samples, checkpoints and
-log lines made by one while the others wait. The optimizer's time is not counted as training, so the shares are rather
-too high.
+Measured on this machine, in the preset's precision: the forward and backward pass of a micro-batch, validation per
+token, HellaSwag per item, the preset's samples, the time that training waits for a checkpoint, and a log line. The sum
+follows the recipe: validation and HellaSwag are shared by the processes, while samples, checkpoints and log lines are
+made by one and the others wait. The optimizer does not count as training, so the shares are slightly too high.
 """
 
 import argparse
@@ -49,10 +48,10 @@ def main() -> None:
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--data", default="pydocs", help="a dataset's name or folder")
     parser.add_argument("--hellaswag", default="held-out", help="a HellaSwag file, or held-out")
-    parser.add_argument("--items", type=int, default=64, help="how many of them to time")
+    parser.add_argument("--items", type=int, default=64, help="number of items to time")
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--compile", action="store_true", help="the training and validation passes")
-    parser.add_argument("--processes", type=int, default=8, help="of the recipe that is added up")
+    parser.add_argument("--processes", type=int, default=8, help="processes of the recipe")
     args = parser.parse_args()
     preset = PRESETS[args.preset]()
     micro_batch_size = args.micro_batch_size or preset.micro_batch_size
@@ -65,7 +64,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, config: Config, device: torch.device) -> dict[str, float]:
-    """Seconds of one of each thing, on one device."""
+    """Seconds of each part, on one device."""
     folder = dataset_dir(args.data)
     held_out = read_manifest(folder).validation
     model = LLM(config.model)
@@ -86,7 +85,7 @@ def measure(args: argparse.Namespace, config: Config, device: torch.device) -> d
     shard = folder / held_out[0].file
     if args.hellaswag == "held-out":
         items = hellaswag.choose_items("held-out", args.items, shard, tokenizer)[1]
-    else:  # every so many-th, since their lengths are not spread evenly over the file
+    else:  # taken evenly: lengths differ between the file's parts
         every = load_items(Path(args.hellaswag))
         items = every[:: max(1, len(every) // args.items)]
     score = partial(hellaswag.evaluate, model, items, tokenizer.encode, protocol="timed")
@@ -107,7 +106,7 @@ def measure(args: argparse.Namespace, config: Config, device: torch.device) -> d
 
 
 def checkpoint_wait_s(config: Config, model: LLM, device: torch.device, folder: Path) -> float:
-    """How long the loop waits for a save to be started: the copy of all tensors to memory."""
+    """The loop's wait for the start of a save: the copy of all tensors to memory."""
     optimizer = build_adamw(model, config.optim)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -127,7 +126,7 @@ def checkpoint_wait_s(config: Config, model: LLM, device: torch.device, folder: 
 
 
 def seconds_of(action: Callable[[], object], device: torch.device, times: int = 5) -> float:
-    """Median, after one that is not counted; work queued on a GPU included."""
+    """Median, after a first one that does not count; includes work queued on a GPU."""
     seconds = []
     for _ in range(times + 1):
         started = time.perf_counter()

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import Commands
 from tests.data_processing.documents import some_texts, write_json_lines
-from tests.model_assessment.choices import RECORD
+from tests.model_assessment.test_hellaswag_items import RECORD
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -45,7 +45,7 @@ def test_hellaswag_is_answered_as_one_item_at_a_time(tmp_path: Path, commands: C
     [
         (["benchmarks.data", "--path", "/nope"], "--path /nope does not exist"),
         (["benchmarks.loader", "--data", "/nope"], "no dataset at /nope"),
-        (["benchmarks.hellaswag", "debug", "--data", "/nope"], "cannot read /nope"),
+        (["benchmarks.hellaswag", "debug", "--data", "/nope"], "Cannot read /nope"),
         (["benchmarks.hellaswag", "debug", "--data", "/nope", "--items", "0"], "--items is 0"),
     ],
 )

@@ -81,7 +81,7 @@ def test_all_failures_at_once_and_what_to_do(commands: Commands, tmp_path: Path)
     assert result.returncode == 2
     assert json.loads(result.stdout)["failed"] == ["processes", "HellaSwag", "dataset", "run folder"]
     assert "5 cannot share evenly; with 1 process(es), micro_batch_size can be 1, 2, 4, 8, 16 or 32" in result.stderr
-    assert "cannot read nothing.jsonl: No such file or directory; give a local copy" in result.stderr
+    assert "Cannot read nothing.jsonl: No such file or directory. Give a local copy" in result.stderr
     assert (
         f"no dataset at {tmp_path}/datasets/nowhere: no such folder; prepare it with: python -m src." in result.stderr
     )
@@ -233,7 +233,7 @@ def test_multiple_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert checks.hellaswag(asking("auto", items=0)).words == "off"
     monkeypatch.setattr(checks.hub, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        UserError, match=r"http://127\.0\.0\.1:9 does not answer; .* HF_HUB_OFFLINE=1 uses the cached copy"
+        UserError, match=r"http://127\.0\.0\.1:9 does not answer\. .* HF_HUB_OFFLINE=1 uses the cached copy"
     ):
         checks.hellaswag(asking("auto"))
     monkeypatch.setattr(checks.hub, "HF_HUB_OFFLINE", True)

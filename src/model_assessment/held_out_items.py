@@ -1,11 +1,11 @@
-"""A stand-in for HellaSwag that needs no network: which text goes on from here, of four held-out ones?
+"""A stand-in for HellaSwag that needs no network: the model chooses the continuation of a held-out passage.
 
-It asks about the text a model is trained beside, so that a small model can learn to answer, and it is no
-measure of common sense: its results say nothing about HellaSwag and carry a protocol name of their own.
+The passages come from the validation text of the model's own dataset, so that a small model can learn to answer. The
+result says nothing about common sense or HellaSwag, and carries a separate protocol name.
 
-A passage is a context and the ENDING_TOKENS tokens after it. An item is one passage with the endings of three
-others, from other documents. So right and wrong endings are drawn alike: whole words, the same number of
-tokens, single spaces at both cuts. Only the context tells which is right.
+A passage is a context and the ENDING_TOKENS tokens after it. An item is one passage with the endings of three others,
+from other documents. So right and wrong endings are drawn alike: whole words, the same number of tokens, single spaces
+at both cuts. Only the context tells which one is right.
 """
 
 from collections.abc import Iterator
@@ -18,36 +18,35 @@ from src.model_assessment.hellaswag_items import Item
 from src.utils.errors import UserError
 
 ENDING_TOKENS = 16
-# As many as there are between whole words; with its ending a passage fits even a model with 80 positions.
+# The first word cut in this range. With its ending a passage fits a model with 80 positions.
 MIN_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS = 40, 64
 CHOICES = 4
 
-# Enough for tens of thousands of passages; a shard can hold a hundred million tokens.
+# A shard can hold a hundred million tokens; this part of it has tens of thousands of passages.
 _MOST_TOKENS = 4_000_000
 
 
 @dataclass(frozen=True)
 class _Passage:
     document: int
-    """Where its end-of-text token is."""
+    """Position of its end-of-text token."""
     context: str
     ending: str
 
 
 def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: int) -> list[Item]:
-    """Up to `count` items from `tokens`, uint16 ids of documents that each follow an end-of-text token.
+    """At most `count` items from `tokens`, uint16 ids of documents that each follow an end-of-text token.
 
-    The same for the same arguments; fewer than `count` where the text holds fewer passages. The right ending's
-    place is uniform, and an item's endings differ. Raises UserError where fewer than four documents are long
-    enough.
+    A pure function of its arguments. The right ending's place is uniform, and an item's endings differ. Raises
+    UserError where fewer than four documents are long enough.
     """
     passages = _without_repeated_endings(_passages(np.asarray(tokens[:_MOST_TOKENS]), tokenizer))
     documents = len({passage.document for passage in passages})
     if documents < CHOICES:
         raise UserError(
-            f"multiple-choice items need {CHOICES} held-out documents with {MAX_CONTEXT_TOKENS + ENDING_TOKENS} tokens "
-            f"of running text or more; {len(tokens)} tokens hold {documents}. Prepare a dataset of more documents, "
-            "give a HellaSwag file, or turn the evaluation off with --eval.hellaswag-items 0"
+            f"Cannot make multiple-choice items: they need {CHOICES} held-out documents with "
+            f"{MAX_CONTEXT_TOKENS + ENDING_TOKENS} tokens of running text, and {len(tokens)} tokens hold {documents}. "
+            "Prepare a dataset of more documents, give a HellaSwag file, or use --eval.hellaswag-items 0."
         )
     rng = np.random.default_rng(seed)
     document_of = np.array([passage.document for passage in passages])
@@ -56,11 +55,12 @@ def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: i
 
 
 def _passages(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[_Passage]:
-    """Passages that share no token, in the text's order."""
+    """Passages in the text's order, none of which overlap."""
     is_cut = _word_cuts(tokens, tokenizer)
     cuts = np.flatnonzero(is_cut)
     middles = cuts[cuts < len(tokens) - ENDING_TOKENS]
     ends = middles + ENDING_TOKENS
+    # For each token the position of the end-of-text token that its document follows.
     document_at = np.maximum.accumulate(np.where(tokens == tokenizer.end_of_text, np.arange(len(tokens)), 0))
     starts = cuts[np.searchsorted(cuts, np.maximum(document_at[middles], middles - MAX_CONTEXT_TOKENS))]
     good = is_cut[ends] & (middles - starts >= MIN_CONTEXT_TOKENS) & (document_at[middles] == document_at[ends])
@@ -73,7 +73,7 @@ def _passages(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[_Passage]:
 
 
 def _word_cuts(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """True, (len(tokens),), where a token begins a word after a single space, which is part of that token."""
+    """Shape (len(tokens),): True where a token is a single space and the beginning of a word."""
     begins_word = np.zeros(tokenizer.n_vocab, dtype=bool)
     ends_word = np.zeros(tokenizer.n_vocab, dtype=bool)
     for token in np.unique(tokens).tolist():
@@ -87,7 +87,7 @@ def _word_cuts(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _without_repeated_endings(passages: Iterator[_Passage]) -> list[_Passage]:
-    """Boilerplate that goes on alike in two documents would be right and wrong at once."""
+    """The first passage of each ending: boilerplate of two documents would be right and wrong at once."""
     first: dict[str, _Passage] = {}
     for passage in passages:
         first.setdefault(passage.ending, passage)

@@ -1,88 +1,61 @@
-"""HellaSwag: how often does the model find the right one of four endings the likeliest?
+"""HellaSwag: the share of items whose right ending, of four, is the likeliest to the model.
 
-The task is Zellers et al. 2019, https://arxiv.org/abs/1905.07830; guessing gives 25%. Two protocols, whose numbers
-cannot be compared with each other, are measured side by side (hellaswag_protocols.py has their texts):
+The task is Zellers et al. 2019, https://arxiv.org/abs/1905.07830; guessing gives 25%. Two protocols are measured, whose
+figures cannot be compared with each other:
 
-reference   the raw `ctx`, then an ending after a single space; the choice is the ending whose tokens have the highest
-            mean log-probability. What a run's own records hold.
-lm-eval     lm-evaluation-harness's: `acc` chooses the ending of the highest log-probability, `acc_norm` that of the
-            highest log-probability a character.
+reference   The raw `ctx`, then an ending after a single space. The choice is the ending whose tokens have the highest
+            mean log-probability. Runs record this one.
+lm-eval     The task `hellaswag` of lm-evaluation-harness 0.4.13, which most published figures come from
+            (https://github.com/EleutherAI/lm-evaluation-harness/tree/main/lm_eval/tasks/hellaswag). `acc` chooses the
+            ending of the highest log-probability, `acc_norm` that of the highest log-probability per character.
+
+Shapes: B rows of a batch, T positions, D width, V vocabulary, N scored tokens of a batch.
 """
 
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from src.data_processing.shards import check_shard, read_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
-from src.model_assessment.hellaswag_cache import cached_encode
 from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
-from src.model_assessment.hellaswag_protocols import (
-    HELD_OUT_PROTOCOL,
-    HELLASWAG_PROTOCOL,
-    LM_EVAL_PROTOCOL,
-    lm_eval_choices,
-    lm_eval_lacks,
-    lm_eval_texts,
-    reference_texts,
-)
-from src.model_assessment.multiple_choice import Question, score_endings
 from src.model_utils.load_model import LoadedModel, load_model
 from src.utils.errors import UserError, exit_with, now_and_then, say
 from src.utils.root import dataset_dir
 
 REFERENCE, LM_EVAL, BOTH = "reference", "lm-eval", "both"
-Texts = Callable[[Item], tuple[str, list[str]]]
-"""An item's context and endings, as a protocol asks."""
+# Recorded with every result. The last one must never be read as the first.
+HELLASWAG_PROTOCOL = (
+    "hellaswag-ctx-mean-logprob (HellaSwag: raw ctx, ending of the highest mean log-probability a token)"
+)
+LM_EVAL_PROTOCOL = (
+    "hellaswag-lm-eval (HellaSwag as lm-evaluation-harness asks it, without examples: activity and cleaned texts; acc: "
+    "ending of the highest log-probability, acc_norm: of the highest log-probability a character)"
+)
+HELD_OUT_PROTOCOL = "held-out-ctx-mean-logprob (not HellaSwag: a stand-in from held-out text, scored the same way)"
 
+# Tokens of a batch, positions whose logits exist at once, and rows of those in the softmax at once. On a CPU they stay
+# in the caches: 16 rows of logits take 3 MB, and with 512 the head of width 256 takes 2.7 times as long.
+CPU_SIZES = (1_024, 128, 16)
+GPU_SIZES = (32_768, 4_096, 4_096)
 
-@dataclass(frozen=True)
-class HellaSwagResult:
-    """By the reference's protocol."""
-
-    acc_norm: float
-    """correct / total; the field's name for accuracy by length-normalized log-probability."""
-    correct: int
-    total: int
-    stderr: float
-    """Standard error of acc_norm as a binomial share: sqrt(p (1 - p) / total)."""
-    protocol: str
-    seconds: float
-    """Wall time, with the encoding of what was not encoded before."""
-
-
-@dataclass(frozen=True)
-class LmEvalResult:
-    """By lm-eval's protocol."""
-
-    acc: float
-    acc_stderr: float
-    """As lm-eval has it, by the sample's variance: sqrt(p (1 - p) / (total - 1))."""
-    acc_norm: float
-    acc_norm_stderr: float
-    total: int
-    protocol: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was asked for; None what was not, or could not be measured."""
-
-    reference: HellaSwagResult | None
-    lm_eval: LmEvalResult | None
-    note: str = ""
-    """Why lm-eval's protocol is left out, in words, where nobody asked for that."""
+Encode = Callable[[str], list[int]]
+Texts = tuple[str, list[str]]
+"""A context and its endings."""
+Question = tuple[list[int], list[list[int]]]
+"""The same as token ids, at least one in each."""
 
 
 def choose_items(
@@ -90,8 +63,8 @@ def choose_items(
 ) -> tuple[str, list[Item]]:
     """The text of the reference's protocol and the first `limit` items of `data`.
 
-    "auto" fetches HellaSwag, "held-out" makes a stand-in from the documents of `validation_shard`, the same one
-    every time, and anything else is a file. Raises UserError.
+    "auto" fetches HellaSwag. "held-out" makes a stand-in from the documents of `validation_shard`, always the same one.
+    Anything else is a file. Raises UserError.
     """
     if data == "held-out":
         assert validation_shard is not None, "held-out items need held-out text"
@@ -100,126 +73,212 @@ def choose_items(
     return HELLASWAG_PROTOCOL, fetch_items(limit) if data == "auto" else load_items(Path(data), limit)
 
 
-def measure(
-    model: LLM,
-    items: Sequence[Item],
-    tokenizer: Tokenizer,
-    *,
-    protocol: str = HELLASWAG_PROTOCOL,
-    asked: str | None = None,
-    on_progress: Callable[[str, int], None] = lambda protocol, done: None,
-) -> Measured:
-    """The accuracies of `model` on `items`, by the protocols that are `asked`; None: by all that these items allow.
+def choose_protocols(items: Sequence[Item], protocol: str, requested: str) -> list[str]:
+    """REFERENCE, LM_EVAL or, where the items allow it, both. `protocol` comes from `choose_items`.
 
-    `protocol` is the text that `choose_items` gave with the items. `on_progress` gets a protocol's text and the number
-    of items done by it. Autocast is the caller's. Raises UserError where lm-eval's protocol is asked for and cannot be,
-    and for a model of a smaller vocabulary than the tokenizer's.
+    Raises UserError where the items do not allow lm-eval's and it alone is requested.
+    """
+    obstacle = "these items are not HellaSwag" if protocol == HELD_OUT_PROTOCOL else lm_eval_obstacle(items)
+    if obstacle and requested == LM_EVAL:
+        raise UserError(f"Cannot use lm-eval's protocol: {obstacle}. Use --protocol reference.")
+    if obstacle and requested == BOTH and protocol != HELD_OUT_PROTOCOL:
+        say(f"note: without lm-eval's protocol: {obstacle}")
+    wanted = (REFERENCE, LM_EVAL) if requested == BOTH else (requested,)
+    return [name for name in wanted if not (name == LM_EVAL and obstacle)]
+
+
+def measure(
+    model: LLM, items: Sequence[Item], tokenizer: Tokenizer, protocol: str, chosen: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The results by the protocols `chosen`, as "reference" and "lm_eval"; progress goes to stderr.
+
+    Autocast is the caller's. Raises UserError for a model of a smaller vocabulary than the tokenizer's.
     """
     if model.config.n_vocab < tokenizer.n_vocab:
         raise UserError(
-            f"the model knows the tokens below {model.config.n_vocab}, and {tokenizer.name} has {tokenizer.n_vocab}; "
-            "choose a model that was trained with this tokenizer"
+            f"Cannot score text of {tokenizer.name}: it has {tokenizer.n_vocab} tokens, and the model's vocabulary has "
+            f"{model.config.n_vocab}. Choose a model that was trained with this tokenizer."
         )
-    lacks = check_protocol(items, protocol, asked)
-    reference, lm_eval = None, None
-    if asked != LM_EVAL:
-        encode = encoder(items, reference_texts, tokenizer, REFERENCE)
-        progress = partial(on_progress, protocol)
-        reference = evaluate(model, items, encode, protocol=protocol, on_progress=progress)
-    if asked != REFERENCE and not lacks:
-        encode = encoder(items, lm_eval_texts, tokenizer, LM_EVAL)
-        lm_eval = evaluate_lm_eval(model, items, encode, on_progress=partial(on_progress, LM_EVAL_PROTOCOL))
-    note = f"without lm-eval's protocol: {lacks}" if lacks and asked is None and protocol != HELD_OUT_PROTOCOL else ""
-    return Measured(reference, lm_eval, note)
+    say_progress = now_and_then()
+
+    def progress(done: int, total: int) -> None:
+        say_progress(f"multiple choice: {done * len(items) // total:,} of {len(items):,} items")
+
+    results = {}
+    if REFERENCE in chosen:
+        results["reference"] = evaluate(model, items, tokenizer.encode, protocol, between_batches=progress)
+    if LM_EVAL in chosen:
+        results["lm_eval"] = evaluate_lm_eval(model, items, tokenizer.encode, between_batches=progress)
+    return results
 
 
-def check_protocol(items: Sequence[Item], protocol: str, asked: str | None) -> str:
-    """Why lm-eval's protocol cannot be asked of `items`, empty where it can; raises UserError if it is `asked`."""
-    lacks = lm_eval_lacks(items) if protocol != HELD_OUT_PROTOCOL else "these items are not HellaSwag"
-    if lacks and asked in (LM_EVAL, BOTH):
-        raise UserError(
-            f"lm-eval's protocol is for HellaSwag in its original format: {lacks}; use --protocol reference"
-        )
-    return lacks
+def evaluate(model: LLM, items: Sequence[Item], encode: Encode, protocol: str, **scoring: Any) -> dict[str, Any]:
+    """The accuracy on `items` by the reference's protocol, equal in every process.
 
-
-def evaluate(
-    model: LLM,
-    items: Sequence[Item],
-    encode: Callable[[str], list[int]],
-    *,
-    protocol: str,
-    sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
-    **scoring: Any,
-) -> HellaSwagResult:
-    """The accuracy of `model` on `items` by the reference's protocol; the processes share the items out between them.
-
-    `protocol` says what the items are; `sum_over_ranks` adds up each value over all processes. The result is
-    the same for any number of them. `scoring`: the options of `score_endings`.
+    `acc_norm` is the field's name for accuracy by length-normalized log-probability; `stderr` is its binomial standard
+    error. `protocol` says where the items come from; `scoring` has the options of `score_endings`.
     """
     started = time.perf_counter()
-    scores = score_endings(model, questions(items, reference_texts, encode), **scoring)
-    means = {i: [log_prob / tokens for log_prob, tokens in found] for i, found in scores.items()}
-    (correct,) = _count_right(items, [means], sum_over_ranks)
-    share = correct / len(items)
-    stderr = math.sqrt(share * (1 - share) / len(items))
-    return HellaSwagResult(share, correct, len(items), stderr, protocol, time.perf_counter() - started)
+    tokenized = questions(items, reference_texts, encode)
+    means = [
+        [log_prob / min(len(ending), model.config.n_ctx) for log_prob, ending in zip(log_probs, endings, strict=True)]
+        for log_probs, (_, endings) in zip(score_endings(model, tokenized, **scoring), tokenized, strict=True)
+    ]
+    correct, total = _count_right(items, means), len(items)
+    share = correct / total
+    figures = {"acc_norm": share, "correct": correct, "total": total, "stderr": math.sqrt(share * (1 - share) / total)}
+    return {**figures, "protocol": protocol, "seconds": time.perf_counter() - started}
 
 
-def evaluate_lm_eval(
-    model: LLM,
-    items: Sequence[Item],
-    encode: Callable[[str], list[int]],
-    *,
-    sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
-    **scoring: Any,
-) -> LmEvalResult:
-    """The accuracies by lm-eval's protocol, on items of which `lm_eval_lacks` nothing; otherwise as `evaluate`."""
+def evaluate_lm_eval(model: LLM, items: Sequence[Item], encode: Encode, **scoring: Any) -> dict[str, Any]:
+    """`acc` and `acc_norm` by lm-eval's protocol, for items without an `lm_eval_obstacle`; otherwise as `evaluate`.
+
+    As in lm-eval, their standard errors come from the sample variance: sqrt(p (1 - p) / (total - 1)).
+    """
     started = time.perf_counter()
-    scores = score_endings(model, questions(items, lm_eval_texts, encode), **scoring)
-    sums = {i: [log_prob for log_prob, _ in found] for i, found in scores.items()}
-    a_character = {
-        i: [value / len(choice) for value, choice in zip(found, lm_eval_choices(items[i]), strict=True)]
-        for i, found in sums.items()
-    }
-    shares = [right / len(items) for right in _count_right(items, [sums, a_character], sum_over_ranks)]
-    acc, acc_norm = ((share, math.sqrt(share * (1 - share) / max(1, len(items) - 1))) for share in shares)
-    return LmEvalResult(*acc, *acc_norm, len(items), LM_EVAL_PROTOCOL, time.perf_counter() - started)
+    sums = score_endings(model, questions(items, lm_eval_texts, encode), **scoring)
+    per_character = [
+        [log_prob / len(ending) for log_prob, ending in zip(log_probs, lm_eval_endings(item), strict=True)]
+        for log_probs, item in zip(sums, items, strict=True)
+    ]
+    result: dict[str, Any] = {}
+    for name, values in (("acc", sums), ("acc_norm", per_character)):
+        result[name] = share = _count_right(items, values) / len(items)
+        result[f"{name}_stderr"] = math.sqrt(share * (1 - share) / max(1, len(items) - 1))
+    return {**result, "total": len(items), "protocol": LM_EVAL_PROTOCOL, "seconds": time.perf_counter() - started}
 
 
-def questions(items: Sequence[Item], texts: Texts, encode: Callable[[str], list[int]]) -> list[Question]:
-    """The items as token ids, context and endings encoded one by one."""
-    asked = map(texts, items)
-    return [Question(encode(context), [encode(ending) for ending in endings]) for context, endings in asked]
+def reference_texts(item: Item) -> Texts:
+    """The raw context, and each ending after a single space."""
+    return item.ctx, [" " + ending for ending in item.endings]
 
 
-def encoder(items: Sequence[Item], texts: Texts, tokenizer: Tokenizer, name: str) -> Callable[[str], list[int]]:
-    """`tokenizer.encode` that has the items' texts at hand; `name` is the protocol's, for the file that keeps them."""
-    return cached_encode([text for c, endings in map(texts, items) for text in (c, *endings)], tokenizer, name)
+def lm_eval_texts(item: Item) -> Texts:
+    """The activity and the cleaned context, and the cleaned endings.
+
+    Whitespace at the context's end moves to the endings. lm-eval encodes context and ending together and splits the
+    ids at the length of the context's own. Encoding them separately gives the same ids, because whitespace after other
+    text always begins a piece of r50k_base.
+    """
+    query = _lm_eval_query(item)
+    context = query.rstrip()
+    return context, [f"{query[len(context) :]} {ending}" for ending in lm_eval_endings(item)]
 
 
-def items_done(total: int) -> Callable[[str, int], None]:
-    """For `on_progress`: says now and then how many of all items are done."""
-    progress = now_and_then()
-    return lambda protocol, done: progress(f"{protocol.partition(' ')[0]}: {done:,} of {total:,} items")
+def lm_eval_endings(item: Item) -> list[str]:
+    """The cleaned endings, whose characters acc_norm counts."""
+    return [_clean(ending) for ending in item.endings]
 
 
-def _count_right(
-    items: Sequence[Item],
-    rules: Sequence[dict[int, list[float]]],
-    sum_over_ranks: Callable[[Sequence[float]], Sequence[float]],
-) -> list[int]:
-    """By each rule's values of the endings of this process's items, how many of all items the processes get right."""
-    assert items, "an accuracy needs items"
-    right = [sum(_is_right(values, items[i].label) for i, values in rule.items()) for rule in rules]
-    total, *correct = (int(value) for value in sum_over_ranks([len(rules[0]), *right]))
-    assert total == len(items), f"{total} items were scored of {len(items)}"
-    return correct
+def lm_eval_obstacle(items: Sequence[Item]) -> str:
+    """The reason why lm-eval's protocol does not suit all of `items`; empty where it does."""
+    for item in items:
+        if None in (item.activity_label, item.ctx_a, item.ctx_b):
+            return f"item ind {item.ind} lacks activity_label, ctx_a or ctx_b"
+        if not _lm_eval_query(item).strip() or not all(lm_eval_endings(item)):
+            return f"a text of item ind {item.ind} is empty without its bracketed parts"
+    return ""
 
 
-def _is_right(values: list[float], label: int) -> bool:
-    """A model that gives NaN or infinity knows nothing, and must not score 25% by the order of endings."""
-    return math.isfinite(sum(values)) and values.index(max(values)) == label
+def _lm_eval_query(item: Item) -> str:
+    assert item.ctx_b is not None
+    return _clean(f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}")
+
+
+def _clean(text: str) -> str:
+    """`text` without WikiHow's markup: [title], [step] and the like."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _count_right(items: Sequence[Item], values: list[list[float]]) -> int:
+    """The number of items whose right ending has the highest value."""
+    # A model that gives NaN or infinity knows nothing, and must not score 25% by the order of endings.
+    return sum(
+        math.isfinite(sum(endings)) and endings.index(max(endings)) == item.label
+        for item, endings in zip(items, values, strict=True)
+    )
+
+
+def questions(items: Sequence[Item], texts: Callable[[Item], Texts], encode: Encode) -> list[Question]:
+    """The items' `texts` by one protocol as token ids, each text encoded by itself."""
+    return [(encode(context), [encode(ending) for ending in endings]) for context, endings in map(texts, items)]
+
+
+@torch.no_grad()
+def score_endings(
+    model: LLM,
+    questions: Sequence[Question],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
+    between_batches: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[float]]:
+    """The log-probability of each ending of each question, summed over its tokens, in nats; equal in every process.
+
+    Where context and ending are longer than the model's context, their beginning is cut. `between_batches` gets the
+    numbers of endings done and of all. Every process calls it equally often, and it may raise to give up. Autocast is
+    the caller's.
+    """
+    n_ctx = model.config.n_ctx
+    batch_tokens, *head_sizes = CPU_SIZES if model.embedding.weight.device.type == "cpu" else GPU_SIZES
+    rows = [([*context, *ending][-n_ctx - 1 :], len(ending)) for context, endings in questions for ending in endings]
+    # All processes form the same batches and deal them out: rounding depends on the rows that share a batch.
+    batches = _batches([len(tokens) - 1 for tokens, _ in rows], batch_tokens)
+    log_probs, done = [0.0] * len(rows), 0
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(batches), world_size):
+            between_batches(done, len(rows))
+            dealt = batches[first : first + world_size]
+            for batch in dealt[rank : rank + 1]:
+                for i, log_prob in zip(batch, _score(model, [rows[i] for i in batch], *head_sizes), strict=True):
+                    log_probs[i] = log_prob
+            done += sum(map(len, dealt))
+    finally:
+        model.train(was_training)
+    sums = iter(sum_over_ranks(log_probs))  # exact: an ending is 0 in all processes but one
+    return [[next(sums) for _ in endings] for _, endings in questions]
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of rows, batch by batch. The longest come first, so that a batch that does not fit fails at once."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not room:
+            batches.append([])
+            room = max(1, batch_tokens // lengths[i])
+        batches[-1].append(i)
+        room -= 1
+    return batches
+
+
+def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: int, softmax_rows: int) -> list[float]:
+    """The log-probability of each row's ending; a row is its tokens and the length of its ending."""
+    device = model.embedding.weight.device
+    # Padded on the right: attention is causal, so that no scored position sees the padding.
+    tokens_BT = pad_sequence([torch.tensor(tokens) for tokens, _ in rows], batch_first=True)
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    ends_B1 = torch.tensor([[len(tokens) - 1] for tokens, _ in rows])
+    starts_B1 = (ends_B1 - torch.tensor([[length] for _, length in rows])).clamp(min=0)
+    position_T = torch.arange(inputs_BT.shape[1])
+    scored_BT = (starts_B1 <= position_T) & (position_T < ends_B1)
+
+    x_BTD = model.embedding(inputs_BT.to(device))
+    for block in model.blocks:
+        x_BTD = block(x_BTD)
+    hidden_ND = model.norm(x_BTD)[scored_BT.to(device)]  # before the head, by far the largest matmul of a small model
+    targets_N = targets_BT[scored_BT].to(device)
+    losses = []
+    for hidden, targets in zip(hidden_ND.split(logit_positions), targets_N.split(logit_positions), strict=True):
+        logits = model.head(hidden)
+        parts = zip(logits.split(softmax_rows), targets.split(softmax_rows), strict=True)
+        losses += [F.cross_entropy(part.float(), part_targets, reduction="none") for part, part_targets in parts]
+    log_probs_N = -torch.cat(losses).cpu().double()
+    return [part.sum().item() for part in log_probs_N.split((ends_B1 - starts_B1).flatten().tolist())]
 
 
 def main() -> int:
@@ -227,22 +286,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.hellaswag",
         description="Measure a trained model on HellaSwag. Prints one JSON object as the last line: the figures of the "
-        "reference's protocol, and as lm_eval those of lm-evaluation-harness's.",
+        "reference's protocol, and as lm_eval those of lm-evaluation-harness.",
     )
     parser.add_argument("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
     parser.add_argument(
         "--data",
-        help="HellaSwag as .jsonl or .jsonl.gz, or 'held-out' for a stand-in from the validation text the model was "
-        "trained beside (default: fetch HellaSwag from the Hugging Face hub)",
+        default="auto",
+        help="HellaSwag as .jsonl or .jsonl.gz, or 'held-out' for a stand-in from the validation text of the model's "
+        "dataset (default: fetch HellaSwag from the Hugging Face hub)",
     )
-    parser.add_argument(
-        "--limit", type=int, help="take the first so many items (default: all; held-out: as in training)"
-    )
+    parser.add_argument("--limit", type=int, help="use the first N items (default: all; held-out: as in training)")
     parser.add_argument(
         "--protocol",
+        default=BOTH,
         choices=(REFERENCE, LM_EVAL, BOTH),
-        help="reference: raw ctx, mean log-probability a token; lm-eval: lm-evaluation-harness's texts, acc and "
-        "acc_norm (default: both, or reference alone where the items lack what lm-eval asks by)",
+        help="reference: raw ctx, mean log-probability per token; lm-eval: lm-evaluation-harness's texts, acc and "
+        "acc_norm (default: both, or reference alone where the items lack fields that lm-eval needs)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
@@ -253,34 +312,24 @@ def main() -> int:
     limit, validation_shard = args.limit, None
     if args.data == "held-out":
         validation_shard = _validation_shard(loaded)
-        limit = limit or loaded.config.eval.hellaswag_items or 100  # 0 had turned it off while training
-    protocol, items = choose_items(args.data or "auto", limit, validation_shard, tokenizer)
+        limit = limit or loaded.config.eval.hellaswag_items or 100  # 0 turned it off in training
+    protocol, items = choose_items(args.data, limit, validation_shard, tokenizer)
+    chosen = choose_protocols(items, protocol, args.protocol)
     say(f"{len(items):,} items on {loaded.device}")
     with loaded.autocast():
-        measured = measure(
-            loaded.model,
-            items,
-            tokenizer,
-            protocol=protocol,
-            asked=args.protocol,
-            on_progress=items_done(len(items)),
-        )
-    if measured.note:
-        say(f"note: {measured.note}")
-    reference = asdict(measured.reference) if measured.reference else {}
-    lm_eval = {"lm_eval": asdict(measured.lm_eval)} if measured.lm_eval else {}
-    print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **reference, **lm_eval}))
+        results = measure(loaded.model, items, tokenizer, protocol, chosen)
+    print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **results.pop("reference", {}), **results}))
     return 0
 
 
 def _validation_shard(loaded: LoadedModel) -> Path:
-    """The held-out text of the dataset the model was trained on; raises UserError if another has its place now."""
+    """The held-out text of the model's own dataset. Raises UserError if the folder holds another dataset."""
     folder = dataset_dir(loaded.config.data.dir)
     manifest = read_manifest(folder)
     if manifest.sha256 != loaded.dataset_sha256:
         raise UserError(
-            f"{folder} is not the dataset that {loaded.path} was trained on, so its validation text may have been "
-            "trained on; put the dataset back, or give HellaSwag with --data FILE"
+            f"{folder} is not the dataset that {loaded.path} was trained on, so the model may have seen its validation "
+            "text. Put the dataset back, or give HellaSwag with --data FILE."
         )
     check_shard(folder, manifest.validation[0], loaded.config.model.n_vocab)
     return folder / manifest.validation[0].file

@@ -1,9 +1,12 @@
-"""Everything that is measured while a model trains: what is due at a step, and its records."""
+"""Everything that is measured during training: what is due at a step, and its records.
 
-import time
+A new evaluation is a method that returns records, and its row in `Assessment.evaluations`.
+"""
+
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +15,47 @@ from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
 from src.model_assessment import hellaswag, sampling, validation
-from src.model_assessment.hellaswag_protocols import reference_texts
 from src.params import Config
 from src.utils.errors import StoppedError, UserError
 
 SEED = 0  # of samples: the same at every step, so that steps can be compared
-ASK_EVERY_S = 0.2  # the other processes, while the first samples: often enough to stop soon, and no cost a token
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line for metrics.jsonl, and the same in words."""
+    """One line for metrics.jsonl, and a line for the log."""
 
     kind: str
     values: dict[str, Any]
     words: str
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that evaluate together, as one of them sees them."""
+
+    rank: int
+    world_size: int
+    sum: Callable[[Sequence[float]], Sequence[float]]
+    """Adds up each value over all processes."""
+    stop: Callable[[], bool]
+    """True once this process is requested to stop."""
+
+    def check(self, *_: object) -> None:
+        """Raises StoppedError in all processes if one of them is requested to stop; all call it together."""
+        self.are_done(False)
+
+    def are_done(self, done: bool) -> bool:
+        """The same, and True once a process calls it with True."""
+        stop, finished = self.sum([float(self.stop()), float(done)])
+        if stop and not finished:
+            raise StoppedError("stopped during an evaluation")
+        return bool(finished)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `validate` and `score_endings`, which share their work."""
+        shared = {"rank": self.rank, "world_size": self.world_size, "sum_over_ranks": self.sum}
+        return {**shared, "between_batches": self.check}
 
 
 class Assessment:
@@ -40,32 +69,26 @@ class Assessment:
         held_out = manifest.validation[0]
         self.bytes_per_token = held_out.text_bytes / held_out.tokens
         self.note = ""
-        """What could not be prepared and is left out, in words."""
-        self.protocol: str = "none"
-        self.items: list[hellaswag.Item] = []
-        if limit := config.eval.hellaswag_items:
-            data = config.eval.hellaswag_data
-            try:
-                self.protocol, self.items = hellaswag.choose_items(data, limit, folder / held_out.file, tokenizer)
-            except UserError as error:
-                if data != "held-out":
-                    raise
-                self.note = f"no multiple choice in this run: {error}"  # a small corpus can still be trained on
-        self.encode = hellaswag.encoder(self.items, reference_texts, tokenizer, hellaswag.REFERENCE)
+        """The reason why an evaluation is left out of this run."""
+        self.protocol, self.items = self._choose_items(folder / held_out.file)
+        self.encode = cache(tokenizer.encode)  # the texts of all items take a second, each time
+
+    def evaluations(self) -> dict[str, tuple[int, Callable[[LLM, int, Ranks], list[Record]]]]:
+        """The table of what is measured, in its order: kind, steps between (0 turns it off), function."""
+        settings = self.config.eval
+        return {
+            "validation": (settings.val_every_steps, self._validation),
+            "hellaswag": (settings.hellaswag_every_steps if self.items else 0, self._multiple_choice),
+            "sample": (settings.sample_every_steps if settings.sample_prompts else 0, self._samples),
+        }
 
     def due(self, step: int) -> list[str]:
-        """The kinds of records to make after `step` steps; all of them before the first and after the last step."""
-        settings = self.config.eval
-        every = {
-            "validation": settings.val_every_steps,
-            "hellaswag": settings.hellaswag_every_steps if self.items else 0,
-            "sample": settings.sample_every_steps if settings.sample_prompts else 0,
-        }
+        """The kinds of records to make after `step` steps. All are due before the first and after the last step."""
         last = step == self.config.total_steps
-        return [kind for kind, steps in every.items() if steps and (step % steps == 0 or last)]
+        return [kind for kind, (every, _) in self.evaluations().items() if every and (step % every == 0 or last)]
 
     def missing(self, step: int, recorded: Container[tuple[str, int]]) -> list[str]:
-        """Those that are due after `step` steps and not among the kinds and steps of `recorded`."""
+        """The kinds that are due after `step` steps and not among the kinds and steps of `recorded`."""
         return [kind for kind in self.due(step) if (kind, step) not in recorded]
 
     def run(
@@ -79,106 +102,67 @@ class Assessment:
         sum_over_ranks: Callable[[Sequence[float]], Sequence[float]],
         stop: Callable[[], bool],
     ) -> list[Record]:
-        """The records of one kind; all processes call it together, with the same model.
+        """The records of one kind. All processes call it together, with the same model.
 
-        `batch_size`: windows that validation takes at once.
-
-        Soon after `stop()` is true in any process, raises StoppedError in all.
+        `batch_size`: windows per batch of validation. Soon after `stop()` is true in one process, raises StoppedError
+        in all.
         """
-
-        def check_all() -> None:
-            if sum_over_ranks([float(stop())])[0]:
-                raise StoppedError("stopped while measuring")
-
+        _, make_records = self.evaluations()[kind]
         with autocast:
-            if kind == "validation":
-                return [self._validation(model, batch_size, rank, world_size, sum_over_ranks, check_all)]
-            if kind == "hellaswag":
-                return [self._multiple_choice(model, rank, world_size, sum_over_ranks, check_all)]
-            return self._samples(model, rank, world_size, sum_over_ranks, stop)
+            return make_records(model, batch_size, Ranks(rank, world_size, sum_over_ranks, stop))
 
-    def _validation(
-        self,
-        model: LLM,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        sum_over_ranks: Callable,
-        check: Callable[[], None],
-    ) -> Record:
+    def _choose_items(self, validation_shard: Path) -> tuple[str, list[hellaswag.Item]]:
+        settings = self.config.eval
+        if not settings.hellaswag_items:
+            return "none", []
+        try:
+            data, limit = settings.hellaswag_data, settings.hellaswag_items
+            return hellaswag.choose_items(data, limit, validation_shard, self.tokenizer)
+        except UserError as error:
+            if settings.hellaswag_data != "held-out":
+                raise
+            self.note = f"no multiple choice in this run: {error}"  # a small corpus can still be trained on
+            return "none", []
+
+    def _validation(self, model: LLM, batch_size: int, ranks: Ranks) -> list[Record]:
         result = validation.validate(
             model,
             self.windows,
             n_windows=self.n_windows,
             batch_size=batch_size,
             bytes_per_token=self.bytes_per_token,
-            rank=rank,
-            world_size=world_size,
-            sum_over_ranks=sum_over_ranks,
-            between_batches=check,
+            **ranks.options(),
         )
-        values = {**vars(result), "unigram_entropy": self.unigram_entropy}
         error = "" if result.stderr is None else f" +- {result.stderr:.4f}"
         words = (
             f"validation loss {result.loss:.4f}{error}, perplexity {result.perplexity:.2f}, "
-            f"{result.bits_per_byte:.3f} bits a byte (unigram entropy {self.unigram_entropy:.4f})"
+            f"{result.bits_per_byte:.3f} bits per byte (unigram entropy {self.unigram_entropy:.4f})"
         )
-        return Record("validation", values, words)
+        return [Record("validation", {**vars(result), "unigram_entropy": self.unigram_entropy}, words)]
 
-    def _multiple_choice(
-        self, model: LLM, rank: int, world_size: int, sum_over_ranks: Callable, check: Callable[[], None]
-    ) -> Record:
-        result = hellaswag.evaluate(
-            model,
-            self.items,
-            self.encode,
-            protocol=self.protocol,
-            rank=rank,
-            world_size=world_size,
-            sum_over_ranks=sum_over_ranks,
-            between_batches=check,
-        )
-        words = f"{self.protocol}: {result.correct}/{result.total} = {result.acc_norm:.2%} +- {result.stderr:.2%}"
-        return Record("hellaswag", vars(result), words)
+    def _multiple_choice(self, model: LLM, _: int, ranks: Ranks) -> list[Record]:
+        result = hellaswag.evaluate(model, self.items, self.encode, self.protocol, **ranks.options())
+        is_hellaswag = self.protocol == hellaswag.HELLASWAG_PROTOCOL
+        name = "HellaSwag" if is_hellaswag else "multiple choice from held-out text (not HellaSwag)"
+        right = f"{result['correct']:,} of {result['total']:,} right"
+        words = f"{name}: {right}, {result['acc_norm']:.2%} +- {result['stderr']:.2%}"
+        return [Record("hellaswag", result, words)]
 
-    def _samples(
-        self, model: LLM, rank: int, world_size: int, sum_over_ranks: Callable, stop: Callable[[], bool]
-    ) -> list[Record]:
-        """Made by the first process alone; now and then it asks the others, which wait for that, whether to stop."""
-        last = time.monotonic()
-
-        def is_done(done: bool) -> bool:
-            """Whether the first process is; all processes call it together."""
-            asked, finished = sum_over_ranks([float(stop()), float(done)])
-            if asked and not finished:
-                raise StoppedError("stopped while sampling")
-            return bool(finished)
-
-        def check() -> None:
-            nonlocal last
-            if world_size == 1 or time.monotonic() - last >= ASK_EVERY_S:
-                is_done(False)
-                last = time.monotonic()
-
-        if rank != 0:
-            while not is_done(False):
+    def _samples(self, model: LLM, _: int, ranks: Ranks) -> list[Record]:
+        if ranks.rank != 0:  # joins the checks of process 0, which samples
+            while not ranks.are_done(False):
                 pass
             return []
-        records = self._sampled(model, check)
-        is_done(True)
-        return records
-
-    def _sampled(self, model: LLM, check: Callable[[], None]) -> list[Record]:
         settings = self.config.eval
-        chosen = sampling.SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=SEED)
         samples = sampling.sample(
             model,
             self.tokenizer,
             settings.sample_prompts,
-            chosen,
+            sampling.SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=SEED),
             num_samples=settings.samples_per_prompt,
-            between_tokens=check,
+            between_tokens=ranks.check,
         )
+        ranks.are_done(True)
         return [
             Record(
                 "sample",

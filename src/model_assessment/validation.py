@@ -1,4 +1,4 @@
-"""Validation loss on the same tokens every time, whatever the number of processes.
+"""Validation loss on the same tokens every time, for any number of processes.
 
 Shapes: B sequences, T positions.
 """
@@ -18,14 +18,14 @@ from src.data_processing.training_data_loader import WindowDataset
 @dataclass(frozen=True)
 class ValidationResult:
     loss: float
-    """Mean negative log-likelihood a token, nats."""
+    """Mean negative log-likelihood per token, nats."""
     perplexity: float
     bits_per_byte: float
-    """Bits to encode one byte of the text: comparable between tokenizers."""
+    """Bits per byte of the text: comparable between tokenizers."""
     tokens: int
     """Predicted tokens."""
     stderr: float | None
-    """Standard error of `loss`, from the spread of the batches; None where there is only one."""
+    """Standard error of `loss`, from the spread of the batches; None for a single batch."""
     seconds: float
     """Wall time."""
 
@@ -44,37 +44,34 @@ def validate(
     between_batches: Callable[[], None] = lambda: None,
     batch_losses: list[float] | None = None,
 ) -> ValidationResult:
-    """The loss of `model` over the first `n_windows` windows, which the processes share out between them.
+    """The loss of `model` over the first `n_windows` windows, equal in every process.
 
-    `model(inputs_BT, targets_BT)` gives the mean loss in nats; `bytes_per_token` is the text's mean.
-    `between_batches` is called equally often in every process, and may raise to give up. `batch_losses` takes the loss
-    of each batch of this process.
+    `model(inputs_BT, targets_BT)` returns the mean loss in nats; `bytes_per_token` is the text's mean. Every process
+    calls `between_batches` equally often, and it may raise to give up. `batch_losses` collects this process's losses.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     started = time.perf_counter()
-    nats, squares, tokens, batches = 0.0, 0.0, 0.0, 0.0
-    mine, most = range(rank, n_windows, world_size), len(range(0, n_windows, world_size))
+    sums = np.zeros(4)  # of nats, of squared losses weighted by tokens, of tokens, of batches
+    local, most = range(rank, n_windows, world_size), len(range(0, n_windows, world_size))
     try:
         for first in range(0, most, batch_size):
             between_batches()
-            numbers = mine[first : first + batch_size]
+            numbers = local[first : first + batch_size]
             if not numbers:
                 continue  # other processes have one window more
             windows = np.stack([dataset[number] for number in numbers])
             batch = torch.from_numpy(windows.astype(np.int64)).to(device)
             inputs_BT, targets_BT = batch[:, :-1], batch[:, 1:]
             loss = model(inputs_BT, targets_BT).item()
-            nats += loss * targets_BT.numel()
-            squares += loss**2 * targets_BT.numel()
-            tokens += targets_BT.numel()
-            batches += 1
+            n_tokens = targets_BT.numel()
+            sums += [loss * n_tokens, loss**2 * n_tokens, n_tokens, 1]
             if batch_losses is not None:
                 batch_losses.append(loss)
     finally:
         model.train(was_training)
-    nats, squares, tokens, batches = sum_over_ranks([nats, squares, tokens, batches])
+    nats, squares, tokens, batches = sum_over_ranks(sums.tolist())
     loss = nats / tokens
     variance = max(0.0, squares / tokens - loss**2)  # of the batches' means
     return ValidationResult(
@@ -88,9 +85,9 @@ def validate(
 
 
 def unigram_entropy(dataset: WindowDataset, n_windows: int) -> float:
-    """Entropy, in nats a token, of the frequencies of the very tokens that `validate` predicts.
+    """Entropy, in nats per token, of the frequencies of the tokens that `validate` predicts.
 
-    No model that ignores the context can have a lower loss on them, so this is what context must beat.
+    A model that ignores the context cannot have a lower loss on them. Context must beat this.
     """
     targets = np.concatenate([dataset[number][1:] for number in range(n_windows)])
     counts = np.bincount(targets)

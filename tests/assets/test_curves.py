@@ -12,7 +12,7 @@ import pytest
 from matplotlib.lines import Line2D
 
 from assets.curves import hellaswag, loss, read_metrics, training_metrics, write_pictures
-from src.model_assessment.hellaswag_protocols import HELD_OUT_PROTOCOL
+from src.model_assessment.hellaswag import HELD_OUT_PROTOCOL
 from src.utils.errors import UserError
 from src.utils.plot_style import STYLE
 from src.utils.root import ROOT

@@ -30,7 +30,7 @@ def test_an_empty_validation_shard(commands: Commands, dataset: Callable[..., Pa
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", " is empty; needed: ind (an integer), ctx (text), endings (four texts) and label (0 to 3)"),
+        ("", " is empty. Needed: ind (an integer), ctx (text), endings (four texts) and label (0 to 3)"),
         (json.dumps(ITEM) + "\n" + json.dumps({**ITEM, "endings": ["down."]}), ", line 2: found endings = ['down.']"),
     ],
 )

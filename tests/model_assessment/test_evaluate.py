@@ -1,4 +1,4 @@
-"""Models measured side by side: the same figures as elsewhere, and differences that are about the models alone."""
+"""Models measured side by side: figures equal to those of training, and errors of differences from pairs of batches."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from src.data_processing.shards import read_manifest
-from src.model_assessment.evaluate import Evaluated, evaluate, table
+from src.model_assessment.evaluate import Evaluated, evaluate, main, table
 from src.model_utils.hf_export import export
 from src.model_utils.load_model import load_model
 from tests.conftest import Commands
@@ -19,30 +19,39 @@ from tests.data_processing.documents import some_texts, write_json_lines
 from tests.model_utils.exports import SHAPE, make_run, small_model
 from tests.test_processes import SETTINGS, train
 
-
-def evaluated(commands: Commands, *arguments: str) -> tuple[dict, str]:
-    """The JSON of a command that ended well, and what stands before it."""
-    done = commands.module("src.model_assessment.evaluate", "--device", "cpu", *arguments)
-    assert done.returncode == 0, done.stderr
-    tables, _, last = done.stdout.rstrip("\n").rpartition("\n")
-    return json.loads(last), tables
+Evaluate = Callable[..., tuple[dict, str]]
 
 
-def test_a_run_has_the_loss_that_it_logged(commands: Commands, dataset: Callable[..., Path]):
+@pytest.fixture
+def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """evaluated(*arguments): the JSON of the command, run in this process, and the output before it."""
+    monkeypatch.setattr("src.utils.root.RUNS", tmp_path / "runs")
+    monkeypatch.setattr("src.utils.root.DATASETS", tmp_path / "datasets")
+
+    def run(*arguments: str) -> tuple[dict, str]:
+        monkeypatch.setattr("sys.argv", ["evaluate", "--device", "cpu", *arguments])
+        assert main() == 0
+        tables, _, last = capsys.readouterr().out.rstrip("\n").rpartition("\n")
+        return json.loads(last), tables
+
+    return run
+
+
+def test_a_run_has_the_loss_that_it_logged(commands: Commands, dataset: Callable[..., Path], evaluated: Evaluate):
     data = str(dataset(train_tokens=[700, 900], n_vocab=300))
-    train(commands, data, "a", "--train.total-steps", "20")
-    train(commands, data, "b", "--train.total-steps", "40", "--optim.max-lr", "0.01")
+    settings = ("--checkpoint.every-steps", "20", "--eval.val-every-steps", "20", "--optim.max-lr", "0.01")
+    train(commands, data, "a", "--train.total-steps", "40", *settings)
     tokens = SETTINGS[SETTINGS.index("--eval.val-tokens") + 1]
-    result, tables = evaluated(commands, "--checkpoint", "a", "b", "--val-tokens", tokens)
-    for name, found in zip("ab", result["results"], strict=True):
-        logged = commands.metrics(name, "validation")[-1]
+    steps = [str(commands.temp_data / "runs" / "a" / "checkpoints" / f"step_00000{step}") for step in (20, 40)]
+    result, tables = evaluated("--checkpoint", *steps, "--val-tokens", tokens)
+    for figures, logged in zip(result["results"], commands.metrics("a", "validation")[1:], strict=True):
+        assert figures["step"] == logged["step"]
         for key in ("loss", "perplexity", "bits_per_byte", "tokens"):
-            assert found["validation"][key] == pytest.approx(logged[key], rel=1e-5), key
-        assert found["multiple_choice"] == {}
-    assert [each["step"] for each in result["results"]] == [20, 40]
+            assert figures["validation"][key] == pytest.approx(logged[key], rel=1e-5), key
+        assert figures["multiple_choice"] == {}
     lines = tables.splitlines()
     assert len(lines) == 4
-    assert lines[3].startswith("| b ")
+    assert lines[3].startswith("| a ")
     assert f"{result['results'][1]['validation']['loss']:.4f}" in lines[3]
 
 
@@ -84,7 +93,7 @@ def test_table_names_every_protocol_it_has_figures_of():
     assert "first: (its words)\nsecond: (other words)" in text
 
 
-def test_an_export_other_weights_and_multiple_choice(commands: Commands, tmp_path: Path):
+def test_an_export_other_weights_and_multiple_choice(commands: Commands, tmp_path: Path, evaluated: Evaluate):
     run = make_run(commands.temp_data / "runs" / "words", small_model())
     export(run, tmp_path / "exported", "hf", "float32")
     texts = write_json_lines(tmp_path / "a.jsonl", some_texts(60))
@@ -93,8 +102,8 @@ def test_an_export_other_weights_and_multiple_choice(commands: Commands, tmp_pat
     )
     assert prepared.returncode == 0, prepared.stderr
     weights = ("--weights", "float32", "bf16", "--val-tokens", "2000")
-    asked = ("--checkpoint", "words", str(tmp_path / "exported"), "--data", "text", *weights)
-    result, tables = evaluated(commands, *asked, "--hellaswag", "held-out", "--limit", "6")
+    arguments = ("--checkpoint", "words", str(tmp_path / "exported"), "--data", "text", *weights)
+    result, tables = evaluated(*arguments, "--hellaswag", "held-out", "--limit", "6")
     exact, rounded, exported, exported_rounded = result["results"]
     assert exported["validation"]["loss"] == pytest.approx(exact["validation"]["loss"], abs=1e-6)
     assert exported_rounded["validation"]["loss"] == pytest.approx(rounded["validation"]["loss"], abs=1e-6)
@@ -120,17 +129,17 @@ def test_it_says_how_far_it_is(dataset: Callable[..., Path], tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "nosuch"], "no checkpoint at"),
+        (["--checkpoint", "nosuch"], "Cannot load a checkpoint"),
         (["--checkpoint", "words", "--data", "nosuch"], "no dataset at"),
         (["--checkpoint", "words", "--data", "ids", "--val-tokens", "0"], "--val-tokens is 0"),
-        (["--checkpoint", "words", "--data", "ids", "--limit", "3"], "name its items with --hellaswag"),
-        (["--checkpoint", "words", "--data", "ids", "--hellaswag", "/nope"], "cannot read /nope"),
-        (["--checkpoint", "words", "small", "--data", "ids"], "knows 97"),
-        (["--checkpoint", "words"], "name it, or another, with --data"),
-        (["--checkpoint", "imported"], "imported/checkpoints/step_0000040 was trained on is not known; name a dataset"),
+        (["--checkpoint", "words", "--data", "ids", "--limit", "3"], "Name them with --hellaswag"),
+        (["--checkpoint", "words", "--data", "ids", "--hellaswag", "/nope"], "Cannot read /nope"),
+        (["--checkpoint", "words", "small", "--data", "ids"], "the model 97"),
+        (["--checkpoint", "words"], "another dataset, with --data"),
+        (["--checkpoint", "imported"], "imported/checkpoints/step_0000040 is not recorded. Name one"),
         (
             ["--checkpoint", "words", "--data", "ids", "--hellaswag", "items.jsonl", "--protocol", "lm-eval"],
-            "item ind 3 has no activity_label",
+            "item ind 3 lacks activity_label",
         ),
     ],
 )
@@ -156,4 +165,4 @@ def test_a_mistake_is_named(
 def test_a_mistake_is_a_line_and_ends_with_2(commands: Commands):
     done = commands.module("src.model_assessment.evaluate", "--checkpoint", "nosuch")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-    assert done.stderr.startswith("evaluate.py: error: no checkpoint at")
+    assert done.stderr.startswith("evaluate.py: error: Cannot load a checkpoint")

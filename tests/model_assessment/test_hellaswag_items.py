@@ -1,9 +1,11 @@
-"""Items from files and from the hub, and every line that is not one."""
+"""Items from files and from the hub, and refusals of every line that is not one."""
 
 import gzip
 import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -11,8 +13,16 @@ from huggingface_hub import constants as hub
 
 from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
 from src.utils.errors import UserError
-from tests.model_assessment.choices import RECORD
 
+RECORD: dict[str, Any] = {
+    "ind": 7,
+    "ctx": "A man sits. then HE",
+    "endings": ["stands up.", "is a roof.", "sings it.", "ate."],
+    "label": 2,
+    "activity_label": "Sitting",
+    "ctx_a": "A man sits.",
+    "ctx_b": "then HE",
+}
 PARTS = ("Sitting", "A man sits.", "then HE")
 
 
@@ -39,6 +49,7 @@ def test_the_parts_of_a_context_may_be_missing(tmp_path: Path) -> None:
     ("line", "found"),
     [
         ("not json", "'not json', which is not JSON"),
+        ("[" * 100_000, "which is not JSON"),
         ("[1, 2]", "[1, 2], which is not a JSON object"),
         (json.dumps({**RECORD, "label": 4}), "label = 4"),
         (json.dumps({**RECORD, "label": ""}), "label = ''"),
@@ -56,8 +67,9 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, found: str) -> None:
     path.write_text(json.dumps(RECORD) + "\n" + line + "\n")
     with pytest.raises(UserError) as error:
         load_items(path)
-    assert f"{path}, line 2: found {found}" in str(error.value)
-    assert "needed: ind" in str(error.value)
+    assert f"{path}, line 2: found " in str(error.value)
+    assert found in str(error.value)
+    assert "Needed: ind" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +93,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
         load_items(path)
     assert str(path) in str(error.value)
     assert words in str(error.value)
+
+
+def test_a_pipe_or_a_folder_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "pipe.jsonl", tmp_path):
+        with pytest.raises(UserError, match="not a regular file"):
+            load_items(path)
 
 
 def test_the_hubs_records_become_items(monkeypatch: pytest.MonkeyPatch) -> None:

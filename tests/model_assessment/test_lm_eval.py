@@ -11,10 +11,8 @@ import pytest
 from huggingface_hub import constants as hub
 
 from src.data_processing.tokenizer import load_tokenizer
-from src.model_assessment.hellaswag import LmEvalResult, evaluate_lm_eval, questions
+from src.model_assessment.hellaswag import evaluate_lm_eval, lm_eval_endings, lm_eval_texts, questions, score_endings
 from src.model_assessment.hellaswag_items import Item, load_items
-from src.model_assessment.hellaswag_protocols import lm_eval_choices, lm_eval_texts
-from src.model_assessment.multiple_choice import score_endings
 from src.model_utils.hf_export import export
 from tests.model_utils.exports import SHAPE, make_run, small_model
 
@@ -53,7 +51,7 @@ def test_every_item_gets_the_same_answer(shared: Path, tmp_path: Path, monkeypat
     items, encode = load_items(path), load_tokenizer().encode
     model = small_model(replace(SHAPE, n_ctx=112))
     asked = questions(items, lm_eval_texts, encode)
-    too_long = [len(q.context) + max(map(len, q.endings)) > 113 for q in asked]
+    too_long = [len(context) + max(map(len, endings)) > 113 for context, endings in asked]
     assert len(items) == 201
     assert 5 < sum(too_long) < 100
 
@@ -63,9 +61,9 @@ def test_every_item_gets_the_same_answer(shared: Path, tmp_path: Path, monkeypat
     ties = {"acc": 0, "acc_norm": 0}
     for sample in theirs["samples"]["hellaswag_local"]:
         i = sample["doc_id"]
-        sums = np.array([log_prob for log_prob, _ in scores[i]])
+        sums = np.array(scores[i])
         np.testing.assert_allclose([score for score, _ in sample["filtered_resps"]], sums, rtol=1e-5, atol=1e-3)
-        for name, values in (("acc", sums), ("acc_norm", sums / [len(choice) for choice in lm_eval_choices(items[i])])):
+        for name, values in (("acc", sums), ("acc_norm", sums / [len(ending) for ending in lm_eval_endings(items[i])])):
             first, second = np.sort(values)[:-3:-1]
             if first - second < TIE:
                 ties[name] += 1
@@ -76,10 +74,10 @@ def test_every_item_gets_the_same_answer(shared: Path, tmp_path: Path, monkeypat
     assert_equal_but_for(ties, ours, theirs["results"]["hellaswag_local"], items)
 
 
-def assert_equal_but_for(ties: dict[str, int], ours: LmEvalResult, theirs: dict[str, Any], items: list[Item]) -> None:
+def assert_equal_but_for(ties: dict[str, int], ours: dict[str, Any], theirs: dict[str, Any], items: list[Item]) -> None:
     for name, tied in ties.items():
         assert tied <= 2
-        share, stderr = getattr(ours, name), getattr(ours, f"{name}_stderr")
+        share, stderr = ours[name], ours[f"{name}_stderr"]
         assert abs(share - theirs[f"{name},none"]) * len(items) <= tied + 1e-6
         if not tied:
             assert stderr == pytest.approx(theirs[f"{name}_stderr,none"], rel=1e-6)
