@@ -32,7 +32,7 @@ from src.utils import root
 from src.utils.errors import UserError, exit_with
 from src.utils.files import storage_errors
 
-MAX_VALUE_CHARACTERS, MAX_DEPTH = 1_000, 10  # of a setting or an event
+MAX_DEPTH = 10  # of nested settings; ours have three levels
 BACKGROUND_FILE = "report.json"
 SHAPE = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "ffn_mult")
 # Groups of config.json that may explain a difference between runs, and settings that never do.
@@ -62,7 +62,6 @@ def write_report(run_dir: Path, background: str | None = None) -> Path:
         pictures=pictures,
         samples=_samples(run),
         event_rows=[(moment(e["time"]), e["step"], e.get("name"), e.get("detail")) for e in run.of_kind("event")],
-        checkpoint_rows=[_checkpoint_row(record) for record in run.of_kind("checkpoint")],
         settings=_setting_groups(run),
         **_summary(run),
     )
@@ -194,11 +193,6 @@ def _sample_table(columns: Sequence[tuple[str, list[Record]]]) -> dict[str, Any]
     return {"titles": [title for title, _ in columns], "rows": texts}
 
 
-def _checkpoint_row(record: Record) -> tuple[Any, ...]:
-    megabytes, seconds = fixed(number(record.get("bytes")) / 1e6, 1), fixed(record.get("seconds"), 1)
-    return record["step"], moment(record["time"]), f"{megabytes} MB", f"{seconds} s", record.get("path")
-
-
 def _setting_groups(run: Run) -> dict[str, dict[str, Any]]:
     """All of config.json by group: first what stands alone, then the groups of `config` and the others."""
     config = run.settings.get("config")
@@ -249,11 +243,6 @@ def _text(value: Any) -> str:
     return UNSHOWABLE.sub("\ufffd", text)
 
 
-def _short(value: Any) -> str:
-    text = _text(value)
-    return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 1] + "…"
-
-
 def _page(now: float, pictures: list[Picture], **sections: Any) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -263,7 +252,7 @@ def _page(now: float, pictures: list[Picture], **sections: Any) -> bytes:
         lstrip_blocks=True,
     )
     formats = {"moment": moment, "duration": duration, "fixed": fixed, "percent": percent, "compact": compact}
-    environment.filters |= {**formats, "short": _short}
+    environment.filters |= formats
     images = [(picture, base64.b64encode(picture.png).decode("ascii")) for picture in pictures]
     page = environment.get_template("report_template.html").render(now=now, images=images, **sections)
     return page.encode("utf-8")

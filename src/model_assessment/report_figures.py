@@ -29,11 +29,11 @@ RED, PURPLE = "#a3341a", "#7a3b8f"  # skipped steps and spikes
 
 
 class Picture(NamedTuple):
-    """A finished figure. `alt` describes it to those who cannot see it; `caption` helps to read it."""
+    """A finished figure; `caption` helps to read it."""
 
     name: str
+    title: str
     png: bytes
-    alt: str
     caption: str
 
 
@@ -158,11 +158,7 @@ def _draw_figure(spec: FigureSpec, shown: Shown) -> Picture | None:
     caption += [_outside(axes, unit) for axes, unit in zip(panels, units, strict=True)]
     if len(panels[0].get_legend_handles_labels()[1]) > 1:
         panels[0].legend(loc="best", reverse=len(shown.runs) > 1)  # the first run is drawn last
-    alt = [
-        f"{spec.title}, line chart.",
-        *(_range_text(curve.label, points.values) for curve, points in own.items() if points.values.size),
-    ]
-    return Picture(spec.name, as_png(figure), " ".join(alt), " ".join(filter(None, caption)))
+    return Picture(spec.name, spec.title, as_png(figure), " ".join(filter(None, caption)))
 
 
 def _draw_curve(axes: Axes, shown: Shown, run: Run, curve: Curve, since: float) -> None:
@@ -312,12 +308,6 @@ def _outside(axes: Axes, unit: str) -> str:
     curves = [line for line in axes.lines if line.get_transform() == axes.transData]
     highest = max((np.max(np.asarray(line.get_ydata(), dtype=np.float64)) for line in curves), default=0.0)
     return f"Above the frame: values up to {_short(highest)} {unit}." if highest > axes.get_ylim()[1] else ""
-
-
-def _range_text(label: str, values: NDArray[np.float64]) -> str:
-    first, last, low, high = (_short(each) for each in (values[0], values[-1], values.min(), values.max()))
-    course = first if values.size == 1 else f"from {first} to {last}, between {low} and {high}"
-    return f"{label.capitalize()}: {course}."
 
 
 def _short(value: float) -> str:
