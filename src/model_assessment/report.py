@@ -62,7 +62,7 @@ def write_report(run_dir: Path, background: str | None = None) -> Path:
         pictures=pictures,
         samples=_samples(run),
         event_rows=[(moment(e["time"]), e["step"], e.get("name"), e.get("detail")) for e in run.of_kind("event")],
-        settings=_setting_groups(run),
+        settings={name: group for name, group in _setting_groups(run).items() if group},
         **_summary(run),
     )
     folder = run_dir / "plots"
@@ -148,13 +148,19 @@ def _summary(run: Run) -> dict[str, Any]:
 
 
 def _background_of(run_dir: Path, run: Run, requested: str | None) -> Run | None:
-    """The run to draw behind `run`: the requested one, which is remembered in the run folder, because training
-    regenerates the page; else the remembered one; else the published run if it has the same shape.
+    """The run to draw behind `run`: the requested one, else the last one requested, else the published one.
 
-    Raises UserError if the requested run cannot be read.
+    The published run is the default only if it has the same shape. A request is remembered in the run folder, because
+    training regenerates the page. Raises UserError if the requested run cannot be read.
     """
+
+    def named(name: str) -> Run | None:
+        if name == "none":
+            return None
+        return run_history.published_run() if name == "published" else run_history.read_run(root.run_dir(name))
+
     if requested is not None:
-        background = _named(requested)
+        background = named(requested)
         kept = requested if requested in ("published", "none") else str(root.run_dir(requested))
         with storage_errors(run_dir):
             _replace(run_dir / BACKGROUND_FILE, json.dumps({"background": kept}) + "\n")
@@ -162,14 +168,8 @@ def _background_of(run_dir: Path, run: Run, requested: str | None) -> Run | None
     choice = run_history.read_object(run_dir / BACKGROUND_FILE).get("background")
     same_shape = all(run.setting("config", "model", name) == getattr(ModelConfig(), name) for name in SHAPE)
     with suppress(UserError, OSError):  # moved or deleted since
-        return _named(choice if isinstance(choice, str) else "published" if same_shape else "none")
+        return named(choice if isinstance(choice, str) else "published" if same_shape else "none")
     return None
-
-
-def _named(name: str) -> Run | None:
-    if name == "none":
-        return None
-    return run_history.published_run() if name == "published" else run_history.read_run(root.run_dir(name))
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
@@ -196,14 +196,10 @@ def _sample_table(columns: Sequence[tuple[str, list[Record]]]) -> dict[str, Any]
 def _setting_groups(run: Run) -> dict[str, dict[str, Any]]:
     """All of config.json by group: first what stands alone, then the groups of `config` and the others."""
     config = run.settings.get("config")
-    entries = {**config, **run.settings, "config": None} if isinstance(config, dict) else run.settings
-    groups: dict[str, dict[str, Any]] = {"run": {}}
-    for name, value in entries.items():
-        if isinstance(value, dict):
-            groups[name] = _flat(value)
-        elif name != "config":
-            groups["run"][name] = value
-    return {name: group for name, group in groups.items() if group}
+    entries = {**(config if isinstance(config, dict) else {}), **run.settings}
+    entries.pop("config", None)  # its groups stand among the others
+    alone = {name: value for name, value in entries.items() if not isinstance(value, dict)}
+    return {"run": alone, **{name: _flat(value) for name, value in entries.items() if isinstance(value, dict)}}
 
 
 def _differences(runs: list[Run]) -> dict[str, Any]:
@@ -251,8 +247,7 @@ def _page(now: float, pictures: list[Picture], **sections: Any) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = {"moment": moment, "duration": duration, "fixed": fixed, "percent": percent, "compact": compact}
-    environment.filters |= formats
+    environment.filters |= {each.__name__: each for each in (moment, duration, fixed, percent, compact)}
     images = [(picture, base64.b64encode(picture.png).decode("ascii")) for picture in pictures]
     page = environment.get_template("report_template.html").render(now=now, images=images, **sections)
     return page.encode("utf-8")

@@ -205,7 +205,7 @@ def _finish_loss(panels: list[Axes], shown: Shown) -> list[str]:
 
 
 def _mark_events(axes: Axes, shown: Shown, high: float) -> list[str]:
-    """Marks resumes, skipped steps and spikes, and counts them in words."""
+    """Marks resumes, skipped steps and spikes, and counts them for the caption."""
     run, caption = shown.runs[0], []
     scale = shown.scale(run)
     resumes = [event["step"] for event in run.of_kind("event") if event.get("name") == "resume"]
@@ -213,7 +213,7 @@ def _mark_events(axes: Axes, shown: Shown, high: float) -> list[str]:
         axes.axvline(step * scale, color=LIGHT_GREY, linestyle=":", linewidth=1.3)
     if resumes:
         caption.append("Dotted: resumed here.")
-    look: dict[str, Any] = {"linestyle": "", "zorder": 4}
+    look: dict[str, Any] = {"linestyle": "", "zorder": 4, "markerfacecolor": "none"}
     if skipped := skipped_steps(run):
         bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         places, heights = np.array(skipped) * scale, np.full(len(skipped), 0.02)
@@ -221,15 +221,7 @@ def _mark_events(axes: Axes, shown: Shown, high: float) -> list[str]:
         caption.append(f"Skipped steps: {len(skipped):,}, the last {skipped[-1]:,}.")
     steps, losses = spikes(run)
     if steps.size:
-        axes.plot(
-            steps * scale,
-            np.minimum(losses, high),
-            marker="v",
-            color=PURPLE,
-            markerfacecolor="none",
-            label="spike",
-            **look,
-        )
+        axes.plot(steps * scale, np.minimum(losses, high), marker="v", color=PURPLE, label="spike", **look)
         caption.append(f"Spikes, far above the points before: {steps.size:,}, the last at step {steps[-1]:,.0f}.")
     return caption
 
@@ -277,9 +269,7 @@ def _from_zero(panels: list[Axes], shown: Shown) -> list[str]:
 def _finish_speed(panels: list[Axes], shown: Shown) -> list[str]:
     for axes, key in zip(panels, ("step_ms", "tokens_per_second"), strict=True):
         values = np.concatenate([run.series("train", key).finite().values for run in shown.runs])
-        usual = (
-            values[values <= 2.5 * np.median(values)] if values.size else values
-        )  # one slow step flattens the others
+        usual = values[values <= 2.5 * np.median(values)] if values.size else values  # one slow step flattens the rest
         axes.set_ylim(0, 1.15 * usual.max(initial=0.0) or None)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
     return []
@@ -291,15 +281,14 @@ def _background_text(shown: Shown) -> str:
         return ""
     data = shown.background.setting("dataset", "name")
     grey = f"Grey: {shown.background.name}{f', trained on {data}' if data else ''}."
-    own, other = (
-        Series(steps * shown.scale(run), losses)
-        for run in (shown.runs[0], shown.background)
-        for steps, losses in [run.series("validation", "loss").finite()]
-    )
-    if not own.steps.size or not other.steps.size or not other.steps[0] <= own.steps[-1] <= other.steps[-1]:
+    own, other = (run.series("validation", "loss").finite() for run in (shown.runs[0], shown.background))
+    if not own.steps.size or not other.steps.size:
         return grey
-    loss, reference = own.values[-1], np.interp(own.steps[-1], *other)
-    at = f"{own.steps[-1]:,.4g} million tokens" if shown.by_tokens else f"step {own.steps[-1]:,.0f}"
+    place, places = own.steps[-1] * shown.scale(shown.runs[0]), other.steps * shown.scale(shown.background)
+    if not places[0] <= place <= places[-1]:
+        return grey
+    loss, reference = own.values[-1], np.interp(place, places, other.values)
+    at = f"{place:,.4g} million tokens" if shown.by_tokens else f"step {place:,.0f}"
     return f"{grey} Its validation loss at {at}: {reference:.3f}; this run's: {loss:.3f} ({loss - reference:+.3f})."
 
 

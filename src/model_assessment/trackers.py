@@ -88,9 +88,10 @@ class Watching:
         self._write_samples()
         self._each(lambda tracker: tracker.close())
         self._trackers.clear()
-        if self._report and self._report.poll() is None:
+        if self._report:
             self._report.kill()  # it would overwrite the last one
             self._report.wait()
+            self._report = None
         if (self._log.run_dir / "report.html").exists():
             self._start_report(niceness=0)
             if self._report:

@@ -62,7 +62,9 @@ def assert_stopped_and_whole(code: int, message: str, disk: Mounts, runs: Path) 
     """Exit 4, and nothing but the checkpoint of before, which verifies."""
     assert code == 4, message
     assert "Traceback" not in message
-    (numbers,) = re.findall(r"Cannot save the checkpoint of step 8 in .*It needs ([\d,]+) bytes, ([\d,]+) are free", message)
+    (numbers,) = re.findall(
+        r"Cannot save the checkpoint of step 8 in .*It needs ([\d,]+) bytes, ([\d,]+) are free", message
+    )
     needed, free = (int(number.replace(",", "")) for number in numbers)
     assert 3 * 4 * 13_488 < needed < 200_000  # each parameter and its two moments in float32, and some more
     assert free < needed

@@ -21,7 +21,9 @@ def test_what_differs_is_listed_and_nothing_is_loaded(commands: Commands, datase
     ):
         assert f"\n  - {line}" in message
     assert message.count("\n  - ") == 5
-    assert f"{commands.temp_data / 'runs/drill/checkpoints/step_0000004'}: it belongs to another configuration" in message
+    assert (
+        f"{commands.temp_data / 'runs/drill/checkpoints/step_0000004'}: it belongs to another configuration" in message
+    )
     assert "another --run-name, or --resume never" in message
 
     other = dataset(train_tokens=[700, 901], n_vocab=300, name="other")
