@@ -205,6 +205,7 @@ def _setting_groups(run: Run) -> dict[str, dict[str, Any]]:
 def _differences(runs: list[Run]) -> dict[str, Any]:
     """Settings that are not the same in all runs whose config.json is readable."""
     known = [run for run in runs if isinstance(run.settings.get("config"), dict)]
+    # Only listed groups: command and times of a start always differ.
     flats = [_flat({name: run.settings.get(name) for name in COMPARED if name in run.settings}) for run in known]
     keys = dict.fromkeys(key for settings in flats for key in settings if key not in NOT_COMPARED)
     rows = [(key.removeprefix("config."), *(_text(settings.get(key, "—")) for settings in flats)) for key in keys]
@@ -243,7 +244,7 @@ def _page(now: float, pictures: list[Picture], **sections: Any) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # nothing in a run's files becomes markup
-        finalize=_text,
+        finalize=_text,  # every value that the template shows
         trim_blocks=True,
         lstrip_blocks=True,
     )

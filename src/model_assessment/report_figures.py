@@ -80,7 +80,7 @@ class Shown:
         places = steps * self.scale(run)
         until = np.inf
         if run is self.background:
-            until = BACKGROUND_BEYOND * 2 * self.half
+            until = BACKGROUND_BEYOND * 2 * self.half  # all of it would squeeze a short run to a corner
         inside = (places >= since) & (places <= until)
         return Series(places[inside], values[inside])
 
@@ -156,6 +156,7 @@ def _draw_figure(spec: FigureSpec, shown: Shown) -> Picture | None:
             _draw_curve(panels[units.index(curve.unit)], shown, each, curve, since)
     caption = spec.finish(panels, shown)
     caption += [_outside(axes, unit) for axes, unit in zip(panels, units, strict=True)]
+    # After the limits: the best place for a legend depends on them.
     if len(panels[0].get_legend_handles_labels()[1]) > 1:
         panels[0].legend(loc="best", reverse=len(shown.runs) > 1)  # the first run is drawn last
     return Picture(spec.name, spec.title, as_png(figure), " ".join(filter(None, caption)))
@@ -175,9 +176,10 @@ def _draw_curve(axes: Axes, shown: Shown, run: Run, curve: Curve, since: float) 
         if curve.kind == "validation":
             marks = {"marker": MARKERS[rank], "markersize": 4.5, "markevery": max(1, points.steps.size // 10)}
             style |= {"linewidth": 1.2, "linestyle": (0, (4, 2)), **marks}
-            style["label"] = None if run.of_kind("train") else name
+            style["label"] = None if run.of_kind("train") else name  # one entry of the legend for both losses
     if curve.kind == "hellaswag":
         known = np.isfinite(run.series(curve.kind, curve.key).values)
+        # Of a background's later points, which are not drawn, the errors are cut off, too.
         errors = np.nan_to_num(run.series(curve.kind, "stderr").values[known][: points.steps.size]).clip(min=0)
         axes.errorbar(*points, errors, **style | {"marker": "o", "markersize": 4, "capsize": 2.5, "elinewidth": 1})
     elif curve.kind == "train" and points.steps.size >= (MANY_OF_SEVERAL if several else MANY_POINTS):
@@ -195,7 +197,7 @@ def _finish_loss(panels: list[Axes], shown: Shown) -> list[str]:
     # Neither the first steps nor a diverging end may flatten the rest.
     every = [shown.points(each, curve).values for each in shown.all for curve in LOSSES]
     losses, start = np.concatenate(every), max(values[0] for values in every if values.size)
-    usual = np.quantile(losses, 0.95 if losses.size >= 100 else 1.0)
+    usual = np.quantile(losses, 0.95 if losses.size >= 100 else 1.0)  # of few points none is an exception
     low, high = np.nanmin([entropy, losses.min()]), np.nanmax([entropy, min(usual, start)])
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)

@@ -264,6 +264,8 @@ def compact(value: Any) -> str:
 
 def duration(seconds: float) -> str:
     """The two largest units, like 8 h 47 min."""
+    if not math.isfinite(seconds):
+        return "an unknown time"
     whole = round(seconds)
     for unit, size, smaller, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:

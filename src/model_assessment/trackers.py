@@ -202,7 +202,7 @@ class WeightsAndBiases:
             cause = "" if has_key else "there is no API key (WANDB_API_KEY, or wandb login)"
             self._run = wandb.init(**options, mode=None if has_key else "offline")
         except Exception as error:
-            cause = f"the server does not answer ({_first_line(error)})"
+            cause = f"connecting failed ({_first_line(error)})"  # no network, or a wandb without `prompt`
             self._run = wandb.init(**options, mode="offline")
         self._last = self._run.step
         if self._run.offline:

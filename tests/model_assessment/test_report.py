@@ -358,9 +358,11 @@ def test_wrong_values_anywhere_do_not_crash_it(tmp_path: Path, seed: int) -> Non
         return {key: damaged(each) for key, each in value.items()} if isinstance(value, dict) else value
 
     folder = make_run(tmp_path / "run")
-    for name in ("config.json", "status.json"):
-        (folder / name).write_text(json.dumps(damaged(json.loads((folder / name).read_text()))))
-    rewrite(folder, [{key: damaged(each) for key, each in line.items()} for line in metrics()])
+    status = {**json.loads((folder / "status.json").read_text()), "state": chance.choice(["running", "failed", None])}
+    (folder / "status.json").write_text(json.dumps(damaged(status)))
+    (folder / "config.json").write_text(json.dumps(damaged(json.loads((folder / "config.json").read_text()))))
+    lines = [{key: damaged(each) for key, each in line.items()} for line in metrics()]
+    rewrite(folder, [line | {"time": None} if seed == 0 else line for line in lines])
     page = write_report(folder, background="published").read_text(encoding="utf-8")
     assert page.rstrip().endswith("</html>")
     write_comparison([folder, make_run(tmp_path / "good"), folder])
