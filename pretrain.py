@@ -36,8 +36,7 @@ from src.data_processing.training_data_loader import TrainingDataLoader, WindowD
 from src.data_processing.verification import ensure_verified
 from src.model import LLM
 from src.model_assessment.periodic_evaluation import Assessment
-from src.model_assessment.trackers import require_packages
-from src.model_assessment.watching import Watching
+from src.model_assessment.trackers import Watching, require_packages
 from src.model_configs.command_line import config_from_command_line
 from src.model_utils.adamw_opt import build_adamw, learning_rate
 from src.model_utils.autotune import out_of_memory, settle

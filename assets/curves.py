@@ -18,9 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from src.model_assessment.report_axes import Shown, draw_level, figure_of, mark, running_median
-from src.model_assessment.report_data import Run, Series, read_run
-from src.model_assessment.report_text import CHANCE
+from src.model_assessment.report_figures import draw_level, figure_of, marker_for, running_median
+from src.model_assessment.run_history import CHANCE, Run, Series, read_run
 from src.utils import root
 from src.utils.errors import StorageError, UserError, exit_with
 from src.utils.plot_style import BLUE, GREEN, ORANGE, STYLE, as_png
@@ -74,7 +73,7 @@ def loss(run: Run) -> Figure | None:
         _draw(axes, training, BLUE, f"training, {_ending(training):.3f} at the end")
     if validation.steps.size:
         label = f"validation, {validation.values[-1]:.3f} at the end"
-        axes.plot(*validation, color=ORANGE, linewidth=1.6, marker=mark(validation), label=label, zorder=3)
+        axes.plot(*validation, color=ORANGE, linewidth=1.6, marker=marker_for(validation), label=label, zorder=3)
     # The fall of the first steps, over in a hundredth of a run, would take up most of the picture.
     every = np.concatenate([training.values, validation.values])
     later = np.concatenate([curve.values[curve.steps >= run.last_step / 50] for curve in (training, validation)])
@@ -143,7 +142,7 @@ def main() -> None:
 
 def _figure(title: str, units: list[str], run: Run) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each unit, one above the other, over the steps."""
-    figure, panels = figure_of(title, units, Shown([run]))
+    figure, panels = figure_of(title, units)
     steps, tokens = run.series("train", "tokens_seen").finite()
     size = f" of {tokens[-1] / steps[-1]:,.0f} tokens" if steps.size and steps[-1] else ""
     panels[-1].set_xlabel(f"step{size}")
@@ -152,7 +151,7 @@ def _figure(title: str, units: list[str], run: Run) -> tuple[Figure, list[Axes]]
 
 def _draw(axes: Axes, curve: Series, color: str, label: str = "", noisy: bool = True) -> None:
     if curve.steps.size <= MANY_POINTS or not noisy:
-        axes.plot(*curve, color=color, linewidth=1.6, marker=mark(curve), label=label)
+        axes.plot(*curve, color=color, linewidth=1.6, marker=marker_for(curve), label=label)
         return
     axes.plot(*curve, color=color, linewidth=0.6, alpha=0.3)
     axes.plot(curve.steps, running_median(curve.values), color=color, linewidth=1.6, label=label)

@@ -15,6 +15,8 @@ from pathlib import Path
 from src.utils.root import COMPILE_CACHE
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if os.path.expanduser("~") == "~":  # neither HOME nor a known user, as in some containers: matplotlib would not import
+    os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.gettempdir()}/matplotlib_{os.getuid()}")
 
 
 def available_cores() -> int:

@@ -184,7 +184,7 @@ SLOW_PAGE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain
-from src.model_assessment import live_report
+from src.model_assessment import trackers
 from src.utils import handle_ddp
 from src.utils.errors import exit_with
 from src.utils.watchdog import Watchdog
@@ -196,7 +196,8 @@ class Impatient(Watchdog):
         super().doing(what)
 handle_ddp.Watchdog = Impatient
 handle_ddp.SIGN_SECONDS = 0.1
-live_report.command = lambda *arguments: [sys.executable, "-c", "import time; time.sleep(4)"]
+start = trackers.subprocess.Popen
+trackers.subprocess.Popen = lambda command, **how: start([sys.executable, "-c", "import time; time.sleep(4)"], **how)
 sys.argv[0] = "pretrain.py"
 exit_with(pretrain.main)
 """

@@ -1,20 +1,26 @@
-"""One look for every picture the project draws. Drawn through matplotlib's objects alone: no pyplot, no display.
+"""One look for every figure the project draws, independent of the user's matplotlib settings.
 
-with matplotlib.rc_context(STYLE):
-    figure = new_figure()
-    ...
-    png = as_png(figure)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure()
+        ...
+        png = as_png(figure)
+
+Only matplotlib's objects are used, not pyplot, so neither a display nor a notebook's backend is involved.
 """
 
 import io
 from typing import Any
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN = "#1f5fbf", "#c8500a", "#2a7d4f"
-LIGHT_GREY, GREY = "#a3a8b0", "#5b616b"  # what is compared with, and lines to measure by
+LIGHT_GREY, GREY = "#a3a8b0", "#5b616b"  # a run in the background, and levels to compare with
+# Starts from matplotlib's defaults, because a user's matplotlibrc may ask for LaTeX or for fonts we lack. Backends are
+# left out: they are fixed by the canvas below, and setting one would load it.
 STYLE: dict[Any, Any] = {
+    **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith(("backend", "webagg"))},
     "font.size": 11.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -32,7 +38,7 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.h_pad": 0.12,
     "text.parse_math": False,  # a name may hold dollar signs
 }
-_SIZE_INCHES, _DOTS_PER_INCH = (6.4, 3.9), 180  # to be read at half a desk's width, and on a phone
+_SIZE_INCHES, _DOTS_PER_INCH = (6.4, 3.9), 180  # readable on a phone and in half the width of a desktop
 
 
 def new_figure() -> Figure:
@@ -43,12 +49,13 @@ def new_figure() -> Figure:
 
 
 def as_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
     return png.getvalue()
 
 
 def plain(name: str, max_chars: int) -> str:
-    """`name` for a picture: short, and in ASCII, because the font hasn't every script."""
+    """`name` for a figure: short, and in ASCII, because the font lacks many scripts."""
     ascii_name = name.encode("ascii", "replace").decode()
     return ascii_name if len(ascii_name) <= max_chars else ascii_name[: max_chars - 1] + "…"

@@ -48,9 +48,7 @@ def test_checkpoints_that_are_gone_are_no_new_run(commands: Commands, dataset: C
             commands.module("src.preflight", *arguments(data)).stderr,
         ):
             assert found in message
-            assert (
-                "Restore the checkpoints from a copy, mount their disk, or use --resume nev" in message
-            )
+            assert "Restore the checkpoints from a copy, mount their disk, or use --resume nev" in message
 
     shutil.rmtree(checkpoints)
     refused(f"{checkpoints} holds no checkpoint, but metrics.jsonl says that the run saved one at step 4. Nothing was")

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing to complain of, every picture shows, and hostile text stays text.
+"""The report in a real browser: no complaints, every picture shows, and hostile text stays text.
 
 Chromium is spoken to through a pipe, in its DevTools protocol, with nothing but the standard library.
 """
@@ -22,6 +22,7 @@ import pytest
 from matplotlib.image import imread
 
 from src.model_assessment.report import write_comparison, write_report
+from src.utils import plot_style
 from tests.model_assessment.reported_runs import PLOTS, START, STEPS, append, make_run, metrics, rewrite
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), "")
@@ -175,20 +176,19 @@ def running_run(folder: Path, **settings: Any) -> Path:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("runs")
     running, hostile = running_run(home / "running"), hostile_run(home / "hostile")
-    return {
-        "running": write_report(running, background="published"),
-        "compared": write_comparison([running, make_run(home / "other"), make_run(home / "third")]),
-        "hostile": write_report(hostile),
-        "hostile compared": write_comparison([hostile, running]),
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot_style, "_DOTS_PER_INCH", 80)  # half the work
+        return {
+            "running": write_report(running, background="published"),
+            "compared": write_comparison([running, make_run(home / "other")]),
+            "hostile": write_report(hostile),
+            "hostile compared": write_comparison([hostile, running]),
+        }
 
 
 @pytest.mark.parametrize(
     ("name", "size", "scheme"),
-    [
-        *itertools.product(["running"], [DESK, PHONE], ["light", "dark"]),
-        *(("compared", DESK, "light"), ("compared", PHONE, "dark")),
-    ],
+    [("running", DESK, "light"), ("running", PHONE, "dark"), ("compared", PHONE, "light")],
 )
 def test_a_page_is_whole_and_fits(
     browser: Browser, pages: dict[str, Path], name: str, size: tuple[int, int], scheme: str
@@ -204,7 +204,7 @@ def test_a_page_is_whole_and_fits(
     paper = picture[5, 5].mean()
     assert paper > 0.9 if scheme == "light" else paper < 0.15
     for natural_width, x, y, width, height, *_ in images:
-        assert natural_width > 1_000
+        assert natural_width > 500
         plot = picture[round(y) : round(y + height), round(x) : round(x + width)]
         assert plot.shape[1] > 300
         assert abs(np.median(plot) - paper) < 0.1  # it lies on the page's colour,

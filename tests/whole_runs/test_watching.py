@@ -1,4 +1,4 @@
-"""Runs that are watched: by other programs, and by a page that is made anew while they go on."""
+"""Runs that are watched by trackers and by a report that is regenerated during training."""
 
 import time
 from dataclasses import replace
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import train
-from src.model_assessment import live_report
-from src.model_assessment import trackers as sinks
+from src.model_assessment import trackers
 from src.params import Config
 from src.utils.errors import UserError
 from tests.whole_runs.records import STEPS, assert_same_bits, metrics, stop_after
@@ -28,19 +27,19 @@ def test_tensorboard_sees_a_resumed_run_as_the_log_has_it(config: Config):
     assert train(replace(config, run_name=config.run_name)).exit_code == 0
 
 
-def test_a_package_that_is_not_there_is_said_before_anything_is_made(
+def test_a_missing_package_is_reported_before_anything_is_written(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install wandb"):
         train(replace(config, report_to=("wandb",)))
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_page_of_a_run_is_there_while_it_goes_on_and_says_how_it_ended(
+def test_the_report_exists_during_training_and_says_how_the_run_ended(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(live_report, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(trackers, "REPORT_SECONDS", 0.0)
     page, run_dir = tmp_path / "runs" / config.run_name / "report.html", tmp_path / "runs" / config.run_name
     seen: list[str] = []
 

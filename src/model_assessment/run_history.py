@@ -1,0 +1,313 @@
+"""The history of a training run: its settings, status and metrics as series and key figures.
+
+    run = read_run(Path("temp_data/runs/debug"))
+    steps, losses = run.series("train", "loss")
+
+config.json, status.json and lines of metrics.jsonl may be missing, truncated or edited by hand. Every value is checked
+where it is used, and `number` turns anything that is not a plausible number into NaN.
+"""
+
+import csv
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.utils.errors import UserError
+from src.utils.root import ROOT
+
+Record = dict[str, Any]  # a line of metrics.jsonl, see `_parse`
+
+CHANCE = 0.25  # accuracy of guessing: every multiple-choice item has four endings
+SILENT_SECONDS = 600.0
+SPIKE_LINES, SPIKE_DEVIATIONS, SPIKE_SHARE = 19, 8.0, 0.02
+LARGEST_NUMBER = 1e30  # beyond it sums and axis limits overflow
+
+PUBLISHED_RUN = ROOT / "assets" / "data" / "published_run_269m.csv"
+PUBLISHED_TOKENS_PER_STEP = 524_288
+PUBLISHED_PROTOCOL = (
+    "hellaswag-ctx-mean-logprob (HellaSwag: raw ctx, ending of the highest mean log-probability a token)"
+)
+
+
+class Series(NamedTuple):
+    """One quantity over optimizer steps. A value is NaN where the run wrote none, or not a finite one."""
+
+    steps: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+    def finite(self) -> "Series":
+        """The same series without NaN."""
+        known = np.isfinite(self.values)
+        return Series(self.steps[known], self.values[known])
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the files of a run folder say; see `read_run`."""
+
+    name: str
+    settings: dict[str, Any]
+    """Content of config.json: config, derived, versions, machine, dataset, command."""
+    status: dict[str, Any]
+    """Content of status.json."""
+    records: list[Record]
+    """Lines of metrics.jsonl in the order they were written."""
+    unreadable_lines: int = 0
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """Records of one kind by step. A checkpoint saved in the background may be logged after a later step."""
+        return sorted((record for record in self.records if record["kind"] == kind), key=lambda record: record["step"])
+
+    def series(self, kind: str, key: str) -> Series:
+        """The quantity `key` of all records of one kind, in the order of their steps."""
+        pairs = [(record["step"], number(record.get(key))) for record in self.of_kind(kind)]
+        return Series(*np.array(pairs, dtype=np.float64).reshape(-1, 2).T)
+
+    def setting(self, *path: str) -> Any:
+        """A value of config.json such as `setting("config", "train", "seed")`, or None."""
+        value: Any = self.settings
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps completed, according to metrics.jsonl and status.json."""
+        return max(*(record["step"] for record in self.records), int(np.nan_to_num(number(self.status.get("step")))))
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps planned."""
+        planned = number(self.setting("derived", "total_steps") or self.status.get("total_steps"))
+        return int(planned) if planned >= 1 else None
+
+    @cached_property
+    def tokens_per_step(self) -> float | None:
+        """Tokens in one optimizer step, as measured."""
+        steps, tokens = self.series("train", "tokens_seen").finite()
+        return float(tokens[-1] / steps[-1]) if steps.size and steps[-1] > 0 and tokens[-1] > 0 else None
+
+    @property
+    def active_seconds(self) -> float:
+        """Seconds from the first record to the last, without the pauses before each resume."""
+        return sum(_silences(self.records))
+
+    @property
+    def last_written(self) -> float:
+        """Unix time of the last sign of life; NaN if there is none."""
+        times = [number(record.get("time")) for record in (*self.records, self.status)]
+        return max((time for time in times if math.isfinite(time)), default=math.nan)
+
+    def is_running(self, now: float) -> bool:
+        """True if the run claims to be running and has written recently, compared with its usual pauses."""
+        longest = max(_silences(self.records[-50:]), default=0.0)
+        return self.status.get("state") == "running" and now - self.last_written <= max(SILENT_SECONDS, 3 * longest)
+
+    def seconds_left(self) -> float:
+        """Seconds from the last record to the last step at the recent pace, evaluations and saves included, or NaN."""
+        recent = self.records[-100:]
+        steps = recent[-1]["step"] - recent[0]["step"]
+        if steps <= 0 or not self.total_steps:
+            return math.nan
+        return max(0, self.total_steps - self.last_step) * sum(_silences(recent)) / steps
+
+
+class KeyFigure(NamedTuple):
+    """One number to compare runs by, with a note that gives its context."""
+
+    label: str
+    value: str
+    note: str
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder. Raises UserError if there is no such folder or nothing in its metrics.jsonl."""
+    if not folder.is_dir():
+        raise UserError(f"Cannot read the run {folder}: no such folder. Give a path, or a name under temp_data/runs.")
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"Cannot read the run {folder}: it has no metrics.jsonl. Give the folder of a run.")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    parsed = [_parse(line) for line in lines]
+    records = [record for record in parsed if record]
+    if not records:
+        raise UserError(
+            f"Cannot read the run {folder}: metrics.jsonl holds no complete line. Wait for its first steps."
+        )
+    settings = read_object(folder / "config.json")
+    config = settings.get("config")
+    name = config.get("run_name") if isinstance(config, dict) else None
+    # The last line is not counted: it may be cut off by a kill, or just being written.
+    unreadable = sum(record is None and bool(line.strip()) for line, record in zip(lines[:-1], parsed, strict=False))
+    return Run(str(name or folder.resolve().name), settings, read_object(folder / "status.json"), records, unreadable)
+
+
+def published_run() -> Run:
+    """The log of the published 269M run in the form of ours. Raises UserError if its file is missing."""
+    try:
+        rows = list(csv.DictReader(PUBLISHED_RUN.read_text(encoding="ascii").splitlines()))
+    except OSError as error:
+        raise UserError(f"Cannot read the published curve {PUBLISHED_RUN}: {error.strerror}. Restore it.") from error
+    records: list[Record] = []
+    for row in rows:
+        value = {name: float(text) for name, text in row.items() if text}
+        step = int(value["step"]) + 1  # its log counts from 0: the first line has the first step's learning rate
+        at = {"step": step, "time": math.nan}
+        records.append({**value, "kind": "train", **at, "tokens_seen": step * PUBLISHED_TOKENS_PER_STEP})
+        if "validation_loss" in value:
+            records.append({"kind": "validation", **at, "loss": value["validation_loss"]})
+        if "hellaswag_percent" in value:
+            accuracy = {"acc_norm": value["hellaswag_percent"] / 100, "protocol": PUBLISHED_PROTOCOL}
+            records.append({"kind": "hellaswag", **at, **accuracy})
+    return Run("published run", {"dataset": {"name": "10B tokens of FineWeb-Edu"}}, {}, records)
+
+
+def skipped_steps(run: Run) -> list[int]:
+    """Steps whose update was skipped because of a bad loss or gradient."""
+    return [event["step"] for event in run.of_kind("event") if "skip" in str(event.get("name"))]
+
+
+def protocols(run: Run) -> list[str]:
+    """Names of the multiple-choice protocols the run was measured with."""
+    return list(dict.fromkeys(str(record.get("protocol") or "not recorded") for record in run.of_kind("hellaswag")))
+
+
+def spikes(run: Run) -> Series:
+    """Training records whose loss is 8 standard deviations, and 2%, above the median of the 19 before.
+
+    The deviation is that of the changes between successive records, because the slope of the curve spreads its values.
+    """
+    steps, losses = run.series("train", "loss").finite()
+    if losses.size <= SPIKE_LINES:
+        return Series(steps[:0], losses[:0])
+    before = np.lib.stride_tricks.sliding_window_view(losses, SPIKE_LINES)[:-1]
+    level = np.median(before, axis=1)
+    # 1.4826 makes a median absolute deviation a standard deviation; a change has twice the variance of a value.
+    deviation = 1.4826 * np.median(np.abs(np.diff(before, axis=1)), axis=1) / math.sqrt(2)
+    high = losses[SPIKE_LINES:] - level > np.maximum(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * level)
+    return Series(steps[SPIKE_LINES:][high], losses[SPIKE_LINES:][high])
+
+
+def key_figures(run: Run) -> list[KeyFigure]:
+    """The figures that the run has, in the order of a page."""
+    validations, choices = run.of_kind("validation"), run.of_kind("hellaswag")
+    figures = []
+    if validations:
+        last, best = validations[-1], best_validation(run)
+        note = f"± {fixed(last.get('stderr'))}; " if fixed(last.get("stderr")) else ""
+        if best:
+            note += "the lowest" if best is last else f"lowest: {fixed(best['loss'])} at step {best['step']:,}"
+        figures += [
+            KeyFigure("Validation loss", fixed(last.get("loss")) or "not finite", note.removesuffix("; ")),
+            KeyFigure("Perplexity", fixed(last.get("perplexity"), 1), "on validation text"),
+            KeyFigure("Bits per byte", fixed(last.get("bits_per_byte")), "on validation text"),
+        ]
+    if choices:
+        note = f"± {percent(choices[-1].get('stderr'))}; chance is {CHANCE:.0%}"
+        figures.append(KeyFigure("Multiple choice", percent(choices[-1].get("acc_norm")), note))
+    steps = f"of {run.total_steps:,} steps" if run.total_steps else "steps"
+    figures.append(KeyFigure("Progress", f"{run.last_step:,}", steps))
+    seen = run.series("train", "tokens_seen").finite().values
+    if seen.size:
+        figures.append(KeyFigure("Tokens seen", compact(seen[-1]), f"{compact(run.tokens_per_step)} per step"))
+    if run.active_seconds:
+        figures.append(KeyFigure("Time", duration(run.active_seconds), "without pauses"))
+    # Medians, because the first steps compile and a machine has slow moments.
+    speed, mfu, memory = (run.series("train", key).finite().values for key in ("tokens_per_second", "mfu", "memory_gb"))
+    if speed.size:
+        figures.append(KeyFigure("Throughput", f"{np.median(speed):,.0f}", "tokens/s, median"))
+    if mfu.size:
+        figures.append(KeyFigure("Utilisation", percent(np.median(mfu)), "of the hardware's peak, median"))
+    if memory.size and memory.max() > 0:
+        figures.append(KeyFigure("Peak memory", f"{memory.max():.1f} GB", "of one process"))
+    return [figure for figure in figures if figure.value]
+
+
+def best_validation(run: Run) -> Record | None:
+    """The validation record with the lowest finite loss."""
+    measured = [record for record in run.of_kind("validation") if math.isfinite(number(record.get("loss")))]
+    return min(measured, key=lambda record: record["loss"], default=None)
+
+
+def number(value: Any) -> float:
+    """`value` as a float; NaN if it is not a number or too large to be a measurement."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if abs(value) <= LARGEST_NUMBER else math.nan  # NaN compares as False, too
+
+
+def fixed(value: Any, decimals: int = 3) -> str:
+    """A number with a fixed number of decimals; empty if it is not a number."""
+    return f"{number(value):,.{decimals}f}" if math.isfinite(number(value)) else ""
+
+
+def percent(share: Any) -> str:
+    """A share of 0 to 1 in percent; empty if it is not a number."""
+    return f"{number(share):.1%}" if math.isfinite(number(share)) else ""
+
+
+def compact(value: Any) -> str:
+    """A count, from a million on like 320.1M; empty if it is not a number."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number(value) >= size:
+            return f"{value / size:.{1 if value >= 10 * size else 2}f}{letter}"
+    return fixed(value, 0)
+
+
+def duration(seconds: float) -> str:
+    """The two largest units, like 8 h 47 min."""
+    if not math.isfinite(seconds):
+        return "an unknown time"
+    whole = round(seconds)
+    for unit, size, smaller, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part} {smaller}"
+    return f"{whole} s"
+
+
+def moment(seconds: Any) -> str:
+    """A Unix time as date and time of day in UTC; empty if it is not one."""
+    try:
+        return datetime.fromtimestamp(number(seconds), timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _parse(line: str) -> Record | None:
+    """A line of metrics.jsonl with `kind` a string, `step` an integer from 0 on, and `time` a float or NaN."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or not number(record.get("step")) >= 0:
+        return None
+    return {**record, "step": int(record["step"]), "time": number(record.get("time"))}
+
+
+def _silences(records: list[Record]) -> list[float]:
+    """Seconds between successive records, without the pauses before each resume."""
+    timed = [record for record in records if math.isfinite(record["time"])]
+    # A clock that was set back must not count as negative time.
+    pairs = itertools.pairwise(timed)
+    return [max(0.0, later["time"] - earlier["time"]) for earlier, later in pairs if not _begins_session(later)]
+
+
+def _begins_session(record: Record) -> bool:
+    """True for the events that a starting process writes first."""
+    return record["kind"] == "event" and record.get("name") in ("checkpoints", "resume")
