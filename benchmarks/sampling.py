@@ -97,7 +97,7 @@ def transformers_model(new: LLM, dtype: torch.dtype, device: torch.device) -> to
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**llama_settings(new.config)))
-    model.load_state_dict(llama_tensors(dict(new.named_parameters()), new.config.n_layer))
+    model.load_state_dict(llama_tensors(dict(new.named_parameters())))
     model.generation_config.eos_token_id = None
     return model.to(device, dtype).eval()
 

@@ -196,7 +196,7 @@ def llama(config: Config, precision: torch.dtype, device: torch.device, compiled
     import transformers
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_settings(config.model)))
-    model.load_state_dict(llama_tensors(first_weights(config).state_dict(), config.model.n_layer))
+    model.load_state_dict(llama_tensors(dict(first_weights(config).named_parameters())))
     model.to(device).train()
     forward = torch.compile(model) if compiled else model
 

@@ -71,7 +71,7 @@ def test_logits_equal_transformers_llama():
     for parameter in model.parameters():  # biases and gains too, so that a dropped one shows
         torch.nn.init.normal_(parameter, std=0.2)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_settings(config))).eval()
-    llama.load_state_dict(llama_tensors(model.state_dict(), config.n_layer))
+    llama.load_state_dict(llama_tensors(dict(model.named_parameters())))
     inputs = torch.randint(config.n_vocab, (3, config.n_ctx))
     with torch.no_grad():
         assert (model(inputs) - llama(inputs).logits).abs().max() < 1e-4

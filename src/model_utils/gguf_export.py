@@ -1,108 +1,140 @@
-"""A model and its tokenizer as one GGUF file, which llama.cpp and the programs around it open."""
+"""A model and its tokenizer as one GGUF file, which llama.cpp and programs built on it open.
 
-from collections.abc import Iterator, Sequence
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from src.model_utils.byte_level_bpe import END_OF_TEXT, merges, printable
-from src.model_utils.llama_format import llama_tensors
+from src.model_utils.llama_format import HEAD, llama_tensors
 from src.params import ModelConfig
-from src.utils.errors import UserError
+from src.utils.errors import StorageError, UserError
 
+# Names of a matrix's type and of a file's, and the most rounding relative to a matrix's largest number.
+_TYPES = {
+    "float32": ("F32", "ALL_F32", 0.0),
+    "bf16": ("BF16", "MOSTLY_BF16", 2**-8),
+    "q8_0": ("Q8_0", "MOSTLY_Q8_0", 1 / 127),
+}
 _Q8_0_BLOCK = 32  # numbers that share a scale
 
 
 def check_gguf(config: ModelConfig, dtype: str, n_tokens: int) -> None:
-    """Raises UserError where the gguf package is missing, or a model of this shape does not fit into the format."""
+    """Raises UserError if the gguf package is missing, or the model does not fit the format."""
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UserError(
-            "GGUF is written by the package gguf, which is not here; run: pip install gguf==0.19.0"
-        ) from None
+        raise UserError("Cannot write GGUF: the package gguf is missing. Run: pip install gguf==0.19.0") from None
     if config.n_vocab < n_tokens:
         raise UserError(
-            f"GGUF needs the tokenizer, whose {n_tokens:,} tokens are more than model.n_vocab = {config.n_vocab:,}, so "
-            "the model was trained on others; use --format hf"
+            f"Cannot write GGUF: model.n_vocab is {config.n_vocab:,}, and the tokenizer, which GGUF needs, has "
+            f"{n_tokens:,} tokens. Use --format hf."
         )
     if dtype == "q8_0" and config.n_embd % _Q8_0_BLOCK:
         raise UserError(
-            f"q8_0 takes {_Q8_0_BLOCK} numbers at a time, of which model.n_embd = {config.n_embd} is no multiple; "
-            "use --dtype bf16"
+            f"Cannot store q8_0: model.n_embd is {config.n_embd}, not a multiple of {_Q8_0_BLOCK}. Use --dtype bf16."
         )
 
 
 def write_gguf(
-    path: Path, name: str, config: ModelConfig, ours: dict[str, torch.Tensor], tokens: Sequence[bytes], dtype: str
+    path: Path,
+    name: str,
+    config: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    tokens: list[str],
+    merges: list[str],
+    dtype: str,
 ) -> None:
-    """Writes the model of the state dict `ours` to `path`, as one called `name` of the architecture llama.
+    """Writes our named parameters `weights` to `path` as a Llama called `name`, and compares what it reads back.
 
-    `dtype` is that of matrices: float32, bf16, or q8_0, which is 8 bits and a float16 scale for 32 numbers. Vectors are
-    float32, as llama.cpp wants them. `tokens` in the order of rank; the end-of-text token follows them. The format:
-    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Raises OSError.
+    `dtype` is that of matrices; vectors are float32, as llama.cpp requires. `tokens` end with the end-of-text token.
+    Raises OSError, and StorageError if the file does not hold the model.
     """
     import gguf
 
-    of_matrices, file_type = {
-        "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
-        "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-        "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-    }[dtype]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
-    writer.add_name(name)
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.n_vocab)
-    writer.add_context_length(config.n_ctx)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.ffn_hidden)
-    writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    _add_tokenizer(writer, tokens, config.n_vocab)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layer)
-    for llama_name, tensor in _tensors(ours, config):
-        kind = of_matrices if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
-        gguf_name = names.get_name(llama_name, try_suffixes=(".weight", ".bias"))
-        assert gguf_name, f"{llama_name} is no tensor of a Llama"
-        writer.add_tensor(gguf_name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    matrix_type = gguf.GGMLQuantizationType[_TYPES[dtype][0]]
+    metadata = {"general.name": name, **_metadata(config, tokens, merges, dtype)}
+    tensors = _tensors(weights, config)
+    writer = gguf.GGUFWriter(path, "llama")
+    add: dict[type, Any] = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+    add |= {float: writer.add_float32, list: writer.add_array}
+    for key, value in metadata.items():
+        add[type(value)](key, value)
+    for tensor_name, array in tensors.items():
+        kind = matrix_type if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(tensor_name, gguf.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    _compare(gguf.GGUFReader(path), metadata, tensors, _TYPES[dtype][2])
 
 
-def _add_tokenizer(writer: Any, tokens: Sequence[bytes], n_vocab: int) -> None:
-    """The tokenizer, which puts nothing before or after a text; the model's unused ids get names that no text has."""
-    from gguf import TokenType
+def _metadata(config: ModelConfig, tokens: list[str], merges: list[str], dtype: str) -> dict[str, Any]:
+    import gguf
 
-    unused = [f"<|unused_{i}|>" for i in range(len(tokens) + 1, n_vocab)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*printable(tokens), END_OF_TEXT, *unused])
-    writer.add_token_types([TokenType.NORMAL] * len(tokens) + [TokenType.CONTROL] + [TokenType.UNUSED] * len(unused))
-    left, right = (printable(parts) for parts in zip(*merges(tokens), strict=True))
-    writer.add_token_merges([f"{first} {second}" for first, second in zip(left, right, strict=True)])
-    writer.add_bos_token_id(len(tokens))
-    writer.add_eos_token_id(len(tokens))
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
+    # Ids of the model that the tokenizer never uses get names that no text contains.
+    unused = [f"<|unused_{i}|>" for i in range(len(tokens), config.n_vocab)]
+    kinds = [gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL]
+    return {
+        "general.file_type": int(gguf.LlamaFileType[_TYPES[dtype][1]]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        "llama.vocab_size": config.n_vocab,
+        "llama.context_length": config.n_ctx,
+        "llama.embedding_length": config.n_embd,
+        "llama.feed_forward_length": config.ffn_hidden,
+        "llama.block_count": config.n_layer,
+        "llama.attention.head_count": config.n_head,
+        "llama.attention.layer_norm_rms_epsilon": config.norm_eps,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": config.rope_theta,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [*tokens, *unused],
+        "tokenizer.ggml.token_type": [int(k) for k in [*kinds, *[gguf.TokenType.UNUSED] * len(unused)]],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": len(tokens) - 1,
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+    }
 
 
-def _tensors(ours: dict[str, torch.Tensor], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors under transformers' names, but as llama.cpp's llama wants them.
+def _tensors(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Returns the weights by their names in GGUF. Without a head, llama.cpp takes the embedding."""
+    import gguf
 
-    That one rotates neighbours, dimension 2i with 2i + 1, where we rotate i with i + K/2 of a head's K: so the rows of
-    the query and key projections are interleaved, which changes no product of a query with a key. It takes a head that
-    is not there from the embedding.
-    """
-    for name, tensor in llama_tensors(ours, config.n_layer).items():
-        if name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layer)
+    tensors: dict[str, np.ndarray] = {}
+    for llama_name, tensor in llama_tensors(weights).items():
+        if llama_name == HEAD:
+            continue
+        if ".q_proj." in llama_name or ".k_proj." in llama_name:
+            # llama.cpp rotates dimension 2i with 2i + 1, we rotate i with i + K/2 of a head's K. Interleaving the
+            # rows of both projections maps one to the other and leaves every product of query and key as it was.
             halves = tensor.unflatten(0, (config.n_head, 2, config.head_dim // 2))
             tensor = halves.transpose(1, 2).flatten(0, 2)
-        if name != "lm_head.weight":
-            yield name, tensor
+        tensors[str(names.get_name(llama_name, try_suffixes=(".weight", ".bias")))] = tensor.numpy()
+    return tensors
+
+
+def _compare(reader: Any, metadata: dict[str, Any], tensors: dict[str, np.ndarray], rounding: float) -> None:
+    import gguf
+
+    for key, value in metadata.items():
+        expected = float(np.float32(value)) if isinstance(value, float) else value
+        if key not in reader.fields or reader.fields[key].contents() != expected:
+            raise StorageError(
+                f"Cannot use the GGUF file just written: {key} differs. Check the disk and export again."
+            )
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    for name, array in tensors.items():
+        numbers = gguf.dequantize(stored[name].data, stored[name].tensor_type) if name in stored else np.zeros(0)
+        limit = np.abs(array).max() * (rounding if array.ndim == 2 else 0.0)
+        if numbers.shape != array.shape or not (np.abs(numbers - array) <= limit).all():
+            raise StorageError(
+                f"Cannot use the GGUF file just written: {name} differs. Check the disk and export again."
+            )

@@ -1,22 +1,68 @@
-"""The same model under the names of transformers' Llama, which has our architecture once its biases are turned on."""
+"""Our model as transformers' Llama: names of weights, settings, and reading an exported folder.
 
-import math
+With biases turned on, a Llama computes what our model computes. Its weights are ours under other names:
+q, k and v are three matrices there and one here, as are value and gate of the feed-forward network.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from src.params import ModelConfig
+from src.model import LLM
+from src.params import ModelConfig, from_dict
 from src.utils.errors import UserError
+from src.utils.files import fingerprint
+
+WEIGHTS = "model.safetensors"
+EXPORT = "export.json"
+EXPORT_FORMAT = 1
+ARCHITECTURE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+HEAD = "lm_head.weight"
+
+# For each part of a block the Llama's parts whose weights, one below the other, are ours.
+_BLOCK_PARTS = {
+    "attn_norm": ("input_layernorm",),
+    "attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out_proj": ("self_attn.o_proj",),
+    "ffn_norm": ("post_attention_layernorm",),
+    "ffn.in_proj": ("mlp.up_proj", "mlp.gate_proj"),  # value, then gate
+    "ffn.out_proj": ("mlp.down_proj",),
+}
+_TYPES = {"step": int, "config": dict, "dataset_sha256": str, "sources": list, "figures": dict, "files": dict}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that an exported model comes from. Fields are empty if unknown."""
+
+    step: int
+    config: dict[str, Any]
+    """The run's, from params.to_dict, with names in place of paths."""
+    dataset_sha256: str
+    """Hash of the manifest of the training data."""
+    sources: list[dict[str, Any]]
+    """The dataset's sources from its manifest, without folders."""
+    figures: dict[str, dict[str, Any]]
+    """By kind (train, validation, hellaswag) the last line of metrics.jsonl up to the step."""
 
 
 def llama_settings(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a transformers.LlamaConfig of this shape. Llama has no dropout where ours is."""
+    """Fields of a transformers.LlamaConfig of this shape. Dropout has no counterpart there."""
     return {
         "vocab_size": config.n_vocab,
         "hidden_size": config.n_embd,
         "intermediate_size": config.ffn_hidden,
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_head,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
         "max_position_embeddings": config.n_ctx,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
@@ -26,112 +72,99 @@ def llama_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def llama_tensors(ours: dict[str, torch.Tensor], n_layer: int) -> dict[str, torch.Tensor]:
-    """An LLM's state dict under the names of LlamaForCausalLM; the tensors are views of ours."""
-    theirs = {"model.embed_tokens.weight": ours["embedding.weight"], "model.norm.weight": ours["norm.weight"]}
-    theirs["lm_head.weight"] = ours["embedding.weight"]
-    for layer in range(n_layer):
-        here, there = f"blocks.{layer}.", f"model.layers.{layer}."
-        theirs[there + "input_layernorm.weight"] = ours[here + "attn_norm.weight"]
-        theirs[there + "post_attention_layernorm.weight"] = ours[here + "ffn_norm.weight"]
-        for kind in ("weight", "bias"):
-            qkv = ours[f"{here}attn.qkv_proj.{kind}"].chunk(3)
-            for name, part in zip("qkv", qkv, strict=True):
-                theirs[f"{there}self_attn.{name}_proj.{kind}"] = part
-            value, gate = ours[f"{here}ffn.in_proj.{kind}"].chunk(2)
-            theirs[f"{there}self_attn.o_proj.{kind}"] = ours[f"{here}attn.out_proj.{kind}"]
-            theirs[f"{there}mlp.up_proj.{kind}"] = value
-            theirs[f"{there}mlp.gate_proj.{kind}"] = gate
-            theirs[f"{there}mlp.down_proj.{kind}"] = ours[f"{here}ffn.out_proj.{kind}"]
+def llama_tensors(ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our named parameters as the state dict of a LlamaForCausalLM; the tensors are views of ours."""
+    theirs = {HEAD: ours["embedding.weight"]}
+    for name, tensor in ours.items():
+        names = _llama_names(name)
+        theirs |= dict(zip(names, tensor.chunk(len(names)), strict=True))
     return theirs
 
 
-def model_config(settings: dict[str, Any], origin: object) -> ModelConfig:
-    """The inverse of `llama_settings`: the shape that the config.json of a LlamaForCausalLM means, without dropout.
+def our_tensors(theirs: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """The inverse of `llama_tensors` in float32, for our parameters `names`."""
+    ours = {}
+    for name in names:
+        parts = [theirs[llama_name].float() for llama_name in _llama_names(name)]
+        ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]  # cat would copy a single one
+    return ours
 
-    Sizes must be there; another field that is missing has the value that transformers then takes. Raises UserError
-    naming `origin`, and the field and value that our architecture does not have.
+
+def is_model_folder(path: Path) -> bool:
+    """Returns True if `path` has a config.json of transformers, rather than that of a run."""
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and bool(ARCHITECTURE.keys() & settings.keys())
+
+
+def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """Returns the shape of the exported model in `folder`, and its weights in float32 under our names.
+
+    Raises UserError for a folder that is not an export, and for weights that are unreadable or do not fit.
     """
-    for field, if_missing, ours in (
-        ("model_type", None, "llama"),
-        ("architectures", ["LlamaForCausalLM"], ["LlamaForCausalLM"]),
-        ("hidden_act", "silu", "silu"),
-        ("attention_bias", False, True),
-        ("mlp_bias", False, True),
-        ("tie_word_embeddings", False, True),
-        ("quantization_config", None, None),
-    ):
-        _require(settings.get(field, if_missing) == ours, settings, field, ours, origin)
-    width, hidden, heads, n_layer, n_vocab, n_ctx = (
-        _whole(settings, field, origin)
-        for field in (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_hidden_layers",
-            "vocab_size",
-            "max_position_embeddings",
-        )
-    )
-    _require(settings.get("num_key_value_heads") in (None, heads), settings, "num_key_value_heads", heads, origin)
-    _require(settings.get("head_dim") in (None, width // heads), settings, "head_dim", width // heads, origin)
-    _require(hidden % width == 0, settings, "intermediate_size", f"a multiple of hidden_size, {width},", origin)
-    config = ModelConfig(
-        n_vocab=n_vocab,
-        n_ctx=n_ctx,
-        n_embd=width,
-        n_head=heads,
-        n_layer=n_layer,
-        ffn_mult=hidden // width,
-        norm_eps=_positive(settings.get("rms_norm_eps", 1e-6), "rms_norm_eps", origin),
-        rope_theta=_rope_theta(settings, origin),
-        residual_dropout=0.0,
-        ffn_dropout=0.0,
-    )
-    if problems := config.problems():
-        raise UserError(f"{origin} describes a model that cannot work: {'; '.join(problems)}")
-    return config
+    path = folder / WEIGHTS
+    try:
+        config = from_dict(read_export(folder)["config"]).model
+        theirs = load_file(path)
+    except (AttributeError, TypeError) as error:  # a group of settings that is not an object
+        raise UserError(f"{folder / EXPORT} is damaged ({error}). Copy the folder again.") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"Cannot read {path}: {error}. Copy the folder again.") from None
+    with torch.device("meta"):
+        parameters = dict(LLM(config).named_parameters())
+    expected = llama_tensors(parameters)
+    del expected[HEAD]  # a file leaves it out, because it is the embedding
+    for name in sorted(expected.keys() | theirs.keys()):
+        stored, needed = (tuple(t[name].shape) if name in t else "missing" for t in (theirs, expected))
+        if stored != needed:
+            raise UserError(f"Cannot use {path}: {name} is {stored}, expected {needed}. Export the model again.")
+    return config, our_tensors(theirs, list(parameters))
 
 
-def our_tensors(theirs: dict[str, torch.Tensor], n_layer: int) -> dict[str, torch.Tensor]:
-    """The inverse of `llama_tensors`, in float32: what was float32 and needs no joining is a view of theirs."""
-    ours = {"embedding.weight": theirs["model.embed_tokens.weight"], "norm.weight": theirs["model.norm.weight"]}
-    for layer in range(n_layer):
-        here, there = f"blocks.{layer}.", f"model.layers.{layer}."
-        ours[here + "attn_norm.weight"] = theirs[there + "input_layernorm.weight"]
-        ours[here + "ffn_norm.weight"] = theirs[there + "post_attention_layernorm.weight"]
-        for kind in ("weight", "bias"):
-            qkv = [theirs[f"{there}self_attn.{name}_proj.{kind}"].float() for name in "qkv"]
-            value_and_gate = [theirs[f"{there}mlp.{name}_proj.{kind}"].float() for name in ("up", "gate")]
-            ours[f"{here}attn.qkv_proj.{kind}"] = torch.cat(qkv)
-            ours[f"{here}attn.out_proj.{kind}"] = theirs[f"{there}self_attn.o_proj.{kind}"]
-            ours[f"{here}ffn.in_proj.{kind}"] = torch.cat(value_and_gate)
-            ours[f"{here}ffn.out_proj.{kind}"] = theirs[f"{there}mlp.down_proj.{kind}"]
-    return {name: tensor.float() for name, tensor in ours.items()}
+def read_origin(folder: Path, *loaded: str) -> Origin | None:
+    """Returns the content of export.json, None without one.
+
+    `loaded` names files that must be unchanged since the export. Raises UserError if one is not.
+    """
+    if not (folder / EXPORT).exists():
+        return None
+    content = read_export(folder)
+    for name in loaded:
+        try:
+            unchanged = fingerprint(folder / name) == content["files"].get(name)
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise UserError(
+                f"Cannot use {folder / name}: it is missing or differs from what was exported. Copy the folder "
+                "again, or export the model again."
+            )
+    return Origin(**{field.name: content[field.name] for field in fields(Origin)})
 
 
-def _require(holds: bool, settings: dict[str, Any], field: str, ours: Any, origin: object) -> None:
-    if not holds:
-        raise UserError(f"{origin} has {field} = {settings.get(field)!r}; our model has {ours}, so it cannot be it")
+def read_export(folder: Path) -> dict[str, Any]:
+    """Returns all of export.json: an Origin, and `files` with size and hash by name. Raises UserError."""
+    path = folder / EXPORT
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != EXPORT_FORMAT:
+            raise ValueError(f"format {content['format']!r}, expected {EXPORT_FORMAT}")
+        if wrong := [name for name, kind in _TYPES.items() if not isinstance(content.get(name), kind)]:
+            raise ValueError(f"{wrong[0]} is missing or of another type")
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not an export of ours: it has no {EXPORT}. Name a run or its export.") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}). Copy the folder again, or export the model again.") from None
+    return content
 
 
-def _whole(settings: dict[str, Any], field: str, origin: object) -> int:
-    value = settings.get(field)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{origin} has {field} = {value!r}; it must be a whole number above 0")
-    return value
-
-
-def _positive(value: Any, field: str, origin: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UserError(f"{origin} has {field} = {value!r}; it must be a number above 0")
-    return float(value)
-
-
-def _rope_theta(settings: dict[str, Any], origin: object) -> float:
-    """Of plain rotary positions, in any of the ways in which transformers has written them (5: rope_parameters)."""
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        found = kind if isinstance(rope, dict) else rope
-        raise UserError(f"{origin} has rope_type = {found!r}; our model has plain RoPE, 'default'")
-    return _positive(rope.get("rope_theta", settings.get("rope_theta", 10_000.0)), "rope_theta", origin)
+def _llama_names(ours: str) -> list[str]:
+    """Returns the Llama's names of one of our parameters, in the order in which it joins them."""
+    if ours in ("embedding.weight", "head.weight"):
+        return ["model.embed_tokens.weight"]
+    if ours == "norm.weight":
+        return ["model.norm.weight"]
+    _, layer, *part, kind = ours.split(".")
+    return [f"model.layers.{layer}.{theirs}.{kind}" for theirs in _BLOCK_PARTS[".".join(part)]]

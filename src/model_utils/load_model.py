@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ import torch
 
 from src.model import LLM
 from src.model_utils.checkpoint_utils import find_checkpoint
-from src.model_utils.export_folder import EXPORT, read_origin
-from src.model_utils.llama_folder import WEIGHTS, is_model_folder, read_model_folder
-from src.params import Config, TrainConfig, from_dict
+from src.model_utils.llama_format import EXPORT, WEIGHTS, is_model_folder, read_model_folder, read_origin
+from src.params import Config, from_dict
 from src.utils.errors import UserError, say
 from src.utils.hardware import autocast, choose_device, choose_precision
 from src.utils.root import run_dir
@@ -27,7 +25,7 @@ class LoadedModel:
     model: LLM
     """In eval mode, on `device`, weights in float32."""
     config: Config
-    """The run's. For another program's model: its shape, and defaults for the rest."""
+    """The run's."""
     path: Path
     """The step_* directory or exported folder."""
     step: int
@@ -109,15 +107,6 @@ def _read_checkpoint(path: Path) -> _Source:
 
 def _read_export(path: Path) -> _Source:
     origin = read_origin(path, "config.json", WEIGHTS)
-    shape, tensors = read_model_folder(path)
-    if origin is not None:
-        return from_dict(origin.config), tensors, path, origin.step, origin.dataset_sha256
-    _note_foreign(path)
-    # A batch of one sequence, because the default one is not a multiple of every context.
-    config = Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1))
-    return config, tensors, path, 0, ""
-
-
-@cache  # once, however often the model is read
-def _note_foreign(path: Path) -> None:
-    say(f"warning: {path} is another program's model; here it reads and writes the tokens of r50k_base, GPT-2's")
+    _, tensors = read_model_folder(path)
+    assert origin is not None  # read_model_folder raises without one
+    return from_dict(origin.config), tensors, path, origin.step, origin.dataset_sha256

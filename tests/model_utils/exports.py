@@ -56,7 +56,7 @@ def make_run(
         run_name=folder.name,
         model=model.config,
         data=DataConfig(dir="/home/somebody/texts/novels"),
-        train=TrainConfig(batch_tokens=4 * model.config.n_ctx, total_steps=50),
+        train=TrainConfig(batch_tokens=4 * model.config.n_ctx, total_steps=50, precision="float32"),
         eval=EvalConfig(hellaswag_data="/home/somebody/items.jsonl"),
     )
     state = {"config": to_dict(config), "dataset_sha256": dataset_sha256}

@@ -1,10 +1,13 @@
-"""The exported folder, opened by transformers without code of ours, against our own model and tokenizer; its card."""
+"""An exported folder, opened by transformers without our code; its card, its folder, and the push to the hub."""
 
+import errno
 import gzip
 import json
 import shutil
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,10 +15,13 @@ from safetensors.torch import load_file
 
 from src.data_processing.tokenizer import load_tokenizer
 from src.model_assessment.sampling import SamplingConfig, generate
-from src.model_utils.export_folder import EXPORT
-from src.model_utils.hf_export import export
+from src.model_utils import hf_export
+from src.model_utils.hf_export import export, main
+from src.model_utils.llama_format import EXPORT
 from src.params import ModelConfig
+from src.utils.errors import StorageError, UserError
 from tests.conftest import Commands
+from tests.data_processing.stand_in_hub import serving
 from tests.model_utils.exports import HARD_TEXTS, SHAPE, make_run, small_model
 
 transformers = pytest.importorskip("transformers")
@@ -105,7 +111,7 @@ def test_the_control_token_as_text(tokenizer: Any):
     assert tokenizer.decode([64, 50_256, 65], skip_special_tokens=True) == ours.decode([64, 65])
 
 
-def test_a_model_of_other_tokens_goes_without_our_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_model_of_another_vocabulary_has_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shape = ModelConfig(n_vocab=512, n_ctx=16, n_embd=32, n_head=2, n_layer=1)
     export(make_run(tmp_path / "other", small_model(shape)), tmp_path / "hf", "hf", "float32")
     assert "without a tokenizer" in capsys.readouterr().err
@@ -123,22 +129,21 @@ def test_the_card_has_the_runs_figures_up_to_the_step(tiny_export: Path):
     for figure in (f"{parameters:,} parameters", "5.4321", "228.60", "2.4567", "7,680 (by step 30)", "28.75% ± 5.00%"):
         assert figure in card, figure
     assert "some-protocol (x)" in card
-    assert "PSF License" in card
-    assert "2,358,597 tokens" in card
-    assert "licence is not recorded" in card  # of the files
+    assert "Text: pydocs; 2,358,597 tokens" in card
     assert "4.9876" not in card  # of a later step
     assert "6.5000" not in card
 
 
-def test_what_is_not_known_is_left_out_of_the_card(tmp_path: Path):
+def test_unknown_figures_are_left_out_of_the_card(tmp_path: Path):
     run = make_run(tmp_path / "bare", small_model(), [{"kind": "validation", "step": 40, "loss": None, "tokens": 9}])
     (run / "config.json").unlink()
     export(run, tmp_path / "hf", "hf", "float32")
     card = (tmp_path / "hf/README.md").read_text()
-    assert "Measured" not in card
+    assert "## Measured" not in card
     assert "Text:" not in card
     assert "Tokens seen" not in card
     assert "None" not in card
+    assert "{" not in card
 
 
 def test_folders_of_whoever_trained_it_stay_private(tiny_export: Path):
@@ -150,10 +155,10 @@ def test_folders_of_whoever_trained_it_stay_private(tiny_export: Path):
 def test_a_checkpoint_away_from_its_run(tiny_run: Path, tmp_path: Path):
     shutil.copytree(tiny_run / "checkpoints/step_0000040", tmp_path / "step_0000040")
     export(tmp_path / "step_0000040", tmp_path / "hf", "hf", "float32")
-    assert "Measured" not in (tmp_path / "hf/README.md").read_text()
+    assert "## Measured" not in (tmp_path / "hf/README.md").read_text()
 
 
-def test_the_command_and_sampling_from_what_it_made(tiny_run: Path, tmp_path: Path, commands: Commands):
+def test_the_command_and_sampling_from_its_export(tiny_run: Path, tmp_path: Path, commands: Commands):
     out = tmp_path / "hf"
     result = commands.module("src.model_utils.hf_export", "--checkpoint", str(tiny_run), "--out", str(out))
     assert result.returncode == 0, result.stderr
@@ -169,3 +174,161 @@ def test_the_command_and_sampling_from_what_it_made(tiny_run: Path, tmp_path: Pa
     greedy = generate(small_model(), [prompt], SamplingConfig(12, temperature=0), [0])
     sample = json.loads(sampled.stdout.splitlines()[-1])["samples"][0]
     assert sample["tokens"] == [tokens[0] for tokens, _ in greedy]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_existing_path_is_never_touched(tiny_run: Path, tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = content(tmp_path)
+    for name in ("folder", "file"):
+        with pytest.raises(UserError, match=r"Cannot export to .*: it exists"):
+            export(tiny_run, tmp_path / name, "hf", "float32")
+    with pytest.raises(StorageError, match="file"):
+        export(tiny_run, tmp_path / "file/inside", "hf", "float32")
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted/disk")
+    with pytest.raises(StorageError, match="is a link to"):
+        export(tiny_run, tmp_path / "link", "hf", "float32")
+    assert content(tmp_path) == before
+
+
+def test_a_full_disk_leaves_nothing(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fill(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hf_export, "save_file", fill)
+    with pytest.raises(StorageError, match=r"No space left on device; [\d,]+ bytes more"):
+        export(tiny_run, tmp_path / "out", "hf", "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_weights_on_the_disk_are_noticed(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two matrices of one shape change places."""
+    save = hf_export.save_file
+
+    def swap(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        up, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
+        save({**tensors, up: tensors[gate], gate: tensors[up]}, path, **options)
+
+    monkeypatch.setattr(hf_export, "save_file", swap)
+    with pytest.raises(StorageError, match="its logits differ"):
+        export(tiny_run, tmp_path / "out", "hf", "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub that an upload needs. It keeps every file of a commit, and refuses another owner."""
+
+    requests: ClassVar[list[tuple[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        lines = [json.loads(line) for line in body.splitlines()]
+        if self.headers.get("Authorization") != "Bearer hf_secret" or b"other" in body:
+            self.answer(403, {"error": "You may not write here"})
+        elif self.path.endswith("/preupload/main"):
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in lines[0]["files"]]
+            self.answer(200, {"files": files})
+        else:
+            self.requests.append((self.path, lines))
+            self.answer(200, {"url": "x/me/tiny", "id": "me/tiny", "commitUrl": "x/me/tiny/commit/f", "commitOid": "f"})
+
+    def answer(self, status: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The hub's address; a token is in the environment."""
+    Hub.requests = []
+    monkeypatch.setattr(hf_export.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serving(Hub) as address:
+        monkeypatch.setattr(hf_export.constants, "ENDPOINT", address)
+        yield address
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["hf_export.py", *map(str, arguments)])
+    return main()
+
+
+def test_a_push_is_dry_without_upload(
+    tiny_export: Path, hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert call(monkeypatch, "--out", tiny_export, "--push", "me/tiny") == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1])
+    assert result["push"] == {"repository": "me/tiny", "uploaded": False}
+    assert result["files"] == {path.name: path.stat().st_size for path in tiny_export.iterdir()}
+    assert all(name in printed.err for name in result["files"])
+    assert "nothing was sent" in printed.err
+    assert not Hub.requests
+
+
+def test_an_upload_sends_the_exports_files(
+    tiny_export: Path, tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(tiny_export, tmp_path / "out")
+    (tmp_path / "out/notes.txt").write_text("private")
+    assert call(monkeypatch, "--out", tmp_path / "out", "--push", "me/tiny", "--upload") == 0
+    sent = dict(Hub.requests)
+    [repository], [header, *files] = sent["/api/repos/create"], sent["/api/models/me/tiny/commit/main"]
+    assert repository["visibility"] == "private"
+    assert header["value"]["summary"] == "tiny, step 40"
+    assert {file["value"]["path"] for file in files} == {path.name for path in tiny_export.iterdir()}
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["push"] == {"repository": "me/tiny", "uploaded": True, "address": f"{hub}/me/tiny"}
+    assert "hf_secret" not in printed.out + printed.err
+
+
+def test_a_push_that_fails_says_why(tiny_export: Path, tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch):
+    push = ("--out", tiny_export, "--upload", "--push")
+    with pytest.raises(UserError, match=r"HTTP 403 Forbidden: You may not.*token in HF_TOKEN"):
+        call(monkeypatch, *push, "other/tiny")
+    monkeypatch.setattr(hf_export.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"upload to me/tiny at http://127.0.0.1:9: ConnectError"):
+        call(monkeypatch, *push, "me/tiny")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="Set HF_TOKEN"):
+        call(monkeypatch, *push, "me/tiny")
+    damaged = shutil.copytree(tiny_export, tmp_path / "damaged")
+    with open(damaged / "model.safetensors", "r+b") as file:
+        file.truncate(1_000)
+    with pytest.raises(UserError, match=r"model\.safetensors: it is missing or differs from what was exported"):
+        call(monkeypatch, "--out", damaged, "--push", "me/tiny")
+    (damaged / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: it is missing or differs"):
+        call(monkeypatch, "--out", damaged, "--push", "me/tiny")
+    with pytest.raises(UserError, match=r"is not an export of ours"):
+        call(monkeypatch, "--out", tmp_path, "--push", "me/tiny")
+
+
+@pytest.mark.parametrize("name", ["tiny", "me/tiny/more", "me/my model", "", "../tiny"])
+def test_an_impossible_repository_is_refused(tiny_export: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    with pytest.raises(UserError, match=f"Cannot push to '{name}'"):
+        call(monkeypatch, "--out", tiny_export, "--push", name)
+
+
+def test_contradictory_options_are_refused(tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for options, message in (
+        (["--out", tiny_export], "--checkpoint is missing"),
+        (["--out", tiny_export, "--push", "me/tiny", "--dtype", "bf16"], "--checkpoint is missing"),
+        (["--out", tmp_path / "new", "--checkpoint", "x", "--upload"], "--push is missing"),
+        (["--out", tmp_path / "new", "--checkpoint", "x", "--dtype", "q8_0"], "Cannot store q8_0 in a Hugging Face"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(monkeypatch, *options)
