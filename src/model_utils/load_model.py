@@ -44,8 +44,8 @@ class LoadedModel:
 def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
     """Loads a run directory (its newest good checkpoint), a step_* directory or an exported folder.
 
-    A bare name means a run under temp_data/runs, or else a folder here; ./NAME always means a folder. Exports may also
-    be another program's Llama of our architecture. Raises UserError for one that is missing, damaged or different.
+    A bare name means a run under temp_data/runs, or else a folder here; ./NAME always means a folder. Raises UserError
+    for one that is missing, damaged, or exported by another program.
     """
     if not str(checkpoint):
         raise UserError("Cannot load a model: --checkpoint is empty. Name a run, a step_* folder or an export.")
