@@ -176,8 +176,9 @@ def _compile_now(forward: nn.Module, config: Config, precision: torch.dtype, dev
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, device, config.micro_batch_size, "the first compiled step") from error
     except Exception as error:  # PyTorch's compilers fail in many ways
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"Cannot compile the model: {cause}. Rerun with --train.compile off.") from error
+        cause = getattr(error, "inner_exception", error)  # PyTorch wraps a backend's error into one without a cause
+        line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise UserError(f"Cannot compile the model: {line}. Rerun with --train.compile off.") from error
     finally:
         forward.zero_grad()
 

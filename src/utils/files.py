@@ -24,7 +24,7 @@ REMEDIES = {  # by the error's number
     errno.EISDIR: "Move the folder of that name away",
     errno.ENOENT: "Restore it",
     errno.EROFS: "Make the disk writable",
-    errno.EIO: "Check the disk, which may be failing",
+    errno.EIO: "Check the disk for failures",
     errno.ENAMETOOLONG: "Choose a shorter name",
 }
 PATIENCE_S = 1.0  # with another command that only checks the lock, as `refuse_claimed` does
@@ -222,9 +222,8 @@ def claimed(run_dir: Path, stop: Callable[[], object] = lambda: False) -> Iterat
     refuse_dangling(run_dir)
     with storage_errors(run_dir, "write in"):
         run_dir.mkdir(parents=True, exist_ok=True)
-        check_writable(run_dir)
-        lock = _open_lock(run_dir, os.O_RDWR | os.O_CREAT)
-    with lock:
+    check_writable(run_dir)
+    with _open_lock(run_dir, os.O_RDWR | os.O_CREAT) as lock:
         _wait_for(run_dir, lock, stop)
         with suppress(OSError):  # a full disk may not hold the name, but the lock holds
             name = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "launcher": os.getppid()})
@@ -236,7 +235,7 @@ def claimed(run_dir: Path, stop: Callable[[], object] = lambda: False) -> Iterat
 def refuse_claimed(run_dir: Path) -> None:
     """Raises BusyError naming the holder if another process holds `run_dir`. Waits as `claimed` does."""
     if os.path.lexists(claim_file(run_dir)):
-        with storage_errors(claim_file(run_dir), "open"), _open_lock(run_dir, os.O_RDONLY) as lock:
+        with _open_lock(run_dir, os.O_RDONLY) as lock:
             _wait_for(run_dir, lock, shared=True)
 
 
@@ -249,7 +248,8 @@ def _open_lock(run_dir: Path, flags: int) -> IO[bytes]:
     path = claim_file(run_dir)
     if path.is_symlink():
         raise StorageError(f"Cannot open {path}: it is a link, not a lock file. Move it away.")
-    return open_regular(path, flags | os.O_NOFOLLOW)  # never truncates what a link points to
+    with storage_errors(path, "open"):
+        return open_regular(path, flags | os.O_NOFOLLOW)  # never truncates what a link points to
 
 
 def _wait_for(run_dir: Path, lock: IO[bytes], stop: Callable[[], object] = lambda: False, shared: bool = False) -> None:
