@@ -64,7 +64,7 @@ def test_an_error_is_reported_once_with_a_remedy(tmp_path: Path):
         (errno.ENOSPC, "Free some space"),
         (errno.EACCES, "Fix the permissions"),
         (errno.EROFS, "Make the disk writable"),
-        (errno.EIO, "Check the disk"),
+        (errno.EIO, "Check the disk for failures"),
         (errno.ENOTDIR, "Move away the file that lies where a folder should be"),
         (errno.EXDEV, "Fix that"),
     ],
