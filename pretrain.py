@@ -289,7 +289,7 @@ def prepare(
     model.to(procs.device).train()
     procs.activity = "choosing the micro-batch and compiling"
     saved = checkpoint.state["config"]["train"] if checkpoint else None
-    config, forward, notes = settle(config, saved, config.total_steps, model, precision, procs, log.info)
+    config, forward, notes = settle(config, saved, model, precision, procs, log.info)
     procs.activity = "preparing model and optimizer"
     state = TrainingState(model, build_adamw(model, config.optim), Progress())
     if checkpoint is not None:

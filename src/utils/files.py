@@ -44,11 +44,15 @@ def storage_errors(path: Path, action: str = "write", needed_bytes: int = 0) -> 
     except OSError as error:
         full = needed_bytes and error.errno in (errno.ENOSPC, errno.EDQUOT)
         needed = f", {needed_bytes:,} bytes more are needed and {free_bytes(path):,} are free" if full else ""
-        remedy = REMEDIES.get(error.errno or 0, "Fix that")
         raise StorageError(
-            f"Cannot {action} {path}: {error.strerror or error}{needed}. {remedy} and rerun to resume, or use another "
-            "folder."
+            f"Cannot {action} {path}: {error.strerror or error}{needed}. {remedy(error)} and rerun to resume, or use "
+            "another folder."
         ) from error
+
+
+def remedy(error: OSError) -> str:
+    """An imperative that fits an error of the file system."""
+    return REMEDIES.get(error.errno or 0, "Fix that")
 
 
 @contextmanager
@@ -263,8 +267,8 @@ def _wait_for(run_dir: Path, lock: IO[bytes], stop: Callable[[], object] = lambd
             raise StoppedError("Stopped on request before the first step.")
         if time.monotonic() - started > patience:
             raise BusyError(
-                f"Cannot use {run_dir}: another process is training there, {holder or 'holder unknown'}. Wait for it, "
-                "stop it, or choose another --run-name."
+                f"Cannot use this run name: another process is training in {run_dir}: {holder or 'holder unknown'}. "
+                "Wait for it, stop it, or choose another --run-name."
             )
         time.sleep(0.05)
 

@@ -30,8 +30,8 @@ def test_the_step_follows_from_settings_and_processes():
     assert step_of(config, 32, 8) == Step(config.model, 32, 2, "cuda", True, False, True)
     alone = replace(config, train=replace(config.train, batch_tokens=16 * 2048, precision="float32"))
     assert step_of(alone, 16, 1, "cpu") == Step(config.model, 16, 4, "cpu", False, False, False)
-    for setting in ({"compile": "off"}, {"micro_batch_size": "auto"}):  # auto is tried uncompiled
-        assert not step_of(replace(config, train=replace(config.train, **setting)), 16, 8).is_compiled
+    for train in (replace(config.train, compile="off"), replace(config.train, micro_batch_size="auto")):
+        assert not step_of(replace(config, train=train), 16, 8).is_compiled  # auto is tried uncompiled
 
 
 def test_float32_takes_twice_the_time():

@@ -203,8 +203,8 @@ def test_the_wait_is_bounded_and_can_be_stopped(
 def test_a_second_run_is_told_who_holds_the_folder(run_dir: Path):
     with claimed(run_dir):
         assert json.loads(claim_file(run_dir).read_text())["launcher"] == os.getppid()
-        within_seconds(lambda: refuse_claimed(run_dir), BusyError, rf'Cannot use {run_dir}: .*"pid": {os.getpid()},')
-        within_seconds(lambda: claimed(run_dir).__enter__(), BusyError, "another process is training there")
+        within_seconds(lambda: refuse_claimed(run_dir), BusyError, rf'training in {run_dir}: .*"pid": {os.getpid()},')
+        within_seconds(lambda: claimed(run_dir).__enter__(), BusyError, "another process is training in")
     refuse_claimed(run_dir)
 
 
