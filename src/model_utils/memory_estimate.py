@@ -56,7 +56,7 @@ class Memory:
     logits: int
     """Logits, softmax and the gradients that the loss computes in its forward pass."""
     backward: int
-    """What the backward pass needs beyond that."""
+    """Additional need of the backward pass; 0 where the loss needs more."""
 
     @property
     def total(self) -> int:

@@ -67,7 +67,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the configuration does not say."""
+    """Inputs of the estimate that the configuration does not hold."""
 
     mfu: float = REFERENCE_MFU
     mfu_source: str = "assumed: the reference's, on A100"

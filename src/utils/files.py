@@ -17,15 +17,15 @@ from typing import IO, Any, BinaryIO
 from src.utils.errors import BusyError, StoppedError, StorageError, UserError, say
 
 REMEDIES = {  # by the error's number
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Fix the permissions"),
-    **dict.fromkeys((errno.ENFILE, errno.EMFILE), "Close files, or raise the limit of open ones (ulimit -n)"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Move away the file that lies where a folder should be"),
-    errno.EISDIR: "Move the folder of that name away",
-    errno.ENOENT: "Restore it",
-    errno.EROFS: "Make the disk writable",
-    errno.EIO: "Check the disk for failures",
-    errno.ENAMETOOLONG: "Choose a shorter name",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "fix the permissions"),
+    **dict.fromkeys((errno.ENFILE, errno.EMFILE), "close files, or raise the limit of open ones (ulimit -n)"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "move away the file that lies where a folder should be"),
+    errno.EISDIR: "move the folder of that name away",
+    errno.ENOENT: "restore it",
+    errno.EROFS: "make the disk writable",
+    errno.EIO: "check the disk for failures",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 PATIENCE_S = 1.0  # with another command that only checks the lock, as `refuse_claimed` does
 ORPHAN_PATIENCE_S = 20.0  # with a process whose launcher was killed: it finishes its step, saves and ends
@@ -45,14 +45,14 @@ def storage_errors(path: Path, action: str = "write", needed_bytes: int = 0) -> 
         full = needed_bytes and error.errno in (errno.ENOSPC, errno.EDQUOT)
         needed = f", {needed_bytes:,} bytes more are needed and {free_bytes(path):,} are free" if full else ""
         raise StorageError(
-            f"Cannot {action} {path}: {error.strerror or error}{needed}. {remedy(error)} and rerun to resume, or use "
-            "another folder."
+            f"Cannot {action} {path}: {error.strerror or error}{needed}. To resume, {remedy(error)} and rerun, or "
+            "use another folder."
         ) from error
 
 
 def remedy(error: OSError) -> str:
-    """An imperative that fits an error of the file system."""
-    return REMEDIES.get(error.errno or 0, "Fix that")
+    """An imperative that fits an error of the file system, for the middle of a sentence."""
+    return REMEDIES.get(error.errno or 0, "fix that")
 
 
 @contextmanager

@@ -54,19 +54,21 @@ def test_an_error_is_reported_once_with_a_remedy(tmp_path: Path):
     path = tmp_path / "file"
     with pytest.raises(StorageError) as caught, storage_errors(tmp_path), storage_errors(path, "read"):
         path.read_bytes()
-    assert str(caught.value).startswith(f"Cannot read {path}: No such file or directory. Restore it and rerun")
+    assert str(caught.value).startswith(
+        f"Cannot read {path}: No such file or directory. To resume, restore it and rerun"
+    )
     assert caught.value.exit_code == 4
 
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
-        (errno.ENOSPC, "Free some space"),
-        (errno.EACCES, "Fix the permissions"),
-        (errno.EROFS, "Make the disk writable"),
-        (errno.EIO, "Check the disk for failures"),
-        (errno.ENOTDIR, "Move away the file that lies where a folder should be"),
-        (errno.EXDEV, "Fix that"),
+        (errno.ENOSPC, "free some space"),
+        (errno.EACCES, "fix the permissions"),
+        (errno.EROFS, "make the disk writable"),
+        (errno.EIO, "check the disk for failures"),
+        (errno.ENOTDIR, "move away the file that lies where a folder should be"),
+        (errno.EXDEV, "fix that"),
     ],
 )
 def test_the_remedy_fits_the_error(tmp_path: Path, number: int, remedy: str):
@@ -75,8 +77,8 @@ def test_the_remedy_fits_the_error(tmp_path: Path, number: int, remedy: str):
         raise OSError(number, os.strerror(number))
     message = str(raised.value)
     assert os.strerror(number) in message
-    assert f". {remedy} and rerun to resume" in message
-    assert ("Free some space" in message) == ("123,456 bytes more are needed" in message) == (number == errno.ENOSPC)
+    assert f". To resume, {remedy} and rerun, or use another folder" in message
+    assert ("free some space" in message) == ("123,456 bytes more are needed" in message) == (number == errno.ENOSPC)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path):
