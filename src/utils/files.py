@@ -230,7 +230,7 @@ def claimed(run_dir: Path, stop: Callable[[], object] = lambda: False) -> Iterat
     with _open_lock(run_dir, os.O_RDWR | os.O_CREAT) as lock:
         _wait_for(run_dir, lock, stop)
         with suppress(OSError):  # a full disk may not hold the name, but the lock holds
-            name = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "launcher": os.getppid()})
+            name = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **_launcher()})
             lock.truncate(0)
             os.pwrite(lock.fileno(), name.encode(), 0)
         yield
@@ -262,7 +262,7 @@ def _wait_for(run_dir: Path, lock: IO[bytes], stop: Callable[[], object] = lambd
         holder = os.pread(lock.fileno(), 1000, 0).decode(errors="replace")
         if patience != ORPHAN_PATIENCE_S and _is_orphan(holder):
             patience = ORPHAN_PATIENCE_S
-            say(f"Waiting up to {patience:g} s for {holder}, which still holds {run_dir} although its launcher is gone")
+            say(f"{holder} has lost its launcher and still holds {run_dir}: waiting up to {patience:g} s for its end")
         if stop():
             raise StoppedError("Stopped on request before the first step.")
         if time.monotonic() - started > patience:
@@ -271,6 +271,11 @@ def _wait_for(run_dir: Path, lock: IO[bytes], stop: Callable[[], object] = lambd
                 "Wait for it, stop it, or choose another --run-name."
             )
         time.sleep(0.05)
+
+
+def _launcher() -> dict[str, int]:
+    """The parent's process id under torchrun, where this process is asked to stop once its parent is gone."""
+    return {"launcher": os.getppid()} if "TORCHELASTIC_RUN_ID" in os.environ else {}
 
 
 def _is_orphan(holder: str) -> bool:
