@@ -42,8 +42,7 @@ from src.model_utils.adamw_opt import build_adamw, learning_rate
 from src.model_utils.autotune import out_of_memory, settle
 from src.model_utils.checkpoint_saver import CheckpointSaver, Saved, refuse_full_disk
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps, prune
-from src.model_utils.debugging import count_parameters, flops_per_token
-from src.model_utils.profiling import profiler
+from src.model_utils.debugging import count_parameters, flops_per_token, profiler
 from src.model_utils.run_records import run_settings, summary
 from src.model_utils.spike_guard import SpikeGuard
 from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
@@ -290,7 +289,7 @@ def prepare(
     model.to(procs.device).train()
     procs.activity = "choosing the micro-batch and compiling"
     saved = checkpoint.state["config"]["train"] if checkpoint else None
-    config, forward, notes = settle(config, saved, config.total_steps, model, precision, procs, log.info)
+    config, forward, notes = settle(config, saved, model, precision, procs, log.info)
     procs.activity = "preparing model and optimizer"
     state = TrainingState(model, build_adamw(model, config.optim), Progress())
     if checkpoint is not None:

@@ -6,12 +6,9 @@ does, with the value found and what to do.
 
 import os
 import platform
-import shutil
-import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,7 +22,7 @@ from src.data_processing.training_data_loader import WindowDataset
 from src.data_processing.verification import check_in_seconds
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
 from src.model_assessment.trackers import require_packages
-from src.model_utils.autotune import COMPILE_SECONDS, compiling_fails
+from src.model_utils.autotune import compile_problem
 from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoint_bytes, checkpoints_need
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
 from src.model_utils.memory_estimate import Step, estimate_memory
@@ -148,24 +145,14 @@ def precision(start: Start) -> Found:
 
 def compiler(start: Start) -> Found:
     """Whether torch.compile finds what it needs on this kind of device."""
-    asked, kind = start.config.train.compile, start.device()[0].type
-    if asked == "off" or (asked == "auto" and kind not in COMPILE_SECONDS):
+    requested, kind = start.config.train.compile, start.device()[0].type
+    if requested == "off" or (requested == "auto" and kind != "cuda"):
         return Found("not needed: nothing is compiled")
-    program = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if kind == "cuda":
-        program = os.environ.get("CC") or "gcc"  # for what starts Triton's kernels
-    if failure := compiling_fails(kind):
-        if asked == "on":
-            raise UserError(f"{failure}, or leave out --train.compile on")
-        return Found(f"{failure}; until then nothing is compiled", True)
-    missing = "Triton" if kind == "cuda" and find_spec("triton") is None else program
-    if missing == program and shutil.which(program):
-        when = "measured at the start, if the run is long enough to win" if asked == "auto" else "as asked for"
-        return Found(f"{program}; {when}; results are kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']}")
-    words = f"no {missing}, which torch.compile needs"
-    if asked == "on":
-        raise UserError(f"{words}; install it, or leave out --train.compile on")
-    return Found(f"{words}: nothing will be compiled; with it a long run may be faster", True)
+    if problem := compile_problem(kind):
+        if requested == "on":
+            raise UserError(f"Cannot compile the model: {problem}, or leave out --train.compile on.")
+        return Found(f"{problem}; until then nothing is compiled", True)
+    return Found(f"ready; results are kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']}")
 
 
 def watching(start: Start) -> Found | None:

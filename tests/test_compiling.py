@@ -13,13 +13,13 @@ import torch
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment import sampling
-from src.model_utils.autotune import CompiledForward, compiling_fails
+from src.model_utils.autotune import CompiledForward, compile_problem
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig
 from src.utils.root import ROOT
 
 needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++") or bool(compiling_fails("cpu")),
+    not shutil.which("g++") or bool(compile_problem("cpu")),
     reason="needs g++, Python's headers, and a PyTorch that doesn't lie in a folder with a space",
 )
 

@@ -105,7 +105,7 @@ def test_storage_alone_has_its_own_exit_code(commands: Commands, data: Path):
     commands.environment["TEMP_DATA_DIR"] = "/proc/nowhere"
     result = commands.module("src.preflight", "debug", "--data.dir", str(data), *SETTINGS)
     assert result.returncode == 4
-    assert "FAIL  run folder:   cannot write in /proc: " in result.stderr
+    assert "FAIL  run folder:   Cannot write in /proc: " in result.stderr
     assert commands.module("src.preflight", "debug", "--data.dir", "gone", *SETTINGS).returncode == 2
 
 

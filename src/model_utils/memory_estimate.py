@@ -1,11 +1,10 @@
-"""What a training step needs of a device's memory, by part, counted from the model's code without running it.
+"""Memory of a training step by part, counted from the model's code without running it.
 
-What autograd keeps was read off attention.py, ffn.py, transformer_block.py and lm_loss.py as they run uncompiled, and
-is compared with what it really keeps in tests/model_utils/test_planner.py. Compiled, a block keeps less: see LOG.md.
-Shapes: N positions of a micro-batch, D width, F hidden size of the feed-forward network, H heads, V vocabulary.
+tests/model_utils/test_memory_estimate.py compares it with what autograd keeps and with PyTorch's allocator.
+Shapes: N positions of a micro-batch, D width, F hidden size of the feed-forward network, V vocabulary.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -21,20 +20,21 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Step:
-    """How a step runs, as far as its memory depends on it."""
+    """The properties of a training step that its memory depends on."""
 
     model: ModelConfig
     micro_batch_size: int
     itemsize: int = 2
-    """Bytes of a number in matmuls and attention: 2 for bf16 under autocast, 4 for float32."""
+    """Bytes of a number in matmuls: 2 for bf16 autocast, 4 for float32."""
     kind: str = "cuda"
-    """Of device. On a CPU dropout keeps numbers where a GPU keeps bytes, and RMSNorm one tensor more."""
+    """Type of device."""
     gradients_stay: bool = True
-    """Whether gradients lie there during forward passes: with accumulation, and in the buckets of DDP."""
+    """True if gradients exist during forward passes: with accumulation or DDP."""
     beside_buckets: bool = False
-    """Whether they lie beside DDP's buckets: those of passes that end without an exchange, so with accumulation."""
+    """True if gradients exist twice: with accumulation in DDP, whose buckets are filled by the last pass only."""
+    is_compiled: bool = False
     logits: Literal["chunked", "full"] = "chunked"
-    """chunked: as lm_loss.py has them. full: the plain way, float32 logits of all positions, as the reference did."""
+    """chunked: as in lm_loss.py. full: float32 logits of all positions, as the reference has them."""
 
     @property
     def positions(self) -> int:
@@ -43,114 +43,101 @@ class Step:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part at the moment of a step that needs most; `total` is their sum."""
+    """Bytes by part at the peak of a step."""
 
     weights: int
     gradients: int
     optimizer: int
     """AdamW's two moments."""
     weight_copies: int
-    """bf16 copies of what autocast multiplies by, kept until the backward pass."""
+    """bf16 copies that autocast makes of the blocks' matrices and biases."""
     activations: int
-    """What autograd keeps for the backward pass."""
+    """Tensors that autograd keeps for the backward pass."""
     logits: int
-    """Logits, their softmax, and the gradients that the loss computes at once."""
+    """Logits, softmax and the gradients that the loss computes in its forward pass."""
     backward: int
-    """What the backward pass needs beyond that; 0 where the loss needs more."""
+    """Additional need of the backward pass; 0 where the loss needs more."""
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(asdict(self).values())
 
 
 def estimate_memory(step: Step) -> Memory:
-    """The parts of a step's memory. Left out: the CUDA context, NCCL's buffers, and what an allocator wastes."""
+    """The parts of a step's memory, without the CUDA context, NCCL's buffers and fragmentation."""
     parameters, in_layers = parameter_counts(step.model)
     embedding = step.model.n_vocab * step.model.n_embd * FLOAT32
     gradients, activations, loss = FLOAT32 * parameters, activation_bytes(step), _loss_bytes(step)
-    # The embedding's gradient as the head's waits to the end of the backward pass for that of the look-up.
     at_the_loss = activations + max(loss, _loss_backward_bytes(step))
-    in_last_block = activations + embedding + _block_backward_bytes(step)
+    # In the last block's backward pass: the embedding's gradient as the head, which waits for that of its lookup, those
+    # of the feed-forward product before and after dropout, and that of the residual stream twice.
+    in_last_block = activations + embedding
+    in_last_block += step.positions * (2 * step.model.ffn_hidden * step.itemsize + 2 * step.model.n_embd * FLOAT32)
     if step.gradients_stay:
         held, peak = gradients * (2 if step.beside_buckets else 1), max(at_the_loss, in_last_block, 2 * embedding)
-    else:  # they come as the activations go
+    else:  # gradients appear while activations disappear, so they count only where both together exceed the peak
         peak = max(at_the_loss, in_last_block, gradients + embedding)
         held = min(gradients, max(0, peak - max(at_the_loss, in_last_block)))
         peak -= held
-    return Memory(
-        weights=FLOAT32 * parameters,
-        gradients=held,
-        optimizer=2 * FLOAT32 * parameters,
-        weight_copies=in_layers * step.itemsize if step.itemsize != FLOAT32 else 0,
-        activations=activations,
-        logits=loss,
-        backward=max(0, peak - activations - loss),
-    )
+    copies = in_layers * step.itemsize if step.itemsize != FLOAT32 else 0
+    backward = max(0, peak - activations - loss)
+    return Memory(FLOAT32 * parameters, held, 2 * FLOAT32 * parameters, copies, activations, loss, backward)
 
 
 @lru_cache(maxsize=16)
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """All learned numbers, and those of the linear layers within blocks, which autocast copies."""
+    """All parameters, and those of the linear layers inside blocks."""
     with torch.device("meta"):
-        model = LLM(config)
+        model = LLM(replace(config, n_layer=1))  # one block stands for all, which takes no time for any depth
+    block, others = count_parameters(model.blocks), count_parameters(model) - count_parameters(model.blocks)
     in_layers = sum(parameter.numel() for name, parameter in model.blocks.named_parameters() if "_proj." in name)
-    return count_parameters(model), in_layers
+    return others + config.n_layer * block, config.n_layer * in_layers
 
 
 def activation_bytes(step: Step) -> int:
-    """What autograd keeps of one micro-batch until its backward pass, without weights and their copies."""
-    config, size, N = step.model, step.itemsize, step.positions
+    """Bytes that autograd keeps of one micro-batch, without weights and their copies. Read off the model's code."""
+    config, size, N, on_gpu = step.model, step.itemsize, step.positions, step.kind == "cuda"
     D, F = config.n_embd, config.ffn_hidden
-    mask_size = 1 if step.kind == "cuda" else size  # of dropout: bytes, or the numbers that were multiplied by
-    # The residual stream and its root mean square; on a CPU, whose RMSNorm is made of simple steps, also the quotient.
-    norm = N * (D + 1) * FLOAT32 + (N * D * FLOAT32 if step.kind != "cuda" else 0)
-    attention = N * D * size  # normed input of the projection
-    attention += N * 3 * D * size  # its output, of which only the values are needed: they are a view of it
-    attention += N * 2 * D * size  # rotated queries and keys
-    attention += N * 2 * D * size  # the result, and the same with the heads side by side
-    attention += N * config.n_head * FLOAT32  # its log-sum-exp
-    ffn = N * D * size  # normed input
-    ffn += N * (2 * F + F + F) * size  # value and gate; silu(gate); their product, dropped out
-    masks = N * D * mask_size * (config.residual_dropout > 0) + N * F * mask_size * (config.ffn_dropout > 0)
-    rope = config.n_ctx * config.head_dim * FLOAT32
-    ids = N * 8
-    return config.n_layer * (2 * norm + attention + ffn + masks) + norm + rope + ids
+    norm = N * (D + 1) * FLOAT32 + (0 if on_gpu else N * D * FLOAT32)  # input and root mean square; a CPU's quotient
+    attention = N * (D + 3 * D + 2 * D) * size  # input, its projection, rotated queries and keys
+    attention += N * 2 * D * size + N * config.n_head * FLOAT32  # result by head and side by side, log-sum-exp
+    ffn = N * (D + 2 * F + F + F) * size  # input, value and gate, silu(gate), dropped-out product
+    if step.is_compiled:
+        # Inductor computes silu(gate) a second time in the backward pass, and keeps one form of attention's result.
+        ffn -= N * F * size
+        attention -= N * D * size
+    mask = 1 if on_gpu else size  # on a CPU, dropout keeps the factors themselves
+    masks = N * D * mask * (config.residual_dropout > 0) + N * F * mask * (config.ffn_dropout > 0)
+    rope_and_ids = config.n_ctx * config.head_dim * FLOAT32 + N * 8
+    return config.n_layer * (2 * norm + attention + ffn + masks) + norm + rope_and_ids
 
 
 def _loss_bytes(step: Step) -> int:
-    """The most that the head and the loss need at once in the forward pass."""
+    """The peak of head and loss in the forward pass, which computes their gradients too: see lm_loss.py."""
     config, size, N = step.model, step.itemsize, step.positions
-    D, V = config.n_embd, config.n_vocab
-    hidden = N * D * FLOAT32
-    cast = (N * D + V * D) * size if size != FLOAT32 else 0
-    if step.logits == "full":  # in the matmul's dtype, in float32 where that is another, and their log-softmax
-        return hidden + cast + N * V * (size + FLOAT32 + (FLOAT32 if size != FLOAT32 else 0))
-    rows, positions = min(N, ROWS_GPU if step.kind == "cuda" else ROWS_CPU), min(N, LOGIT_POSITIONS)
+    D, V, is_cast = config.n_embd, config.n_vocab, size != FLOAT32
+    hidden = N * D * (FLOAT32 + is_cast * size)
+    if step.logits == "full":  # in the matmul's dtype, in float32, and their log-softmax
+        return hidden + is_cast * V * D * size + N * V * (FLOAT32 + is_cast * (size + FLOAT32))
+    rows, piece = min(N, ROWS_GPU if step.kind == "cuda" else ROWS_CPU), min(N, LOGIT_POSITIONS)
     columns = -(-V // VOCAB_MULTIPLE.get(step.kind, 1)) * VOCAB_MULTIPLE.get(step.kind, 1)
-    padded = columns * D * size if columns != V else 0
-    softmax = rows * V * FLOAT32 * (2 if size != FLOAT32 else 1)
-    logits = positions * columns * size + softmax
-    # That of the weight: one product at a time, added up in float32 where there are several.
-    gradients = N * D * size + columns * D * size + (V * D * FLOAT32 if positions < N else 0)
-    return hidden + cast + padded + logits + gradients
+    weight = columns * D * size if is_cast or columns != V else 0
+    # Of several pieces, the weight's gradients are summed in float32, and the piece before still holds its own.
+    summed = V * D * FLOAT32 + columns * D * size if piece < N else 0
+    softmax = 0 if step.is_compiled else rows * V * FLOAT32 * (1 + is_cast)
+    copies = 2 if is_cast and step.kind == "cpu" else 1  # oneDNN's bf16 product writes a copy of its result
+    gradients = N * D * size + columns * D * size * copies
+    return hidden + weight + piece * columns * size + summed + max(softmax + (N - piece) * D * size, gradients)
 
 
 def _loss_backward_bytes(step: Step) -> int:
-    """What turning the gradients that the loss computed into those of its inputs needs: both, and float32 copies."""
+    """The peak as the loss's gradients are scaled and cast: both as kept, and float32 copies."""
     hidden, weight = step.positions * step.model.n_embd, step.model.n_vocab * step.model.n_embd
-    if step.logits == "full":  # the log-softmax and two gradients, of it and of the float32 logits
-        casts = (hidden + weight) * step.itemsize if step.itemsize != FLOAT32 else hidden * FLOAT32
-        return 3 * step.positions * step.model.n_vocab * FLOAT32 + casts
+    is_cast = step.itemsize != FLOAT32
+    if step.logits == "full":  # the log-softmax, its gradient and that of the float32 logits
+        logits = 3 * step.positions * step.model.n_vocab * FLOAT32
+        return logits + ((hidden + weight) * step.itemsize if is_cast else hidden * FLOAT32)
     weight_size = FLOAT32 if step.positions > LOGIT_POSITIONS else step.itemsize
-    both = hidden * step.itemsize + weight * weight_size
-    first = hidden * FLOAT32 * (1 if step.itemsize == FLOAT32 else 2)
-    second = hidden * FLOAT32 + weight * FLOAT32 * (1 if weight_size == FLOAT32 else 2)
-    return both + max(first, second)
-
-
-def _block_backward_bytes(step: Step) -> int:
-    """What the backward pass of the last block needs beside all that was kept.
-
-    The gradients of the feed-forward network's product, before and after the dropout, and of the residual stream.
-    """
-    return step.positions * (2 * step.model.ffn_hidden * step.itemsize + 2 * step.model.n_embd * FLOAT32)
+    scaled_hidden = hidden * FLOAT32 * (1 + is_cast)
+    scaled_weight = hidden * FLOAT32 + weight * FLOAT32 * (1 + (weight_size != FLOAT32))
+    return hidden * step.itemsize + weight * weight_size + max(scaled_hidden, scaled_weight)

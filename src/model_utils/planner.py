@@ -1,9 +1,9 @@
-"""What a run will take, before any money is spent: parameters, work, memory, time, dollars, disk.
+"""Estimates of a run before it costs money: parameters, work, memory, time, dollars, energy, disk.
 
     python -m src.model_utils.planner PRESET [--gpu a100-80g --gpus 8 --price-per-gpu-hour 1.8] [overrides]
 
-Nothing is trained. Tables for people go to stderr, and one JSON object is the last line on stdout. Time follows from an
-assumed share of the GPU's peak (MFU): the reference's, or that of --mfu. How far the estimates are off is in LOG.md.
+Tables go to stderr, and one JSON object is the last line of stdout. Time follows from an assumed share of the GPU's
+peak rate (MFU), memory from src/model_utils/memory_estimate.py.
 """
 
 import src  # noqa: F401 (before torch: see there)
@@ -13,18 +13,203 @@ if __name__ == "__main__":
     end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
 
 import argparse
+import difflib
 import json
-import math
+import os
 import sys
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from src.model_configs.command_line import config_from_command_line
-from src.model_utils.gpus import GPUS
-from src.model_utils.run_plan import REFERENCE_MFU, Assumptions, describe, plan_gpus, plan_here, sweep
-from src.params import Config
+from src.model_utils.autotune import SPARE_GPU
+from src.model_utils.checkpoint_saver import checkpoint_bytes, checkpoints_need
+from src.model_utils.debugging import flops_per_token
+from src.model_utils.memory_estimate import FLOAT32, Memory, Step, estimate_memory, parameter_counts
+from src.params import Config, ConfigError
 from src.utils.errors import EXIT_DONE, UserError, exit_with, say
 from src.utils.files import size_text
+from src.utils.hardware import PEAK_BF16_TFLOPS, choose_device, choose_precision
+
+REFERENCE_MFU = 0.32  # from its log: 43.3k tokens/s per A100 with 8 of them
+# Memory that estimates leave out, as a share of them: CUDA context, NCCL, fragmentation. From the only measurement: the
+# reference's step took 72 GB (LOG.md).
+UNCOUNTED = 0.2
+COUNTS = (1, 2, 4, 8, 16)
+TOKEN_BYTES = 2
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One model of GPU, from its maker's data sheet. Those without bf16 matrix units are left out."""
+
+    memory_gb: float
+    tflops: float
+    """Dense bf16 peak; data sheets often give twice that, with sparsity."""
+    watts: float
+    """Board power."""
+    source: str
+
+
+GPUS = {
+    "a100-40g": GPU(40, PEAK_BF16_TFLOPS["A100"], 400, "NVIDIA A100 data sheet (2021), SXM"),
+    "a100-80g": GPU(80, PEAK_BF16_TFLOPS["A100"], 400, "NVIDIA A100 data sheet (2021), SXM"),
+    "h100-80g": GPU(80, PEAK_BF16_TFLOPS["H100"], 700, "NVIDIA H100 data sheet (2023), SXM"),
+    "h200": GPU(141, PEAK_BF16_TFLOPS["H200"], 700, "NVIDIA H200 data sheet (2023), SXM"),
+    "b200": GPU(180, PEAK_BF16_TFLOPS["B200"], 1000, "NVIDIA HGX B200 data sheet (2024)"),
+    "l40s": GPU(48, PEAK_BF16_TFLOPS["L40S"], 350, "NVIDIA L40S data sheet (2023)"),
+    "l4": GPU(24, PEAK_BF16_TFLOPS["L4"], 72, "NVIDIA L4 data sheet (2023): 242 with sparsity"),
+    "rtx-4090": GPU(24, PEAK_BF16_TFLOPS["RTX 4090"], 450, "NVIDIA Ada architecture paper (2022), appendix A"),
+    "rtx-3090": GPU(24, PEAK_BF16_TFLOPS["RTX 3090"], 350, "NVIDIA GA102 architecture paper (2020), appendix A"),
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Inputs of the estimate that the configuration does not hold."""
+
+    mfu: float = REFERENCE_MFU
+    mfu_source: str = "assumed: the reference's, on A100"
+    price: float | None = None
+    """Dollars per GPU-hour."""
+    watts: float | None = None
+    """Of one GPU; 0 stands for its board power, None for no estimate of energy."""
+
+
+class Fit(NamedTuple):
+    micro_batch_size: int
+    """0: not even one sequence fits."""
+    accumulation_steps: int
+    memory: Memory
+
+
+class Cost(NamedTuple):
+    """Of the training steps, without evaluation and checkpoints."""
+
+    tokens_per_second: float
+    hours: float
+    dollars: float | None
+    kwh: float | None
+
+
+def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = "cuda") -> Step:
+    """The run's step with this micro-batch. Raises ConfigError where the processes cannot share the batch evenly."""
+    sized = replace(config, train=replace(config.train, micro_batch_size=micro_batch_size))
+    accumulates, has_ddp = sized.grad_accumulation_steps(world_size) > 1, world_size > 1
+    itemsize = FLOAT32 if config.train.precision == "float32" else 2
+    # A micro-batch "auto" is tried uncompiled (autotune.py), which takes more memory.
+    is_compiled = kind == "cuda" and config.train.compile != "off" and config.train.micro_batch_size != "auto"
+    return Step(
+        config.model, micro_batch_size, itemsize, kind, accumulates or has_ddp, accumulates and has_ddp, is_compiled
+    )
+
+
+def largest_fit(config: Config, gpu: GPU, count: int) -> Fit:
+    """The largest micro-batch that fits and divides a GPU's share. Raises ConfigError if the GPUs cannot share."""
+    step_of(config, 1, count)
+    share = config.batch_size // count
+    for size in (size for size in range(share, 0, -1) if share % size == 0):
+        memory = estimate_memory(step_of(config, size, count))
+        if memory.total <= usable_bytes(gpu):
+            return Fit(size, share // size, memory)
+    return Fit(0, share, memory)
+
+
+def usable_bytes(gpu: GPU) -> int:
+    """The part of its memory that an estimate may fill."""
+    return int((1 - SPARE_GPU) * gpu.memory_gb * 1e9 / (1 + UNCOUNTED))
+
+
+def cost(config: Config, gpu: GPU, count: int, given: Assumptions) -> Cost:
+    """Tokens per second = GPUs x peak x MFU / FLOPs per token, and what follows from it."""
+    peak = gpu.tflops / 2 if config.train.precision == "float32" else gpu.tflops  # TF32, as in hardware.peak_tflops
+    speed = count * peak * 1e12 * given.mfu / flops_per_token(config.model, parameter_counts(config.model)[0])
+    gpu_hours = count * config.total_steps * config.train.batch_tokens / speed / 3600
+    dollars = None if given.price is None else gpu_hours * given.price
+    kwh = None if given.watts is None else gpu_hours * (given.watts or gpu.watts) / 1000
+    return Cost(speed, gpu_hours / count, dollars, kwh)
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """Parameters, work and disk, which are the same on any machine."""
+    parameters, _ = parameter_counts(config.model)
+    tokens, flops = config.total_steps * config.train.batch_tokens, flops_per_token(config.model, parameters)
+    no_run = Path(os.devnull) / "checkpoints"  # a folder that cannot hold checkpoints of an earlier start
+    return {
+        "parameters": parameters,
+        "parameters_without_embedding": parameters - config.model.n_vocab * config.model.n_embd,
+        "flops_per_token": flops,
+        "steps": config.total_steps,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "total_flops": flops * tokens,
+        "disk_bytes": {
+            "data": TOKEN_BYTES * (tokens + config.eval.val_tokens),
+            "one_checkpoint": checkpoint_bytes(config),
+            "checkpoints": checkpoints_need(replace(config, resume="never"), no_run),
+        },
+    }
+
+
+def plan_here(config: Config) -> dict[str, Any]:
+    """Memory of a step of one process on this machine's device."""
+    device = choose_device(config.train.device)
+    precision = choose_precision(config.train.precision, device)
+    step = replace(step_of(config, config.micro_batch_size, 1, device.type), itemsize=precision.itemsize)
+    memory = estimate_memory(step)
+    return {
+        "device": device.type,
+        "micro_batch_size": config.micro_batch_size,
+        "accumulation_steps": config.grad_accumulation_steps(1),
+        "matmuls_in": str(precision).removeprefix("torch."),
+        "memory_bytes": asdict(memory) | {"total": memory.total},
+    }
+
+
+def plan_gpus(config: Config, name: str, count: int, given: Assumptions) -> dict[str, Any]:
+    """Memory, time and cost on `count` GPUs. Raises ConfigError or UserError for what cannot work."""
+    gpu, accumulation = _find_gpu(name), config.grad_accumulation_steps(count)
+    largest = chosen = largest_fit(config, gpu, count)
+    if not largest.micro_batch_size:
+        raise UserError(
+            f"Cannot train on {name}: not even one sequence of {config.model.n_ctx} tokens fits, which takes "
+            f"{size_text(largest.memory.total)} of {size_text(usable_bytes(gpu))}. Choose a GPU with more memory, a "
+            "smaller model, or a smaller --model.n-ctx."
+        )
+    if config.train.micro_batch_size != "auto":
+        size = config.train.micro_batch_size
+        chosen = Fit(size, accumulation, estimate_memory(step_of(config, size, count)))
+    return {
+        "gpu": {"name": name.lower()} | asdict(gpu),
+        "gpus": count,
+        "micro_batch_size": chosen.micro_batch_size,
+        "accumulation_steps": chosen.accumulation_steps,
+        "matmuls_in": "float32" if config.train.precision == "float32" else "bfloat16",
+        "memory_bytes": asdict(chosen.memory) | {"total": chosen.memory.total},
+        "usable_memory_bytes": usable_bytes(gpu),
+        "fits": chosen.memory.total <= usable_bytes(gpu),
+        "largest_micro_batch_size": largest.micro_batch_size,
+        "mfu": given.mfu,
+        "mfu_source": given.mfu_source,
+        **cost(config, gpu, count, given)._asdict(),
+    }
+
+
+def sweep(config: Config, names: Sequence[str], given: Assumptions) -> list[dict[str, Any]]:
+    """One row per GPU and count: the largest micro-batch and the cost; 0 and None where nothing fits."""
+    rows = []
+    for name in names:
+        for count in COUNTS:
+            try:
+                fit = largest_fit(config, _find_gpu(name), count)
+            except ConfigError:
+                continue  # so many GPUs cannot share the batch
+            row = {"gpu": name, "gpus": count, "fits": fit.micro_batch_size > 0}
+            row |= {"micro_batch_size": fit.micro_batch_size, "accumulation_steps": fit.accumulation_steps}
+            numbers = cost(config, _find_gpu(name), count, given)._asdict()
+            rows.append(row | (numbers if row["fits"] else dict.fromkeys(numbers)))
+    return rows
 
 
 def main() -> int:
@@ -38,115 +223,119 @@ def main() -> int:
         result |= {"mfu": given.mfu, "mfu_source": given.mfu_source, "sweep": rows}
         texts = [_sweep_text(rows, given)]
     elif args.gpu:
-        result |= plan_gpus(config, args.gpu, args.gpus, given)
+        result |= plan_gpus(config, args.gpu, args.gpus or 1, given)
         texts = [_memory_text(config, result), _cost_text(result)]
     else:
         result |= plan_here(config)
-        texts = [_memory_text(config, result), "for time and money: --gpu NAME --gpus N, or --sweep for all GPUs"]
+        texts = [_memory_text(config, result), "For time and money: --gpu NAME --gpus N, or --sweep for all GPUs."]
     say("\n\n".join([_run_text(config, result), *texts]))
     print(json.dumps(result))
     return EXIT_DONE
 
 
 def _parse() -> tuple[argparse.Namespace, Config]:
-    """Our own options, and what the rest of the command line makes of the preset. Raises UserError."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpu", metavar="NAME")
-    parser.add_argument("--gpus", metavar="N", type=int, default=1)
-    parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=float)
-    parser.add_argument("--mfu", metavar="SHARE", type=float)
-    parser.add_argument("--watts", metavar="W", type=float, nargs="?", const=0.0)
+    parser.add_argument("--gpus", metavar="N", type=_above_zero(int, 10_000))
+    parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_above_zero(float, 1e6))
+    parser.add_argument("--mfu", metavar="SHARE", type=_above_zero(float, 1))
+    parser.add_argument("--watts", metavar="W", type=_above_zero(float, 1e6), nargs="?", const=0.0)
     parser.add_argument("--sweep", action="store_true")
     args, sys.argv[1:] = parser.parse_known_args()
     config = config_from_command_line(
-        "Say what a run will take. Options besides the overrides: --gpu NAME and --gpus N, what to train on "
-        f"({', '.join(GPUS)}); --price-per-gpu-hour DOLLARS; --mfu SHARE, of the GPU's peak, instead of "
-        f"{REFERENCE_MFU}, the reference's; --watts [W], for the energy, by default with the board power; --sweep, a "
-        "table of GPUs and numbers of them. Exit codes: 0 done, 2 it cannot work.",
+        "Estimate what a run takes. Options in addition to the overrides: --gpu NAME and --gpus N, where to train "
+        f"({', '.join(GPUS)}); --price-per-gpu-hour DOLLARS; --mfu SHARE of the GPU's peak, by default the "
+        f"reference's {REFERENCE_MFU}; --watts [W] for the energy, by default the board power; --sweep, a table of "
+        "GPUs and their numbers. Exit codes: 0 done, 2 the run cannot work.",
         prog="python -m src.model_utils.planner",
     )
-    for name, value, is_right, remedy in (
-        ("gpus", args.gpus, args.gpus >= 1, "give the number of GPUs, at least 1"),
-        ("price-per-gpu-hour", args.price_per_gpu_hour, _is_positive(args.price_per_gpu_hour), "give dollars"),
-        ("mfu", args.mfu, args.mfu is None or 0 < args.mfu <= 1, "give a share of the peak, above 0 and at most 1"),
-        ("watts", args.watts, not args.watts or _is_positive(args.watts), "give what a GPU draws, or no number"),
-    ):
-        if not is_right:
-            raise UserError(f"--{name} {value} makes no sense; {remedy}")
-        if value != parser.get_default(name.replace("-", "_")) and not (args.gpu or args.sweep):
-            raise UserError(f"--{name} {value} is about GPUs; name one with --gpu, or compare all with --sweep")
-    if args.sweep and args.gpus != parser.get_default("gpus"):
-        raise UserError(f"--gpus {args.gpus} is for one --gpu; --sweep tries several numbers of them")
+    if args.sweep and args.gpus:
+        raise UserError("Cannot use --gpus with --sweep, which tries several numbers. Leave one of them out.")
+    if not (args.gpu or args.sweep) and any((args.gpus, args.price_per_gpu_hour, args.mfu, args.watts is not None)):
+        raise UserError("Cannot plan for GPUs: none is named. Name one with --gpu, or compare all with --sweep.")
     return args, config
 
 
-def _is_positive(value: float | None) -> bool:
-    return value is None or 0 < value < math.inf
+def _above_zero(kind: type, at_most: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not 0 < (value := kind(text)) <= at_most:  # also false for NaN
+            raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most {at_most:,g}")
+        return value
+
+    return number
+
+
+def _find_gpu(name: str) -> GPU:
+    if gpu := GPUS.get(name.lower()):
+        return gpu
+    nearest = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.4)
+    guess = f"Did you mean {nearest[0]}? " if nearest else ""
+    raise UserError(f"Cannot plan for --gpu {name}: it is not in the table. {guess}Choose one of {', '.join(GPUS)}.")
 
 
 def _run_text(config: Config, result: dict[str, Any]) -> str:
     disk = result["disk_bytes"]
     return (
         f"{config.run_name}: {result['parameters']:,} parameters, {result['parameters_without_embedding']:,} without "
-        f"the embedding; {result['flops_per_token'] / 1e9:.3g} GFLOP to train on a token\n"
-        f"{result['steps']:,} steps of {config.train.batch_tokens:,} tokens: {result['tokens']:,} in all, "
-        f"{result['tokens_per_parameter']:.3g} a parameter, {result['total_flops']:.3g} FLOP\n"
-        f"disk: {size_text(disk['data'])} of data if no token comes twice, {size_text(disk['checkpoints'])} of "
+        f"the embedding\n"
+        f"work: {result['steps']:,} steps of {config.train.batch_tokens:,} tokens = {result['tokens'] / 1e9:,.3g} "
+        f"billion tokens, {result['tokens_per_parameter']:.3g} per parameter, {result['total_flops']:.3g} FLOP\n"
+        f"disk: {size_text(disk['data'])} of data if no token repeats, {size_text(disk['checkpoints'])} of "
         f"checkpoints ({size_text(disk['one_checkpoint'])} each)"
     )
 
 
 def _memory_text(config: Config, result: dict[str, Any]) -> str:
-    where = result["gpu"]["name"] if "gpu" in result else f"this machine ({result['device']})"
+    device = result["gpu"]["name"] if "gpu" in result else f"this machine's {result['device']}"
+    parts = {name.replace("_", " "): size for name, size in result["memory_bytes"].items() if size}
     lines = [
-        f"memory of a process on {where}, micro-batch {result['micro_batch_size']} x {config.model.n_ctx:,}, "
-        f"{result['accumulation_steps']} accumulation step(s), matmuls in {result['matmuls_in']}:"
+        f"memory per process on {device}, micro-batch {result['micro_batch_size']} x {config.model.n_ctx:,} tokens, "
+        f"{result['accumulation_steps']} accumulation step(s), {result['matmuls_in']}:",
+        *(f"  {name:<16}{size_text(size):>9}" for name, size in parts.items()),
     ]
-    lines += [f"  {name.replace('_', ' '):<16}{size_text(size):>9}" for name, size in result["memory_bytes"].items()]
     if "gpu" in result:
-        fits = "fits" if result["fits"] else "does NOT fit: use --train.micro-batch-size auto, or the largest below"
-        room = size_text(result["usable_memory_bytes"])
-        lines.append(f"counted from the code, never measured on a GPU; up to {room} leaves room for the rest: {fits}")
+        verdict = "fits" if result["fits"] else "does NOT fit"
+        lines.append(
+            f"{verdict}: {size_text(result['usable_memory_bytes'])} of {result['gpu']['memory_gb']} GB are usable"
+        )
         lines.append(f"largest micro-batch that fits: {result['largest_micro_batch_size']}")
     elif result["device"] == "cpu":
-        lines.append("besides, Python with PyTorch, and while a checkpoint is saved a copy of weights and optimizer")
-    if result["accumulation_steps"] == 1 and result.get("gpus", 1) == 1:
-        lines.append("gradients come while activations go, so they are no more than what both need at the peak")
+        lines.append(
+            "in addition: Python with PyTorch, and a copy of weights and optimizer while a checkpoint is saved"
+        )
     return "\n".join(lines)
 
 
 def _cost_text(result: dict[str, Any]) -> str:
+    gpu, count = result["gpu"], result["gpus"]
     lines = [
-        f"{result['gpus']} x {result['gpu']['name']}, {result['gpu']['tflops']:g} TFLOP/s each "
-        f"({result['gpu']['source']}), MFU {result['mfu']:g} ({result['mfu_source']}):",
-        f"{result['tokens_per_second']:,.0f} tokens/s, {result['hours']:,.2f} h of training steps; evaluations, "
-        "compiling and checkpoints come on top",
+        f"{count} x {gpu['name']}, {gpu['tflops']:g} TFLOP/s each ({gpu['source']}), MFU {result['mfu']:g} "
+        f"({result['mfu_source']}):",
+        f"{result['tokens_per_second']:,.0f} tokens/s, {result['hours']:,.1f} hours without evaluation and checkpoints",
     ]
     if result["dollars"] is not None:
-        lines.append(f"${result['dollars']:,.2f} for these {result['gpus'] * result['hours']:,.1f} GPU-hours")
+        lines.append(f"${result['dollars']:,.0f} for {count * result['hours']:,.1f} GPU-hours")
     if result["kwh"] is not None:
-        lines.append(f"{result['kwh']:,.1f} kWh at most for the GPUs, the rest of the machine and cooling not counted")
-    if result["gpus"] > 8:
-        lines.append("more than one machine: the MFU of 8 GPUs in one is too high by what their network costs")
+        lines.append(f"at most {result['kwh']:,.1f} kWh for the GPUs, without the rest of the machine and cooling")
+    if count > 8:
+        lines.append("more than one machine: the network between them lowers the MFU")
     return "\n".join(lines)
 
 
 def _sweep_text(rows: list[dict[str, Any]], given: Assumptions) -> str:
-    price = "" if given.price is None else f", ${given.price:g} a GPU-hour whatever the GPU"
-    lines = [f"MFU {given.mfu:g} everywhere ({given.mfu_source}){price}; 16 GPUs are more than one machine"]
+    price = "" if given.price is None else f", ${given.price:g} per GPU-hour for every GPU"
     columns = ["dollars"] * (given.price is not None) + ["kwh"] * (given.watts is not None)
-    lines.append(
-        f"{'GPU':<10}{'number':>7}{'micro-batch':>13}{'tokens/s':>13}{'hours':>10}"
-        + "".join(f"{c:>12}" for c in columns)
-    )
+    titles = f"{'GPU':<10}{'number':>7}{'micro-batch':>13}{'tokens/s':>12}{'hours':>9}"
+    lines = [
+        f"MFU {given.mfu:g} everywhere ({given.mfu_source}){price}; 16 GPUs are more than one machine",
+        titles + "".join(f"{column:>11}" for column in columns),
+    ]
     for row in rows:
-        head = f"{row['gpu']:<10}{row['gpus']:>7}"
-        if not row["fits"]:
-            lines.append(f"{head}  not even one sequence fits")
-            continue
         batch = f"{row['micro_batch_size']} (x {row['accumulation_steps']})"
-        numbers = f"{batch:>13}{row['tokens_per_second']:>13,.0f}{row['hours']:>10,.2f}"
-        lines.append(head + numbers + "".join(f"{row[c]:>12,.1f}" for c in columns))
+        numbers = [f"{row['tokens_per_second']:>12,.0f}{row['hours']:>9,.1f}"] if row["fits"] else []
+        numbers += [f"{row[column]:>11,.1f}" for column in columns if row["fits"]]
+        batch = f"{batch:>13}" if row["fits"] else "  not even one sequence fits"
+        lines.append(f"{row['gpu']:<10}{row['gpus']:>7}{batch}{''.join(numbers)}")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ def test_it_is_said_before_the_model_is_built(commands: Commands, dataset: Calla
         result = start_with(commands, SAYING_WHEN_THE_MODEL_IS_BUILT, data, under=disk.under)
         assert result.returncode == 4, result.stderr
         run = commands.temp_data / "runs" / "drill"
-        assert f"error: cannot write in {run}: Read-only file system; " in result.stderr
+        assert f"error: Cannot write in {run}: Read-only file system. " in result.stderr
         assert "Traceback" not in result.stderr
         assert "the model is built" not in result.stdout
         assert [path for path in folder.rglob("*") if path.name != ".drill.lock"] == []

@@ -30,7 +30,7 @@ def test_too_little_memory_says_what_to_do(config: Config, monkeypatch: pytest.M
     monkeypatch.setattr(LLM, "forward", exhausted)
     asked = replace(config, eval=replace(config.eval, val_every_steps=100), train=replace(config.train, compile="off"))
     monkeypatch.setattr(pretrain.Assessment, "due", lambda *_: [])
-    with pytest.raises(UserError, match=r"out of memory on cpu in step 1, with a micro-batch of 4 .* 3.07 GiB. Start"):
+    with pytest.raises(UserError, match=r"of 4 sequences in step 1: out of memory on cpu, .* 3.07 GiB. Rerun"):
         train(asked)
     status = json.loads((pretrain.RUNS / "whole" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 2)
@@ -49,7 +49,7 @@ def test_what_is_chosen_at_the_start_is_kept_when_the_run_goes_on(config: Config
     other_auto = replace(other, run_name="other", train=auto.train)
     assert train(other_auto).exit_code == 0
     assert json.loads((pretrain.RUNS / "other" / "config.json").read_text())["config"]["train"]["micro_batch_size"] == 2
-    assert "micro-batch: 2 (as this run has had it)" in (pretrain.RUNS / "other" / "log.txt").read_text()
+    assert "micro-batch: 2 (as in the checkpoint)" in (pretrain.RUNS / "other" / "log.txt").read_text()
 
 
 def test_a_profile_of_some_steps_lies_in_the_run(config: Config):

@@ -1,0 +1,142 @@
+"""Estimated memory, compared with what autograd keeps and with PyTorch's allocator."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from src.model import LLM
+from src.model_configs.my_llm_config import lf_llm_269m
+from src.model_utils.adamw_opt import build_adamw
+from src.model_utils.memory_estimate import Step, activation_bytes, estimate_memory, parameter_counts
+from src.model_utils.weight_init import init_weights
+from src.params import ModelConfig, OptimConfig
+from src.utils.hardware import autocast
+
+CPU = torch.device("cpu")
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+def small(dropout: float = 0.1, n_vocab: int = 2003) -> ModelConfig:
+    return ModelConfig(n_vocab, 64, 128, 4, 2, residual_dropout=dropout, ffn_dropout=dropout)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activations_are_what_autograd_keeps(precision: str, dropout: float):
+    config, dtype, kept = small(dropout), DTYPES[precision], {}
+    model = LLM(config).train()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(CPU, dtype):
+        x_BTD = model.embedding(torch.zeros(5, 64, dtype=torch.int64))
+        for block in model.blocks:
+            x_BTD = block(x_BTD)
+        model.norm(x_BTD)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+    copies = 2 * matrices if precision == "bf16" else 0
+    estimate = activation_bytes(Step(config, 5, dtype.itemsize, "cpu"))
+    assert estimate == pytest.approx(sum(kept.values()) - copies, rel=0.01)
+
+
+def allocated_at_most(config: ModelConfig, size: int, dtype: torch.dtype, accumulation: int, logits: str) -> int:
+    """The most bytes of tensors that a step holds, as the allocator counts them, AdamW's moments being there."""
+    model = LLM(config).train()
+    init_weights(model, config, seed=0)  # with softmaxes that are not all but 0, for which a CPU takes long
+    optimizer = build_adamw(model, OptimConfig())
+    inputs_BT = torch.zeros(size, config.n_ctx, dtype=torch.int64)
+
+    def step() -> None:
+        for _ in range(accumulation):
+            with autocast(CPU, dtype):
+                if logits == "full":
+                    loss = F.cross_entropy(model(inputs_BT).flatten(0, 1).float(), inputs_BT.flatten())
+                else:
+                    loss = model(inputs_BT, inputs_BT)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        step()
+    held, most = 0, 0
+    events = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return 3 * sum(parameter.nbytes for parameter in model.parameters()) + most
+
+
+@pytest.mark.parametrize(
+    ("size", "precision", "accumulation", "logits"),
+    [
+        (1, "bf16", 2, "chunked"),  # most memory as the backward pass begins
+        (8, "bf16", 1, "chunked"),  # in the loss
+        (8, "float32", 2, "chunked"),
+        (8, "bf16", 1, "full"),
+    ],
+)
+def test_a_step_takes_the_memory_that_was_estimated(size: int, precision: str, accumulation: int, logits: str):
+    config, dtype = small(), DTYPES[precision]
+    step = Step(config, size, dtype.itemsize, "cpu", accumulation > 1, logits=logits)  # type: ignore[arg-type]
+    most = allocated_at_most(config, size, dtype, accumulation, logits)
+    assert estimate_memory(step).total == pytest.approx(most, rel=0.02)
+
+
+def test_so_does_a_step_of_several_pieces_of_logits():
+    config = ModelConfig(n_vocab=301, n_ctx=64, n_embd=32, n_head=2, n_layer=1)
+    most = allocated_at_most(config, 160, torch.bfloat16, 1, "chunked")
+    assert estimate_memory(Step(config, 160, 2, "cpu", False)).total == pytest.approx(most, rel=0.02)
+
+
+def test_parts_of_the_full_size():
+    """Weights 4 bytes per parameter, moments 8, bf16 copies 2 for all but the embedding and the norms' gains.
+
+    Gradients 4, and with DDP and accumulation as much again for its buckets.
+    """
+    step = Step(lf_llm_269m().model, 16, beside_buckets=True)
+    memory = estimate_memory(step)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (1_280_581_632, 2_561_163_264, 2_561_163_264)
+    assert estimate_memory(replace(step, beside_buckets=False)).gradients == 1_280_581_632
+    assert memory.weight_copies == 2 * (268_682_240 - 33 * 1024)
+    assert memory.total == sum(memory.__dict__.values())
+
+
+def test_any_depth_is_counted_at_once():
+    """The model itself with so many blocks would not fit into memory."""
+    block = 3 * 1024 * 1025 + 1024 * 1025 + 8192 * 1025 + 4097 * 1024 + 2 * 1024
+    config = replace(lf_llm_269m().model, n_layer=1_000_000_000)
+    assert parameter_counts(config)[0] == 50_257 * 1024 + 1_000_000_000 * block + 1024
+
+
+# Peaks in GB of torch.cuda.max_memory_allocated for lf_llm_269m in bf16: PyTorch 2.13's CUDA build with its real
+# allocator and compilers for an A100, whose kernels did nothing (LOG.md).
+@pytest.mark.parametrize(
+    ("size", "accumulates", "is_compiled", "peak"),
+    [
+        (16, True, True, 35.911),
+        (1, True, True, 7.993),
+        (8, True, True, 21.464),
+        (32, True, True, 64.806),
+        (16, True, False, 42.810),
+        (1, True, False, 8.947),
+        (8, False, False, 24.190),
+    ],
+)
+def test_the_allocator_of_cuda_agrees(size: int, accumulates: bool, is_compiled: bool, peak: float):
+    step = Step(lf_llm_269m().model, size, gradients_stay=accumulates, is_compiled=is_compiled)
+    assert estimate_memory(step).total / 1e9 == pytest.approx(peak, rel=0.01)
+
+
+def test_the_references_step_took_more_than_it_allocated():
+    """72 GB per GPU at micro-batch 16 with full logits, CUDA context, NCCL and fragmentation included."""
+    step = Step(lf_llm_269m().model, 16, beside_buckets=True, logits="full")
+    assert 0.8 * 72e9 < estimate_memory(step).total < 72e9
