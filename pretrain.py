@@ -30,10 +30,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from src.data_processing.shards import Manifest, read_manifest, stray_files
+from src.data_processing.shards import Manifest, ensure_verified, read_manifest, stray_files
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
-from src.data_processing.verification import ensure_verified
 from src.model import LLM
 from src.model_assessment.periodic_evaluation import Assessment
 from src.model_assessment.trackers import Watching, require_packages

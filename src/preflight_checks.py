@@ -15,11 +15,10 @@ import torch
 from huggingface_hub import constants as hub
 
 from src.data_processing import text_sources
-from src.data_processing.preparation import disk_needed
-from src.data_processing.shards import MANIFEST, read_manifest
+from src.data_processing.document_shuffle import disk_needed
+from src.data_processing.shards import MANIFEST, check_in_seconds, read_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
-from src.data_processing.verification import check_in_seconds
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
 from src.model_assessment.trackers import require_packages
 from src.model_utils.autotune import compile_problem
@@ -349,7 +348,7 @@ def _data_need(start: Start) -> tuple[int, bool]:
             files = text_sources.find_files(preparation.paths)[0]
         except UserError:  # said by the check of the dataset
             files = []
-        tokens = text_sources.estimated_tokens({file: file.stat().st_size for file in files})
+        tokens = text_sources._estimated_tokens({file: file.stat().st_size for file in files})
     tokens = min(tokens, preparation.max_tokens or tokens)
     return disk_needed(start.dataset, tokens, download_bytes), bool(download_bytes)
 

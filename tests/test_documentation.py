@@ -16,9 +16,8 @@ import pytest
 import torch
 
 import pretrain
-from src.data_processing.shards import read_manifest
+from src.data_processing.shards import ensure_verified, read_manifest
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
-from src.data_processing.verification import ensure_verified
 from src.model import LLM
 from src.model_configs.my_llm_config import PRESETS
 from src.params import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig

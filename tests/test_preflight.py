@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from src import preflight_checks as checks
-from src.data_processing import verification
+from src.data_processing import shards
 from src.model_configs.my_llm_config import debug, laptop, lf_llm_269m
 from src.params import Config, ConfigError, DataConfig, EvalConfig
 from src.preflight_checks import Found, Preparation, Start
@@ -156,7 +156,7 @@ def test_damaged_data(data: Path):
 def test_a_large_dataset_that_nobody_has_read(data: Path, monkeypatch: pytest.MonkeyPatch):
     """Its lengths are checked, and what will be read is said; a stamped one is taken as verified at any size."""
     start = start_of(small(debug()), data)
-    monkeypatch.setattr(verification, "_SECONDS_BYTES", 1_000)
+    monkeypatch.setattr(shards, "_SECONDS_BYTES", 1_000)
     assert checks.dataset(start).words.endswith("as long as they should be; 7.2 kB will be read before the first step")
     path = shard_paths(data)[2]
     whole = path.read_bytes()
@@ -164,9 +164,9 @@ def test_a_large_dataset_that_nobody_has_read(data: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="the array is cut short"):
         checks.dataset(start)
     path.write_bytes(whole)
-    monkeypatch.setattr(verification, "_SECONDS_BYTES", 1_000_000)
+    monkeypatch.setattr(shards, "_SECONDS_BYTES", 1_000_000)
     checks.dataset(start)
-    monkeypatch.setattr(verification, "_SECONDS_BYTES", 0)
+    monkeypatch.setattr(shards, "_SECONDS_BYTES", 0)
     assert checks.dataset(start).words.endswith("verified")
 
 

@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from src.data_processing.dataset_writer import read_journal
-from src.data_processing.document_sort import find_damage
+from src.data_processing.document_shuffle import Journal
 from src.data_processing.hub_dataset import open_fineweb_edu
-from src.data_processing.request import Request
 from src.data_processing.shards import check_shard, read_manifest
+from src.data_processing.text_sources import Request
 from src.model_assessment import sampling
 from src.model_assessment.report import write_comparison, write_report
 from src.model_utils import checkpoint_utils
@@ -147,9 +146,25 @@ def test_a_datasets_manifest_cannot_lead_elsewhere(dataset: Callable[..., Path],
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="is not the name of a shard"):
         read_manifest(folder)
-    (folder / "shards.json").write_text(json.dumps(manifest["shards"]))
+    Journal(folder).write()
+    journal = json.loads((folder / "journal.json").read_text())
+    (folder / "journal.json").write_text(json.dumps(journal | {"shards": manifest["shards"]}))
     with pytest.raises(ValueError, match="is not the name of a shard"):
-        read_journal(folder / "shards.json")
+        Journal.read(folder, folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "{outside}", "link"])
+def test_a_preparations_journal_cannot_truncate_elsewhere(tmp_path: Path, name: str):
+    work, outside = tmp_path / "work", tmp_path / "outside"
+    work.mkdir()
+    outside.write_bytes(b"documents")
+    (work / "link").symlink_to(outside)
+    journal = Journal(work)
+    journal.files[name.format(outside=outside)] = [2, 0]
+    journal.write()
+    with pytest.raises(ValueError, match="leads elsewhere"):
+        Journal.read(work, tmp_path)
+    assert outside.read_bytes() == b"documents"
 
 
 def test_a_shard_cannot_be_a_link_to_elsewhere(dataset: Callable[..., Path]):
@@ -161,18 +176,6 @@ def test_a_shard_cannot_be_a_link_to_elsewhere(dataset: Callable[..., Path]):
     expected = re.escape(f"{path} leads to {folder.parent / 'outside'}; expected a file in the folder itself")
     with pytest.raises(UserError, match=expected):
         check_shard(folder, manifest.train[0], manifest.n_vocab)
-
-
-@pytest.mark.parametrize("name", ["../outside", "{outside}", "link"])
-def test_the_journal_of_a_sorted_run_cannot_lead_elsewhere(tmp_path: Path, name: str):
-    work, outside = tmp_path / "work", tmp_path / "outside"
-    work.mkdir()
-    outside.write_bytes(b"documents")
-    (work / "link").symlink_to(outside)
-    (work / "inside").write_bytes(b"documents")
-    listed = {"inside": fingerprint(outside)["sha256"], name.format(outside=outside): fingerprint(outside)["sha256"]}
-    (work / "run_000000.json").write_text(json.dumps({"sha256": listed}))
-    assert find_damage(work, tokens_may_be_gone=False) == work / name.format(outside=outside)
 
 
 @pytest.mark.parametrize(

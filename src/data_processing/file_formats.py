@@ -1,15 +1,16 @@
-"""Files of text -> batches of documents, about 1 MiB each, in a form that is cheap to hand to another process.
+"""Files of text -> batches of documents, about 1 MiB each.
 
-What is costly, taking JSON or Arrow apart, happens where `texts()` is called. Bytes that are not UTF-8 arrive as
-lone surrogates (PEP 383), so that whoever writes the text can replace and count them.
+Parsing JSON and Arrow is the costly part. It happens where `texts()` is called, in the threads that tokenise. Bytes
+that are not UTF-8 arrive as lone surrogates (PEP 383): the writer replaces and counts them.
 """
 
+import codecs
 import gzip
 import json
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -19,16 +20,32 @@ from src.utils.errors import UserError
 EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
 TEXT_EXTENSIONS = (".txt", ".md")
 BATCH_BYTES = 1 << 20
+# The longer marks first: UTF-16's begins UTF-32's.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# Of each four bytes those that are zero in most characters; only one encoding is named whose zeros are all there.
+_ZEROS = {"utf-32-le": (2, 3), "utf-32-be": (0, 1), "utf-16-le": (1, 3), "utf-16-be": (0, 2)}
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents as they are."""
+    """Documents as strings."""
 
     documents: list[str]
+    origins: list[str] = field(default_factory=list)
+    """The file of each document, or nothing."""
 
     def texts(self) -> Iterator[str]:
         return iter(self.documents)
+
+    def origin(self, number: int) -> str:
+        """Return the name of the file that holds a document, for messages."""
+        return self.origins[number] if self.origins else "the source"
 
 
 @dataclass(frozen=True)
@@ -41,52 +58,71 @@ class Lines:
     text_field: str
 
     def texts(self) -> Iterator[str]:
-        """Raises UserError for a line that is no object with text in `text_field`."""
-        # Only "\n" ends a line: json takes care of the rest, and of no other line ends inside a text.
+        """Yield the texts. Raises UserError for a line that is not an object with text in `text_field`."""
+        # Only "\n" ends a line: json takes care of the rest, and of other line ends inside a text.
         for number, line in enumerate(self.data.split(b"\n"), start=self.first_line):
             if line.strip():
                 yield _text_of(line.decode("utf-8", "surrogateescape"), f"{self.path}, line {number}", self.text_field)
 
+    def origin(self, number: int) -> str:
+        return str(self.path)
+
 
 @dataclass(frozen=True)
 class Column:
-    """A column of text of an Arrow table."""
+    """A column of text of an Arrow table: strings, large strings, views or categories of them."""
 
     values: Any
+    path: Path | str = "the source"
 
     def texts(self) -> Iterator[str]:
         import pyarrow as pa
 
+        values = self.values.dictionary_decode() if pa.types.is_dictionary(self.values.type) else self.values
         # As bytes, because pyarrow refuses to hand over text that is not UTF-8.
-        for value in self.values.cast(pa.large_binary()).to_pylist():
+        for value in values.cast(pa.large_binary()).to_pylist():
             yield (value or b"").decode("utf-8", "surrogateescape")
+
+    def origin(self, number: int) -> str:
+        return str(self.path)
 
 
 Documents = Texts | Lines | Column
 
 
 def read_batches(path: Path, text_field: str, skip: int = 0) -> Iterator[tuple[Documents, float]]:
-    """The documents of one file without the first `skip` batches, each batch with the share of the file read so far.
+    """Yield the documents of one file without the first `skip` batches, each batch with the share of the file read.
 
     A .txt or .md file is one document; the others hold one a line or row, in the field `text_field`. The batches
     are the same every time. Raises UserError for a file that is damaged or has no such field.
     """
     name = path.name.lower()
     if name.endswith(TEXT_EXTENSIONS):
-        batches: Iterator[tuple[Documents, float]] = iter([(Texts([read_text(path)]), 1.0)])
-        return islice(batches, skip, None)
+        yield from [(Texts([read_text(path)], [str(path)]), 1.0)][skip:]
+        return
+    with open(path, "rb") as file:
+        _refuse_pointer(file.read(len(_LFS_POINTER)), path)
     if name.endswith(".parquet"):
-        return _read_parquet(path, text_field, skip)
-    batches = _read_arrow(path, text_field) if name.endswith(".arrow") else _read_lines(path, text_field)
-    return islice(batches, skip, None)
+        yield from _read_parquet(path, text_field, skip)
+    else:
+        batches = _read_arrow(path, text_field) if name.endswith(".arrow") else _read_lines(path, text_field)
+        yield from islice(batches, skip, None)
 
 
 def read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    """Return a file's text, decoded from UTF-8, UTF-16 or UTF-32, its line ends made "\\n"."""
+    data = path.read_bytes()
+    _refuse_pointer(data, path)
+    encoding = _encoding_of(data[:4096])
+    try:
+        text = data.decode(encoding, "surrogatepass" if encoding != "utf-8" else "strict").removeprefix("\ufeff")
+    except UnicodeDecodeError:  # another encoding, or no text at all: what is not UTF-8 is replaced and counted
+        text = data.decode("utf-8-sig", "surrogateescape")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def check_column(schema: Any, text_field: str, where: Path | str) -> None:
-    """Raises UserError where the Arrow `schema` of `where` has no column `text_field` of text."""
+    """Raise UserError if the Arrow `schema` of `where` has no column `text_field` of text."""
     import pyarrow as pa
 
     if text_field not in schema.names:
@@ -96,18 +132,28 @@ def check_column(schema: Any, text_field: str, where: Path | str) -> None:
             f"{where}: {schema.names.count(text_field)} columns are named {text_field!r}; rename all but one"
         )
     kind = schema.field(text_field).type
-    values = kind.value_type if pa.types.is_dictionary(kind) else kind  # as categories of pandas are written
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind  # as pandas writes categories
     if not any(is_text(values) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
         raise UserError(f"{where}: column {text_field!r} must hold text, found type {kind}")
 
 
-def one_buffer(values: Any) -> Any:
-    """An Arrow column of text, its values in a row: a part of a dictionary or of views is pickled with all of them."""
-    import pyarrow as pa
+def _encoding_of(head: bytes) -> str:
+    """Return the encoding of a text that begins with `head`, by its mark or by where its zero bytes lie."""
+    for mark, encoding in _MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    share = [head[place::4].count(0) / max(1, len(head[place::4])) for place in range(4)]
+    for encoding, zeros in _ZEROS.items():
+        others = [share[place] for place in range(4) if place not in zeros]
+        # ASCII has a zero in the third place of UTF-32 too, so only one other place must be free of them.
+        if min(share[place] for place in zeros) > 0.02 and min(others) <= 0.1 * min(share[place] for place in zeros):
+            return encoding
+    return "utf-8"
 
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    return values.cast(pa.large_binary()) if pa.types.is_string_view(values.type) else values
+
+def _refuse_pointer(head: bytes, path: Path) -> None:
+    if head.startswith(_LFS_POINTER):
+        raise UserError(f"Cannot read {path}: it is a Git LFS pointer. Run git lfs pull to fetch the file itself.")
 
 
 def _read_lines(path: Path, text_field: str) -> Iterator[tuple[Lines, float]]:
@@ -117,7 +163,9 @@ def _read_lines(path: Path, text_field: str) -> Iterator[tuple[Lines, float]]:
             line_number, chunks = 1, list[bytes]()
             while chunk := stream.read(BATCH_BYTES):
                 if line_number == 1 and not chunks:
-                    chunk = chunk.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+                    if (encoding := _encoding_of(chunk[:4096])) != "utf-8":
+                        raise UserError(f"Cannot read {path}: it is {encoding.upper()} text. Convert it to UTF-8.")
+                    chunk = chunk.removeprefix(codecs.BOM_UTF8)
                 head, newline, tail = chunk.rpartition(b"\n")
                 if newline:
                     data = b"".join([*chunks, head, newline])
@@ -176,13 +224,13 @@ def _read_parquet(path: Path, text_field: str, skip: int) -> Iterator[tuple[Colu
                 if skip:
                     skip -= 1
                     continue
-                yield Column(one_buffer(batch.column(0))), rows_read / file.metadata.num_rows
+                yield Column(batch.column(0), path), rows_read / file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a sound parquet file ({error}); fetch it again or leave it out") from None
 
 
 def _read_arrow(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
-    """Both forms of Arrow's IPC format: a file, and a stream as the package datasets writes it."""
+    """Read both forms of Arrow's IPC format: a file, and a stream as the package datasets writes it."""
     pa = _pyarrow(path)
     size = max(1, path.stat().st_size)
     try:
@@ -194,12 +242,11 @@ def _read_arrow(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
             tables = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
             read = 0
             for table in tables:
-                values = one_buffer(table.column(text_field))
+                values = table.column(text_field)
                 rows = _rows_per_batch(len(values), values.nbytes)
                 read += table.nbytes
                 for first in range(0, len(values), rows):
-                    # A slice is pickled with the whole column's buffers, so it is copied out of them.
-                    yield Column(pa.concat_arrays([values.slice(first, rows)])), min(1.0, read / size)
+                    yield Column(values.slice(first, rows), path), min(1.0, read / size)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a sound Arrow file ({error}); fetch it again or leave it out") from None
 

@@ -35,8 +35,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_r
 
 from src.data_processing.file_formats import Column, Documents, check_column, read_batches
 from src.data_processing.hub_layout import choose_files
-from src.data_processing.request import Request
-from src.data_processing.text_sources import Source
+from src.data_processing.text_sources import Request, Source
 from src.utils.errors import CHECK_CONNECTION, StorageError, UserError, hub_reason, say
 from src.utils.files import fingerprint, storage_errors, sync
 from src.utils.rand_idx_seq_gen import permutation

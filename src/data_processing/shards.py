@@ -1,16 +1,20 @@
 """Datasets on disk: token shards and the manifest that vouches for them. NumPy and the standard library only.
 
-A dataset is a folder holding `manifest.json` and the .npy files it lists, one-dimensional arrays of
-little-endian uint16 token ids. Shard 0 is validation, the rest are training. Files the manifest does
-not list are not part of the dataset.
+A dataset is a folder with `manifest.json` and the .npy files it lists, one-dimensional arrays of little-endian uint16
+token ids. Shard 0 is validation, the rest are training. Other files in the folder are ignored.
 
     manifest = read_manifest(folder)            checks the manifest itself; opens no shard
     manifest.validation, manifest.train         tuples of Shard(file, split, tokens, documents, text_bytes, sha256)
     check_shard(folder, shard, n_vocab)         header and size, microseconds; full=True also hash and every id
+    ensure_verified(folder, manifest)           every byte, but each only once: the stamp remembers
     np.load(folder / shard.file, mmap_mode="r", allow_pickle=False)    the tokens
 
-`manifest.sha256` identifies the dataset: it covers every shard's hash. The downloader writes with
-`write_shard` and, last of all, `write_manifest`; a folder without a manifest is not a dataset.
+`manifest.sha256` identifies the dataset: it covers every shard's hash. The downloader writes with `write_shard` and,
+last of all, `write_manifest`; a folder without a manifest is not a dataset.
+
+The stamp, .verified.json in the dataset's folder, lists the files that were found sound: their sizes, inodes and times.
+A shard whose file is still that one is not read again. Writing to a file, setting its times and renaming another over
+it all change its inode or its ctime, which nobody can set.
 """
 
 import dataclasses
@@ -20,30 +24,40 @@ import json
 import os
 import re
 import shlex
+import stat
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_origin
 
 import numpy as np
 
-from src.utils.errors import StoppedError, UserError
+from src import available_cores
+from src.utils.errors import StoppedError, StorageError, UserError, say
 from src.utils.files import lies_in, replacing
 
 MANIFEST = "manifest.json"
+STAMP = ".verified.json"
 FORMAT_VERSION = 2
+STAMP_FORMAT = 1
 TOKEN_DTYPE = np.dtype("<u2")
 SHARD_NAME = re.compile(r".+_i_(\d{6})_t_(\d+)\.npy")
+REPORT_EVERY_S = 5.0
+MAX_THREADS = 8  # a core hashes more than 1 GB/s, so these are faster than most disks
 
 _COMMAND = "python -m src.data_processing.data_downloader"
 REPAIR = f"{_COMMAND} --repair --out"
 _REDO = "delete the folder and prepare the dataset again"
 _CHUNK_BYTES = 4 << 20
+_SECONDS_BYTES = 256 << 20  # a slow disk or network reads this in a few seconds
 
 
 class _Damaged(ValueError):
-    """A shard that is not what its manifest says."""
+    """A shard that differs from its manifest."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +75,20 @@ class Shard:
     text_bytes: int
     """UTF-8 bytes of the documents' text."""
     sha256: str
-    """Of the whole file, its .npy header included."""
+    """Hash of the whole file, its .npy header included."""
     first_key: str
-    """Documents lie in the order of their keys, 32 hexadecimal digits that follow from the seed and the text; the
-    shard holds every document of the dataset from this key ..."""
+    """Key of the first document, 32 hexadecimal digits that follow from the seed and the text; keys ascend."""
     last_key: str
-    """... to this one."""
+    """Key of the last document."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a dataset's manifest.json says."""
+    """The content of a dataset's manifest.json."""
 
     sources: list[dict[str, Any]]
-    """Where the documents came from, one entry a source: its name, package versions, files with hashes, or the
-    hub's revision; its documents, tokens and text_bytes, and its share of the tokens."""
+    """One entry a source: its name, package versions, files with hashes, or the hub's revision; its documents, tokens
+    and text_bytes, and its share of the tokens."""
     request: dict[str, Any]
     """The arguments that decide the output."""
     tokenizer: str
@@ -84,19 +97,19 @@ class Manifest:
     end_of_text: int
     seed: int
     counts: dict[str, int]
-    """Over all shards documents, tokens and text_bytes. Of the documents_read, some were left out for holding nothing
-    but white space (skipped_empty) or for repeating another exactly (dropped_duplicates, only on request); of others,
-    bytes that are not UTF-8 became U+FFFD (replaced_invalid)."""
+    """Sums over all shards: documents, tokens, text_bytes. Of the documents_read, some are left out: skipped_empty hold
+    only white space, dropped_duplicates repeat another (left out on request). In replaced_invalid documents, bytes
+    that are not UTF-8 became U+FFFD."""
     document_lengths: list[int]
     """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens, the end-of-text token included."""
     shards: tuple[Shard, ...]
     """In index order, the validation shard first."""
     sha256: str = ""
-    """Of the manifest file, once it is read from one."""
+    """Hash of the manifest file, if it was read from one."""
 
     @property
     def origins(self) -> list[dict[str, Any]]:
-        """The sources without their lists of files, which can be long."""
+        """Return the sources without their lists of files, which can be long."""
         lists = {"files", "hub_files"}
         return [{name: value for name, value in s.items() if name not in lists} for s in self.sources]
 
@@ -110,9 +123,11 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the dataset in `folder`; raises UserError where there is none or it makes no sense."""
+    """Return the manifest of the dataset in `folder`; raises UserError if there is none or it is damaged."""
     path = folder / MANIFEST
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file; {_REDO}")
         raw = path.read_bytes()
     except FileNotFoundError:
         what = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
@@ -129,13 +144,13 @@ def read_manifest(folder: Path) -> Manifest:
         _check_manifest(manifest)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {_REDO}") from None
     return manifest
 
 
 def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) -> None:
-    """Raises UserError with path, expected and actual where the file is not what the manifest says.
+    """Raise UserError with path, expected and actual if the file differs from the manifest.
 
     Always: the file exists, its .npy header gives one-dimensional uint16 of `shard.tokens`, and its size
     fits the header to the byte. With `full`, also every id is below `n_vocab` and the sha256 agrees; this
@@ -153,15 +168,17 @@ def shard_fault(
     stop: Callable[[], object] = lambda: False,
     end_of_text: int | None = None,
 ) -> str | None:
-    """What `check_shard` finds wrong with the file, with path, expected and actual; None if nothing.
+    """Return the fault that `check_shard` reports, with path, expected and actual; None for a sound file.
 
-    With `full` and `end_of_text`, also whether this id stands there as often as documents are listed. Raises
-    StoppedError once `stop()` is true, which is asked before every 4 MiB.
+    With `full` and `end_of_text`, this id must also be as frequent as documents are listed. Raises StoppedError once
+    `stop()` is true, which is called before every 4 MiB.
     """
     path = folder / shard.file
     if not lies_in(folder, shard.file):
         return f"{path} leads to {path.resolve()}; expected a file in the folder itself"
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+            return f"{path} is not a regular file: expected a shard of {shard.tokens} tokens"
         with open(path, "rb") as file:
             _check_header(file, path, shard)
             if full:
@@ -176,21 +193,92 @@ def shard_fault(
 
 
 def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Names in `folder` that are not part of the dataset, sorted; hidden files don't count."""
+    """List the names in `folder` that the manifest does not, sorted; hidden files don't count."""
     listed = {MANIFEST, *(shard.file for shard in manifest.shards)}
     return sorted(name for name in os.listdir(folder) if name not in listed and not name.startswith("."))
 
 
 def stray_files(folder: Path, manifest: Manifest) -> str | None:
-    """One line about files in the dataset's folder that are not part of it, or None."""
+    """Return one line about files in the dataset's folder that the manifest does not list, or None."""
     strays = unlisted_files(folder, manifest)
     if not strays:
         return None
     return f"ignoring {len(strays)} file(s) in {folder} that its manifest does not list: {', '.join(strays[:3])}"
 
 
+def ensure_verified(
+    folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], object] = lambda: False
+) -> None:
+    """Raise UserError naming every fault that `find_faults` finds, and StoppedError as it does."""
+    _refuse(folder, manifest, find_faults(folder, manifest, trust_stamp, stop))
+
+
+def check_in_seconds(folder: Path, manifest: Manifest) -> int:
+    """Check as `ensure_verified` if that is quick, else header and length of every shard; return the bytes unread."""
+    known = _vouched_for(folder, manifest)
+    unread = sum(shard.tokens * TOKEN_DTYPE.itemsize for shard in manifest.shards if shard.file not in known)
+    if unread <= _SECONDS_BYTES:
+        ensure_verified(folder, manifest)
+        return 0
+    faults = ((number, shard_fault(folder, shard, manifest.n_vocab)) for number, shard in enumerate(manifest.shards))
+    _refuse(folder, manifest, {number: fault for number, fault in faults if fault})
+    return unread
+
+
+def find_faults(
+    folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], object] = lambda: False
+) -> dict[int, str]:
+    """Return the fault of each damaged shard, with path, expected and actual, by its number.
+
+    Reads the shards that the stamp does not vouch for, and stamps the sound ones. A stamp that cannot be written costs
+    one line on stderr and a slower next start. Raises StoppedError once `stop()` is true, which several threads call;
+    the sound shards read so far are stamped.
+    """
+    known = _vouched_for(folder, manifest) if trust_stamp else {}
+    unread = [number for number, shard in enumerate(manifest.shards) if shard.file not in known]
+    if not unread:
+        return {}
+    faults: dict[int, str] = {}
+    leaving = threading.Event()
+    is_stopped, last = False, time.monotonic()
+    pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
+
+    def read(number: int) -> tuple[int, dict[str, Any] | None, str | None]:
+        shard = manifest.shards[number]
+        entry = _entry(folder, shard, manifest)  # as the file was before its content is read
+        is_ending = lambda: leaving.is_set() or stop()  # noqa: E731
+        return number, entry, shard_fault(folder, shard, manifest.n_vocab, True, is_ending, manifest.end_of_text)
+
+    try:
+        for done, job in enumerate(as_completed([pool.submit(read, number) for number in unread]), start=1):
+            try:
+                number, entry, fault = job.result()
+            except StoppedError:
+                is_stopped = True  # the others end as soon, or have just been read
+                continue
+            if fault:
+                faults[number] = fault
+            else:
+                known[manifest.shards[number].file] = entry
+            if time.monotonic() - last >= REPORT_EVERY_S:
+                last = time.monotonic()
+                say(f"verifying {folder}: {done} of {len(unread)} shards read")
+                with suppress(StorageError):  # reported at the end
+                    _write_stamp(folder, known)  # a start that is killed here is not repeated from the beginning
+    finally:
+        leaving.set()
+        pool.shutdown(cancel_futures=True)
+        try:
+            _write_stamp(folder, known)
+        except StorageError as error:
+            say(f"the next start will read the dataset again: {error}")
+    if is_stopped:
+        raise StoppedError("stopped on request before anything was trained")
+    return dict(sorted(faults.items()))
+
+
 def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iterable[np.ndarray]) -> tuple[str, str]:
-    """Writes `arrays`, each 1-D uint16, `tokens` ids in all, as one shard; returns its file name and sha256.
+    """Write `arrays`, each 1-D uint16, `tokens` ids in all, as one shard; return its file name and sha256.
 
     The file gets its name only when it is complete and on the disk. Raises StorageError.
     """
@@ -200,41 +288,50 @@ def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iter
     digest = hashlib.sha256(header.getvalue())
     with replacing(folder / name, expected_bytes=tokens * TOKEN_DTYPE.itemsize) as file:
         file.write(header.getvalue())
-
-        def put(array: np.ndarray) -> None:
+        for array in arrays:
             assert (array.ndim, array.dtype) == (1, TOKEN_DTYPE), "another type's larger ids would wrap around"
             content = np.ascontiguousarray(array).data.cast("B")
             file.write(content)
             digest.update(content)
-
-        with ThreadPoolExecutor(1) as beside:  # while the next array is made
-            last: Future[None] | None = None
-            for array in arrays:
-                if last is not None:
-                    last.result()
-                last = beside.submit(put, array)
-            if last is not None:
-                last.result()
         assert file.tell() == header.tell() + tokens * TOKEN_DTYPE.itemsize, "the shard is not as long as announced"
     return name, digest.hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes manifest.json, which makes `folder` a dataset; `manifest.sha256` is left out. Raises StorageError."""
+    """Write manifest.json, which makes `folder` a dataset; `manifest.sha256` is left out. Raises StorageError."""
     content = {"format": FORMAT_VERSION, **dataclasses.asdict(manifest)}
     del content["sha256"]
     with replacing(folder / MANIFEST) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
+def check_names(shards: Iterable[Shard]) -> None:
+    """Raise ValueError if a shard's file is not named as `write_shard` names it."""
+    for number, shard in enumerate(shards):
+        name = SHARD_NAME.fullmatch(shard.file)
+        if name is None or Path(shard.file).name != shard.file or not shard.file.isprintable():
+            raise ValueError(f"{shard.file!r} is not the name of a shard")
+        if (int(name[1]), int(name[2])) != (number, shard.tokens):
+            raise ValueError(f"{shard.file!r} is listed as shard {number} of {shard.tokens} tokens")
+
+
 def _preparing(folder: Path) -> str:
-    """The command that prepares `folder` from what its name says: a dataset's folder is named after its source."""
+    """Return the command that prepares `folder`: a dataset's folder is named after its source."""
     named = (source for source in ("fineweb-edu", "pydocs") if folder.name.startswith(source))
     return f"{_COMMAND} --source {next(named, 'files --path FILES')} --out {shlex.quote(str(folder))}"
 
 
 def _check_manifest(manifest: Manifest) -> None:
-    """Raises ValueError for a manifest that no preparation writes."""
+    """Raise ValueError or TypeError for a manifest that no preparation writes."""
+    _check_fields(manifest)
+    for shard in manifest.shards:
+        _check_fields(shard)
+    for name, value in manifest.counts.items():
+        _check_type(value, int, name)
+    for length in manifest.document_lengths:
+        _check_type(length, int, "document_lengths")
+    for source in manifest.sources:
+        _check_type(source, dict, "sources")
     if not manifest.validation or not manifest.train or manifest.shards[0].split != "validation":
         raise ValueError("it needs a validation shard first, then at least one training shard")
     check_names(manifest.shards)
@@ -244,14 +341,24 @@ def _check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"its shards hold {total} {unit}, its total says {manifest.counts[name]}")
 
 
-def check_names(shards: Iterable[Shard]) -> None:
-    """Raises ValueError where the file of one is not named as `write_shard` names it."""
-    for number, shard in enumerate(shards):
-        name = SHARD_NAME.fullmatch(shard.file)
-        if name is None or Path(shard.file).name != shard.file or not shard.file.isprintable():
-            raise ValueError(f"{shard.file!r} is not the name of a shard")
-        if (int(name[1]), int(name[2])) != (number, shard.tokens):
-            raise ValueError(f"{shard.file!r} is listed as shard {number} of {shard.tokens} tokens")
+def _check_fields(record: Manifest | Shard) -> None:
+    for part in dataclasses.fields(record):
+        _check_type(getattr(record, part.name), get_origin(part.type) or part.type, part.name)  # list for list[int]
+
+
+def _check_type(value: Any, expected: Any, name: str) -> None:
+    """Raise TypeError unless `value` is of that very type; a bool is not an int, and an int is a size."""
+    if type(value) is not expected or (type(value) is int and not 0 <= value < 2**63):
+        raise TypeError(f"{name} is {str(value)[:60]!r}, expected {expected.__name__}")
+
+
+def _refuse(folder: Path, manifest: Manifest, faults: dict[int, str]) -> None:
+    if faults:
+        lines = "\n".join(f"  {fault}" for fault in faults.values())
+        raise UserError(
+            f"{len(faults)} of {len(manifest.shards)} shards of {folder} are not as prepared:\n{lines}\n"
+            f"restore the files, or replace them with: {REPAIR} '{folder}'"
+        )
 
 
 def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:
@@ -276,7 +383,7 @@ def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:
 def _check_content(
     file: BinaryIO, path: Path, shard: Shard, n_vocab: int, stop: Callable[[], object], end_of_text: int | None
 ) -> None:
-    """`file` stands at the first token, after the header."""
+    """Check hash, ids and documents; `file` stands at the first token, after the header."""
     header_bytes = file.tell()
     file.seek(0)
     digest = hashlib.sha256(file.read(header_bytes))
@@ -303,3 +410,37 @@ def _check_content(
 def _chunks(file: BinaryIO) -> Iterator[bytes]:
     while chunk := file.read(_CHUNK_BYTES):
         yield chunk
+
+
+def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Return the stamp's entries, by file name, of the shards that are still the files that were sound."""
+    try:
+        content = json.loads((folder / STAMP).read_bytes())
+        stamped = dict(content["shards"]) if content["format"] == STAMP_FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}  # absent or damaged: everything is read
+    entries = {shard.file: _entry(folder, shard, manifest) for shard in manifest.shards}
+    return {file: entry for file, entry in entries.items() if entry and stamped.get(file) == entry}
+
+
+def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any] | None:
+    """Return the expected content of a shard and the identity of its file; None for a missing file."""
+    try:
+        file = os.stat(folder / shard.file)
+    except OSError:
+        return None
+    return {
+        "sha256": shard.sha256,
+        "documents": shard.documents,
+        "n_vocab": manifest.n_vocab,
+        "end_of_text": manifest.end_of_text,
+        "size": file.st_size,
+        "mtime_ns": file.st_mtime_ns,
+        "ctime_ns": file.st_ctime_ns,
+        "inode": file.st_ino,
+    }
+
+
+def _write_stamp(folder: Path, entries: dict[str, Any]) -> None:
+    with replacing(folder / STAMP) as file:
+        file.write(json.dumps({"format": STAMP_FORMAT, "shards": entries}, indent=1).encode() + b"\n")

@@ -1,15 +1,18 @@
-"""Where documents come from. A source hands out batches of them, the same ones in the same order every time.
+"""Where documents come from: the registry of sources, and what a dataset is requested to be.
 
-A source is made of units, such as files, and each unit of batches, so that a preparation that was stopped can go
-on behind any batch without reading what lies before its unit.
+A source hands out batches of documents, the same ones in the same order every time. It is made of units, such as
+files, and each unit of batches. An interrupted preparation resumes behind any batch without reading earlier units.
+
+To add a source, write a subclass of `Source` and a row of `SOURCES`. The command, the launcher, preflight and the
+model card ask that table.
 """
 
 import glob
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,17 +36,52 @@ _BYTES_PER_TOKEN = 4
 _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
 # Of Python 3.11 with NumPy 2.2 and PyTorch 2.13; other versions differ by some percent.
 _PYDOCS_BYTES, _PYDOCS_TOKENS = 7_300_000, 2_400_000
+_HUB_FIELDS = ("dataset", "config", "split")
 
 
 @dataclass(frozen=True)
-class Download:
-    """What a source still has to fetch before all of it can be read."""
+class Request:
+    """The arguments that decide a dataset's content."""
 
-    bytes_left: int
-    bytes_per_s: float
-    """While something is fetched, lately; 0 where nothing came yet, or nothing any more."""
-    waited_s: float
-    """How long the source's reader has stood still until now, because what it asked for was not there yet."""
+    sources: list[str]
+    """Names in SOURCES, in the order in which they are read."""
+    paths: list[str]
+    """For files: files, folders and patterns."""
+    text_field: str
+    """Field or column that holds the text, in files of lines or rows."""
+    tokens_per_shard: int
+    """Most token ids in a shard, unless it holds one longer document."""
+    seed: int
+    """Seed of the documents' order, and of the choice of a part of a hub dataset."""
+    max_documents: int | None = None
+    """Most documents to take; None: all."""
+    max_tokens: int | None = None
+    """Most token ids to take, in whole documents; None: all."""
+    drop_duplicates: bool = False
+    """Keep one of documents that are equal to the byte."""
+    dataset: str | None = None
+    """For hub: OWNER/NAME."""
+    config: str | None = None
+    """For hub: the dataset's configuration."""
+    split: str | None = None
+    """For hub: the dataset's split."""
+
+    @property
+    def is_limited(self) -> bool:
+        """True if some documents may be left out."""
+        return self.max_documents is not None or self.max_tokens is not None
+
+    def stored(self) -> dict[str, Any]:
+        """Return the request as the manifest keeps it. Unused fields of the hub are left out, as in older manifests."""
+        fields = asdict(self)
+        unused = [name for name in _HUB_FIELDS if fields[name] is None]
+        return {"source": fields.pop("sources"), **{name: v for name, v in fields.items() if name not in unused}}
+
+    @classmethod
+    def from_stored(cls, content: Mapping[str, Any]) -> "Request":
+        """Read a manifest's request. Raises TypeError or KeyError if another program wrote it."""
+        fields = dict(content)
+        return cls(sources=fields.pop("source"), **fields)
 
 
 class Source(ABC):
@@ -52,37 +90,105 @@ class Source(ABC):
     details: dict[str, Any]
     """For the manifest: the name, and package versions, files with their hashes, or the hub's revision."""
     unit_bytes: Sequence[int]
-    """The size of each unit where it is read from, to tell how far a preparation is."""
+    """Size of each unit, to report progress."""
     estimated_tokens: int
-    """Roughly, to tell how much disk is needed."""
-    estimate_is_sure = False
-    """Whether a disk that is too small by the estimate is reason enough not to begin."""
-    download_bytes = 0
-    """Disk that downloads take while they go on."""
+    """Rough number of tokens, to tell how much disk is needed."""
 
     def __init__(self, details: dict[str, Any], unit_bytes: Sequence[int], estimated_tokens: int) -> None:
         self.details, self.unit_bytes, self.estimated_tokens = details, unit_bytes, estimated_tokens
 
     @abstractmethod
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
-        """The batches of a unit but the first `skip`, each with the share of the unit that is read after it.
+        """Yield the batches of a unit without the first `skip`, each with the share of the unit read after it.
 
-        Raises UserError for what is wrong with the source, StorageError where it needs disk and has none.
+        Raises UserError if the source is faulty, StorageError if it needs disk and has none.
         """
 
-    def release(self, unit: int) -> None:  # noqa: B027 (most sources have nothing to give back)
-        """The units before `unit` will not be asked for again, not even by a later process."""
-
-    def status(self) -> str:
-        """What there is to say beside progress, or nothing."""
-        return ""
-
-    def download(self) -> Download | None:
-        """How far what is fetched in the background is; None where there is nothing of the kind."""
-        return None
+    def check_unchanged(self) -> None:  # noqa: B027 (most sources cannot change)
+        """Raise UserError if the documents have changed since the source was opened. Called after the last batch."""
 
     def close(self) -> None:  # noqa: B027
-        """Ends what goes on in the background."""
+        """Release what the source holds."""
+
+
+Pinned = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A row of SOURCES."""
+
+    dataset_name: str
+    """Default folder of a dataset; empty: --out is needed."""
+    needs_paths: bool
+    """True if --path names what to read."""
+    help: str
+    """One phrase for --help."""
+    open: Callable[[Request, Pinned, Path], list[Source]]
+    """Open the sources of a request. `Pinned` has the details of the same sources from an earlier start or from the
+    manifest under repair, or nothing. The path is a folder for downloads; it is deleted with the unfinished work."""
+    tokens: Callable[[Request], int] = lambda _: 0
+    """Estimate the tokens without a network; 0: unknown. For preflight."""
+
+
+def open_sources(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
+    """Open the sources of a request, in order. Raises UserError."""
+    sources: list[Source] = []
+    for name in request.sources:
+        same = [details for details in pinned if details.get("name") == name]
+        sources += SOURCES[name].open(request, same, downloads)
+    return sources
+
+
+def open_files(paths: Sequence[str], text_field: str) -> list["Files"]:
+    """Open a source for each of `paths`; a file that several of them lead to belongs to the first. Raises UserError.
+
+    Text files that are named themselves, such as by a shell's *.txt, are one source together, at the place of the
+    first of them.
+    """
+    texts = [path for path in paths if path.lower().endswith(TEXT_EXTENSIONS) and os.path.isfile(path)]
+    grouped = set(texts)
+    sources, seen = [], set[str]()
+    for group in [texts if path in grouped else [path] for path in paths if path in texts[:1] or path not in grouped]:
+        files, skipped = find_files(group)
+        name = group[0] if len(group) == 1 else f"{len(group)} text files from {group[0]} on"
+        if skipped:
+            what = f"{len(skipped)} file(s) of {name} that end in none of {', '.join(EXTENSIONS)}"
+            say(f"left out {what}, such as {skipped[0].name}")
+        if new := [file for file in files if os.path.realpath(file) not in seen]:
+            sources.append(Files(name, new, text_field))
+            seen.update(map(os.path.realpath, new))
+    return sources
+
+
+def find_files(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Return the files that `paths` name, sorted and each once, and the files of other kinds that lie there.
+
+    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count. A link
+    keeps its own name, which tells the kind of its file: in the Hugging Face cache the target's name is a hash. Raises
+    UserError for a path that leads to no file, a named file of an unknown kind, and a folder that cannot be read.
+    """
+    readable_all: set[Path] = set()
+    others: set[Path] = set()
+    for given in paths:
+        matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
+        if not matches:
+            what = "matches nothing" if glob.has_magic(given) else "does not exist"
+            raise UserError(f"--path {given} {what} (seen from {Path.cwd()}); name a file, a folder or a pattern")
+        tops = [Path(match).absolute() for match in matches]
+        inside = {path for top in tops for path in (_files_below(top) if top.is_dir() else [top])}
+        readable = {path for path in inside if path.name.lower().endswith(EXTENSIONS) and path.is_file()}
+        if not readable:
+            is_file = not os.path.isdir(given) and matches == [given]
+            what = "expected a regular file ending in" if is_file else "it holds no file ending in"
+            raise UserError(f"--path {given}: {what} {', '.join(EXTENSIONS)}")
+        readable_all |= readable
+        others |= inside - readable
+    targets = {
+        os.path.realpath(path): path for path in sorted(readable_all, reverse=True)
+    }  # the first of several names
+    skipped = {os.path.realpath(path): path for path in sorted(others, reverse=True)}
+    return sorted(targets.values()), sorted(path for target, path in skipped.items() if target not in targets)
 
 
 class PythonDocs(Source):
@@ -102,13 +208,17 @@ class Files(Source):
     """The documents of one path of the user's: a file, or the files of a folder or a pattern, in order."""
 
     def __init__(self, path: str, files: Sequence[Path], text_field: str) -> None:
-        with ThreadPoolExecutor(available_cores()) as threads:  # hashing runs beside other threads
+        self._stats = {file: _stat(file) for file in files}  # before the content is hashed: later changes show
+        with ThreadPoolExecutor(available_cores()) as threads:  # hashing releases Python's lock
             described = list(threads.map(_describe, files))
-        details = {"name": "files", "path": path, "files": described}
         sizes = {file: entry["bytes"] for file, entry in zip(files, described, strict=True)}
         self._units = _units_of(files, sizes)
         self._text_field = text_field
-        super().__init__(details, [sum(sizes[file] for file in unit) for unit in self._units], estimated_tokens(sizes))
+        super().__init__(
+            {"name": "files", "path": path, "files": described},
+            [sum(sizes[file] for file in unit) for unit in self._units],
+            _estimated_tokens(sizes),
+        )
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         files = self._units[unit]
@@ -116,74 +226,70 @@ class Files(Source):
             if len(files) == 1:
                 yield from read_batches(files[0], self._text_field, skip)
             elif not skip:
-                yield Texts([read_text(file) for file in files]), 1.0
+                yield Texts([read_text(file) for file in files], [str(file) for file in files]), 1.0
         except OSError as error:
             raise UserError(f"cannot read {error.filename or files[0]}: {error.strerror}") from None
 
-
-def open_files(paths: Sequence[str], text_field: str) -> list[Files]:
-    """A source for each of `paths`; a file that several of them lead to belongs to the first. Raises UserError.
-
-    Text files that are named themselves, such as by a shell's *.txt, are one source together, at the place of the
-    first of them.
-    """
-    texts = [path for path in paths if path.lower().endswith(TEXT_EXTENSIONS) and os.path.isfile(path)]
-    grouped = set(texts)
-    sources, seen = [], set[str]()
-    for group in [texts if path in grouped else [path] for path in paths if path in texts[:1] or path not in grouped]:
-        found, skipped = find_files(group)
-        name = group[0] if len(group) == 1 else f"{len(group)} text files from {group[0]} on"
-        if skipped:
-            what = f"{len(skipped)} file(s) of {name} that end in none of {', '.join(EXTENSIONS)}"
-            say(f"left out {what}, such as {skipped[0].name}")
-        if new := [file for file in found if os.path.realpath(file) not in seen]:
-            sources.append(Files(name, new, text_field))
-            seen.update(map(os.path.realpath, new))
-    return sources
+    def check_unchanged(self) -> None:
+        for entry in self.details["files"]:
+            path = Path(entry["path"])
+            # Setting the times back changes the ctime. A file that was only touched is read again, and passes.
+            if _stat(path) != self._stats[path] and _describe(path) != entry:
+                raise UserError(f"{path} changed while it was being prepared. Rerun once it no longer changes.")
 
 
-def estimated_tokens(sizes: Mapping[Path, int]) -> int:
-    """Roughly the tokens in files of these sizes, in bytes."""
+def _open_on_hub(name: str) -> Callable[[Request, Pinned, Path], list[Source]]:
+    def open_on_hub(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
+        try:
+            from src.data_processing import hub_dataset
+        except ImportError as error:  # only the hub needs these packages
+            raise UserError(f"Cannot use the hub: {error}. Run: pip install -r requirements.txt") from None
+        return getattr(hub_dataset, name)(request, pinned, downloads)
+
+    return open_on_hub
+
+
+SOURCES: dict[str, SourceKind] = {
+    "fineweb-edu": SourceKind(
+        dataset_name="fineweb-edu-sample-10BT",
+        needs_paths=False,
+        help="10B tokens of educational web pages from the Hugging Face hub (some 28 GB)",
+        open=_open_on_hub("open_fineweb_edu"),
+        tokens=lambda _: 10_000_000_000,
+    ),
+    "hub": SourceKind(
+        dataset_name="",
+        needs_paths=False,
+        help="any dataset of parquet files on the Hugging Face hub, named by --dataset",
+        open=_open_on_hub("open_hub"),
+    ),
+    "files": SourceKind(
+        dataset_name="",
+        needs_paths=True,
+        help="local files",
+        open=lambda request, pinned, downloads: [*open_files(request.paths, request.text_field)],
+        tokens=lambda request: _estimated_tokens({file: file.stat().st_size for file in find_files(request.paths)[0]}),
+    ),
+    "pydocs": SourceKind(
+        dataset_name="pydocs",
+        needs_paths=False,
+        help="the documentation that comes with Python, NumPy and PyTorch, offline in seconds",
+        open=lambda request, pinned, downloads: [PythonDocs()],
+        tokens=lambda request: _PYDOCS_TOKENS,
+    ),
+}
+
+
+def _estimated_tokens(sizes: Mapping[Path, int]) -> int:
     text_bytes = sum(size * _COMPRESSION.get(file.suffix.lower(), 1) for file, size in sizes.items())
     return text_bytes // _BYTES_PER_TOKEN
 
 
-def find_files(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """The files that `paths` name, sorted and each once, and what else lies there, of other kinds.
-
-    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count. A link
-    keeps its own name, which says what kind of file it leads to: in the Hugging Face cache the target's name is a
-    hash. Raises UserError for a path that leads to no file, for a file of an unknown kind that is named itself, and
-    for a folder that cannot be read.
-    """
-    found: set[Path] = set()
-    others: set[Path] = set()
-    for given in paths:
-        matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
-        if not matches:
-            what = "matches nothing" if glob.has_magic(given) else "does not exist"
-            raise UserError(f"--path {given} {what} (seen from {Path.cwd()}); name a file, a folder or a pattern")
-        tops = [Path(match).absolute() for match in matches]
-        inside = {path for top in tops for path in (_files_below(top) if top.is_dir() else [top])}
-        readable = {path for path in inside if path.name.lower().endswith(EXTENSIONS) and path.is_file()}
-        if not readable:
-            is_file = not os.path.isdir(given) and matches == [given]
-            what = "expected a file ending in" if is_file else "it holds no file ending in"
-            raise UserError(f"--path {given}: {what} {', '.join(EXTENSIONS)}")
-        found.update(readable)
-        others.update(inside - readable)
-    targets = {os.path.realpath(path): path for path in sorted(found, reverse=True)}  # of several names the first
-    skipped = {os.path.realpath(path): path for path in sorted(others, reverse=True)}
-    return sorted(targets.values()), sorted(path for target, path in skipped.items() if target not in targets)
-
-
 def _files_below(root: Path) -> Iterator[Path]:
-    """All files in a folder and in those below it, also where links lead, but each folder once."""
+    """Yield all files in a folder and in those below it, also where links lead, but each folder once."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(
-            f"cannot read the folder {error.filename}: {error.strerror}; mend its permissions or leave it out"
-        )
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; fix its permissions or skip it")
 
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
@@ -196,15 +302,23 @@ def _files_below(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
+def _stat(path: Path) -> tuple[int, ...] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None  # `_describe` says why
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
 def _describe(path: Path) -> dict[str, Any]:
     try:
         return {"path": str(path), **fingerprint(path)}
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; mend its permissions or leave it out") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; fix its permissions or leave it out") from None
 
 
 def _units_of(files: Sequence[Path], sizes: dict[Path, int]) -> list[list[Path]]:
-    """Each file alone, but neighbouring files of one document together up to a batch's size."""
+    """Put each file into a unit, but neighbouring files of one document together up to a batch's size."""
     units: list[list[Path]] = []
     room = -1  # in the last unit, for further files of one document
     for file in files:

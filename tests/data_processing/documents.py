@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from src.data_processing.request import Request
-from src.data_processing.shards import read_manifest
+from src.data_processing.shards import STAMP, read_manifest
+from src.data_processing.text_sources import Request
 from src.data_processing.tokenizer import load_tokenizer
-from src.data_processing.verification import STAMP
 
 MODULE = "src.data_processing.data_downloader"
 

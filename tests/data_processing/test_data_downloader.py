@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from src.data_processing import data_downloader
-from src.data_processing.preparation import prepare
-from src.data_processing.repair import verify
+from src.data_processing.data_downloader import prepare, repair, verify
 from src.data_processing.shards import check_shard, read_manifest
-from src.utils.errors import UserError
+from src.utils.errors import StorageError, UserError
 from src.utils.root import ROOT
 from tests.conftest import Commands
 from tests.data_processing.documents import (
@@ -80,7 +79,7 @@ def test_another_request_is_refused_naming_the_difference(tmp_path: Path) -> Non
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
     prepare(request(path), tmp_path / "out", 1)
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match="seed is 42 there, 43 asked; choose another --out"):
+    with pytest.raises(UserError, match="seed is 42 there, 43 requested; choose another --out"):
         prepare(request(path, seed=43), tmp_path / "out", 1)
     write_json_lines(path, some_texts(11))
     with pytest.raises(UserError, match=rf"{path} has \d+ bytes there, \d+ now; choose"):
@@ -133,7 +132,10 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
         pytest.param(["--source", "pydocs", "--workers", "0"], 2, "0 is below 1", id="no workers"),
         pytest.param(
-            ["--source", "pydocs", "--text-field", "text"], 2, "--text-field is for --source files", id="needless field"
+            ["--source", "pydocs", "--text-field", "text"],
+            2,
+            "--text-field is for --source files or hub",
+            id="needless field",
         ),
         pytest.param(
             ["--verify", "--out", "x", "--seed", "42", "--source", "pydocs"],
@@ -224,3 +226,120 @@ def test_a_damaged_dataset_is_not_called_prepared(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(UserError, match=r"is missing: .*; repair it with"):
         prepare(request(path), tmp_path / "out", 1)
+
+
+def test_a_trial_has_a_folder_of_its_own(tmp_path: Path, commands: Commands) -> None:
+    done = commands.module(MODULE, "--source", "pydocs", "--max-tokens", "50_000")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-50000-tokens")
+    assert 40_000 < manifest.counts["tokens"] <= 50_000
+    assert json.loads(done.stdout)["tokens"] == manifest.counts["tokens"]
+
+
+def test_too_small_a_disk_is_said_beforehand(tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(100))
+    monkeypatch.setattr(data_downloader, "free_bytes", lambda _: 1_000)
+    prepare(request(path), tmp_path / "out", 1)  # the estimate for files is a guess
+    # less what is there already: a plan, which names the path
+    assert re.search(r"warning: some 18\.\d kB of disk needed, 1\.0 kB free at", capfd.readouterr().err)
+    monkeypatch.setattr(data_downloader, "free_bytes", lambda _: 1_000)
+    with pytest.raises(StorageError, match=r"kB free at .*; make room, .* or use --max-tokens"):
+        prepare(request(path), tmp_path / "other", 1)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_tokens": 20_000}, {"max_documents": 300, "drop_duplicates": True}])
+def test_only_the_damaged_shards_are_written_again(tmp_path: Path, limits: dict) -> None:
+    texts = some_texts(250) + some_texts(100) + some_texts(150, seed=1)
+    for part in range(5):
+        write_json_lines(tmp_path / f"{part}.jsonl", texts[part * 100 : part * 100 + 100])
+    folder = tmp_path / "out"
+    manifest = prepare(request(tmp_path / "*.jsonl", tokens_per_shard=3_000, **limits), folder, 1)
+    before = contents(folder)
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    validation, second, third, *_, last = (folder / shard.file for shard in manifest.shards)
+    for path in (validation, last):
+        data = bytearray(path.read_bytes())
+        data[500:502] = data[502:504][::-1]
+        path.write_bytes(data)
+    second.unlink()
+    os.truncate(third, 17)
+    with pytest.raises(UserError, match=r"4 of \d+ shards of .* are not as prepared"):
+        verify(folder)
+    assert repair(folder, 1) == manifest
+    assert contents(folder) == before
+    changed = {name for name in before if (folder / name).stat().st_mtime_ns != times[name]}
+    assert changed == {path.name for path in (validation, second, third, last)}
+
+
+def test_a_shard_around_the_validation_documents(tmp_path: Path) -> None:
+    """Where the first document of the order is too long to validate on, validation lies among the training keys."""
+    for seed in range(6):
+        folder = tmp_path / f"texts {seed}"
+        folder.mkdir()
+        (folder / "long.txt").write_text("word " * 20_000)
+        for number in range(4):
+            (folder / f"{number}.txt").write_text(f"other {number} " * 500)
+        out = tmp_path / f"out {seed}"
+        manifest = prepare(request(folder, seed=seed), out, 1)
+        before = contents(out)
+        (out / manifest.train[0].file).unlink()
+        repair(out, 1)
+        assert contents(out) == before
+
+
+def test_a_source_that_has_changed_cannot_mend(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    folder = tmp_path / "out"
+    shard = folder / prepare(request(path), folder, 1).train[0].file
+    shard.unlink()
+    before = contents(folder)
+    write_json_lines(path, some_texts(51))
+    with pytest.raises(UserError, match=rf"cannot repair: the source files is not what it was: {path} has changed"):
+        repair(folder, 1)
+    path.unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        repair(folder, 1)
+    assert contents(folder) == before
+
+
+def test_another_number_of_sources_cannot_mend(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    asked = request(tmp_path, paths=[str(tmp_path / "*.jsonl"), str(tmp_path)])
+    shard = tmp_path / "out" / prepare(asked, tmp_path / "out", 1).train[0].file
+    shard.unlink()
+    (tmp_path / "b.txt").write_text("new")
+    with pytest.raises(UserError, match="the dataset has 1 sources, now there are 2"):
+        repair(tmp_path / "out", 1)
+
+
+def test_shards_that_cannot_be_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    folder = tmp_path / "out"
+    shard = folder / prepare(request(path), folder, 1).train[0].file
+    shard.unlink()
+    real = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(target).parent == folder:
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageError, match=f"cannot write {folder}: Permission denied; "):
+        repair(folder, 1)
+
+
+def test_the_command(tmp_path: Path, commands: Commands) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    folder = tmp_path / "datasets" / "mine"
+    shard = folder / prepare(request(path), folder, 1).train[0].file
+    sound = commands.module(MODULE, "--repair", "--out", "mine")
+    assert (sound.returncode, sound.stderr) == (0, f"nothing to repair: {folder}\n")
+    shard.write_bytes(b"")
+    done = commands.module(MODULE, "--repair", "--out", "mine")
+    assert done.returncode == 0, done.stderr
+    assert f"{shard}: expected a .npy file" in done.stderr
+    assert f"repaired 1 of 2 shards in {folder}" in done.stderr
+    assert commands.module(MODULE, "--verify", "--out", "mine").returncode == 0
+    assert commands.module(MODULE, "--repair", "--verify", "--out", "mine").returncode == 2

@@ -1,7 +1,6 @@
 """Every kind of file gives its documents in batches, and any batch can be the first."""
 
 import gzip
-import pickle
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.data_processing.file_formats import BATCH_BYTES, Column, Lines, one_buffer, read_batches
+from src.data_processing.file_formats import BATCH_BYTES, Column, Documents, Lines, read_batches
 from src.utils.errors import UserError
 from tests.data_processing.documents import some_texts, write_json_lines
 
@@ -99,7 +98,7 @@ def test_batches_of_about_a_mebibyte_from_any_of_them_on(
     texts = [list(documents.texts()) for documents, _ in batches]
     assert list(chain.from_iterable(texts)) == TEXTS
     assert len(batches) >= 4
-    ordinary = [len(pickle.dumps(documents)) for documents, _ in batches]
+    ordinary = [size_of(documents) for documents, _ in batches]
     assert sorted(ordinary)[-2] < 3 * BATCH_BYTES, "only the batch with the long document is long"
     shares = [share for _, share in batches]
     assert shares == sorted(shares)
@@ -127,7 +126,7 @@ def test_categories_of_numbers_are_no_text(tmp_path: Path) -> None:
 def test_categories_that_are_not_utf8_become_lone_surrogates() -> None:
     text = pa.Array.from_buffers(pa.binary(), 1, pa.array([b"caf\xe9"]).buffers()).view(pa.string())
     for column in (text.dictionary_encode(), text.cast(pa.string_view())):
-        assert list(Column(one_buffer(column)).texts()) == ["caf\udce9"]
+        assert list(Column(column).texts()) == ["caf\udce9"]
 
 
 def test_a_file_that_is_no_arrow_or_zstd_file_is_named(tmp_path: Path) -> None:
@@ -135,3 +134,39 @@ def test_a_file_that_is_no_arrow_or_zstd_file_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"nothing of the kind" * 10)
         with pytest.raises(UserError, match=str(tmp_path / name)):
             list(read_batches(tmp_path / name, "text"))
+
+
+def size_of(documents: Documents) -> int:
+    return sum(len(text) for text in documents.texts())
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
+@pytest.mark.parametrize(
+    "text", ["A letter to a friend,\nwith caf\xe9.", "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!\n"]
+)
+def test_text_in_other_encodings_is_decoded_and_lines_are_refused(tmp_path: Path, encoding: str, text: str) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    [(documents, _)] = read_batches(tmp_path / "a.txt", "text")
+    assert list(documents.texts()) == [text]
+    path = write_json_lines(tmp_path / "b.jsonl", [text])
+    path.write_bytes(path.read_text().encode(encoding))
+    if encoding == "utf-8-sig":
+        assert [list(documents.texts()) for documents, _ in read_batches(path, "text")] == [[text]]
+        return
+    with pytest.raises(UserError, match=rf"Cannot read {path}: it is UTF-\S+ text. Convert it to UTF-8."):
+        list(read_batches(path, "text"))
+
+
+def test_a_mark_of_utf16_before_other_bytes_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfeodd")
+    [(documents, _)] = read_batches(tmp_path / "a.txt", "text")
+    assert list(documents.texts()) == ["\udcff\udcfeodd"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"])
+def test_a_git_lfs_pointer_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"Cannot read {tmp_path / name}: it is a Git LFS pointer. Run git lfs pull"):
+        list(read_batches(tmp_path / name, "text"))

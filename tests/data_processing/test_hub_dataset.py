@@ -16,8 +16,7 @@ from huggingface_hub import constants
 
 from src.data_processing import hub_dataset
 from src.data_processing.hub_layout import choose_files
-from src.data_processing.request import Request
-from src.data_processing.text_sources import Source
+from src.data_processing.text_sources import Request, Source
 from src.utils.errors import StorageError, UserError
 from src.utils.rand_idx_seq_gen import permutation
 from tests.data_processing.stand_in_hub import REVISION, Fault, hub, serving

@@ -147,7 +147,7 @@ def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
         ("*.jsonl", r"\*.jsonl matches nothing"),
         (
             "picture.png",
-            "picture.png: expected a file ending in .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow",
+            "picture.png: expected a regular file ending in .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow",
         ),
         ("empty", "empty: it holds no file ending in"),
     ],

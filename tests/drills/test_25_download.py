@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.data_processing.preparation import prepare
+from src.data_processing.data_downloader import prepare
 from src.data_processing.shards import read_manifest
 from src.utils.root import ROOT
 from tests.conftest import Commands
@@ -24,11 +24,11 @@ from tests.data_processing.stand_in_hub import Fault, Hub, hub
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
 TEXTS = some_texts(1_200, words=300)
-# Waits of some hundredths of a second instead of seconds, and progress recorded every 50,000 tokens instead of 32M.
+# Waits of some hundredths of a second instead of seconds, and progress recorded every 50,000 tokens instead of 64M.
 COMMAND = (
-    "from src.data_processing import data_downloader, hub_dataset, source_runs; "
+    "from src.data_processing import data_downloader, hub_dataset, document_shuffle; "
     "from src.utils.errors import exit_with; "
-    "hub_dataset.BASE_DELAY_S = 0.05; source_runs.RUN_TOKENS = 50_000; exit_with(data_downloader.main)"
+    "hub_dataset.BASE_DELAY_S = 0.05; document_shuffle.FLUSH_TOKENS = 50_000; exit_with(data_downloader.main)"
 )
 
 
@@ -112,7 +112,7 @@ def test_kills_at_several_moments(tmp_path: Path, commands: Commands, undisturbe
                 read_manifest(tmp_path / "datasets" / "web")
         done = commands.run(arguments("web"))
     assert done.returncode == 0, done.stderr
-    assert "going on after" in done.stderr
+    assert "resuming after" in done.stderr
     assert contents(tmp_path / "datasets" / "web") == undisturbed
     # A kill loses what was on its way. A file is fetched again only if it was read and the progress not yet recorded.
     assert served.bytes_sent() < 2 * total
@@ -145,8 +145,8 @@ def test_kills_of_a_part_at_several_moments(tmp_path: Path, commands: Commands) 
         before = served.bytes_sent()
         moments: list[Callable[[], bool]] = [
             lambda: served.bytes_sent() > before,
-            (work / "run_000000.json").exists,
-            (work / "shards.json").exists,
+            (work / "journal.json").exists,
+            lambda: any(work.parent.glob("*.npy")),
         ]
         for come in moments:
             process = subprocess.Popen(

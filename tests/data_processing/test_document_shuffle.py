@@ -1,0 +1,580 @@
+"""Documents become the same shards however they are prepared, interrupted and resumed."""
+
+import errno
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+
+from src.data_processing import data_downloader, document_shuffle
+from src.data_processing.data_downloader import prepare
+from src.data_processing.document_shuffle import (
+    DOWNLOADS,
+    JOURNAL,
+    PLAN,
+    START,
+    WORK,
+    EncodedBatch,
+    Journal,
+    SortedDocuments,
+    claimed_work,
+    encode_all,
+    encode_batch,
+    plan_shards,
+    start_over,
+)
+from src.data_processing.file_formats import Documents, Texts
+from src.data_processing.shards import read_manifest
+from src.data_processing.text_sources import Source
+from src.data_processing.tokenizer import load_tokenizer
+from src.utils.errors import BusyError, StorageError, UserError
+from src.utils.root import ROOT
+from tests.conftest import Commands
+from tests.data_processing.documents import (
+    MODULE,
+    all_decoded,
+    contents,
+    decoded,
+    request,
+    some_texts,
+    write_json_lines,
+)
+
+
+class Batches(Source):
+    """Batches of given texts, in one unit."""
+
+    def __init__(self, lists: list[list[str]]) -> None:
+        super().__init__({"name": "batches"}, [1], 0)
+        self.lists, self.taken = lists, 0
+
+    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+        for texts in self.lists[skip:]:
+            self.taken += 1
+            yield Texts(texts), 0.5
+
+
+def test_a_batch_holds_ids_lengths_and_keys() -> None:
+    texts = ["one two", "", " \n", "caf\udce9", "three"]
+    batch = encode_batch(Texts(texts, ["a.txt"] * 3 + ["b.txt"] * 2), seed=7, source=2)
+    clean = ["one two", "caf\ufffd", "three"]
+    ids = [[50256, *load_tokenizer().encode(text)] for text in clean]
+    assert batch.tokens.tolist() == list(chain.from_iterable(ids))
+    assert batch.tokens.dtype == np.uint16
+    assert batch.records["tokens"].tolist() == [len(i) for i in ids]
+    assert batch.records["text_bytes"].tolist() == [7, 6, 5]
+    assert batch.records["source"].tolist() == [2, 2, 2]
+    assert (batch.skipped_empty, batch.replaced) == (2, {1: "b.txt"})
+    expected = [hashlib.blake2b(text.encode(), digest_size=16, key=b"7").digest() for text in clean]
+    assert batch.records["key"].tolist() == expected
+
+
+def test_the_first_documents_of_a_batch() -> None:
+    batch = encode_batch(Texts(["", *some_texts(10)]), seed=0)
+    same(batch.first(4), encode_batch(Texts(["", *some_texts(10)[:4]]), seed=0))
+    assert batch.first(0).tokens.size == batch.first(0).skipped_empty == 0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_come_in_order_from_any_position(workers: int) -> None:
+    lists = [some_texts(30, seed=number) for number in range(20)]
+    encoded = list(encode_all([Batches([]), Batches(lists)], START._replace(source=1, batch=3), workers, 0, ahead=4))
+    assert [position.batch for position, _ in encoded] == list(range(4, 21))
+    for (_, batch), texts in zip(encoded, lists[3:], strict=True):
+        same(batch, encode_batch(Texts(texts), seed=0, source=1))
+
+
+def test_memory_does_not_grow_with_the_corpus() -> None:
+    """Batches are read as they are needed, not before."""
+    source = Batches([["word " * 20_000]] * 100)
+    encoded = encode_all([source], START, workers=2, seed=0, ahead=7)
+    counts = []
+    for _ in range(8):
+        next(encoded)
+        counts.append(source.taken)
+    encoded.close()  # type: ignore[attr-defined]
+    assert counts == list(range(7, 15))
+    time.sleep(0.1)
+    assert source.taken == 14
+
+
+def test_a_faulty_document_is_an_error_in_its_place() -> None:
+    class Faulty(Texts):
+        def texts(self) -> Iterator[str]:
+            raise UserError("line 3: not JSON")
+
+    class Source(Batches):
+        def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+            yield Texts(["one"]), 0.1
+            yield Faulty([]), 0.2
+            yield Texts(["three"]), 0.3
+
+    encoded = encode_all([Source([])], START, workers=2, seed=0, ahead=3)
+    assert len(next(encoded)[1].records) == 1
+    with pytest.raises(UserError, match="line 3: not JSON"):
+        next(encoded)
+
+
+def same(actual: EncodedBatch, expected: EncodedBatch) -> None:
+    for name, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(actual, name), value)
+
+
+def greedily(groups: list[int], tokens: list[int], limit: int) -> list[list[int]]:
+    """Shards of as many groups in a row as fit."""
+    shards: list[list[int]] = []
+    for group in groups:
+        if not shards or sum(tokens[g] for g in [*shards[-1], group]) > limit:
+            shards.append([])
+        shards[-1].append(group)
+    return shards
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("tokens_per_shard", [1, 300, 1_500, 10**9])
+def test_the_plan_is_that_of_a_plain_loop(tokens_per_shard: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    group_tokens = rng.integers(1, 100, 120) * rng.choice([1, 30], 120, p=[0.9, 0.1])
+    plans = plan_shards(group_tokens, tokens_per_shard)
+
+    tokens = group_tokens.tolist()
+    limit = min(tokens_per_shard, max(sum(tokens) // 20, min(sum(tokens) // 4, 16_384)))
+    first = next((n for n, count in enumerate(tokens) if count <= limit), tokens.index(min(tokens)))
+    validation = greedily(list(range(first, 120)), tokens, limit)[0]
+    rest = [group for group in range(120) if group not in validation]
+    expected = [validation, *greedily(rest, tokens, tokens_per_shard)]
+    assert [[group for begin, end in ranges for group in range(begin, end)] for ranges in plans] == expected
+    for ranges in plans:
+        assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(ranges)), "as few ranges as possible"
+
+
+def random_journal(work: Path, documents: int, different: int) -> tuple[Journal, list[tuple[bytes, list[int]]]]:
+    """Buckets of random documents, some of which have the same key, and the documents in their order."""
+    rng = np.random.default_rng(documents)
+    keys = [b"\0" * 16, b"\xff" * 16, b"\x80" + b"\0" * 15, *(rng.bytes(16) for _ in range(different - 3))]
+    journal = Journal(work)
+    added: list[tuple[bytes, list[int]]] = []
+    for _ in range(3):
+        chosen = [keys[number] for number in rng.integers(0, different, documents // 3)]
+        ids = [rng.integers(0, 50_000, rng.integers(1, 90)).astype(np.uint16) for _ in chosen]
+        records = [(key, part.size, 0, 4 * part.size) for key, part in zip(chosen, ids, strict=True)]
+        empty = np.zeros(len(chosen), np.int64)
+        batch = EncodedBatch(np.array(records, document_shuffle.RECORD), np.concatenate(ids), empty, {}, 0)
+        document_shuffle._flush([batch], journal)
+        added += [(key, part.tolist()) for key, part in zip(chosen, ids, strict=True)]
+    return journal, added
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_documents_come_back_sorted_and_equal_ones_together(tmp_path: Path, drop: bool) -> None:
+    journal, added = random_journal(tmp_path, 900, different=300)
+    ordered = sorted(added, key=lambda document: document[0])  # stable
+    groups = [list(group) for _, group in itertools.groupby(ordered, key=lambda document: document[0])]
+    groups = [group[:1] for group in groups] if drop else groups
+    documents = SortedDocuments(journal, drop, n_sources=1)
+    assert documents.group_tokens.tolist() == [sum(len(ids) for _, ids in group) for group in groups]
+    assert int(documents.documents[0]) == sum(map(len, groups))
+    for begin, end in ((0, len(groups)), (3, 4), (17, 250), (5, 5)):
+        parts = list(documents.read(begin, end))
+        expected = [document for group in groups[begin:end] for document in group]
+        assert [key.ljust(16, b"\0") for records, _ in parts for key in records["key"].tolist()] == [
+            key for key, _ in expected
+        ]
+        assert [token for _, tokens in parts for token in tokens.tolist()] == [t for _, ids in expected for t in ids]
+
+
+def test_tokens_that_are_in_shards_are_deleted(tmp_path: Path) -> None:
+    journal, _ = random_journal(tmp_path, 900, different=300)
+    documents = SortedDocuments(journal, False, n_sources=1)
+    expected = [array.tolist() for _, array in documents.read(150, 300)]
+    before = len(list(tmp_path.glob("*.tokens")))
+    documents.forget(150)
+    assert 0.4 * before < len(list(tmp_path.glob("*.tokens"))) < 0.6 * before
+    assert [array.tolist() for _, array in documents.read(150, 300)] == expected
+    documents.forget(len(documents.group_tokens))
+    assert list(tmp_path.glob("*.tokens")) == []
+
+
+def test_a_bucket_that_changed_is_refused(tmp_path: Path) -> None:
+    journal, _ = random_journal(tmp_path, 900, different=300)
+    documents = SortedDocuments(journal, False, n_sources=1)
+    path = min(tmp_path.glob("*.tokens"))
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    with pytest.raises(StorageError, match=f"{path} has changed. Rerun to start over."):
+        list(documents.read(0, 5))
+
+
+def test_every_document_is_in_one_shard_whole(tmp_path: Path) -> None:
+    texts = some_texts(500)
+    manifest = prepare(
+        request(write_json_lines(tmp_path / "a.jsonl", texts), tokens_per_shard=7_000), tmp_path / "out", 1
+    )
+    found = [decoded(tmp_path / "out", shard.file) for shard in manifest.shards]
+    assert sorted(all_decoded(tmp_path / "out")) == sorted(texts)
+    assert all_decoded(tmp_path / "out") != texts, "not shuffled"
+    for shard, documents in zip(manifest.shards, found, strict=True):
+        assert shard.tokens == len(np.load(tmp_path / "out" / shard.file)) <= 7_000
+        assert (shard.documents, shard.text_bytes) == (len(documents), len("".join(documents).encode()))
+    assert manifest.counts["documents"] == 500
+    assert manifest.counts["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert manifest.counts["tokens"] == sum(len(load_tokenizer().encode(text)) + 1 for text in texts)
+
+
+def test_validation_is_a_modest_share(tmp_path: Path) -> None:
+    """A twentieth; of a small corpus up to a quarter; never more than a shard."""
+    for count, low, high in ((100, 0.20, 0.25), (10_000, 0.045, 0.05)):
+        path = write_json_lines(tmp_path / f"{count}.jsonl", some_texts(count))
+        manifest = prepare(request(path), tmp_path / str(count), 1)
+        assert low < manifest.shards[0].tokens / manifest.counts["tokens"] <= high
+        assert [shard.split for shard in manifest.shards] == ["validation", "train"]
+    manifest = prepare(request(path, tokens_per_shard=5_000), tmp_path / "capped", 1)
+    assert 4_900 < manifest.shards[0].tokens <= 5_000
+
+
+def test_seeds_decide_the_order(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    orders = [
+        decoded(tmp_path / out, prepare(request(path, seed=seed), tmp_path / out, 1).shards[1].file)
+        for out, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_shard_that_begins_with_a_long_document_takes_no_more(tmp_path: Path) -> None:
+    """For any number of tokens a shard may hold; and validation never takes all."""
+    texts = some_texts(30, words=500) + some_texts(3, words=9_000, seed=1)
+    path = write_json_lines(tmp_path / "a.jsonl", texts)
+    for limit in (1, 400, 700, 3_000, 20_000):
+        manifest = prepare(request(path, tokens_per_shard=limit), tmp_path / str(limit), 1)
+        for shard in manifest.shards:
+            assert shard.tokens <= limit or shard.documents == 1
+    for seed in range(30):
+        few = request(write_json_lines(tmp_path / "few.jsonl", texts[-2:]), seed=seed)
+        manifest = prepare(few, tmp_path / f"few {seed}", 1)
+        assert [shard.documents for shard in manifest.shards] == [1, 1]
+
+
+def test_equal_documents_are_never_on_both_sides(tmp_path: Path) -> None:
+    """Whether they are dropped or not."""
+    texts = some_texts(200) * 3 + ["once"]
+    path = write_json_lines(tmp_path / "a.jsonl", texts)
+    kept = prepare(request(path, tokens_per_shard=3_000), tmp_path / "kept", 1)
+    assert sorted(all_decoded(tmp_path / "kept")) == sorted(texts)
+    sides = [set(decoded(tmp_path / "kept", shard.file)) for shard in kept.shards]
+    assert len(sides) > 5
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 201
+    dropped = prepare(request(path, drop_duplicates=True), tmp_path / "dropped", 1)
+    assert sorted(all_decoded(tmp_path / "dropped")) == sorted(set(texts))
+    assert (dropped.counts["dropped_duplicates"], dropped.counts["documents_read"]) == (400, 601)
+
+
+def test_the_order_of_the_files_does_not_matter(tmp_path: Path) -> None:
+    texts = some_texts(100)
+    for name, part in (("a", texts), ("b", texts[::-1])):
+        write_json_lines(tmp_path / f"{name}.jsonl", part)
+        prepare(request(tmp_path / f"{name}.jsonl"), tmp_path / name, 1)
+    assert all_decoded(tmp_path / "a") == all_decoded(tmp_path / "b")
+
+
+@pytest.mark.parametrize("texts", [[], ["one"], ["the same", "the same"]])
+def test_one_document_is_not_enough(tmp_path: Path, texts: list[str]) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", texts)
+    with pytest.raises(UserError, match="at least two are needed"):
+        prepare(request(path), tmp_path / "out", 1)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_long_document_is_not_validation_where_a_short_one_will_do(tmp_path: Path) -> None:
+    """Whatever the order in which the seed shuffles them."""
+    for seed in range(4):
+        folder = tmp_path / f"texts {seed}"
+        folder.mkdir()
+        (folder / "long.txt").write_text("word " * 20_000)
+        (folder / "short.txt").write_text("other " * 500)
+        manifest = prepare(request(folder, seed=seed), tmp_path / f"out {seed}", 1)
+        assert manifest.validation[0].tokens < 1_000
+        assert manifest.train[0].tokens > 19_000
+
+
+def test_what_lies_behind_a_limit_is_not_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": " "}\n{"text": "t\xffo"}\n{"text": ""}\n{"text": "thr\xffe"}\n')
+    counts = prepare(request(path, max_documents=2), tmp_path / "out", 1).counts
+    assert (counts["documents_read"], counts["skipped_empty"], counts["replaced_invalid"]) == (3, 1, 1)
+
+
+@pytest.mark.parametrize("files", [1, 4])
+def test_limits_keep_the_first_documents(tmp_path: Path, files: int) -> None:
+    texts = some_texts(200)
+    for number in range(files):
+        part = texts[number * 200 // files : (number + 1) * 200 // files]
+        write_json_lines(tmp_path / f"{number}.jsonl", [" ", *part])
+    path = tmp_path / "*.jsonl"
+    some = prepare(request(path, max_documents=70), tmp_path / "documents", 1)
+    assert sorted(all_decoded(tmp_path / "documents")) == sorted(texts[:70])
+    assert some.counts["documents"] == 70
+    prepare(request(path, max_tokens=5_000), tmp_path / "tokens", 1)
+    kept = all_decoded(tmp_path / "tokens")
+    assert sorted(kept) == sorted(texts[: len(kept)])
+    tokens = [1 + len(load_tokenizer().encode(text)) for text in texts]
+    assert sum(tokens[: len(kept)]) <= 5_000 < sum(tokens[: len(kept) + 1])
+    both = prepare(request(path, max_tokens=10**9, max_documents=10**9), tmp_path / "all", 1)
+    assert both.counts["documents"] == 200
+
+
+def test_a_limit_that_leaves_too_little_is_named(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    with pytest.raises(UserError, match=r"at least two are needed.*; or raise the limit"):
+        prepare(request(path, max_documents=1), tmp_path / "out", 1)
+
+
+def test_document_lengths_by_powers_of_two(tmp_path: Path) -> None:
+    tokens = [2, 2, 3, 4, 7, 8, 63, 64, 1_000]
+    texts = [f"{index} " + " a" * (count - 3) for index, count in enumerate(tokens)]
+    counts = [1 + len(load_tokenizer().encode(text.rstrip())) for text in texts]
+    path = write_json_lines(tmp_path / "a.jsonl", [text.rstrip() for text in texts])
+    manifest = prepare(request(path), tmp_path / "out", 1)
+    expected = [sum(2**k <= count < 2 ** (k + 1) for count in counts) for k in range(max(counts).bit_length())]
+    assert manifest.document_lengths == expected
+
+
+def test_several_sources_and_their_shares(tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    texts = {"a": some_texts(30, seed=1), "b": some_texts(60, seed=2), "notes": ["One note.", "Another one."]}
+    for name in "ab":
+        write_json_lines(tmp_path / f"{name}.jsonl", texts[name])
+    for number, text in enumerate(texts["notes"]):
+        (folder / f"{number}.md").write_text(text)
+    paths = [str(tmp_path / "a.jsonl"), str(folder), str(tmp_path / "*.jsonl")]
+    manifest = prepare(request(folder, paths=paths), tmp_path / "out", 1)
+    assert [source["path"] for source in manifest.sources] == paths
+    expected = [texts["a"], texts["notes"], texts["b"]]
+    tokens = [sum(1 + len(load_tokenizer().encode(text)) for text in part) for part in expected]
+    for source, part, count in zip(manifest.sources, expected, tokens, strict=True):
+        assert source["documents"] == len(part)
+        assert source["tokens"] == count
+        assert source["text_bytes"] == sum(map(len, part))
+        assert source["share"] == pytest.approx(count / sum(tokens), abs=1e-6)
+
+
+SMALL_STEPS = (
+    "import sys; from src.data_processing import document_shuffle; document_shuffle.FLUSH_TOKENS = 100_000; "
+    "from src.data_processing.data_downloader import main; main()"
+)
+
+
+def test_a_killed_preparation_resumes_where_it_was(tmp_path: Path, commands: Commands) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(60, words=20_000))
+    arguments = ["--source", "files", "--path", str(path), "--workers", "2", "--out"]
+    folder = tmp_path / "datasets" / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SMALL_STEPS, *arguments, "killed"],
+        cwd=ROOT,
+        env=commands.environment,
+        stderr=subprocess.PIPE,
+    )
+    while not (folder / WORK / JOURNAL).exists():
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.005)
+    with pytest.raises(BusyError, match="another process is preparing"):
+        prepare(request(path), folder, 1)
+    process.send_signal(signal.SIGKILL)
+    _, _ = process.communicate(timeout=10)
+    with pytest.raises(UserError, match="did not finish"):
+        read_manifest(folder)
+
+    again = commands.module(MODULE, *arguments, "killed")
+    fresh = commands.module(MODULE, *arguments, "fresh")
+    assert (again.returncode, fresh.returncode) == (0, 0), again.stderr
+    assert re.search(r"resuming after [\d,]+ tokens", again.stderr)
+    assert contents(folder) == contents(tmp_path / "datasets" / "fresh")
+
+
+@pytest.mark.parametrize(("kind", "points"), [("same", 60), ("other", 30), ("repair", 60)])
+def test_a_kill_at_any_disk_operation_changes_nothing(
+    tmp_path: Path, commands: Commands, kind: str, points: int
+) -> None:
+    texts = some_texts(16) + some_texts(4)
+    path = write_json_lines(tmp_path / "a.jsonl", texts[:8])
+    (tmp_path / "b.txt").write_text(texts[12])
+    write_json_lines(tmp_path / "c.jsonl", texts[8:])
+    done = commands.module("tests.data_processing.crash_sweep", str(path.parent / "*.*"), str(tmp_path / "out"), kind)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > points
+
+
+def test_other_sources_start_over(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """An interrupted preparation's buckets are not mixed with text that has changed since."""
+    monkeypatch.setattr(document_shuffle, "FLUSH_TOKENS", 4_000)
+    for part in range(5):
+        write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
+    (tmp_path / "5.jsonl").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        prepare(request(tmp_path / "*.jsonl"), tmp_path / "out", 1)
+    assert (tmp_path / "out" / WORK / JOURNAL).exists()
+    write_json_lines(tmp_path / "5.jsonl", ["one more"])
+    manifest = prepare(request(tmp_path / "*.jsonl"), tmp_path / "out", 1)
+    assert manifest.counts["documents"] == 301
+    assert "resuming" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["grows", "is rewritten", "is replaced", "is touched"])
+def test_a_file_that_changes_while_it_is_prepared_is_named(tmp_path: Path, monkeypatch, change: str) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    real = document_shuffle.encode_batch
+
+    def changing(*arguments: Any) -> EncodedBatch:
+        before = path.stat()
+        if change == "grows":
+            path.write_text(path.read_text() + '{"text": "more"}\n')
+        elif change == "is rewritten":
+            path.write_text(path.read_text().replace("Document 7", "Document 8"))
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        elif change == "is replaced":
+            os.replace(write_json_lines(tmp_path / "b", some_texts(50, seed=1)), path)
+        else:
+            path.touch()
+        return real(*arguments)
+
+    monkeypatch.setattr(document_shuffle, "encode_batch", changing)
+    if change == "is touched":
+        prepare(request(path), tmp_path / "out", 1)
+        return
+    with pytest.raises(UserError, match=f"{path} changed while it was being prepared"):
+        prepare(request(path), tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_soon_and_leaves_nothing_behind(tmp_path: Path, commands: Commands) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(2_000, words=20_000))
+    command = [sys.executable, "-m", MODULE, "--source", "files", "--path", str(path), "--out", "x", "--workers", "2"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=commands.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while not (tmp_path / "datasets" / "x" / WORK / PLAN).exists():
+            assert process.poll() is None, "ended before it could be stopped"
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted", said
+    assert "Traceback" not in said
+    assert not (tmp_path / "datasets" / "x").exists()
+
+
+def test_a_full_disk_is_a_storage_error_and_the_work_is_resumed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in range(5):
+        write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
+    path = tmp_path / "*.jsonl"
+    monkeypatch.setattr(document_shuffle, "FLUSH_TOKENS", 4_000)
+    real, left = os.fsync, 300
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"cannot write .*\.(tokens|records): No space left on device"):
+        prepare(request(path), tmp_path / "out", 1)
+    monkeypatch.undo()
+    prepare(request(path), tmp_path / "out", 1)
+    prepare(request(path), tmp_path / "fresh", 1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("damaged", ["80.tokens", "7f.records", JOURNAL, PLAN])
+def test_damaged_unfinished_work_is_prepared_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], damaged: str
+) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(3_000, words=5))
+    monkeypatch.setattr(data_downloader, "plan_shards", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(request(path), tmp_path / "out", 1)
+    monkeypatch.undo()
+    victim = tmp_path / "out" / WORK / damaged
+    content = bytearray(victim.read_bytes())
+    content[10] ^= 1
+    victim.write_bytes(content)
+    prepare(request(path), tmp_path / "out", 1)
+    assert "starting over" in capfd.readouterr().err
+    prepare(request(path), tmp_path / "fresh", 1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{}", '{"version": 2}', "[" * 100_000, '{"version": 2, "request": []}'])
+def test_a_plan_of_other_json_is_not_resumed(tmp_path: Path, content: str) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    (tmp_path / "out" / WORK).mkdir(parents=True)
+    (tmp_path / "out" / WORK / PLAN).write_text(content)
+    (tmp_path / "out" / WORK / JOURNAL).write_text(content)
+    assert prepare(request(path), tmp_path / "out", 1).counts["documents"] == 10
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    path.write_text(path.read_text() + "{")
+    with pytest.raises(UserError, match="line 11: not JSON"):
+        prepare(request(path), tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_holder_at_a_time(tmp_path: Path) -> None:
+    with claimed_work(tmp_path / "out"), pytest.raises(BusyError, match="is preparing"), claimed_work(tmp_path / "out"):
+        pass
+    assert os.listdir(tmp_path / "out") == [], "nothing is left of the work when it ends well"
+
+
+@pytest.mark.parametrize("worth", [None, DOWNLOADS, JOURNAL])
+def test_a_failure_leaves_only_what_can_be_resumed(tmp_path: Path, worth: str | None) -> None:
+    def fail() -> NoReturn:
+        with claimed_work(tmp_path / "out") as work:
+            (work / PLAN).touch()
+            if worth:
+                (work / worth).mkdir()
+            raise UserError("of no matter")
+
+    with pytest.raises(UserError, match="of no matter"):
+        fail()
+    assert (tmp_path / "out" / WORK / PLAN).exists() == (worth is not None)
+    assert (tmp_path / "out").exists() == (worth is not None)
+
+
+def test_shards_of_unknown_origin_are_not_touched(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
+    stray = tmp_path / "out" / "edu_i_000000_t_5.npy"
+    stray.parent.mkdir()
+    np.save(stray, np.arange(5, dtype=np.uint16))
+    with pytest.raises(UserError, match=r"holds 1 shards without a manifest, such as edu_i_000000_t_5.npy"):
+        prepare(request(path), tmp_path / "out", 1)
+    assert os.listdir(tmp_path / "out") == [stray.name]
+
+
+def test_files_that_cannot_be_deleted_are_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise PermissionError(13, "Permission denied")
+
+    work = tmp_path / WORK
+    (work / DOWNLOADS).mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(StorageError, match=f"cannot delete the unfinished work in {work}: Permission denied; "):
+        start_over(tmp_path, work, request(tmp_path), [])
+    with pytest.raises(StorageError, match=f"cannot delete {work}: Permission denied; "), claimed_work(tmp_path):
+        pass
