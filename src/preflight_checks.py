@@ -348,7 +348,7 @@ def _data_need(start: Start) -> tuple[int, bool]:
             files = text_sources.find_files(preparation.paths)[0]
         except UserError:  # said by the check of the dataset
             files = []
-        tokens = text_sources._estimated_tokens({file: file.stat().st_size for file in files})
+        tokens = text_sources.estimated_tokens({file: file.stat().st_size for file in files})
     tokens = min(tokens, preparation.max_tokens or tokens)
     return disk_needed(start.dataset, tokens, download_bytes), bool(download_bytes)
 

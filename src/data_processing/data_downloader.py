@@ -323,9 +323,9 @@ def _parse_arguments() -> argparse.Namespace:
         parser.error(f"--source is needed: {', '.join(SOURCES)}")
     if len(set(sources)) < len(sources):
         parser.error("--source names one source twice; several paths go behind one --path")
-    if empty := [
-        name for name in ("skipped", "path", "out", "dataset") if getattr(args, name) == "" or "" in args.path
-    ]:
+    empty = [name for name in ("skipped", "out", "dataset") if getattr(args, name) == ""]
+    empty += ["path"] if "" in args.path else []
+    if empty:
         parser.error(f"{_options(empty[:1])} is empty; perhaps a variable that is not set")
     needs_paths = [name for name in sources if SOURCES[name].needs_paths]
     if needs_paths and not args.path:

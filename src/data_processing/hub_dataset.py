@@ -105,8 +105,6 @@ def open_fineweb_edu(request: Request, pinned: Sequence[dict[str, Any]], downloa
 class _WholeFiles(Source):
     """All files. A unit is a file."""
 
-    estimate_is_sure = True
-
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, downloads: Path) -> None:
         sizes = [file.bytes for file in files]
         super().__init__(details, sizes, int(sum(sizes) * _TOKENS_PER_PARQUET_BYTE))

@@ -217,7 +217,7 @@ class Files(Source):
         super().__init__(
             {"name": "files", "path": path, "files": described},
             [sum(sizes[file] for file in unit) for unit in self._units],
-            _estimated_tokens(sizes),
+            estimated_tokens(sizes),
         )
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
@@ -268,7 +268,7 @@ SOURCES: dict[str, SourceKind] = {
         needs_paths=True,
         help="local files",
         open=lambda request, pinned, downloads: [*open_files(request.paths, request.text_field)],
-        tokens=lambda request: _estimated_tokens({file: file.stat().st_size for file in find_files(request.paths)[0]}),
+        tokens=lambda request: estimated_tokens({file: file.stat().st_size for file in find_files(request.paths)[0]}),
     ),
     "pydocs": SourceKind(
         dataset_name="pydocs",
@@ -280,7 +280,8 @@ SOURCES: dict[str, SourceKind] = {
 }
 
 
-def _estimated_tokens(sizes: Mapping[Path, int]) -> int:
+def estimated_tokens(sizes: Mapping[Path, int]) -> int:
+    """Estimate the tokens in files of these sizes in bytes."""
     text_bytes = sum(size * _COMPRESSION.get(file.suffix.lower(), 1) for file, size in sizes.items())
     return text_bytes // _BYTES_PER_TOKEN
 

@@ -239,10 +239,10 @@ def test_a_trial_has_a_folder_of_its_own(tmp_path: Path, commands: Commands) -> 
 def test_too_small_a_disk_is_said_beforehand(tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(100))
     monkeypatch.setattr(data_downloader, "free_bytes", lambda _: 1_000)
-    prepare(request(path), tmp_path / "out", 1)  # the estimate for files is a guess
-    # less what is there already: a plan, which names the path
-    assert re.search(r"warning: some 18\.\d kB of disk needed, 1\.0 kB free at", capfd.readouterr().err)
-    monkeypatch.setattr(data_downloader, "free_bytes", lambda _: 1_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(data_downloader, "free_bytes", lambda _: 15_000)  # more than half: the estimate is a guess
+        prepare(request(path), tmp_path / "out", 1)
+    assert re.search(r"warning: some 18\.\d kB of disk needed, 15\.0 kB free at", capfd.readouterr().err)
     with pytest.raises(StorageError, match=r"kB free at .*; make room, .* or use --max-tokens"):
         prepare(request(path), tmp_path / "other", 1)
     assert not (tmp_path / "other").exists()
