@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def run(notebook: Path, values: dict[str, Any], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch):
-    """The notebook after a run with other values in its first code cell; raises where a cell fails."""
+    """Run a notebook with other values in its first code cell; raises if a cell fails."""
     content = nbformat.read(notebook, as_version=4)
     first = next(cell for cell in content.cells if cell.cell_type == "code")
     first.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
@@ -51,7 +51,7 @@ def test_sampling_from_a_run(weights: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_model_from_first_principles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its own checks against our modules fail it where they differ; here, that all are made, and on a run too."""
+    """The notebook's checks fail if it differs from our modules; this test counts them, on a trained run too."""
     make_run(tmp_path / "runs" / "words", small_model())
     content = run(ROOT / "notebooks" / "notes.ipynb", {"RUN": "words"}, offline(tmp_path), monkeypatch)
     assert printed(content).count("equal, shape") == 12
@@ -64,7 +64,7 @@ def test_what_to_do_where_there_is_no_trained_model(tmp_path: Path, monkeypatch:
     needed = ("RUN = ", "import ", "load_model(")
     content.cells = [cell for cell in content.cells if any(text in cell.source for text in needed)]
     nbformat.write(content, tmp_path / "last_part.ipynb")
-    (tmp_path / "pretrain.py").touch()  # makes the notebook take this folder for the repository's
+    (tmp_path / "pretrain.py").touch()  # makes the notebook take this folder for the repository
     (tmp_path / "src").symlink_to(ROOT / "src")
     with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"Train one in minutes with \./run_pre_training"):
         run(tmp_path / "last_part.ipynb", {"RUN": "gone"}, offline(tmp_path), monkeypatch)
@@ -74,11 +74,11 @@ def test_what_to_do_where_there_is_no_trained_model(tmp_path: Path, monkeypatch:
 def test_curves_of_runs(names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     train = [{"kind": "train", "step": n, "time": n, "loss": 9.0 - n, "tokens_seen": 512 * n} for n in range(1, 5)]
     validation = [{"kind": "validation", "step": 4, "time": 5, "loss": 4.5, "tokens": None}]
-    metrics = tmp_path / "runs" / "words" / "metrics.jsonl"  # of a run that lacks much
+    metrics = tmp_path / "runs" / "words" / "metrics.jsonl"  # most fields are missing
     metrics.parent.mkdir(parents=True)
     metrics.write_text("".join(json.dumps(record) + "\n" for record in [*train, *validation]))
     content = run(ROOT / "notebooks" / "metric_graphs.ipynb", {"RUNS": names}, offline(tmp_path), monkeypatch)
-    assert ("gone is left out" in printed(content)) == ("gone" in names)
+    assert ("skipped gone: " in printed(content)) == ("gone" in names)
     assert "9,999,745,024     2.855      2.806       16.5     35.55%   308,837" in printed(content)
     assert ("2,048     5.000      4.500       90.0          -         -" in printed(content)) == ("words" in names)
     assert pictures(content) == 6
@@ -98,7 +98,7 @@ def test_parameters_are_counted_and_a_sweep_is_run(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
 def test_it_is_saved_as_it_ran(notebook: Path):
-    """With outputs, of cells that ran once in order, without errors, small, and with nothing of the machine."""
+    """Stored outputs come from one run in order, without errors, small, and name no path of this machine."""
     content = nbformat.read(notebook, as_version=4)
     nbformat.validate(content)
     cells = [cell for cell in content.cells if cell.cell_type == "code"]
