@@ -1,11 +1,13 @@
-"""Draws the model, from its configuration and its code: assets/architecture.svg.
+"""Draw the model from its configuration and code: assets/architecture.svg.
 
     python -m assets.architecture [PRESET]
 
-Every number in the picture is read from a model without memory (on PyTorch's meta device), and every learned number is
-in the picture: a parameter that no box shows is an error. lf_llm_269m makes architecture.svg, which the README shows;
-another preset architecture_PRESET.svg beside it. Shapes: B sequences, T positions, D width, H heads, K head dimension,
-F hidden size of the feed-forward network, V vocabulary.
+Every number in the picture is read from a model on PyTorch's meta device, which takes no memory. Every parameter is in
+the picture: one that no box shows is an error. lf_llm_269m writes architecture.svg, which the README shows. Other
+presets write architecture_PRESET.svg in the same folder.
+
+Shapes: B sequences, T positions, D width, H heads, K head dimension, F hidden size of the feed-forward network, V
+vocabulary.
 """
 
 import argparse
@@ -28,7 +30,7 @@ WIDTH, HEIGHT = 1120, 872
 TOP, MIDDLE, BOTTOM = 104, 444, 794  # of the panels
 INK, LINE, PAPER, PANEL, WEDGE = "#1d2026", "#6b717b", "#ffffff", "#f6f7f9", "#eceff3"
 TIMES = "\N{MULTIPLICATION SIGN}"
-# Fill and edge of a box: what is learned, what scales, what has no parameters.
+# Fill and edge of a box: learned matrices, learned gains, no parameters.
 LEARNED, NORM, PLAIN = ("#e7effb", BLUE), ("#e6f3ea", GREEN), (PAPER, "#8b919a")
 WHOLE = ("embedding", "blocks", "norm")
 BLOCK = ("attn_norm", "attn.qkv_proj", "attn.out_proj", "ffn_norm", "ffn.in_proj", "ffn.out_proj")
@@ -38,7 +40,7 @@ Kind = tuple[str, str]
 
 @dataclass
 class Drawing:
-    """SVG elements, the later ones over the earlier."""
+    """SVG elements in drawing order: later ones cover earlier ones."""
 
     elements: list[str] = field(default_factory=list)
 
@@ -50,7 +52,7 @@ class Drawing:
         )
 
     def box(self, x: float, y: float, width: float, height: float, kind: Kind, title: str, below: str = "") -> None:
-        """A box with one or two centred lines."""
+        """Draw a box with one or two centred lines."""
         self.rectangle(x, y, width, height, kind)
         middle = x + width / 2
         if below:
@@ -60,7 +62,7 @@ class Drawing:
             self.text(middle, y + height / 2 + 5.5, title, weight=600)
 
     def operation(self, x: float, y: float, sign: str, colour: str) -> None:
-        """A circle with a plus or a times sign in it, drawn, because fonts place theirs differently."""
+        """Draw a circle with a plus or a times sign, as a path because fonts place the characters differently."""
         self._add(f'<circle cx="{x:g}" cy="{y:g}" r="13" fill="{PAPER}" stroke="{colour}" stroke-width="2.5"/>')
         turn = f' transform="rotate(45 {x:g} {y:g})"' if sign == "times" else ""
         self._add(
@@ -76,7 +78,7 @@ class Drawing:
         )
 
     def arrow(self, *points: Point, colour: str = LINE, width: float = 1.8, dashed: bool = False) -> None:
-        """A line that ends with a head at its last point."""
+        """Draw a line with an arrowhead at its last point."""
         (x0, y0), (x, y) = points[-2:]
         along, across = ((0, (y > y0) - (y < y0)), (1, 0)) if x == x0 else (((x > x0) - (x < x0), 0), (0, 1))
         back: Point = (x - 9 * along[0], y - 9 * along[1])
@@ -85,14 +87,14 @@ class Drawing:
         self._add(f'<path d="M{x:g} {y:g}L{one[0]:g} {one[1]:g}L{other[0]:g} {other[1]:g}Z" fill="{colour}"/>')
 
     def wedge(self, *points: Point) -> None:
-        """Leads the eye from a box to the panel that shows what is in it."""
+        """Draw the background that links a box to the panel with its contents."""
         self._add(f'<polygon points="{" ".join(f"{x:g},{y:g}" for x, y in points)}" fill="{WEDGE}"/>')
 
     def text(
         self,
         x: float,
         y: float,
-        words: str,
+        content: str,
         size: float = 16,
         weight: int = 400,
         anchor: str = "middle",
@@ -102,7 +104,7 @@ class Drawing:
         turn = f' transform="rotate(-90 {x:g} {y:g})"' if turned else ""
         self._add(
             f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" font-weight="{weight}" text-anchor="{anchor}" '
-            f'fill="{colour}"{turn}>{escape(words)}</text>'
+            f'fill="{colour}"{turn}>{escape(content)}</text>'
         )
 
     def panel(self, x: float, y: float, width: float, height: float, title: str, parameters: int) -> None:
@@ -122,17 +124,17 @@ class Drawing:
 
 
 def draw(preset: str) -> str:
-    """The picture of the model that `preset` describes, as SVG."""
+    """Return the picture of a preset's model as SVG."""
     config = PRESETS[preset]().model
     with torch.device("meta"):
         model = LLM(config)
     total, whole, block = count_parameters(model), *parts(model)
-    words = f"{total:,} parameters, {total - whole['embedding']:,} without the embedding"
+    counts = f"{total:,} parameters, {total - whole['embedding']:,} without the embedding"
     drawing = Drawing()
     drawing.rectangle(0.75, 0.75, WIDTH - 1.5, HEIGHT - 1.5, (PAPER, "#d5d9df"), radius=14)
     drawing.text(36, 48, preset, size=26, weight=700, anchor="start")
-    drawing.text(36, 76, words, anchor="start", colour=GREY)
-    # Behind everything: the way from a box to the panel that shows what is in it.
+    drawing.text(36, 76, counts, anchor="start", colour=GREY)
+    # First, so that they lie behind everything: links from a box to the panel with its contents.
     drawing.wedge((288, 322), (352, TOP + 8), (352, BOTTOM - 8), (288, 402))
     drawing.wedge((642, 262), (712, TOP + 8), (712, MIDDLE - 20), (642, 326))
     drawing.wedge((642, 598), (712, MIDDLE + 20), (712, BOTTOM - 8), (642, 662))
@@ -141,20 +143,20 @@ def draw(preset: str) -> str:
     _draw_attention(drawing, block)
     _draw_ffn(drawing, config, block)
     _draw_legend(drawing, config)
-    return drawing.svg(f"The model {preset}: {words}")
+    return drawing.svg(f"The model {preset}: {counts}")
 
 
 def parts(model: LLM) -> tuple[dict[str, int], dict[str, int]]:
-    """Learned numbers of the parts of the model, and of those of one block, by the modules' names."""
+    """Count the parameters of the model's parts and of one block's, by module name."""
     whole = {name: count_parameters(model.get_submodule(name)) for name in WHOLE}
     block = {name: count_parameters(model.blocks[0].get_submodule(name)) for name in BLOCK}
-    for shown, all_of_it in ((whole, model), (block, model.blocks[0])):
-        assert sum(shown.values()) == count_parameters(all_of_it), "the picture shows every parameter, and each once"
+    for sizes, module in ((whole, model), (block, model.blocks[0])):
+        assert sum(sizes.values()) == count_parameters(module), "the picture shows every parameter exactly once"
     return whole, block
 
 
 def _draw_whole(drawing: Drawing, config: ModelConfig, sizes: dict[str, int]) -> None:
-    """On the left: from token ids to the loss."""
+    """Draw the left column: token ids to loss."""
     x, width, middle = 62, 226, 175
     for y, end, shape in ((144, 206, "B T"), (402, 474, "B T D"), (524, 574, "B T D"), (638, 716, "B T V")):
         drawing.arrow((middle, y), (middle, end))
@@ -164,19 +166,19 @@ def _draw_whole(drawing: Drawing, config: ModelConfig, sizes: dict[str, int]) ->
     drawing.box(x, TOP, width, 40, PLAIN, "token ids")
     drawing.box(x, 206, width, 64, LEARNED, f"Embedding, V {TIMES} D", f"{sizes['embedding']:,}")
     drawing.text(middle + 13, 292, "B T D", size=14, anchor="start", colour=GREY)
-    for behind in (12, 6, 0):
-        drawing.rectangle(x + behind, 322 - behind, width - 2 * behind, 80, LEARNED)
+    for offset in (12, 6, 0):  # the stack of blocks, from back to front
+        drawing.rectangle(x + offset, 322 - offset, width - 2 * offset, 80, LEARNED)
     drawing.arrow((middle, 270), (middle, 310))
     drawing.text(middle, 358, f"{config.n_layer} blocks", weight=600)
     each = sizes["blocks"] // config.n_layer
     drawing.text(middle, 381, f"{config.n_layer} {TIMES} {each:,}", size=14, colour=GREY)
     drawing.box(x, 474, width, 50, NORM, "RMSNorm", f"{sizes['norm']:,}")
-    drawing.box(x, 574, width, 64, LEARNED, "Head, D → V", "no numbers of its own, no bias")
+    drawing.box(x, 574, width, 64, LEARNED, "Head, D → V", "shared weight, no bias")
     drawing.box(x, 716, width, 64, PLAIN, "Cross-entropy", "mean of B T targets, float32")
 
 
 def _draw_block(drawing: Drawing, config: ModelConfig, sizes: dict[str, int]) -> None:
-    """In the middle: a block, with the residual stream on its left."""
+    """Draw the middle panel: a block, with the residual stream on its left."""
     drawing.panel(352, TOP, 310, BOTTOM - TOP, "One block", sum(sizes.values()))
     x, width, middle, stream = 426, 216, 534, 386
     for top, norm, box, plus in ((156, 188, 262, 422), (476, 516, 598, 718)):
@@ -202,13 +204,13 @@ def _draw_block(drawing: Drawing, config: ModelConfig, sizes: dict[str, int]) ->
 
 
 def _draw_attention(drawing: Drawing, sizes: dict[str, int]) -> None:
-    """On the right, above."""
-    own = {name: sizes[f"attn.{name}"] for name in ("qkv_proj", "out_proj")}
-    drawing.panel(712, TOP, 372, MIDDLE - 12 - TOP, "Attention", sum(own.values()))
+    """Draw the upper right panel."""
+    counts = {name: sizes[f"attn.{name}"] for name in ("qkv_proj", "out_proj")}
+    drawing.panel(712, TOP, 372, MIDDLE - 12 - TOP, "Attention", sum(counts.values()))
     x, width, middle = 740, 316, 898
     query, key, value = 794, 898, 1002
     drawing.arrow((middle, 118), (middle, 146))
-    drawing.box(x, 146, width, 48, LEARNED, "q, k, v: D → 3 D", f"{own['qkv_proj']:,}")
+    drawing.box(x, 146, width, 48, LEARNED, "q, k, v: D → 3 D", f"{counts['qkv_proj']:,}")
     for place, name, end in ((query, "q", 222), (key, "k", 222), (value, "v", 278)):
         drawing.arrow((place, 194), (place, end))
         drawing.text(place + 11, 213, name, size=14, anchor="start", colour=GREY)
@@ -216,19 +218,19 @@ def _draw_attention(drawing: Drawing, sizes: dict[str, int]) -> None:
     drawing.text(value + 11, 246, "B H T K", size=14, anchor="start", colour=GREY)
     for place in (query, key):
         drawing.arrow((place, 254), (place, 278))
-    drawing.box(x, 278, width, 52, PLAIN, "softmax(q · k / √K) v", "each position sees those up to itself")
+    drawing.box(x, 278, width, 52, PLAIN, "softmax(q · k / √K) v", "causal: earlier positions and itself")
     drawing.arrow((middle, 330), (middle, 354))
-    drawing.box(x, 354, width, 48, LEARNED, "out: D → D", f"{own['out_proj']:,}")
+    drawing.box(x, 354, width, 48, LEARNED, "out: D → D", f"{counts['out_proj']:,}")
     drawing.arrow((middle, 402), (middle, 424))
 
 
 def _draw_ffn(drawing: Drawing, config: ModelConfig, sizes: dict[str, int]) -> None:
-    """On the right, below."""
-    own = {name: sizes[f"ffn.{name}"] for name in ("in_proj", "out_proj")}
-    drawing.panel(712, MIDDLE + 12, 372, BOTTOM - MIDDLE - 12, "Feed-forward", sum(own.values()))
+    """Draw the lower right panel."""
+    counts = {name: sizes[f"ffn.{name}"] for name in ("in_proj", "out_proj")}
+    drawing.panel(712, MIDDLE + 12, 372, BOTTOM - MIDDLE - 12, "Feed-forward", sum(counts.values()))
     x, width, middle, value, gate = 740, 316, 898, 812, 984
     drawing.arrow((middle, 470), (middle, 498))
-    drawing.box(x, 498, width, 48, LEARNED, "value, gate: D → 2 F", f"{own['in_proj']:,}")
+    drawing.box(x, 498, width, 48, LEARNED, "value, gate: D → 2 F", f"{counts['in_proj']:,}")
     drawing.arrow((value, 546), (value, 611))
     drawing.text(value + 11, 578, "value", size=14, anchor="start", colour=GREY)
     drawing.arrow((gate, 546), (gate, 572))
@@ -240,20 +242,20 @@ def _draw_ffn(drawing: Drawing, config: ModelConfig, sizes: dict[str, int]) -> N
     drawing.text(value + 11, 653, "B T F", size=14, anchor="start", colour=GREY)
     drawing.box(x, 660, width, 32, PLAIN, f"Dropout {config.ffn_dropout:g}")
     drawing.arrow((middle, 692), (middle, 716))
-    drawing.box(x, 716, width, 48, LEARNED, "out: F → D", f"{own['out_proj']:,}")
+    drawing.box(x, 716, width, 48, LEARNED, "out: F → D", f"{counts['out_proj']:,}")
     drawing.arrow((middle, 764), (middle, 786))
 
 
 def _draw_legend(drawing: Drawing, config: ModelConfig) -> None:
-    """Below: what colours and letters mean."""
+    """Draw the legend: colours and letters."""
     x, y = 36.0, 826
-    for kind, words, width in (
+    for kind, label, width in (
         (LEARNED, "learned matrix", 150),
         (NORM, "learned gain", 138),
         (PLAIN, "no parameters", 152),
     ):
         drawing.rectangle(x, y - 13, 22, 16, kind, radius=4)
-        drawing.text(x + 30, y, words, size=14, anchor="start", colour=GREY)
+        drawing.text(x + 30, y, label, size=14, anchor="start", colour=GREY)
         x += width
     drawing.line((x, y - 5), (x + 26, y - 5), colour=ORANGE, width=3)
     drawing.text(x + 34, y, "residual stream", size=14, anchor="start", colour=GREY)
@@ -267,8 +269,8 @@ def _draw_legend(drawing: Drawing, config: ModelConfig) -> None:
         "F": f"hidden, {config.ffn_hidden:,}",
         "V": f"vocabulary, {config.n_vocab:,}",
     }
-    words = "  ·  ".join(f"{letter} {meaning}" for letter, meaning in letters.items())
-    drawing.text(36, y + 28, words.replace("  ", "\u00a0 "), size=14, anchor="start", colour=GREY)
+    line = "  ·  ".join(f"{letter} {meaning}" for letter, meaning in letters.items())
+    drawing.text(36, y + 28, line.replace("  ", "\u00a0 "), size=14, anchor="start", colour=GREY)
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""Pictures of a run's curves, from its metrics.jsonl alone.
+"""Draw a run's curves from its metrics.jsonl.
 
     python -m assets.curves RUN_DIR_OR_METRICS_FILE [--out assets/showcase]
 
-Writes loss.png, training_metrics.png and hellaswag.png, those of them that the run has numbers for.
+Writes loss.png, training_metrics.png and hellaswag.png, except those without data in the run.
 """
 
 import argparse
@@ -24,33 +24,35 @@ from src.utils import root
 from src.utils.errors import StorageError, UserError, exit_with
 from src.utils.plot_style import BLUE, GREEN, ORANGE, STYLE, as_png
 
-# More are drawn faintly, and their running median over them: sooner than in a report, to be seen small.
+# Longer curves are drawn faintly under their running median. A report's limit is higher: its figures are larger.
 MANY_POINTS = 150
 
 
 def read_metrics(path: Path) -> Run:
-    """The run of which `path` is the directory, or the metrics file, whatever its name.
+    """Read the run at `path`, a run directory or a metrics file of any name.
 
-    Raises UserError where there is none, or nothing in it.
+    Raises UserError if it is missing or empty.
     """
     if not path.is_file():
         return read_run(path)
-    with tempfile.TemporaryDirectory() as folder:  # a run is read as a directory, with its metrics under this name
+    with tempfile.TemporaryDirectory() as folder:  # read_run expects a directory with this file name
         shutil.copyfile(path, Path(folder) / "metrics.jsonl")
         return read_run(Path(folder))
 
 
 def write_pictures(run: Run, out: Path) -> list[str]:
-    """Writes into `out` the pictures that `run` has numbers for, and returns their file names.
+    """Write the pictures with data in `run` to `out`, and return their file names.
 
-    Those of another run that it has none for are removed. Raises UserError where it has no numbers at all, StorageError
-    where `out` can't be written.
+    The other pictures are removed, because they show another run. Raises UserError if the run has no data, and
+    StorageError if `out` is not writable.
     """
     with matplotlib.rc_context(STYLE):
         figures = {"loss": loss(run), "training_metrics": training_metrics(run), "hellaswag": hellaswag(run)}
         pngs = {f"{name}.png": as_png(figure) if figure else None for name, figure in figures.items()}
     if not any(pngs.values()):
-        raise UserError("the run has no losses, training metrics or HellaSwag results yet; let it go on first")
+        raise UserError(
+            "Cannot draw the run: it has no losses, training metrics or HellaSwag results yet. Resume it first."
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, png in pngs.items():
@@ -59,12 +61,14 @@ def write_pictures(run: Run, out: Path) -> list[str]:
             else:
                 (out / name).unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"could not write the pictures to {out}: {error.strerror or error}") from error
+        raise StorageError(
+            f"Cannot write the pictures to {out}: {error.strerror or error}. Choose another folder with --out."
+        ) from error
     return [name for name, png in pngs.items() if png]
 
 
 def loss(run: Run) -> Figure | None:
-    """Training and validation loss in nats a token; None where the run has neither."""
+    """Training and validation loss in nats per token; None without either."""
     training, validation = (run.series(kind, "loss").finite() for kind in ("train", "validation"))
     if not training.steps.size and not validation.steps.size:
         return None
@@ -74,7 +78,7 @@ def loss(run: Run) -> Figure | None:
     if validation.steps.size:
         label = f"validation, {validation.values[-1]:.3f} at the end"
         axes.plot(*validation, color=ORANGE, linewidth=1.6, marker=marker_for(validation), label=label, zorder=3)
-    # The fall of the first steps, over in a hundredth of a run, would take up most of the picture.
+    # The steep fall in the first hundredth of a run would fill most of the picture.
     every = np.concatenate([training.values, validation.values])
     later = np.concatenate([curve.values[curve.steps >= run.last_step / 50] for curve in (training, validation)])
     low, high = every.min(), later.max() if training.steps.size > MANY_POINTS and later.size else every.max()
@@ -85,7 +89,7 @@ def loss(run: Run) -> Figure | None:
 
 
 def training_metrics(run: Run) -> Figure | None:
-    """Learning rate, gradient norm and tokens a second, one above the other; None where the run has none of them."""
+    """Learning rate, gradient norm and tokens per second, stacked; None without any of them."""
     quantities = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per s"}
     curves = {key: curve for key in quantities if (curve := run.series("train", key).finite()).steps.size}
     if not curves:
@@ -102,9 +106,9 @@ def training_metrics(run: Run) -> Figure | None:
 
 
 def hellaswag(run: Run) -> Figure | None:
-    """The share of items answered rightly, with one standard error either way; None where none was measured.
+    """Multiple-choice accuracy with error bars of one standard error; None without results.
 
-    The title names HellaSwag only where it was that, and not the stand-in from held-out text.
+    The title says if the items are HellaSwag or the stand-in from held-out text.
     """
     share = run.series("hellaswag", "acc_norm")
     known = np.isfinite(share.values)
@@ -114,14 +118,14 @@ def hellaswag(run: Run) -> Figure | None:
     share, last = share.finite(), run.of_kind("hellaswag")[-1]
     stand_in = "not HellaSwag" in str(last.get("protocol"))
     title = "Multiple choice, a stand-in for HellaSwag" if stand_in else "HellaSwag accuracy"
-    figure, (axes,) = _figure(title, ["right"], run)
+    figure, (axes,) = _figure(title, ["accuracy"], run)
     label = f"{100 * share.values[-1]:.4g}% at the end"
     axes.errorbar(*share, error, color=GREEN, marker="o", markersize=4, capsize=2.5, elinewidth=1, label=label)
     draw_level(axes, CHANCE, f"chance, {CHANCE:.0%}")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     axes.margins(y=0.12)
     items = last.get("total")
-    axes.set_ylabel(f"right, of {items:,} items" if isinstance(items, int) else "right")
+    axes.set_ylabel(f"accuracy, {items:,} items" if isinstance(items, int) else "accuracy")
     axes.legend(loc="best")
     return figure
 
@@ -141,7 +145,7 @@ def main() -> None:
 
 
 def _figure(title: str, units: list[str], run: Run) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each unit, one above the other, over the steps."""
+    """Return a figure with one panel per unit, stacked, with the steps as x axis."""
     figure, panels = figure_of(title, units)
     steps, tokens = run.series("train", "tokens_seen").finite()
     size = f" of {tokens[-1] / steps[-1]:,.0f} tokens" if steps.size and steps[-1] else ""
@@ -158,12 +162,12 @@ def _draw(axes: Axes, curve: Series, color: str, label: str = "", noisy: bool = 
 
 
 def _ending(curve: Series) -> float:
-    """The last value as drawn."""
+    """Return the last value as drawn."""
     return float((running_median(curve.values) if curve.steps.size > MANY_POINTS else curve.values)[-1])
 
 
 def _usual_maximum(values: NDArray[np.float64]) -> float:
-    """The largest value, but for the few that would flatten all others, such as the gradient's first."""
+    """Return the maximum without outliers, such as the first gradient norm, which would flatten the curve."""
     return float(values[values <= 4 * np.median(values)].max(initial=0.0))
 
 

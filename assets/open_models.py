@@ -1,7 +1,7 @@
-"""The table of open models as a picture: python -m assets.open_models writes assets/open_models.png.
+"""Draw the table of open models: python -m assets.open_models writes assets/open_models.png.
 
-All facts come from assets/data/open_models.csv, which names a source for each row; tokens a parameter and the share of
-tokens that warm-up takes are divisions of these.
+All facts come from assets/data/open_models.csv, which names a source for each row. Tokens per parameter and the warmup
+share are computed from them.
 """
 
 import csv
@@ -24,15 +24,15 @@ OURS = "LF_LLM-269M"
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A published model and how it was trained; None where its source does not say."""
+    """A published model and its training recipe; None if the source does not say."""
 
     model: str
     parameters: float
-    """As its authors count them: some without the embedding, MolmoE the active ones."""
+    """As the authors count them: some without the embedding, and for MolmoE the active ones."""
     layers: int
     width: int
     heads: str
-    """A range where layers differ."""
+    """A range if layers differ."""
     context: int
     vocabulary: int
     batch_tokens: float | None
@@ -51,7 +51,7 @@ class OpenModel:
 
 
 def read_models(path: Path = TABLE) -> list[OpenModel]:
-    """The rows of the table, in its order."""
+    """Return the rows of the table in file order."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [
@@ -78,7 +78,7 @@ def _number(text: str) -> float | None:
 
 
 def short(number: float | None) -> str:
-    """A count in three digits, such as 524k or 1.47T; a dash for None."""
+    """Format a count with three digits, such as 524k or 1.47T; None as a dash."""
     if number is None:
         return "-"
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -95,20 +95,20 @@ COLUMNS = {
     "heads": lambda m: m.heads,
     "batch,\ntokens": lambda m: short(m.batch_tokens),
     "tokens": lambda m: short(m.tokens),
-    "tokens a\nparameter": lambda m: f"{m.tokens_per_parameter:,.0f}",
-    "highest\nlearning rate": lambda m: "-" if m.max_lr is None else f"{m.max_lr:.2g}",
-    "warm-up,\n% of tokens": lambda m: "-" if m.warmup_ratio is None else f"{100 * m.warmup_ratio:.3g}",
+    "tokens per\nparameter": lambda m: f"{m.tokens_per_parameter:,.0f}",
+    "maximum\nlearning rate": lambda m: "-" if m.max_lr is None else f"{m.max_lr:.2g}",
+    "warmup,\n% of tokens": lambda m: "-" if m.warmup_ratio is None else f"{100 * m.warmup_ratio:.3g}",
 }
 WIDTHS = (0.145, 0.1, 0.075, 0.08, 0.1, 0.09, 0.09, 0.1, 0.115, 0.105)
 
 
 def draw(models: list[OpenModel]) -> Figure:
-    """The table; the row of this project's reference stands out."""
+    """Draw the table, with the row of this project's reference highlighted."""
     figure = Figure(figsize=(11.5, 5.6))
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.02, 0.09, 0.96, 0.82))
     axes.axis("off")
-    axes.set_title("Published language models up to 1.5B parameters, and how they were trained", pad=14)
+    axes.set_title("Published language models up to 1.5B parameters and their training recipes", pad=14)
     cells = [[cell(model) for cell in COLUMNS.values()] for model in models]
     table = axes.table(
         cells, colLabels=list(COLUMNS), colWidths=list(WIDTHS), cellLoc="right", colLoc="right", bbox=Bbox.unit()
@@ -126,11 +126,11 @@ def draw(models: list[OpenModel]) -> Figure:
         elif models[row - 1].model == OURS:
             cell.set_facecolor("#e8effa")
             cell.get_text().set(color=BLUE, fontweight="bold")
-    words = (
-        "Sources by row: assets/data/open_models.csv. A dash: not in the source. MolmoE: active parameters. "
+    note = (
+        "Source of each row: assets/data/open_models.csv. Dash: not in the source. MolmoE: active parameters. "
         "GPT-3 reaches its lowest rate after 260B tokens."
     )
-    figure.text(0.025, 0.03, words, fontsize=9.5, color=GREY)
+    figure.text(0.025, 0.03, note, fontsize=9.5, color=GREY)
     return figure
 
 

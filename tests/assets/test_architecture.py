@@ -1,4 +1,4 @@
-"""The picture of the model is the one that its code and configuration give now."""
+"""The picture of the model matches its code and configuration."""
 
 from itertools import combinations
 from xml.etree import ElementTree
@@ -21,7 +21,7 @@ def texts(picture: str) -> list[ElementTree.Element]:
 
 
 def extent(text: ElementTree.Element) -> tuple[float, float, float, float]:
-    """Left, right, top and bottom in DejaVu Sans, which is wider than the fonts that the picture asks for."""
+    """Left, right, top and bottom in DejaVu Sans, which is wider than the fonts that the picture names."""
     size, x, y = (float(text.attrib[name]) for name in ("font-size", "x", "y"))
     bold = int(text.attrib["font-weight"]) > 400
     font = FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal", size=size)
@@ -31,8 +31,8 @@ def extent(text: ElementTree.Element) -> tuple[float, float, float, float]:
 
 
 def test_the_picture_in_the_repository_is_the_present_one():
-    there = (ROOT / "assets" / "architecture.svg").read_text(encoding="utf-8")
-    assert there == architecture.draw(architecture.SHOWN), "draw it anew with: python -m assets.architecture"
+    stored = (ROOT / "assets" / "architecture.svg").read_text(encoding="utf-8")
+    assert stored == architecture.draw(architecture.SHOWN), "draw it again with: python -m assets.architecture"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

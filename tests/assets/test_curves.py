@@ -96,7 +96,7 @@ def test_only_hellaswag_is_called_so(protocol: str, title: str, tmp_path: Path):
         figure = hellaswag(read_metrics(write(tmp_path / "metrics.jsonl", answers(protocol))))
     assert figure
     assert figure.axes[0].get_title(loc="left") == title
-    assert figure.axes[0].get_ylabel() == "right, of 10,042 items"
+    assert figure.axes[0].get_ylabel() == "accuracy, 10,042 items"
     assert "31.25% at the end" in figure.axes[0].get_legend_handles_labels()[1]
 
 
