@@ -1,8 +1,12 @@
-"""What saving costs the training loop: a save it waits for, beside one in the background.
+"""Measure how long a save delays training: in the foreground and in the background.
 
-python -m benchmarks.checkpoint PRESET --out FOLDER [--saves 5 --micro-batch-size N] prints one JSON object. Real steps
-on random tokens of the preset's shapes; medians of the saves, after one of each that is left out. `held_up_s` is what
-the loop waits for in the background case, `step_s` a step beside no save and `step_while_saving_s` one beside a save.
+python -m benchmarks.checkpoint PRESET --out FOLDER [--saves 5 --micro-batch-size N] prints one JSON object.
+
+Steps are real, on random tokens of the preset's shapes. Figures are medians without the first save of each kind.
+
+- `save_s`: a save in the foreground.
+- `held_up_s`: the loop's wait for the start of a save in the background.
+- `step_s` and `step_while_saving_s`: a step without and during a save in the background.
 """
 
 import argparse
@@ -35,7 +39,7 @@ def main() -> None:
         prog="python -m benchmarks.checkpoint", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--out", type=Path, required=True, help="on the disk that is to be measured; emptied of saves")
+    parser.add_argument("--out", type=Path, required=True, help="folder on the disk to measure; its saves are removed")
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--micro-batch-size", type=int)
     args = parser.parse_args()
@@ -51,16 +55,18 @@ def main() -> None:
         step = make_step(config, state, procs.device, precision)
         step()
         parts, plain = state.parts(procs), state.plain(config, "", precision, 1)
-        waited = [timed(partial(save_checkpoint, args.out / "waited", n, parts, plain)) for n in range(args.saves + 1)]
+        foreground = [
+            timed(partial(save_checkpoint, args.out / "waited", n, parts, plain)) for n in range(args.saves + 1)
+        ]
         shutil.rmtree(args.out / "waited")
-        alone = [timed(step) for _ in range(5)]
+        step_s = [timed(step) for _ in range(5)]
         saver = CheckpointSaver(args.out / "background", config.checkpoint)
-        held_up, beside, seconds = [], [], []
+        held_up, step_while_saving, seconds = [], [], []
         for number in range(args.saves + 1):
             held_up.append(timed(partial(saver.start, number, parts, plain)))
             saved = saver.finished()
             while not saved:
-                beside.append(timed(step))
+                step_while_saving.append(timed(step))
                 saved = saver.finished()
             seconds.append(saved[0].seconds)
         saver.close()
@@ -68,19 +74,19 @@ def main() -> None:
         result = {
             "preset": args.preset,
             "bytes": saved[0].bytes,
-            "save_s": statistics.median(waited[1:]),
+            "save_s": statistics.median(foreground[1:]),
             "held_up_s": statistics.median(held_up[1:]),
-            "held_up_of_save": statistics.median(held_up[1:]) / statistics.median(waited[1:]),
+            "held_up_of_save": statistics.median(held_up[1:]) / statistics.median(foreground[1:]),
             "background_save_s": statistics.median(seconds[1:]),
-            "step_s": statistics.median(alone),
-            "step_while_saving_s": statistics.median(beside[:-1] or beside),
+            "step_s": statistics.median(step_s),
+            "step_while_saving_s": statistics.median(step_while_saving[:-1] or step_while_saving),
             "machine": describe_machine(procs.device),
         }
     print(json.dumps(result))
 
 
 def make_step(config: Config, state: TrainingState, device: torch.device, precision: torch.dtype) -> Callable[[], None]:
-    """One optimizer step of a micro-batch of random tokens."""
+    """Return a function that takes one optimizer step on a micro-batch of random tokens."""
     shape = (config.micro_batch_size, config.model.n_ctx)
     inputs_BT, targets_BT = (torch.randint(config.model.n_vocab, shape, device=device) for _ in range(2))
 
@@ -96,7 +102,7 @@ def make_step(config: Config, state: TrainingState, device: torch.device, precis
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds, work queued on a GPU included."""
+    """Return the seconds of `action`, including work queued on a GPU."""
     started = time.perf_counter()
     action()
     if torch.cuda.is_available():

@@ -1,12 +1,15 @@
-"""Preparing data and loading it: rates and memory, as one JSON object.
+"""Measure the speed and memory of preparing and loading data. Prints one JSON object.
 
 python -m benchmarks.data [--path FILES ...] [--megabytes 300] [--workers 1 2] [--repeats 5] [--n-ctx 2048 256]
 
-The corpus is a file of JSON lines in a temporary folder: documents of paragraphs drawn at random from the texts at
---path, or from the documentation that Python brings, so that no two are equal. tiktoken's `encode_ordinary` alone, on
-texts in memory and one core, is measured in turn with the whole command: process start, reading, tokenising,
-sorting, writing and fsync. The training data loader is then measured on the dataset that the last preparation made,
-see benchmarks/loader.py. Linux only, for the memory. Leave the machine alone meanwhile.
+The corpus is a JSON lines file in a temporary folder. Its documents consist of random paragraphs from the texts at
+--path, or from Python's documentation, so no two are equal.
+
+Two measurements take turns. One is tiktoken's `encode_ordinary` on one core, with the texts in memory. The other is the
+whole command: process start, reading, tokenising, sorting, writing and fsync. Then the training data loader is measured
+on the last dataset, see benchmarks/loader.py.
+
+Memory comes from /proc, so it runs on Linux only. Leave the machine idle otherwise.
 """
 
 import argparse
@@ -49,7 +52,9 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=300, help="size of the corpus (default: 300)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--n-ctx", type=int, nargs="+", default=loader.N_CTX, help="of the loader (default: 2048 256)")
+    parser.add_argument(
+        "--n-ctx", type=int, nargs="+", default=loader.N_CTX, help="context lengths of the loader (default: 2048 256)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -57,7 +62,7 @@ def main() -> None:
         documents = write_corpus(corpus, paragraphs(args.path), args.megabytes * 1_000_000)
         alone: list[float] = []
         prepared: dict[int, list[dict[str, float]]] = {workers: [] for workers in args.workers}
-        for _ in range(args.repeats):  # in turn, so that a noisy machine is noisy for all of them
+        for _ in range(args.repeats):  # take turns, so that noise on the machine affects all alike
             alone.append(tiktoken_alone(corpus, documents // 8))
             for workers, runs in prepared.items():
                 shutil.rmtree(folder / "dataset", ignore_errors=True)
@@ -73,7 +78,7 @@ def main() -> None:
 
 
 def paragraphs(paths: list[str]) -> list[str]:
-    """The paragraphs of all documents that lie at `paths`."""
+    """Return the paragraphs of all documents at `paths`."""
     sources = open_files(paths, "text") if paths else [PythonDocs()]
     texts = (
         text
@@ -86,7 +91,7 @@ def paragraphs(paths: list[str]) -> list[str]:
 
 
 def write_corpus(path: Path, pieces: list[str], size: int) -> int:
-    """Writes documents of about 5 kB until there are `size` bytes of text; returns how many."""
+    """Write documents of about 5 kB up to `size` bytes of text, and return their number."""
     chooser = random.Random(0)
     documents = written = 0
     with open(path, "w") as file:
@@ -101,13 +106,13 @@ def write_corpus(path: Path, pieces: list[str], size: int) -> int:
 
 
 def tiktoken_alone(corpus: Path, documents: int) -> float:
-    """Tokens a second of `encode_ordinary` on one core, over the first `documents` texts."""
+    """Return tokens per second of `encode_ordinary` on one core, for the first `documents` texts."""
     command = [sys.executable, "-c", _TIKTOKEN_ALONE, str(corpus), str(ROOT), str(documents)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def prepare(corpus: Path, out: Path, workers: int) -> dict[str, float]:
-    """The command as a user types it; seconds from start to end, and the most memory that its processes held."""
+    """Run the command as a user does, and return its speed, seconds and peak memory of all its processes."""
     command = [sys.executable, "-m", "src.data_processing.data_downloader", "--source", "files", "--path", str(corpus)]
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -119,7 +124,7 @@ def prepare(corpus: Path, out: Path, workers: int) -> dict[str, float]:
     )
     memory = max(resident_mb(process.pid) for _ in until_ended(process))
     seconds = time.perf_counter() - start
-    assert process.stdout is not None, "it was asked for"
+    assert process.stdout is not None, "stdout is a pipe"
     tokens = json.loads(process.stdout.read())["tokens"]
     return {"tokens_per_second": tokens / seconds, "seconds": seconds, "peak_mb": memory}
 
@@ -135,13 +140,13 @@ def until_ended(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def resident_mb(pid: int) -> float:
-    """What a process and its children hold; pages that they share count each time."""
+    """Return the resident memory of a process and its children; shared pages count once per process."""
     total = 0.0
     for path in [Path(f"/proc/{pid}"), *_children(pid)]:
         try:
             lines = (path / "status").read_text().splitlines()
         except OSError:
-            continue  # it has just ended
+            continue  # the process has just ended
         total += sum(float(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmRSS"))
     return total
 

@@ -1,14 +1,14 @@
-"""HellaSwag by the reference's protocol: ours and the reference's algorithm in turns, as one JSON object.
+"""Compare HellaSwag with the reference's protocol: our implementation and the reference's. Prints one JSON object.
 
 python -m benchmarks.hellaswag {debug,laptop,lf_llm_269m} --data FILE [--checkpoint DIR] [--items 100 --rounds 5]
 
-The reference takes one item at a time: its four rows, padded to the longest, through the model to logits of every
-position in float32; then the cross-entropy of all of them, and a masked mean. Both score the same items, taken evenly
-from the file, with the same token ids and precision. They take turns. Each figure is the median over the rounds, after
-a first one that does not count. The weights are those of `--checkpoint`, or random.
+The reference takes one item at a time. It pads the four rows to the longest, computes float32 logits of every position,
+then their cross-entropy and a masked mean. Both implementations score the same items, spaced evenly over the file, with
+the same token ids and precision. They take turns. Each figure is the median over the rounds, without the first. The
+weights come from `--checkpoint` or are random.
 
-The run fails if the scores differ by more than rounding. `other_choices` counts the items with another choice. There
-`largest_gap` is the largest distance between the two choices' scores, by the reference: a tie of rounding.
+The benchmark fails if the scores differ by more than rounding. `other_choices` counts the items with different choices.
+`largest_gap` is the largest difference between the reference's scores of two such choices. A tie has a tiny one.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from src.utils import hardware
 from src.utils.errors import UserError, exit_with
 
 Scores = list[list[float]]
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # nats a token
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # nats per token
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
     args = parser.parse_args()
     if min(args.items, args.rounds) < 1:
-        raise UserError(f"--items is {args.items} and --rounds {args.rounds}; both must be at least 1")
+        raise UserError(f"Cannot measure: --items is {args.items} and --rounds {args.rounds}. Set both to at least 1.")
     device = hardware.choose_device("auto")
     precision = hardware.choose_precision(args.precision, device)
     items = load_items(args.data)
@@ -60,9 +60,9 @@ def main() -> None:
         seconds, scores = take_turns({"ours": ours, "reference": reference}, model, tokenized, args.rounds)
     differences = [abs(a - b) for pair in zip(*scores.values(), strict=True) for a, b in zip(*pair, strict=True)]
     if max(differences) > TOLERANCE[precision]:
-        raise SystemExit(f"not the same work: scores differ by {max(differences):.2g} nats a token")
-    gaps = [max(theirs) - theirs[choice(found)] for found, theirs in zip(*scores.values(), strict=True)]
-    others = [gap for gap in gaps if gap > 0]
+        raise SystemExit(f"Cannot compare: scores differ by {max(differences):.2g} nats per token")
+    gaps = [max(theirs) - theirs[choice(own)] for own, theirs in zip(*scores.values(), strict=True)]
+    positive = [gap for gap in gaps if gap > 0]
     print(
         json.dumps(
             {
@@ -73,8 +73,8 @@ def main() -> None:
                 "rounds": args.rounds,
                 "seconds": {name: round(value, 3) for name, value in seconds.items()},
                 "times_as_fast": round(seconds["reference"] / seconds["ours"], 2),
-                "other_choices": len(others),
-                "largest_gap": max(others, default=0.0),
+                "other_choices": len(positive),
+                "largest_gap": max(positive, default=0.0),
                 "largest_score_difference": max(differences),
                 "machine": hardware.describe_machine(device),
             }
@@ -83,15 +83,18 @@ def main() -> None:
 
 
 def take_turns(
-    ways: dict[str, Callable[[LLM, Sequence[Question]], Scores]], model: LLM, tokenized: Sequence[Question], rounds: int
+    variants: dict[str, Callable[[LLM, Sequence[Question]], Scores]],
+    model: LLM,
+    tokenized: Sequence[Question],
+    rounds: int,
 ) -> tuple[dict[str, float], dict[str, Scores]]:
-    """Each way's median seconds for all questions, and its scores."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    """Return each variant's median seconds for all questions, and its scores."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     scores: dict[str, Scores] = {}
     for _ in range(1 + rounds):
-        for name, way in ways.items():
+        for name, variant in variants.items():
             started = time.perf_counter()
-            scores[name] = way(model, tokenized)
+            scores[name] = variant(model, tokenized)
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}, scores
 
@@ -108,7 +111,7 @@ def reference(model: LLM, tokenized: Sequence[Question]) -> Scores:
 
 
 def reference_scores(model: LLM, question: Question) -> list[float]:
-    """All four rows, whole, through the model; the prediction of their last position is ignored."""
+    """Score an item as the reference does: four whole rows, without the last position's prediction."""
     context, endings = question
     rows = [[*context, *ending] for ending in endings]
     n_ctx = model.config.n_ctx

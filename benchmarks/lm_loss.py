@@ -1,7 +1,7 @@
-"""Time of the head with its loss, forward and backward: ours, torch's plain form, and that compiled.
+"""Measure head and loss, forward and backward: ours, plain PyTorch, and plain PyTorch compiled.
 
-python -m benchmarks.lm_loss [--tokens N --width N --dtype {bf16,float32}] prints one JSON object. The losses
-are compared, so that all do the same work. Medians of --repeats runs after one warm-up; leave the other cores free.
+python -m benchmarks.lm_loss [--tokens N --width N --dtype {bf16,float32}] prints one JSON object. The benchmark fails
+if the losses differ. Figures are medians of --repeats passes after a warmup. Leave the other cores free.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
         return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
     def measure(loss_of: Callable[..., torch.Tensor]) -> tuple[float, float]:
-        """Median milliseconds, and the loss."""
+        """Return the median milliseconds and the loss."""
         times = []
         for _ in range(args.repeats + 1):
             hidden.grad = weight.grad = None
@@ -56,7 +56,7 @@ def main() -> None:
         lm_loss.ROWS_CPU = lm_loss.ROWS_GPU = rows
         results[f"ours, {rows} rows"] = measure(lm_loss.linear_cross_entropy)
     losses = [loss for _, loss in results.values()]
-    assert max(losses) - min(losses) < 1e-3 * losses[0], f"not the same work: {losses}"
+    assert max(losses) - min(losses) < 1e-3 * losses[0], f"losses differ: {losses}"
     milliseconds = {name: round(ms, 1) for name, (ms, _) in results.items()}
     print(json.dumps({"milliseconds": milliseconds, **vars(args), "machine": describe_machine(device)}))
 

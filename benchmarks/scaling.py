@@ -1,15 +1,15 @@
-"""What several processes cost: one and two of them here, and by arithmetic eight GPUs.
+"""Measure the scaling of one and two processes, and predict that of eight GPUs.
 
 python -m benchmarks.scaling {debug,laptop,lf_llm_269m} --data DATASET [--steps 8 --step-ms MS]
 
-Measured: real runs of `pretrain.py` through the launcher, with one process and with two, each with the same
-micro-batch, one thread a process and one micro-batch a step; and the all-reduce of gradients of the model's size
-between two processes.
+Measured are real runs of `pretrain.py` with one and with two processes, and the all-reduce of the model's gradients
+between two processes. The runs have the same micro-batch, one thread per process and one micro-batch per step.
 
-Predicted, for lf_llm_269m on 8 GPUs, from one GPU's `--step-ms` (a micro-batch with its share of the optimizer;
-measured first with `benchmarks.train_step` there) and the link's rate. Its assumptions are in the result: gradients are
-float32, a ring moves 2 (n - 1) / n of their bytes through each link, once a step with the last micro-batch;
-"overlapped" hides it behind that micro-batch's backward pass, two thirds of its time, and "exposed" hides nothing.
+The prediction is for lf_llm_269m on 8 GPUs, from `--step-ms` of one GPU and the bandwidth of the link. Measure
+`--step-ms` with `benchmarks.train_step`: a micro-batch with its share of the optimizer. The assumptions:
+
+- Gradients are float32. A ring all-reduce moves 2 (n - 1) / n of their bytes through each link, once per step.
+- "overlapped" hides it behind the last micro-batch's backward pass, two thirds of its time. "exposed" hides nothing.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from src.utils import hardware
 from src.utils.errors import exit_with
 from src.utils.root import ROOT, dataset_dir
 
-# Bytes a second through one GPU's links in each direction, from the makers' data sheets, in 10^9, and the share of them
-# that all-reduces of this size commonly reach. nvlink4: H100, H200; nvlink3: A100; pcie4: cards without NVLink.
+# GB/s through one GPU's links in each direction, from the makers' data sheets. nvlink4: H100, H200; nvlink3: A100;
+# pcie4: cards without NVLink. All-reduces of this size commonly reach the share LINK_EFFICIENCY of it.
 LINKS = {"nvlink4": 450.0, "nvlink3": 300.0, "pcie4": 32.0}
 LINK_EFFICIENCY = 0.75
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--data", default="pydocs", help="a dataset's name or folder")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--step-ms", type=float, help="of one micro-batch of lf_llm_269m on one GPU")
+    parser.add_argument("--step-ms", type=float, help="milliseconds of one micro-batch of lf_llm_269m on one GPU")
     args = parser.parse_args()
     config = PRESETS[args.preset]()
     steps = {n: measured_step_ms(args, config, n) for n in (1, 2)}
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measured_step_ms(args: argparse.Namespace, config: Config, processes: int) -> float:
-    """Median over the steps of a real run, but for the first two."""
+    """Return the median step of a real run, without the first two steps."""
     tokens = processes * config.micro_batch_size * config.model.n_ctx
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "src.utils.launch", "--processes", str(processes), "--max-restarts", "0"]
@@ -77,7 +77,7 @@ def measured_step_ms(args: argparse.Namespace, config: Config, processes: int) -
         environment = {**os.environ, "TEMP_DATA_DIR": folder, "OMP_NUM_THREADS": "1"}
         ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
         if ended.returncode:
-            raise SystemExit(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr}")
+            raise SystemExit(f"Cannot measure: {' '.join(command)} exited with {ended.returncode}.\n{ended.stderr}")
         lines = (Path(folder) / "runs" / "scaling" / "metrics.jsonl").read_text().splitlines()
     times = [record["step_ms"] for record in map(json.loads, lines) if record["kind"] == "train"]
     return round(statistics.median(times[2:]), 1)
@@ -89,7 +89,7 @@ def parameters_of(config: Config) -> int:
 
 
 def all_reduce_ms(numbers: int) -> float:
-    """Median of seven all-reduces of so many float32 between two processes of this machine, by gloo."""
+    """Return the median of seven gloo all-reduces of `numbers` float32 between two processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result"
         torch.multiprocessing.spawn(_all_reduce, (f"{folder}/store", str(result), numbers), nprocs=2)
@@ -111,7 +111,7 @@ def _all_reduce(rank: int, store: str, result: str, numbers: int) -> None:
 
 
 def predicted(micro_batch_ms: float, link_gb_per_s: float, gpus: int = 8) -> dict[str, Any]:
-    """Tokens a second of lf_llm_269m on several GPUs."""
+    """Return the predicted tokens per second of lf_llm_269m on several GPUs."""
     config = lf_llm_269m()
     accumulation = config.grad_accumulation_steps(gpus)
     bytes_moved = 2 * (gpus - 1) / gpus * 4 * parameters_of(config)

@@ -1,9 +1,9 @@
-"""A short real run of a preset, eager and compiled: speed, MFU, memory and losses, as one JSON object.
+"""Measure a short run of a preset, eager and compiled: speed, MFU, memory, losses. Prints one JSON object.
 
 python -m benchmarks.short_run lf_llm_269m --data DIR [--steps 30 --log-every 10 --micro-batch-size 16]
 
-The first line of each run holds the compilation and is left out of the medians. The losses of both runs are
-printed, so that the work can be seen to be the same. Runs are left under temp_data/runs/bench-*.
+The first line of each run includes compilation and does not count in the medians. The losses of both runs show that
+they do the same work. The runs stay under temp_data/runs/bench-*.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, compile_setting: Literal["on", "off"]) -> dict[str, object]:
-    """Medians over the training lines of one run, but for the first."""
+    """Return the medians over the training lines of one run, without the first."""
     preset = PRESETS[args.preset]()
     train = replace(
         preset.train,

@@ -1,8 +1,7 @@
-"""Time from the command to the end of its first training step: cold compile caches, then warm ones, then uncompiled.
+"""Measure the time to the end of the first training step: cold compile cache, warm cache, uncompiled.
 
 python -m benchmarks.startup {debug,laptop,lf_llm_269m} --data DATASET [--repeats 3] prints one JSON object. Each start
-is a process of its own, a new run of two steps with hardly anything to evaluate; "cold" ones have an empty cache folder
-each.
+is a new process and a new run of two steps with minimal evaluation. A cold start has an empty cache folder.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from src.utils import hardware
 from src.utils.errors import exit_with
 from src.utils.root import ROOT, dataset_dir
 
-# As little else as can be: the smallest validation, one line a step.
+# Minimal work besides the steps: the smallest validation, one line per step.
 SETTINGS = (
     *("--train.total-steps", "2", "--train.log-every-steps", "1"),
     *("--eval.val-tokens", "1", "--eval.hellaswag-items", "0", "--eval.samples-per-prompt", "1"),
@@ -36,27 +35,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--micro-batch-size", type=int)
     args = parser.parse_args()
-    found: dict[str, list[float]] = {"cold": [], "warm": [], "uncompiled": []}
+    starts_s: dict[str, list[float]] = {"cold": [], "warm": [], "uncompiled": []}
     with tempfile.TemporaryDirectory() as folder:
         temp_data = Path(folder)
         for _ in range(args.repeats):
             shutil.rmtree(temp_data / "compile_cache", ignore_errors=True)
-            found["cold"].append(first_step_s(args, temp_data, "on"))
-            found["warm"].append(first_step_s(args, temp_data, "on"))
-            found["uncompiled"].append(first_step_s(args, temp_data, "off"))
-    seconds = {name: round(statistics.median(values), 2) for name, values in found.items()}
+            starts_s["cold"].append(first_step_s(args, temp_data, "on"))
+            starts_s["warm"].append(first_step_s(args, temp_data, "on"))
+            starts_s["uncompiled"].append(first_step_s(args, temp_data, "off"))
+    seconds = {name: round(statistics.median(values), 2) for name, values in starts_s.items()}
     result = {
         "preset": args.preset,
         "first_step_s": seconds,
         "warm_of_cold": round(seconds["warm"] / seconds["cold"], 3),
-        "all_s": found,
+        "all_s": starts_s,
         "machine": hardware.describe_machine(hardware.choose_device("auto")),
     }
     print(json.dumps(result))
 
 
 def first_step_s(args: argparse.Namespace, temp_data: Path, compile_setting: str) -> float:
-    """Seconds from the start of the process to the record of its first step."""
+    """Return the seconds from the start of the process to the record of its first step."""
     name = f"start-{time.time_ns()}"
     command = [sys.executable, str(ROOT / "pretrain.py"), args.preset, "--run-name", name, *SETTINGS]
     command += ["--train.compile", compile_setting, "--data.dir", str(dataset_dir(args.data))]
@@ -67,7 +66,7 @@ def first_step_s(args: argparse.Namespace, temp_data: Path, compile_setting: str
     started = time.time()
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr}")
+        raise SystemExit(f"Cannot measure: {' '.join(command)} exited with {ended.returncode}.\n{ended.stderr}")
     run_dir = temp_data / "runs" / name
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     seconds = next(record["time"] for record in records if record["kind"] == "train") - started

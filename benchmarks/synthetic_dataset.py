@@ -1,4 +1,4 @@
-"""A dataset of any size that takes next to no room: sparse shards of zeros, for measuring how data is read."""
+"""Make a dataset of any size in little disk space, to measure reading: sparse shards of zeros."""
 
 import os
 from pathlib import Path
@@ -11,9 +11,9 @@ N_VOCAB = 50_257
 
 
 def make_sparse_dataset(folder: Path, n_shards: int = 100, tokens_per_shard: int = 100_000_000) -> shards.Manifest:
-    """Writes the dataset and returns its manifest, in which only the hashes are wrong.
+    """Write the dataset and return its manifest, which is correct except for the hashes.
 
-    The file system must know sparse files; the first shard is the validation's.
+    The file system must support sparse files. The first shard is the validation split.
     """
     folder.mkdir(parents=True)
     listed = []

@@ -1,19 +1,21 @@
-"""A training step, ours beside others': forward, backward, clipping and optimizer, as one JSON object.
+"""Compare a training step with others: forward, backward, clipping and optimizer. Prints one JSON object.
 
 python -m benchmarks.train_step {debug,laptop,lf_llm_269m} --data DATASET [--micro-batch-size N --rounds N --steps N]
 
-Every variant starts from the same weights and takes the same batches of real text at the same learning rates, without
-dropout, all in the same precision; the run fails if their losses differ. The variants:
+All variants start from the same weights and train on the same batches of real text. Learning rates and precision are
+the same, and dropout is off. The benchmark fails if the losses differ. The variants:
 
-ours            `pretrain.train_step` with --train.compile on, ours_eager with it off
-ours_float32_logits    ours, its loss the plain way, from logits of all positions in float32
-llama           transformers' LlamaForCausalLM of the same shape with fused AdamW; llama_compiled in torch.compile
-reference       what the reference implementation does: full float32 logits, rotary tables made on the CPU and moved in
-                every layer. On a GPU in torch.compile with fused AdamW, as launched there; on a CPU without, likewise
+ours                   `pretrain.train_step` with --train.compile on
+ours_eager             the same with --train.compile off
+ours_float32_logits    ours with the plain loss, from float32 logits of all positions
+llama                  transformers' LlamaForCausalLM of the same shape with fused AdamW
+llama_compiled         the same in torch.compile
+reference              the reference implementation: full float32 logits, and rotary tables made on the CPU and moved to
+                       the device in every layer. On a GPU it has torch.compile and fused AdamW, on a CPU neither.
 
-On a CPU the variants take turns, so that a busy moment strikes all; on a GPU one has the memory for itself at a time.
-Each figure is the median over rounds of the mean of `--steps` steps; the first step, which compiles, is given apart.
-`matmul_tflops` is the rate of square matrix products of the same precision between the rounds.
+On a CPU the variants take turns, so that other load affects all alike. On a GPU each variant has the memory alone. Each
+figure is the median over rounds of the mean of `--steps` steps. `first_step_s` holds the first step, which compiles.
+`matmul_tflops` is the speed of square matrix products in the same precision, measured between the rounds.
 """
 
 import argparse
@@ -53,7 +55,7 @@ from src.utils.root import dataset_dir
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Step = Callable[[Batch], float]
-"""Takes one optimizer step and returns its loss, as a float: the device has finished then."""
+"""Takes one optimizer step and returns its loss as a float, which waits for the device."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1, help="in a round")
+    parser.add_argument("--steps", type=int, default=1, help="steps per round")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
     device = hardware.choose_device("auto")
@@ -113,7 +115,7 @@ def main() -> None:
 def run_group(
     builders: dict[str, Callable[[], Step]], timings: dict[str, Timing], batches: list[Batch], args: argparse.Namespace
 ) -> None:
-    """Times the variants in turns, a round each."""
+    """Time the variants in turns, one round each."""
     device = batches[0][0].device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -136,7 +138,7 @@ def run_group(
 
 
 def real_batches(config: Config, steps: int, device: torch.device) -> list[Batch]:
-    """The first `steps` micro-batches of a run on the dataset, on the device."""
+    """Return the first `steps` micro-batches of a run on the dataset, on the device."""
     folder = dataset_dir(config.data.dir)
     manifest = read_manifest(folder)
     windows = WindowDataset(folder, manifest.train, config.model.n_ctx, config.model.n_vocab, at_least=1)
@@ -160,7 +162,7 @@ def ours(
     compile_setting: Literal["on", "off"] = "on",
     float32_logits: bool = False,
 ) -> Step:
-    """The loop's own step, in a run without files worth keeping."""
+    """Return the training loop's step, in a run whose files are temporary."""
     with tempfile.TemporaryDirectory() as folder:
         run = pretrain.prepare(
             replace(config, train=replace(config.train, compile=compile_setting)),
@@ -249,7 +251,7 @@ VARIANTS: dict[str, Callable[[Config, torch.dtype, torch.device], Step]] = {
 
 
 def first_weights(config: Config) -> LLM:
-    """The weights that a run of `config` starts from."""
+    """Return a model with the initial weights of a run of `config`."""
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)
     return model
@@ -263,7 +265,7 @@ def plain_step(
     precision: torch.dtype,
     device: torch.device,
 ) -> Step:
-    """A step as tutorials write it, at the learning rates of our schedule."""
+    """Return a plain training step, with the learning rates of our schedule."""
     steps = iter(range(config.total_steps))
 
     def step(batch: Batch) -> float:
@@ -282,7 +284,7 @@ def plain_step(
 
 
 def matmul_tflops(device: torch.device, precision: torch.dtype) -> float:
-    """10^12 operations a second of the product of two square matrices; median of 9 after one that is not counted."""
+    """Return TFLOP/s of the product of two square matrices: the median of 9, without a first one."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=precision) for _ in range(2))
     seconds = []
@@ -294,12 +296,12 @@ def matmul_tflops(device: torch.device, precision: torch.dtype) -> float:
 
 
 def check_losses(timings: dict[str, Timing]) -> None:
-    """Fails unless all variants have the same loss at each step, as far as bf16 can tell."""
+    """Raise SystemExit unless all variants have the same loss at each step, up to bf16 rounding."""
     names = list(timings)
     for step, losses in enumerate(zip(*(timings[name].losses for name in names), strict=True)):
         low, high = min(losses), max(losses)
         if high - low > 0.01 * high:
-            raise SystemExit(f"not the same work: losses at step {step} are {dict(zip(names, losses, strict=True))}")
+            raise SystemExit(f"Cannot compare: losses differ at step {step}: {dict(zip(names, losses, strict=True))}")
 
 
 def report(

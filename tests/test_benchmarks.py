@@ -1,4 +1,4 @@
-"""Benchmarks measure what they say, and name a mistake; how fast anything is depends on the machine."""
+"""Benchmarks run and print their figures, and name a mistake; speed itself depends on the machine."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from tests.model_assessment.test_hellaswag_items import RECORD
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_data_is_prepared_and_loaded(tmp_path: Path, commands: Commands):
-    """The loader reads the very dataset that was prepared: with a token for some 4 bytes of text."""
+    """The loader reads the dataset that was prepared, with about one token per 4 bytes of text."""
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(300))
     options = ["--megabytes", "2", "--workers", "1", "--repeats", "1", "--n-ctx", "256"]
     done = commands.module("benchmarks.data", "--path", str(path), *options)
@@ -28,7 +28,7 @@ def test_data_is_prepared_and_loaded(tmp_path: Path, commands: Commands):
 
 
 def test_hellaswag_is_answered_as_one_item_at_a_time(tmp_path: Path, commands: Commands):
-    """Contexts of all lengths, the last ones longer than the model's."""
+    """Contexts have all lengths; the last ones exceed the model's context."""
     path = tmp_path / "items.jsonl"
     path.write_text("".join(json.dumps(RECORD | {"ctx": "A man sits. " * n}) + "\n" for n in range(1, 41)))
     options = ["--items", "10", "--rounds", "1", "--precision", "float32"]
