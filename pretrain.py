@@ -36,7 +36,7 @@ from src.data_processing.training_data_loader import TrainingDataLoader, WindowD
 from src.model import LLM
 from src.model_assessment.periodic_evaluation import Assessment
 from src.model_assessment.trackers import Watching, require_packages
-from src.model_configs.command_line import config_from_command_line
+from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.adamw_opt import build_adamw, learning_rate
 from src.model_utils.autotune import out_of_memory, settle
 from src.model_utils.checkpoint_saver import CheckpointSaver, Saved, refuse_full_disk

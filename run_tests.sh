@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets up what the tests need, then runs lint, types and all tests. Arguments go to pytest, which then
-# runs alone: ./run_tests.sh tests/test_model.py -k rope
+# Sets up what the tests need, then runs lint, types and all tests. With arguments only pytest runs, with these:
+# ./run_tests.sh tests/test_model.py -k rope
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 cd "$ROOT"
 # shellcheck source=src/utils/environment.sh
 . "$ROOT/src/utils/environment.sh"
@@ -11,8 +11,9 @@ if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m ruff check .
     "$PYTHON" -m mypy
-    # Files side by side, one more than there are cores, since many tests wait for time to pass.
+    # One worker more than there are cores, since many tests wait for time to pass. A worker that has none left takes
+    # over tests of the others, so that a long file does not end last.
     workers=$("$PYTHON" -c 'from src import available_cores; print(min(available_cores(), 4) + 1)')
-    set -- --numprocesses "$workers" --dist loadfile
+    set -- --numprocesses "$workers" --dist worksteal
 fi
 exec "$PYTHON" -m pytest "$@"

@@ -39,8 +39,7 @@ hellaswag() { benchmark hellaswag "$PRESET" --data "$HELLASWAG"; }
 auto_micro_batch() { run gpu-auto --train.total-steps 2 --train.micro-batch-size auto; }
 profile() { run gpu-profile --train.total-steps 6 --profile 2 && cp "$RUNS"/gpu-profile/profile/* "$OUT"; }
 nccl() {
-    "$PYTHON" -m src.utils.launch --processes "$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')" \
-        --max-restarts 0 pretrain.py "$PRESET" --run-name gpu-nccl --data.dir "$DATA" --eval.hellaswag-items 0 \
+    "$PYTHON" -m src.utils.torchrun --standalone --nproc-per-node gpu pretrain.py "$PRESET" --run-name gpu-nccl --data.dir "$DATA" --eval.hellaswag-items 0 \
         --eval.samples-per-prompt 1 --eval.sample-tokens 1 --eval.val-tokens 65536 --train.total-steps 3
 }
 

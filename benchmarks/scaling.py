@@ -69,7 +69,7 @@ def measured_step_ms(args: argparse.Namespace, config: Config, processes: int) -
     """Return the median step of a real run, without the first two steps."""
     tokens = processes * config.micro_batch_size * config.model.n_ctx
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "src.utils.launch", "--processes", str(processes), "--max-restarts", "0"]
+        command = [sys.executable, "-m", "src.utils.torchrun", "--standalone", "--nproc-per-node", str(processes)]
         command += [str(ROOT / "pretrain.py"), args.preset, "--run-name", "scaling", "--data.dir"]
         command += [str(dataset_dir(args.data)), "--train.total-steps", str(args.steps), "--train.log-every-steps", "1"]
         command += ["--train.batch-tokens", str(tokens), "--train.compile", "off", "--eval.val-tokens", "1"]

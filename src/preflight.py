@@ -1,14 +1,14 @@
-"""Whether a start of training can work, found in seconds and all at once, before hours are spent on it.
+"""Eight checks of whether a start of training can work, made in seconds before hours are spent on it.
 
     python -m src.preflight PRESET [overrides as of pretrain.py]
 
-Trains and fetches nothing and leaves no file behind but a dataset's stamp. stderr gets a line a check, stdout one JSON
-object. The launcher says by variables what it will start: WORLD_SIZE processes, NPROC of them on this machine, in the
-folder STARTED_IN; with PREPARES_DATA=yes it prepares the dataset first, from what DATA_SOURCE, DATA_PATH and
-DATA_MAX_TOKENS say.
+Trains, downloads and writes nothing, except a dataset's stamp. stderr gets a line per check, stdout one JSON object.
+The launcher describes its start by variables: WORLD_SIZE processes, NPROC of them on this machine, in the folder
+STARTED_IN. With DATA=prepare it will prepare the dataset as DATA_SOURCE and the other variables say. With DATA=wait
+another machine does.
 """
 
-import src  # noqa: F401 (before torch: see there)
+import src  # noqa: F401 (before torch: it sets the environment)
 from src.utils.stop_signals import end_at_once_on_ctrl_c
 
 if __name__ == "__main__":
@@ -16,99 +16,302 @@ if __name__ == "__main__":
 
 import json
 import os
-import sys
+import platform
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
-from src import preflight_checks as checks
-from src.model_configs.command_line import config_from_command_line
-from src.params import ConfigError
-from src.preflight_checks import Preparation, Start
-from src.utils.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STORAGE, BusyError, UserError, exit_with
-from src.utils.handle_ddp import processes_here, world_size
+import torch
+from huggingface_hub import constants as hub_settings
 
-# In the order in which a reader would ask.
-CHECKS = {
-    "python": checks.python,
-    "torch": checks.pytorch,
-    "processes": checks.processes,
-    "device": checks.device,
-    "backend": checks.backend,
-    "precision": checks.precision,
-    "compiler": checks.compiler,
-    "watching": checks.watching,
-    "memory": checks.memory,
-    "tokenizer": checks.tokenizer,
-    "HellaSwag": checks.hellaswag,
-    "dataset": checks.dataset,
-    "data folder": checks.data_folder,
-    "run folder": checks.run_folder,
-    "disk": checks.disk,
-    "clock": checks.clock,
-}
-_WIDTH = len("FAIL  ") + max(map(len, CHECKS)) + len(":  ")
+from src.data_processing.document_shuffle import disk_needed
+from src.data_processing.shards import MANIFEST, check_in_seconds, read_manifest
+from src.data_processing.text_sources import SOURCES, Request, find_files
+from src.data_processing.tokenizer import Tokenizer
+from src.data_processing.training_data_loader import WindowDataset
+from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
+from src.model_assessment.trackers import require_packages
+from src.model_configs.my_llm_config import config_from_command_line
+from src.model_utils.autotune import compile_problem
+from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoint_bytes, checkpoints_need
+from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
+from src.model_utils.memory_estimate import Step, estimate_memory
+from src.model_utils.training_state import check_settings, refuse_lost
+from src.params import Config, ConfigError
+from src.utils import root
+from src.utils.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STORAGE, BusyError, StorageError, UserError, exit_with, say
+from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
+from src.utils.handle_ddp import device_and_backend, processes_here, world_size
+from src.utils.hardware import available_memory_bytes, choose_precision
+
+PROCESS_BYTES = 700_000_000  # PyTorch with its compiler
+FREED_SHARE = 1.4  # memory that is freed and kept on a CPU, measured (LOG.md)
 
 
-def check_all(start: Start) -> tuple[dict[str, dict[str, str]], int]:
-    """Makes and prints all checks; returns status and words of each, and the exit code.
+@dataclass(frozen=True)
+class Start:
+    """The start to check."""
 
-    The code is 0, or the one that all failures have in common (4: storage, 5: the run is held), or 2.
-    """
-    results: dict[str, dict[str, str]] = {}
-    codes: set[int] = set()
-    reasons: set[str] = set()
-    for name, check in CHECKS.items():
-        try:
-            found = check(start)
-        except (ConfigError, UserError, BusyError, OSError) as error:  # StorageError is an OSError
-            words = "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
-            if words in reasons:  # several checks need the device
-                continue
-            reasons.add(words)
-            codes.add(getattr(error, "exit_code", EXIT_STORAGE))
-            results[name] = {"status": "FAIL", "found": words}
-        else:
-            if found is None:
-                continue
-            results[name] = {"status": "warn" if found.is_doubtful else "ok", "found": found.words}
-        _print(name, **results[name])
-    if not codes:
-        return results, EXIT_DONE
-    return results, codes.pop() if len(codes) == 1 else EXIT_BAD_INPUT
+    config: Config
+    world_size: int
+    processes_here: int
+    request: Request | None = None
+    """The dataset that the launcher will prepare unless it exists."""
+    data: str = "ready"
+    """ready: the dataset must exist; prepare: the launcher prepares it; wait: another machine does."""
+
+    @property
+    def dataset(self) -> Path:
+        return root.dataset_dir(self.config.data.dir)
+
+    @property
+    def is_prepared(self) -> bool:
+        return self.data == "ready" or os.path.exists(self.dataset / MANIFEST)
+
+    @property
+    def run_dir(self) -> Path:
+        return root.RUNS / self.config.run_name
+
+
+class Found(NamedTuple):
+    """The result of a check that does not fail."""
+
+    text: str
+    doubtful: bool = False
+    """True for a warning."""
 
 
 def main() -> int:
     started = time.perf_counter()
-    os.chdir(os.environ.get("STARTED_IN") or ".")  # what relative paths are relative to
+    os.chdir(os.environ.get("STARTED_IN") or ".")
     config = config_from_command_line(
-        "Say whether a start of pretrain.py with these settings can work, for as many processes as the environment "
-        "variable WORLD_SIZE says (NPROC of them on this machine). Exit codes: 0 yes, 2 no, 4 no for storage alone, "
-        "5 no because another process is training in the run's folder.",
+        "Check whether pretrain.py can start with these settings, with WORLD_SIZE processes, NPROC of them here. Exit "
+        "codes: 0 yes, 2 no, 4 no because of storage alone, 5 no because another process holds the run.",
         prog="python -m src.preflight",
     )
-    results, code = check_all(Start(config, world_size(), processes_here(), _preparation()))
+    data = os.environ.get("DATA", "ready")
+    start = Start(config, world_size(), processes_here(), requested(os.environ) if data == "prepare" else None, data)
+    results, code = check_all(start)
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:
-        print(f"\nnot started, because {len(failed)} check(s) failed: {', '.join(failed)}", file=sys.stderr)
+        say(f"\nnot started: {len(failed)} check(s) failed: {', '.join(failed)}")
     seconds = round(time.perf_counter() - started, 3)
     summary = {"exit_code": code, "failed": failed, "warnings": warnings, "checks": results, "seconds": seconds}
     print(json.dumps(summary))
     return code
 
 
-def _preparation() -> Preparation | None:
-    """What the launcher says that it will do."""
-    if os.environ.get("PREPARES_DATA") != "yes":
-        return None
-    paths = tuple(filter(None, os.environ.get("DATA_PATH", "").splitlines()))
-    max_tokens = os.environ.get("DATA_MAX_TOKENS")
-    return Preparation(os.environ["DATA_SOURCE"], paths, int(max_tokens) if max_tokens else None)
+def requested(variables: Mapping[str, str]) -> Request:
+    """Returns the dataset that the launcher's variables describe."""
+    limit = variables.get("DATA_MAX_TOKENS")
+    return Request(
+        sources=[variables["DATA_SOURCE"]],
+        paths=[path for path in variables.get("DATA_PATH", "").splitlines() if path],
+        text_field=variables.get("DATA_TEXT_FIELD") or "text",
+        tokens_per_shard=100_000_000,
+        seed=42,
+        max_tokens=int(limit) if limit else None,
+    )
 
 
-def _print(name: str, status: str, found: str) -> None:
-    """One line, further ones below it."""
-    head = f"{status:<6}{name}:"
-    print(f"{head:<{_WIDTH}}{found}".replace("\n", "\n" + " " * _WIDTH), file=sys.stderr, flush=True)
+def check_all(start: Start) -> tuple[dict[str, dict[str, str]], int]:
+    """Makes and prints all checks. Returns status and text of each, and the exit code.
 
+    The code is 0, or the one that all failures share (4: storage, 5: the run is held), else 2.
+    """
+    results: dict[str, dict[str, str]] = {}
+    codes: set[int] = set()
+    for name, check in CHECKS.items():
+        try:
+            found = check(start)
+            status, text = "warn" if found.doubtful else "ok", found.text
+        except (ConfigError, UserError, BusyError, OSError) as error:  # StorageError is an OSError
+            codes.add(getattr(error, "exit_code", EXIT_STORAGE))
+            status, text = "FAIL", "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
+        results[name] = {"status": status, "found": text}
+        column = " " * len("FAIL  checkpoint: ")
+        say(f"{status:<6}{name + ':':<12}{text}".replace("\n", "\n" + column))
+    if not codes:
+        return results, EXIT_DONE
+    return results, codes.pop() if len(codes) == 1 else EXIT_BAD_INPUT
+
+
+def settings(start: Start) -> Found:
+    steps = start.config.grad_accumulation_steps(start.world_size)
+    here = f" ({start.processes_here} on this machine)" if start.processes_here != start.world_size else ""
+    size = f"{start.config.train.micro_batch_size} x {start.config.model.n_ctx}"
+    return Found(f"{start.world_size} process(es){here}, micro-batch {size}, {steps} accumulation step(s)")
+
+
+def device(start: Start) -> Found:
+    """Checks the device of each process, its memory, and the compiler."""
+    compile = start.config.train.compile
+    kind = device_and_backend(start.config.train.device, start.processes_here - 1, start.world_size)[0].type
+    text, doubts = f"{kind}, Python {platform.python_version()}, PyTorch {torch.__version__}", []
+    if (compile == "on" or (compile == "auto" and kind == "cuda")) and (problem := compile_problem(kind)):
+        if compile == "on":
+            raise UserError(f"Cannot compile the model: {problem}, or leave out --train.compile on.")
+        doubts.append(f"{problem}; until then nothing is compiled")
+    needed, free = _memory(start, kind)
+    if needed > free:
+        remedy = "Use a smaller --train.micro-batch-size or model, fewer processes, or end other programs."
+        doubts.append(f"roughly {size_text(needed)} of memory needed, {size_text(free)} free. {remedy}")
+    return Found("; ".join([text, *doubts]), bool(doubts))
+
+
+def _memory(start: Start, kind: str) -> tuple[int, int]:
+    """Returns the bytes of memory that training roughly needs, and the free ones: of a GPU, or of this machine."""
+    config = start.config
+    number_bytes = choose_precision(config.train.precision, torch.device(kind)).itemsize
+    step = estimate_memory(Step(config.model, config.micro_batch_size, number_bytes, kind)).total
+    if kind == "cuda":
+        return step, min(torch.cuda.mem_get_info(number)[0] for number in range(start.processes_here))
+    # A save copies weights and moments while training continues.
+    process = PROCESS_BYTES + FREED_SHARE * step + checkpoint_bytes(config)
+    return start.processes_here * int(process), available_memory_bytes()
+
+
+def dataset(start: Start) -> Found:
+    """Checks the dataset, or the source that it will be prepared from."""
+    config, folder = start.config, start.dataset
+    if not start.is_prepared:
+        _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
+        if start.request is None:
+            return Found(f"{folder}, which node 0 prepares")
+        files = f", {len(find_files(start.request.paths)[0]):,} of them" if start.request.paths else ""
+        return Found(f"{folder}, to be prepared from {start.request.sources[0]}{files}")
+    manifest = read_manifest(folder)
+    _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)
+    unread = check_in_seconds(folder, manifest)
+    for shards, at_least in ((manifest.train, config.batch_size), (manifest.validation, 1)):
+        WindowDataset(folder, shards, config.model.n_ctx, config.model.n_vocab, at_least)
+    verified = f"{size_text(unread)} to be verified before the first step" if unread else "verified"
+    return Found(f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards, {verified}")
+
+
+def _check_vocabulary(config: Config, folder: Path, name: str, n_vocab: int) -> None:
+    if n_vocab > config.model.n_vocab:
+        raise UserError(
+            f"Cannot train on {folder}: it has {n_vocab} different ids, those of {name}, but model.n_vocab = "
+            f"{config.model.n_vocab}. Set --model.n-vocab {n_vocab}."
+        )
+
+
+def folder(start: Start) -> Found:
+    """Checks that the run's folder is free and writable, and the dataset's too."""
+    refuse_dangling(start.run_dir)
+    for path in sorted({existing_folder(path) for path in (start.run_dir, start.run_dir / "checkpoints")}):
+        check_writable(path)
+    refuse_claimed(start.run_dir)
+    try:
+        check_writable(existing_folder(start.dataset))
+    except StorageError as error:
+        if not start.is_prepared:
+            raise
+        return Found(f"{start.run_dir}; {error}, so every start reads the whole dataset", True)
+    return Found(f"{start.run_dir}, free and writable")
+
+
+def disk(start: Start) -> Found:
+    """Checks the room for checkpoints and for the dataset, together if they share a file system."""
+    needs = {"checkpoints": (start.run_dir, checkpoints_need(start.config, start.run_dir / "checkpoints"))}
+    if tokens := _tokens(start):
+        needs["data"] = (start.dataset, disk_needed(start.dataset, tokens, 0))
+    devices: dict[int, dict[str, int]] = {}
+    for name, (path, size) in needs.items():
+        devices.setdefault(existing_folder(path).stat().st_dev, {})[name] = size
+    texts, doubtful, failed = [], False, False
+    for sizes in devices.values():
+        place = existing_folder(needs[next(iter(sizes))][0])
+        needed, free = sum(sizes.values()), free_bytes(place)
+        parts = " + ".join(f"{size_text(size)} for {name}" for name, size in sizes.items())
+        texts.append(f"{parts} needed, {'only ' if needed > free else ''}{size_text(free)} free at {place}")
+        doubtful |= needed > free
+        failed |= needed - sizes.get("data", 0) // 2 > free  # data can only be estimated
+    if failed:
+        raise StorageError(f"{'; '.join(texts)}; {MAKE_ROOM}, or prepare less with DATA_MAX_TOKENS")
+    return Found("; ".join(texts), doubtful)
+
+
+def _tokens(start: Start) -> int:
+    """Returns the estimated tokens of the dataset to prepare, 0 if there is none."""
+    if start.request is None or start.is_prepared:
+        return 0
+    try:
+        tokens = SOURCES[start.request.sources[0]].tokens(start.request)
+    except UserError:  # the check of the dataset reports it
+        return 0
+    return min(tokens, start.request.max_tokens or tokens)
+
+
+def hub(start: Start) -> Found:
+    """Checks the source of HellaSwag's items, and the hub if the dataset comes from it."""
+    source = start.request.sources[0] if start.request and not start.is_prepared else ""
+    needs_hub = source and SOURCES[source].uses_hub and not hub_settings.HF_HUB_OFFLINE
+    if needs_hub and not hub_answers(hub_settings.ENDPOINT):
+        raise UserError(
+            f"Cannot prepare {source}: {hub_settings.ENDPOINT} does not answer. Set DATA_SOURCE to files or pydocs. If "
+            "everything was downloaded before, set HF_HUB_OFFLINE=1."
+        )
+    data, limit = start.config.eval.hellaswag_data, start.config.eval.hellaswag_items
+    if not limit or data == "held-out":
+        return Found("not needed for HellaSwag")
+    if data != "auto":
+        return Found(f"not needed: {len(load_items(Path(data), limit)):,} HellaSwag items in {data}")
+    refuse_silent_hub()
+    if copy := cached_items():
+        return Found(f"HellaSwag is in {copy.parent}")
+    if hub_settings.HF_HUB_OFFLINE:
+        raise UserError(
+            "Cannot download HellaSwag: HF_HUB_OFFLINE is set. Give a local copy with --eval.hellaswag-data FILE, use "
+            "--eval.hellaswag-data held-out for a stand-in, or --eval.hellaswag-items 0 for none."
+        )
+    return Found(f"HellaSwag will be downloaded from {hub_settings.ENDPOINT}, which answers")
+
+
+def trackers(start: Start) -> Found:
+    require_packages(start.config.report_to)
+    return Found(", ".join(start.config.report_to) or "none")
+
+
+def checkpoint(start: Start) -> Found:
+    """Checks the checkpoint to resume from, except its bytes, which training verifies."""
+    folder, resume = start.run_dir / "checkpoints", start.config.resume
+    steps = checkpoint_steps(folder)
+    if resume.isdecimal() and int(resume) not in steps:
+        existing = ", ".join(map(str, steps)) or "none"
+        raise UserError(
+            f"Cannot resume from step {resume}: {folder} has none. Steps that have a checkpoint: {existing}. "
+            "Leave out --resume to use the newest."
+        )
+    if resume == "never":
+        return Found("none; an existing run is set aside")
+    if not steps:
+        refuse_lost(folder)
+        return Found("none; training starts at step 0")
+    step = steps[-1] if resume == "auto" else int(resume)
+    try:
+        settings = read_unverified(step_dir(folder, step))
+    except UserError as error:
+        if resume != "auto":
+            raise
+        return Found(f"an earlier one than step {step}, because: {error}", True)
+    check_settings(settings, start.config)
+    return Found(f"step {step} of {start.config.total_steps}, if its files verify")
+
+
+CHECKS: dict[str, Callable[[Start], Found]] = {
+    "settings": settings,
+    "device": device,
+    "dataset": dataset,
+    "folder": folder,
+    "disk": disk,
+    "hub": hub,
+    "trackers": trackers,
+    "checkpoint": checkpoint,
+}
 
 if __name__ == "__main__":
     exit_with(main)

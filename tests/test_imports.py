@@ -21,8 +21,7 @@ LEVELS = [
     ("src/model.py",),
     ("src/data_processing/", "src/model_utils/"),
     ("src/model_assessment/",),
-    ("src/run_setup.py", "src/preflight.py", "src/preflight_checks.py"),
-    ("src/run_log.py",),
+    ("src/preflight.py", "src/launcher_settings.py"),
     ("pretrain.py",),
 ]
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("src/**/*.py"), ROOT / "pretrain.py"])

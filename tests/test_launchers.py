@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from src.model_utils.checkpoint_utils import damage
-from src.utils.check_environment import missing
 from src.utils.root import ROOT
 
 SMALL = [
@@ -35,8 +34,10 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    names = "DEBUG_MODE PRESET RUN_NAME DATA_SOURCE DATA_PATH DATA_DIR NPROC TEMP_DATA_DIR "
-    names += "NNODES NODE_RANK MASTER_ADDR MASTER_PORT MAX_RESTARTS DATA_WAIT"
+    names = (
+        "DEBUG_MODE PRESET RUN_NAME DATA_SOURCE DATA_PATH DATA_DIR DATA_DATASET DATA_MAX_TOKENS NPROC TEMP_DATA_DIR "
+    )
+    names += "NNODES NODE_RANK MASTER_ADDR MASTER_PORT MAX_RESTARTS DATA_WAIT LAUNCH_ID"
     kept = {name: value for name, value in os.environ.items() if name not in names.split()}
     return {**kept, "PYTHON": sys.executable, "HF_ENDPOINT": "http://127.0.0.1:9", "NPROC": "1", **variables}
 
@@ -53,12 +54,13 @@ def launch(script: Path, *arguments: str, cwd: Path, **variables: str) -> subpro
     )
 
 
-def test_debug_from_another_folder_with_a_misleading_pythonpath(elsewhere: Path, tmp_path: Path):
+def test_debug_from_another_folder_through_a_link_in_an_odd_environment(elsewhere: Path, tmp_path: Path):
     for folder in (tmp_path / "working", tmp_path / "decoy"):  # other packages named src, where Python looks first
         (folder / "src").mkdir(parents=True)
         (folder / "src" / "__init__.py").write_text("raise SystemExit('the wrong src')")
-    script = elsewhere / "run_pre_training_e2e_debug.sh"
-    variables = {"PYTHONPATH": str(tmp_path / "decoy")}
+    script = tmp_path / "link"
+    script.symlink_to(elsewhere / "run_pre_training_e2e_debug.sh")
+    variables = {"PYTHONPATH": str(tmp_path / "decoy"), "PYTHONSAFEPATH": "1", "CDPATH": str(tmp_path)}
     result = launch(script, "--train.total-steps", "4", *SMALL, cwd=tmp_path / "working", **variables)
     assert result.returncode == 0, result.stderr
     stages = [line for line in result.stderr.splitlines() if line.startswith("== ")]
@@ -88,36 +90,6 @@ def texts(tmp_path: Path) -> Path:
         sentence = " ".join(words[(i * j + j) % 12] for j in range(1, 120))
         (folder / f"{i:03d}.txt").write_text(f"Document {i}. {sentence}.")
     return folder
-
-
-def test_files_of_ones_own_stopped_by_a_signal_and_started_again(texts: Path, tmp_path: Path):
-    script = ROOT / "run_pre_training_e2e.sh"
-    variables = {
-        "PRESET": "laptop",
-        "DATA_SOURCE": "files",
-        "DATA_PATH": "my texts",  # relative to where it was started
-        "DATA_DIR": "mine",
-        "RUN_NAME": "first",
-        "TEMP_DATA_DIR": str(tmp_path / "big disk"),
-    }
-    arguments = ["--train.total-steps", "100", "--checkpoint.every-steps", "1000", *SMALL]
-    run = tmp_path / "big disk" / "runs" / "first"
-    with subprocess.Popen(
-        [str(script), *arguments], env=environment(**variables), cwd=tmp_path, stderr=subprocess.DEVNULL
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not ((run / "metrics.jsonl").exists() and '"train"' in (run / "metrics.jsonl").read_text()):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)  # to the launcher alone, as a scheduler does
-        assert process.wait(timeout=60) == 143
-    stopped_at = json.loads((run / "status.json").read_text())["step"]
-    assert 0 < stopped_at < 100
-    assert (run / "report.html").is_file()
-    result = launch(script, *arguments, cwd=tmp_path, **variables)
-    assert result.returncode == 0, result.stderr
-    assert f"resume: from step_{stopped_at:07d} of 100 steps" in result.stderr
 
 
 @pytest.fixture
@@ -201,41 +173,134 @@ os.rename = slow_rename
 """
 
 
-@pytest.mark.parametrize(("number", "restarts"), [(signal.SIGINT, "0"), (signal.SIGINT, "3"), (signal.SIGHUP, "3")])
-def test_a_stop_reaches_all_and_is_quiet(number: int, restarts: str, texts: Path, tmp_path: Path, started):
-    """Ctrl-C, and again during the save, and a terminal that is closed: both reach every process."""
-    variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "TEMP_DATA_DIR": str(tmp_path / "data")}
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, "1"), (signal.SIGTERM, "2")])
+def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str, texts: Path, tmp_path: Path, started):
+    """And again during the save, which changes nothing. The same command then resumes."""
+    variables = {
+        "PRESET": "laptop",
+        "DATA_PATH": "my texts",  # relative to where it is started
+        "DATA_DIR": "mine",
+        "RUN_NAME": "first",
+        "TEMP_DATA_DIR": str(tmp_path / "big disk"),
+        "NPROC": processes,
+        "PYTHONPATH": str(tmp_path / "hook"),
+    }
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(SLOW_SAVES.format(saving=str(tmp_path / "saving")))
-    variables |= {"PYTHONPATH": str(tmp_path / "hook"), "MAX_RESTARTS": restarts}
-    run = tmp_path / "data" / "runs" / "laptop"
-    process = started("--train.total-steps", "100000", *SMALL, **variables)
+    settings = [*SMALL, "--train.micro-batch-size", "4", "--checkpoint.every-steps", "100000"]
+    run = tmp_path / "big disk" / "runs" / "first"
+    process = started("--train.total-steps", "100", *settings, **variables)
     wait_for_steps(process, run, 1)
     os.killpg(process.pid, number)
     wait_for(process, (tmp_path / "saving").exists)
     os.killpg(process.pid, number)
     assert process.wait(timeout=60) == 143
-    words = (tmp_path / "stderr").read_text()
-    assert "stopped on request after step" in words
-    assert "Traceback" not in words
-    assert "SignalException" not in words
+    messages = (tmp_path / "stderr").read_text()
+    assert "stopped on request after step" in messages
+    assert "Traceback" not in messages
+    assert "SignalException" not in messages
     assert left_over(process.pid) == []
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "stopped"
     assert damage(run / "checkpoints" / f"step_{status['step']:07d}") is None
+    assert (run / "report.html").is_file()
+    if processes == "2":
+        result = launch(
+            ROOT / "run_pre_training_e2e.sh", "--train.total-steps", "100", *settings, cwd=tmp_path, **variables
+        )
+        assert result.returncode == 0, result.stderr
+        assert f"resume: from step_{status['step']:07d} of 100 steps" in result.stderr
 
 
-def test_a_closed_terminal_is_not_heeded_under_nohup(texts: Path, tmp_path: Path, started):
-    variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "TEMP_DATA_DIR": str(tmp_path / "data")}
-    run = tmp_path / "data" / "runs" / "laptop"
-    process = started("--train.total-steps", "100000", *SMALL, under=("nohup",), **variables)
-    wait_for_steps(process, run, 1)
-    os.killpg(process.pid, signal.SIGHUP)
-    wait_for_steps(process, run, logged_steps(run) + 10)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
-    (event,) = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"event"' in line]
-    assert json.loads(event)["detail"] == "asked for by SIGTERM"
+# Stands in for Python where torch would be imported: training ends with the codes that the file `ends` lists.
+STAND_IN = """#!/bin/bash
+case "$*" in
+    *src.launcher_settings* | -c* | "- "*) exec "{python}" "$@" ;;
+    *src.preflight*) exit 0 ;;
+    *pretrain.py*)
+        echo "$LAUNCH_ID" >>"{folder}/starts"
+        end=$(sed -n "$(wc -l <"{folder}/starts")p" "{folder}/ends")
+        case "$end" in [0-9]*) exit "$end" ;; esac
+        touch "{folder}/ready"
+        eval "$end"
+        ;;
+esac
+exit 9
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """stand_in(*ends): variables for launchers with it; an end is an exit code or a shell command."""
+
+    def make(*ends: str) -> dict[str, str]:
+        python = tmp_path / "python"
+        python.write_text(STAND_IN.format(python=sys.executable, folder=tmp_path))
+        python.chmod(0o755)
+        (tmp_path / "ends").write_text("\n".join(ends))
+        (tmp_path / "starts").write_text("")
+        return {"PYTHON": str(python), "PRESET": "debug", "TEMP_DATA_DIR": str(tmp_path)}
+
+    return make
+
+
+def starts(tmp_path: Path) -> list[str]:
+    return (tmp_path / "starts").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("ends", "restarts", "code", "message"),
+    [
+        (["1", "kill -KILL $$", "3"], "3", 3, "training was killed by SIGKILL\nrestart 2 of 3\n"),
+        (["1", "1", "1"], "1", 1, "restart 1 of 1\ngiving up after 1 restart(s)\n"),
+        (["1", "1"], "0", 1, "giving up after 0 restart(s)\n"),
+        *(([code, "0"], "3", int(code), "skipped, because training ended with") for code in ("2", "5", "143")),
+    ],
+)
+def test_a_run_that_died_is_restarted_and_a_final_end_is_final(
+    ends: list[str], restarts: str, code: int, message: str, stand_in, tmp_path: Path
+):
+    variables = stand_in(*ends) | {"MAX_RESTARTS": restarts}
+    result = launch(ROOT / "run_pre_training_e2e.sh", "--data.dir", "x", cwd=tmp_path, **variables)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "line " not in result.stderr  # bash's own report of a process that was killed
+    ids = starts(tmp_path)
+    assert len(ids) == min(len(ends), 1 + int(restarts)) if code in (1, 3) else len(ids) == 1
+    assert len(set(ids)) == 1  # one launch
+
+
+@pytest.mark.parametrize("end", ["trap 'exit 4' TERM", "trap 'exit 1' TERM"])
+def test_a_signal_stops_the_restarts_and_the_code_of_training_counts(end: str, stand_in, tmp_path: Path, started):
+    (tmp_path / "training").write_text(f"{end}\nwhile :; do sleep 0.1; done")
+    process = started("--data.dir", "x", **stand_in(f"source {tmp_path / 'training'}", "0"))
+    wait_for(process, (tmp_path / "ready").exists)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == int(end[11])
+    assert len(starts(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("streams", [">/dev/full 2>&1", "<&- >&- 2>&-"])
+def test_streams_that_take_nothing_change_no_exit_code(streams: str, stand_in, tmp_path: Path):
+    command = f"'{ROOT / 'run_pre_training_e2e.sh'}' --data.dir x {streams}"
+    result = subprocess.run(
+        ["bash", "-c", command], env=environment(**stand_in("1", "3")), cwd=tmp_path, timeout=120, check=False
+    )
+    assert (result.returncode, len(starts(tmp_path))) == (3, 2)
+
+
+def test_a_complete_run_is_left_alone(stand_in, tmp_path: Path):
+    """Here with training that finds nothing to do, and so leaves status.json as it was."""
+    run = tmp_path / "runs" / "debug"
+    run.mkdir(parents=True)
+    (run / "status.json").write_text("{}")
+    script, variables = ROOT / "run_pre_training_e2e.sh", stand_in("0", "0")
+    assert launch(script, "--data.dir", "x", cwd=tmp_path, **variables).returncode == 9  # no report yet
+    (run / "report.html").touch()
+    result = launch(script, "--data.dir", "x", cwd=tmp_path, **variables)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == f"the run is complete; its report is {run / 'report.html'}"
 
 
 def test_another_machine_waits_for_the_data_only_so_long(tmp_path: Path):
@@ -244,114 +309,36 @@ def test_another_machine_waits_for_the_data_only_so_long(tmp_path: Path):
     result = launch(script, *batch, cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path), **variables)
     assert result.returncode == 2
     manifest = tmp_path / "datasets" / "pydocs" / "manifest.json"
-    assert f"waiting for {manifest}, at most 1 s" in result.stderr
-    assert f"error: no {manifest} after 1 s; see what node 0 says" in result.stderr
+    assert f"error: Cannot find {manifest} after 1 s. See node 0's messages" in result.stderr
 
 
-def test_a_complete_run_is_left_alone(tmp_path: Path):
-    """Here with training that finds nothing to do, and so leaves status.json as it is."""
-    python = tmp_path / "python"
-    python.write_text(
-        f"""#!/bin/sh
-case "$*" in -c* | *check_environment*) exec "{sys.executable}" "$@" ;; *src.preflight* | *pretrain.py*) exit 0 ;; esac
-exit 9
-"""
-    )
-    python.chmod(0o755)
-    run = tmp_path / "runs" / "debug"
-    run.mkdir(parents=True)
-    (run / "status.json").write_text("{}")
-    variables = {"PYTHON": str(python), "PRESET": "debug", "MAX_RESTARTS": "0", "TEMP_DATA_DIR": str(tmp_path)}
-    script = ROOT / "run_pre_training_e2e.sh"
-    assert launch(script, "--data.dir", "x", cwd=tmp_path, **variables).returncode == 9  # no report yet
-    (run / "report.html").touch()
-    result = launch(script, "--data.dir", "x", cwd=tmp_path, **variables)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.splitlines()[-1] == f"the run is complete; its report is {run / 'report.html'}"
-    assert "4/5" not in result.stderr
-
-
-def test_a_python_that_is_asked_for_is_taken_or_nothing(tmp_path: Path):
+def test_a_python_that_does_not_exist_is_refused(tmp_path: Path):
     result = launch(ROOT / "run_pre_training_e2e_debug.sh", cwd=tmp_path, PYTHON="/nowhere/python")
     assert result.returncode == 2
-    assert "error: PYTHON is '/nowhere/python', which is no Python 3.10 to 3.13; give" in result.stderr
+    assert "error: PYTHON is '/nowhere/python', which is not a Python 3.10 to 3.13. Set it" in result.stderr
 
 
-def test_two_processes_through_the_launcher(texts: Path, tmp_path: Path):
-    variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "NPROC": "2", "TEMP_DATA_DIR": str(tmp_path / "data")}
-    arguments = ["--run-name", "pair", "--train.total-steps", "2", "--train.device", "cpu", *SMALL]
-    arguments += ["--train.micro-batch-size", "4"]
-    result = launch(ROOT / "run_pre_training_e2e.sh", *arguments, cwd=tmp_path, **variables)
-    assert result.returncode == 0, result.stderr
-    config = json.loads((tmp_path / "data" / "runs" / "pair" / "config.json").read_text())
-    assert config["derived"]["world_size"] == 2
-    assert (tmp_path / "data" / "runs" / "pair" / "report.html").is_file()
-
-
-def test_a_mistake_keeps_its_exit_code_through_torchrun(texts: Path, tmp_path: Path):
-    variables = {"PRESET": "laptop", "DATA_PATH": str(texts), "NPROC": "2", "TEMP_DATA_DIR": str(tmp_path / "data")}
-    result = launch(ROOT / "run_pre_training_e2e.sh", "--train.total-step", "2", cwd=tmp_path, **variables)
+def test_without_a_hub_the_full_size_is_refused_with_the_remedies(tmp_path: Path):
+    variables = {"DEBUG_MODE": "False", "TEMP_DATA_DIR": str(tmp_path / "data")}
+    result = launch(ROOT / "run_pre_training_e2e.sh", cwd=tmp_path, **variables)
     assert result.returncode == 2
-    assert "--train.total-steps" in result.stderr
-
-
-def test_small_presets_take_one_process_however_many_gpus_there_are(tmp_path: Path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\necho called >> '{tmp_path / 'called'}'\n")
-    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
-    variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "NPROC": "", "TEMP_DATA_DIR": str(tmp_path)}
-    script = ROOT / "run_pre_training_e2e_debug.sh"
-    result = launch(script, "--data.dir", "nowhere", cwd=tmp_path, **variables)
-    assert "ok    processes:    1, " in result.stderr
-    assert not (tmp_path / "called").exists()
-    assert "no dataset at" in result.stderr
-
-
-@pytest.mark.parametrize("value", ["False", "0", ""])
-def test_debug_mode_off_means_the_full_size(value: str, tmp_path: Path):
-    """Which is refused here, because the hub cannot be reached: with the sources that work."""
-    result = launch(
-        ROOT / "run_pre_training_e2e.sh", cwd=tmp_path, DEBUG_MODE=value, TEMP_DATA_DIR=str(tmp_path / "data")
-    )
-    assert result.returncode == 2
-    assert "fineweb-edu-sample-10BT, to be prepared from fineweb-edu, but http://127.0.0.1:9 does not" in result.stderr
-    assert "set DATA_SOURCE to files or pydocs" in result.stderr
-    assert "FAIL  HellaSwag:    cannot fetch HellaSwag: http://127.0.0.1:9 does not answer" in result.stderr
+    assert "Cannot prepare fineweb-edu: http://127.0.0.1:9 does not answer. Set DATA_SOURCE to files" in result.stderr
     assert "2/5 data" not in result.stderr
-
-
-def test_debug_mode_on_and_misspelt(tmp_path: Path):
-    script = ROOT / "run_pre_training_e2e.sh"
-    result = launch(script, "--model.n-embd", "30", cwd=tmp_path, DEBUG_MODE="True", TEMP_DATA_DIR=str(tmp_path))
-    assert "not divisible by model.n_head = 4" in result.stderr  # the debug preset's heads
-    assert result.returncode == 2
-    result = launch(script, cwd=tmp_path, DEBUG_MODE="yes please")
-    assert result.returncode == 2
-    assert "DEBUG_MODE is 'yes please'; use True or False" in result.stderr
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "variables", "expected"),
     [
         (["--train.total-stps", "5"], {}, "--train.total-steps"),
-        ([], {"PRESET": "foo"}, "PRESET is 'foo'; use debug, laptop or lf_llm_269m"),
         (["--train.micro-batch-size", "3"], {}, "cannot share evenly"),
-        ([], {"NPROC": "0"}, "NPROC is '0'; it must be a number of processes"),
-        ([], {"NPROC": "x"}, "NPROC is 'x'; it must be a number of processes"),
-        ([], {"NNODES": "0"}, "NNODES is '0'; it must be a number of machines"),
-        ([], {"NODE_RANK": "a"}, "NODE_RANK is 'a'; it must be this machine's number, from 0 to NNODES - 1"),
-        ([], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK is '2'; it must be this machine's number, from 0 to 1"),
-        ([], {"NNODES": "2"}, "MASTER_ADDR is not set; with NNODES=2 it must name the machine of NODE_RANK=0"),
-        ([], {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
-        ([], {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS is '-1'; it must be how many times"),
-        ([], {"DATA_SOURCE": "pydoc"}, "DATA_SOURCE is 'pydoc'; use pydocs, files or fineweb-edu"),
-        ([], {"PRESET": "laptop"}, "DATA_PATH is not set"),
+        ([], {"PRESET": "foo"}, "run_pre_training_e2e.sh: error: PRESET is 'foo'; it must be one of debug"),
     ],
 )
 def test_a_mistake_is_found_before_data_is_prepared(
     arguments: list[str], variables: dict[str, str], expected: str, tmp_path: Path
 ):
-    variables = {"TEMP_DATA_DIR": str(tmp_path / "data"), **variables}
+    variables = {"TEMP_DATA_DIR": str(tmp_path / "data"), "PRESET": "debug", **variables}
     result = launch(ROOT / "run_pre_training_e2e.sh", *arguments, cwd=tmp_path, **variables)
     assert result.returncode == 2
     assert expected in " ".join(result.stderr.replace("│", " ").split())
@@ -359,28 +346,36 @@ def test_a_mistake_is_found_before_data_is_prepared(
     assert not (tmp_path / "data").exists()
 
 
+def test_a_dry_run_checks_and_does_nothing(tmp_path: Path):
+    script = ROOT / "run_pre_training_e2e_debug.sh"
+    result = launch(script, "--dry-run", cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path / "data"))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["failed"] == []
+    assert not (tmp_path / "data").exists()
+
+
 def test_help_lists_the_variables(tmp_path: Path):
-    result = launch(ROOT / "run_pre_training_e2e.sh", "--help", cwd=tmp_path)
+    result = launch(ROOT / "run_pre_training_e2e.sh", "--train.total-steps", "3", "--help", cwd=tmp_path)
     assert result.returncode == 0
-    for name in (
-        "PRESET",
-        "RUN_NAME",
-        "DATA_SOURCE",
-        "NPROC",
-        "NNODES",
-        "MASTER_ADDR",
-        "MAX_RESTARTS",
-        "TEMP_DATA_DIR",
-    ):
+    for name in ("PRESET", "RUN_NAME", "DATA_SOURCE", "NPROC", "NNODES", "MASTER_ADDR", "MAX_RESTARTS"):
         assert name in result.stdout
     assert "set -" not in result.stdout
 
 
-def test_missing_packages_are_found_by_name_and_version(tmp_path: Path):
-    (tmp_path / "base.txt").write_text("# comment\npytest==0.0.1  # too old\n\nno-such-package==1.0\n")
-    (tmp_path / "more.txt").write_text("-r base.txt\nanother-missing==2\n")
-    assert missing(tmp_path / "more.txt") == ["pytest==0.0.1", "no-such-package==1.0", "another-missing==2"]
-    old, new = 'pytest==0.0.2; python_version < "3.10"', 'pytest==0.0.3; python_version >= "3.10"'
-    (tmp_path / "some.txt").write_text(f"{old}  # no such Python is supported\n{new}\n")
-    assert missing(tmp_path / "some.txt") == ["pytest==0.0.3"]
-    assert missing(ROOT / "requirements-dev.txt") == []
+@pytest.mark.parametrize(
+    ("requirements", "missing"),
+    [
+        ("# comment\npytest==0.0.1  # too old\n\nno-such-package==1.0\n", "pytest==0.0.1 no-such-package==1.0"),
+        (
+            '-r base.txt\npytest==0.0.2; python_version < "3.10"\nanother==2; python_version >= "3.10"\n',
+            "x==1 another==2",
+        ),
+        (f"-r {ROOT / 'requirements-dev.txt'}\n", ""),
+    ],
+)
+def test_missing_packages_are_listed_by_name_and_version(requirements: str, missing: str, tmp_path: Path):
+    (tmp_path / "base.txt").write_text("x==1\n")
+    (tmp_path / "file.txt").write_text(requirements)
+    script = f"ROOT='{tmp_path}'; . '{ROOT / 'src' / 'utils' / 'environment.sh'}'; _missing '{sys.executable}' file.txt"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.stdout.strip(), result.returncode) == (missing, bool(missing))

@@ -1,4 +1,4 @@
-"""Runs on several machines: several launchers on this one, each as it would be started on its own."""
+"""Runs on several machines: several launchers on this one, each started as on a machine of its own."""
 
 import json
 import os
@@ -6,33 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from socket import socket
 
 import pytest
 
+from src.utils import torchrun
 from src.utils.root import ROOT
 from tests.conftest import Commands
 from tests.test_processes import SETTINGS, data, losses  # noqa: F401 (data: a fixture)
-
-FAILING_RUN = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import pretrain
-from src.utils.errors import StorageError, exit_with
-
-original = pretrain.train_step
-
-def train_step(run, batches):
-    if run.state.progress.step == 12 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        {fault}
-    return original(run, batches)
-
-pretrain.train_step = train_step
-exit_with(pretrain.main)
-"""
 
 
 def free_port() -> str:
@@ -41,62 +24,61 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-@contextmanager
-def machines(
-    commands: Commands,
-    program: Path,
-    *arguments: str,
-    wait: int = 60,
-    max_restarts: int = 3,
-    disks: tuple[Path, ...] = (),
-) -> Iterator[list[subprocess.Popen]]:
-    """Two launchers with a process each; what is left of them is killed at the end. `disks`: of their runs."""
-    place = ["--machines", "2", "--master-addr", "127.0.0.1", "--master-port", free_port(), "--wait-seconds", str(wait)]
-    launch = [sys.executable, "-m", "src.utils.launch", *place, "--max-restarts", str(max_restarts)]
-    started = [
-        subprocess.Popen(
-            [*launch, "--machine", str(machine), str(program), *arguments],
-            env=commands.environment | ({"TEMP_DATA_DIR": str(disks[machine])} if disks else {}),
+class Machines:
+    """Two machines with a process each: torchrun as the launcher starts it, or the launcher itself."""
+
+    def __init__(self, commands: Commands) -> None:
+        self.commands, self.port = commands, free_port()
+        self.running: list[subprocess.Popen[str]] = []
+
+    def start(self, machine: int, command: list[str], **variables: str) -> None:
+        process = subprocess.Popen(
+            command,
+            env={**self.commands.environment, **variables},
             cwd=ROOT,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for machine in range(2)
-    ]
-    try:
-        yield started
-    finally:
-        for process in started:
-            if process.poll() is None:
-                kill_machine(process)
-            process.communicate()
+        self.running.append(process)
+
+    def torchrun(self, program: Path, *arguments: str, disks: tuple[Path, ...] = ()) -> "Machines":
+        for machine in range(2):
+            options = ["--nnodes", "2", "--node-rank", str(machine), "--nproc-per-node", "1"]
+            options += ["--master-addr", "127.0.0.1", "--master-port", self.port]
+            disk = {"TEMP_DATA_DIR": str(disks[machine])} if disks else {}
+            command = [sys.executable, "-m", "src.utils.torchrun", *options, str(program), *arguments]
+            self.start(machine, command, **disk)
+        return self
+
+    def launch(self, *overrides: str) -> "Machines":
+        for machine in range(2):
+            variables = {"NNODES": "2", "NODE_RANK": str(machine), "MASTER_ADDR": "127.0.0.1", "PRESET": "debug"}
+            variables |= {"MASTER_PORT": self.port, "NPROC": "1", "PYTHON": sys.executable}
+            self.start(machine, [str(ROOT / "run_pre_training_e2e.sh"), *overrides], **variables)
+        return self
+
+    def ends(self) -> list[tuple[int, str]]:
+        """Exit code and stderr of each."""
+        messages = [process.communicate(timeout=240)[1] for process in self.running]
+        return list(zip([process.returncode for process in self.running], messages, strict=True))
 
 
-def kill_machine(launcher: subprocess.Popen) -> None:
-    """The launcher and its processes, as a power cut would."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True, check=False
-    )
-    for pid in [launcher.pid, *map(int, found.stdout.split())]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    launcher.wait()
+@pytest.fixture
+def machines(commands: Commands):
+    started: list[Machines] = []
+
+    def make() -> Machines:
+        started.append(Machines(commands))
+        return started[-1]
+
+    yield make
+    for process in (process for each in started for process in each.running):
+        process.kill()  # its processes follow it
+        process.communicate()
 
 
-def ends(launchers: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Exit code and stderr of each."""
-    words = [process.communicate(timeout=120)[1] for process in launchers]
-    return list(zip([process.returncode for process in launchers], words, strict=True))
-
-
-def wait_until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def wait_for_steps(commands: Commands, run: str, steps: int, launchers: list[subprocess.Popen]) -> None:
+def wait_for_steps(commands: Commands, run: str, steps: int, launchers: list[subprocess.Popen[str]]) -> None:
     log, deadline = commands.temp_data / "runs" / run / "metrics.jsonl", time.monotonic() + 120
     while not (log.exists() and log.read_text().count('"train"') >= steps):
         assert all(process.poll() is None for process in launchers)
@@ -104,154 +86,68 @@ def wait_for_steps(commands: Commands, run: str, steps: int, launchers: list[sub
         time.sleep(0.05)
 
 
-def failing(folder: Path, fault: str) -> Path:
-    program = folder / "pretrain.py"
-    program.write_text(FAILING_RUN.format(root=str(ROOT), fault=fault))
-    return program
-
-
 @pytest.fixture
 def settings(data: str) -> list[str]:  # noqa: F811 (the fixture)
-    return ["debug", "--run-name", "far", "--data.dir", data, "--checkpoint.every-steps", "10", *SETTINGS]
+    return ["--run-name", "far", "--data.dir", data, "--checkpoint.every-steps", "10", *SETTINGS]
 
 
-def test_a_process_killed_on_one_machine_starts_all_again(commands: Commands, settings: list[str], tmp_path: Path):
-    program = failing(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    with machines(commands, program, *settings, "--train.total-steps", "20") as launchers:
-        first, second = ends(launchers)
-    assert (first[0], second[0]) == (0, 0)
-    assert "launch: process 1 was killed by SIGKILL; starting again, 1 of 3 times" in second[1]
-    assert "resume: from step_0000010 of 20 steps" in first[1]
-    assert len(losses(commands, "far")) == 20
-    reference = ["--run-name", "near", "--train.total-steps", "20"]
-    assert commands.pretrain(*settings, *reference, processes=2).returncode == 0
-    assert losses(commands, "far") == losses(commands, "near")
-
-
-def test_a_final_end_on_one_machine_is_final_on_all(commands: Commands, settings: list[str], tmp_path: Path):
-    program = failing(tmp_path, "raise StorageError('the disk of process 1 is gone')")
-    with machines(commands, program, *settings, "--train.total-steps", "100000") as launchers:
-        first, second = ends(launchers)
-    assert (first[0], second[0]) == (4, 4)
-    assert "error (process 1): the disk of process 1 is gone" in second[1]
-    assert "starting again, 2" not in first[1] + second[1]
-    assert "resume" not in first[1]
-
-
-@pytest.mark.parametrize("max_restarts", [0, 3])
-def test_a_final_end_counts_where_its_machine_is_late_to_see_it(max_restarts: int, commands: Commands, tmp_path: Path):
-    """The first machine sees its own process fail because of it, and would start again or end with 1."""
-    ended = tmp_path / "ended"
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, sys, time\nfrom pathlib import Path\n"
-        f"ended = Path({str(ended)!r})\n"
-        "ended.with_name('started' + os.environ['RANK']).touch()\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    while not ended.with_name('paused').exists(): time.sleep(0.1)\n"
-        "    Path(os.environ['EXIT_CODE_FILE']).write_text('4')\n"
-        "    ended.touch()\n    sys.exit(4)\n"
-        "while not ended.exists(): time.sleep(0.1)\n"
-        "sys.exit(1)\n"
-    )
-    with machines(commands, program, max_restarts=max_restarts) as launchers:
-        wait_until(lambda: all(ended.with_name(f"started{rank}").exists() for rank in range(2)))
-        launchers[1].send_signal(signal.SIGSTOP)
-        ended.with_name("paused").touch()
-        wait_until(ended.exists)
-        time.sleep(3)  # for the first machine to see what happened to its own process
-        launchers[1].send_signal(signal.SIGCONT)
-        found = ends(launchers)
-    assert [code for code, _ in found] == [4, 4]
-
-
-def test_a_failure_without_restarts_left_ends_all(commands: Commands, tmp_path: Path):
-    """Here with a process on the other machine that would go on for ever."""
-    program = tmp_path / "program.py"
-    program.write_text("import os, sys, time\nsys.exit(1) if os.environ['RANK'] == '1' else time.sleep(600)\n")
-    with machines(commands, program, max_restarts=0) as launchers:
-        found = ends(launchers)
-    assert [code for code, _ in found] == [1, 1]
-    assert "launch: process 1 ended with exit code 1; giving up" in found[1][1]
-    assert all("Traceback" not in words for _, words in found)
+def test_a_process_killed_on_one_machine_restarts_all(commands: Commands, settings: list[str], machines):
+    """And a stop on one machine then stops and saves on both."""
+    pair = machines().launch(*settings, "--train.total-steps", "100000", "--model.n-vocab", "50257")
+    wait_for_steps(commands, "far", 12, pair.running)
+    listed = subprocess.run(
+        ["ps", "-eww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=False
+    ).stdout
+    processes = [line.split(None, 2) for line in listed.splitlines() if str(commands.temp_data) in line]
+    torchruns = {pid for pid, parent, _ in processes if parent == str(pair.running[1].pid)}
+    (rank,) = [int(pid) for pid, parent, _ in processes if parent in torchruns]
+    os.kill(rank, signal.SIGKILL)
+    log = commands.temp_data / "runs" / "far" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while '"resume"' not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    wait_for_steps(commands, "far", log.read_text().count('"train"') + 3, pair.running)
+    pair.running[1].send_signal(signal.SIGTERM)
+    (first, first_text), (second, second_text) = pair.ends()
+    assert (first, second) == (143, 143), first_text + second_text
+    assert "process 1 died of SIGKILL" in second_text
+    assert all("restart 1 of 3" in text for text in (first_text, second_text))
+    assert "restart 2" not in first_text + second_text
+    assert all("Traceback" not in text and "closing signal" not in text for text in (first_text, second_text))
+    assert json.loads((log.parent / "status.json").read_text())["state"] == "stopped"
 
 
 @pytest.mark.parametrize("machine", [0, 1])
-def test_a_stop_on_one_machine_stops_and_saves_on_all(machine: int, commands: Commands, settings: list[str]):
-    with machines(commands, ROOT / "pretrain.py", *settings, "--train.total-steps", "100000") as launchers:
-        wait_for_steps(commands, "far", 5, launchers)
-        launchers[machine].send_signal(signal.SIGTERM)
-        found = ends(launchers)
-    assert [code for code, _ in found] == [143, 143]
-    assert all("Traceback" not in words and "closing signal" not in words for _, words in found)
-    status = json.loads((commands.temp_data / "runs" / "far" / "status.json").read_text())
-    assert status["state"] == "stopped"
+def test_a_machine_that_does_not_come_is_waited_for_only_so_long(machine: int, commands: Commands):
+    options = ["--nnodes", "2", "--node-rank", str(machine), "--nproc-per-node", "1", "--rdzv-conf", "timeout=3"]
+    options += ["--master-addr", "127.0.0.1", "--master-port", free_port(), str(ROOT / "pretrain.py"), "debug"]
+    ended = commands.module("src.utils.torchrun", *options)
+    assert ended.returncode == torchrun.EXIT_LOST_MACHINE
+    assert ended.stderr.splitlines()[-1].startswith("Cannot reach all machines: ")
+    assert "Start the same command on all of them again." in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize(
-    ("lost", "expected"),
-    [(1, "1 of 2 machines are there after 3 s"), (0, "the first machine, 127.0.0.1:")],
-)
-def test_a_lost_machine_is_not_waited_for_for_long(lost: int, expected: str, commands: Commands, settings: list[str]):
-    with machines(commands, ROOT / "pretrain.py", *settings, "--train.total-steps", "100000", wait=3) as launchers:
-        wait_for_steps(commands, "far", 2, launchers)
-        kill_machine(launchers[lost])
-        started = time.monotonic()
-        ((code, words),) = ends([launchers[1 - lost]])
-    assert time.monotonic() - started < 60
-    assert code == 1
-    assert expected in words
-    assert "start the same command on all of them again" in words
-
-
-def test_processes_whose_launcher_is_killed_save_and_end(commands: Commands, settings: list[str]):
-    """Else they would train on unseen, and keep the run from being started again."""
-    with machines(commands, ROOT / "pretrain.py", *settings, "--train.total-steps", "100000") as launchers:
-        wait_for_steps(commands, "far", 2, launchers)
-        launchers[0].kill()
-        assert ends([launchers[1]])[0][0] == 143
-    status, deadline = commands.temp_data / "runs" / "far" / "status.json", time.monotonic() + 30
-    while json.loads(status.read_text())["state"] != "stopped":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def test_a_run_directory_that_is_not_shared(commands: Commands, settings: list[str]):
-    """Said; the run works and goes on with the same machine first, and with the other one first it is refused."""
+def test_a_run_directory_that_is_not_shared(commands: Commands, settings: list[str], machines):
+    """The run resumes with the same machine first, and is refused with the other one first."""
     ours, others = commands.temp_data, commands.temp_data / "another disk"
-    run = [*settings, "--train.total-steps", "100000"]
-    with machines(commands, ROOT / "pretrain.py", *run, disks=(ours, others)) as launchers:
-        wait_for_steps(commands, "far", 12, launchers)
-        (ours / "runs" / "far" / "STOP").touch()
-        (code, words), (_, silent) = ends(launchers)
-    assert code == 143
-    assert "cannot be seen from" in words
-    assert "cannot be seen from" not in silent
-    stopped_at = json.loads((ours / "runs" / "far" / "status.json").read_text())["step"]
-    with machines(commands, ROOT / "pretrain.py", *run, disks=(others, ours)) as launchers:
-        found = ends(launchers)
-    assert [code for code, _ in found] == [2, 2]
-    refusal = "".join(words for _, words in found)
-    assert refusal.count(f"has checkpoints up to step {stopped_at} in {ours / 'runs' / 'far' / 'checkpoints'}") == 1
-    with machines(commands, ROOT / "pretrain.py", *run, disks=(ours, others)) as launchers:
-        wait_for_steps(commands, "far", stopped_at + 2, launchers)
-        launchers[0].send_signal(signal.SIGTERM)
-        (code, words), _ = ends(launchers)
-    assert code == 143
-    assert f"resume: from step_{stopped_at:07d} of 100000 steps" in words
+    run = ["debug", *settings, "--train.total-steps", "20"]
+    assert [code for code, _ in machines().torchrun(ROOT / "pretrain.py", *run, disks=(ours, others)).ends()] == [0, 0]
+    ends = machines().torchrun(ROOT / "pretrain.py", *run, disks=(others, ours)).ends()
+    assert [code for code, _ in ends] == [2, 2]
+    assert sum(text.count("has checkpoints up to step 20 in") for _, text in ends) == 1
 
 
-def test_machines_with_other_settings_or_data_are_refused(commands: Commands, settings: list[str], tmp_path: Path):
+def test_machines_with_other_settings_are_refused(settings: list[str], tmp_path: Path, machines):
     program = tmp_path / "pretrain.py"
     program.write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import pretrain; from src.utils.errors import exit_with\n"
         "sys.argv += ['--train.seed', os.environ['RANK']]; exit_with(pretrain.main)\n"
     )
-    with machines(commands, program, *settings) as launchers:
-        found = ends(launchers)
-    assert [code for code, _ in found] == [2, 2]
-    assert "the processes of a run need the same settings and data" in found[1][1]
-    assert "train.seed: 1, in process 0 0" in found[1][1]
+    ends = machines().torchrun(program, "debug", *settings).ends()
+    assert [code for code, _ in ends] == [2, 2]
+    assert "train.seed: 1, in process 0 0" in ends[1][1]
 
 
 STAND_INS = {

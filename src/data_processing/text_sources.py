@@ -129,6 +129,8 @@ class SourceKind:
     manifest under repair, or nothing. The path is a folder for downloads; it is deleted with the unfinished work."""
     tokens: Callable[[Request], int] = lambda _: 0
     """Estimate the tokens without a network; 0: unknown. For preflight."""
+    uses_hub: bool = False
+    """True if the documents come from the Hugging Face hub."""
 
 
 def open_sources(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
@@ -256,12 +258,14 @@ SOURCES: dict[str, SourceKind] = {
         help="10B tokens of educational web pages from the Hugging Face hub (some 28 GB)",
         open=_open_on_hub("open_fineweb_edu"),
         tokens=lambda _: 10_000_000_000,
+        uses_hub=True,
     ),
     "hub": SourceKind(
         dataset_name="",
         needs_paths=False,
         help="any dataset of parquet files on the Hugging Face hub, named by --dataset",
         open=_open_on_hub("open_hub"),
+        uses_hub=True,
     ),
     "files": SourceKind(
         dataset_name="",

@@ -1,16 +1,48 @@
-"""The presets: functions that return a full Config.
+"""The presets, and the command line that overrides any of their fields.
 
-`debug` is minutes on two cores, `laptop` hours, `lf_llm_269m` the published recipe. A preset names
-its dataset; where that lies and what runs it is decided elsewhere.
+`debug` takes minutes on two cores, `laptop` hours, and `lf_llm_269m` is the published recipe. A preset also tells the
+launcher what text it trains on by default and how many processes it takes.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from src.params import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A named Config. Calling it returns a new one."""
+
+    make: Callable[[], Config]
+    source: str
+    """The launcher prepares the dataset from this source by default; a name in text_sources.SOURCES."""
+    processes: Literal["one", "gpus"]
+    """Processes that the launcher starts by default: one, or one per GPU of the machine."""
+
+    def __call__(self) -> Config:
+        return self.make()
+
+    @property
+    def help(self) -> str:
+        """The first line of the function's docstring."""
+        return (self.make.__doc__ or "").splitlines()[0]
+
+
+def config_from_command_line(description: str, prog: str = "python pretrain.py") -> Config:
+    """Returns the Config that sys.argv describes: the name of a preset, then overrides of any field.
+
+    `prog` is the command's name in its help. A setting that cannot work ends the program with exit code 2.
+    """
+    import tyro  # only commands need it
+
+    presets = {name: (preset.help, preset()) for name, preset in PRESETS.items()}
+    return tyro.extras.overridable_config_cli(presets, prog=prog, description=description)
+
+
 def debug() -> Config:
-    """The whole pipeline in minutes on two cores, on the documentation that Python brings."""
+    """The whole pipeline in minutes on two cores, on the documentation that comes with Python."""
     return Config(
         run_name="debug",
         model=ModelConfig(n_ctx=128, n_embd=256, n_head=4, n_layer=4, residual_dropout=0.0, ffn_dropout=0.0),
@@ -33,7 +65,7 @@ def debug() -> Config:
 
 
 def laptop() -> Config:
-    """A 30M-parameter model on a corpus of your own, in hours on a CPU, sooner on a small GPU."""
+    """A 30M-parameter model on your own text, in hours on a CPU and sooner on a small GPU."""
     return Config(
         run_name="laptop",
         model=ModelConfig(n_ctx=256, n_embd=384, n_head=6, n_layer=6, residual_dropout=0.1, ffn_dropout=0.15),
@@ -58,22 +90,26 @@ def laptop() -> Config:
 def lf_llm_269m() -> Config:
     """The published recipe: 10B tokens of FineWeb-Edu, 524,288 a step, on 8 GPUs of 80 GB.
 
-    Every default of the dataclasses is this recipe's value, but eval.val_tokens, which is a quarter of it; the ones
-    below are those that have no default. Checkpoints are saved more often than the recipe's five, which are the ones
-    kept for good.
+    The defaults of the dataclasses are this recipe's values, except eval.val_tokens, which is a quarter of it.
+    Checkpoints are saved more often than the recipe's five; those five are kept for good.
     """
     return Config(
         run_name="lf_llm_269m",
         data=DataConfig(dir="fineweb-edu-sample-10BT"),
         eval=EvalConfig(
             sample_prompts=(
-                "Hello, I'm a language model,",
-                "The water cycle begins when",
-                "The most important lesson of history is",
+                "HTML stands for",
+                "If animals could talk, my pet would probably say",
+                "The clever fox built the strange machine with just a feather, a pebble, and a tiny twig",
             )
         ),
         checkpoint=CheckpointConfig(every_steps=545, keep_every_steps=3_815),
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"debug": debug, "laptop": laptop, "lf_llm_269m": lf_llm_269m}
+# The batches of debug and laptop are too small to share between many GPUs.
+PRESETS: dict[str, Preset] = {
+    "debug": Preset(debug, source="pydocs", processes="one"),
+    "laptop": Preset(laptop, source="files", processes="one"),
+    "lf_llm_269m": Preset(lf_llm_269m, source="fineweb-edu", processes="gpus"),
+}

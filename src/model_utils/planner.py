@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.model_configs.command_line import config_from_command_line
+from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.autotune import SPARE_GPU
 from src.model_utils.checkpoint_saver import checkpoint_bytes, checkpoints_need
 from src.model_utils.debugging import flops_per_token

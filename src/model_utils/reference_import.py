@@ -22,8 +22,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from src.model import LLM
-from src.model_configs.command_line import config_from_command_line
-from src.model_configs.my_llm_config import lf_llm_269m
+from src.model_configs.my_llm_config import config_from_command_line, lf_llm_269m
 from src.model_utils.checkpoint_utils import save_checkpoint, step_dir
 from src.model_utils.training_state import Progress, seed_random_state
 from src.params import Config, DataConfig, ModelConfig, to_dict

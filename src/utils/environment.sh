@@ -1,65 +1,74 @@
-# Sourced by the launchers with ROOT set: choose_python FILE sets PYTHON to an interpreter that has
-# the packages FILE pins: the active environment's if it has them, else that of .venv, made if need be.
-# shellcheck source=src/utils/as_child.sh
-. "$ROOT/src/utils/as_child.sh"
+# shellcheck shell=bash
+# Sourced by the launchers with ROOT set. choose_python FILE: sets PYTHON to an interpreter that has the packages that FILE
+# pins. That is the active environment's if it has them, else that of .venv, which is made if necessary.
+say() { printf '%s\n' "$*" >&2 || true; } # a console that takes nothing ends no run
+unset PYTHONSAFEPATH # python -m finds our modules in the folder it runs in
 
-_python_version_ok() {
-    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
-}
+_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 
-_satisfies() {
-    "$1" "$ROOT/src/utils/check_environment.py" "$ROOT/$2"
-}
-
-_find_python() { # the first interpreter of a version we support
+_first_python() {
     local candidate
-    if [ -n "${PYTHON:-}" ] && ! _python_version_ok "$PYTHON"; then
-        echo "error: PYTHON is '$PYTHON', which is no Python 3.10 to 3.13; give the path of one, or unset it" >&2
+    if [ -n "${PYTHON:-}" ] && ! _supported "$PYTHON"; then
+        say "error: PYTHON is '$PYTHON', which is not a Python 3.10 to 3.13. Set it to the path of one, or unset it."
         return 2
     fi
     for candidate in "${PYTHON:-}" python python3 python3.13 python3.12 python3.11 python3.10; do
-        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null && _python_version_ok "$candidate"; then
+        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null && _supported "$candidate"; then
             command -v "$candidate"
             return
         fi
     done
-    echo "error: no Python 3.10 to 3.13 found; install one, or set PYTHON to its path" >&2
+    say "error: Cannot find Python 3.10 to 3.13. Install one, or set PYTHON to its path."
     return 2
 }
 
+_missing() { # INTERPRETER FILE: prints the pins of FILE that it lacks, and fails if there are any
+    "$1" - "$ROOT/$2" <<'END'
+import os, sys
+from importlib.metadata import distributions
+
+def pins(file):
+    for line in open(file, encoding="utf-8"):
+        pin, _, marker = line.split("#")[0].strip().partition(";")
+        if pin.startswith("-r "):
+            yield from pins(os.path.join(os.path.dirname(file), pin[3:].strip()))
+        elif pin and (not marker or eval(marker, {"python_version": "3.%d" % sys.version_info[1]})):
+            yield pin
+
+# Without build tags such as +cpu.
+installed = {f"{d.name}=={d.version.split('+')[0]}".lower().replace("_", "-") for d in distributions()}
+missing = [pin for pin in pins(sys.argv[1]) if pin.lower().replace("_", "-") not in installed]
+print(*missing)
+sys.exit(bool(missing))
+END
+}
+
 choose_python() {
-    local requirements=$1 base missing venv_python="$ROOT/.venv/bin/python"
-    base=$(_find_python) || exit 2
-    if missing=$(_satisfies "$base" "$requirements"); then
+    local requirements=$1 base missing venv="$ROOT/.venv"
+    base=$(_first_python) || exit 2
+    if missing=$(_missing "$base" "$requirements"); then
         PYTHON=$base
-        echo "environment: the active Python has what $requirements asks for ($PYTHON)" >&2
+        say "environment: the active Python has the packages of $requirements ($PYTHON)"
         return
     fi
-    if command -v flock >/dev/null; then # one at a time, where several machines share the folder
+    PYTHON=$venv/bin/python
+    if command -v flock >/dev/null; then # several machines may share this folder
         exec 9>"$ROOT/.venv.lock"
-        flock --nonblock 9 || echo "environment: waiting for another launcher that makes .venv" >&2
-        as_child flock 9 || exit
+        flock --nonblock 9 || { say "environment: waiting for another launcher that makes .venv" && flock 9; }
     fi
-    if [ -x "$venv_python" ] && missing=$(_satisfies "$venv_python" "$requirements"); then
-        PYTHON=$venv_python
-        echo "environment: .venv has what $requirements asks for" >&2
-        exec 9>&-
-        return
-    fi
-    echo "environment: installing $requirements into .venv (missing: $missing); this takes a minute or more" >&2
-    local code=0
-    as_child "$base" -m venv "$ROOT/.venv" >&2 || code=$?
-    [ "$code" != "$STOPPED" ] || exit "$code"
-    if [ "$code" != 0 ]; then
-        echo "error: $base cannot make a virtual environment in $ROOT/.venv; on Debian and Ubuntu, install python3-venv" >&2
-        exit 2
-    fi
-    as_child "$venv_python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$requirements" >&2 || code=$?
-    [ "$code" != "$STOPPED" ] || exit "$code"
-    if [ "$code" != 0 ]; then
-        echo "error: pip could not install $requirements; see its message above, then start the same command again" >&2
-        exit 2
+    if [ -x "$PYTHON" ] && missing=$(_missing "$PYTHON" "$requirements"); then
+        say "environment: .venv has the packages of $requirements"
+    else
+        say "environment: installing $requirements into .venv, which takes minutes; missing: $missing"
+        _install "$base cannot make $venv. On Debian and Ubuntu, install python3-venv." "$base" -m venv "$venv"
+        _install "pip cannot install $requirements, as it says above. Then start the same command again." \
+            "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$requirements"
     fi
     exec 9>&-
-    PYTHON=$venv_python
+}
+
+_install() { # MESSAGE COMMAND...
+    "${@:2}" >&2 9>&- && return
+    say "error: $1"
+    exit 2
 }

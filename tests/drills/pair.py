@@ -1,4 +1,4 @@
-"""What the drills with two processes share: the program behind a few lines of a drill's own, under the launcher."""
+"""A run of two processes for the drills: the real program after a few lines that a drill adds."""
 
 import math
 import os
@@ -12,7 +12,10 @@ from src.utils.root import ROOT
 from tests.conftest import Commands
 from tests.drills.small_run import PROGRAM, arguments
 
-# For such lines: `at_step(step, rank, action)` calls `action(run)` in that process at the start of the step after
+# As the launcher starts it.
+TORCHRUN = [sys.executable, "-m", "src.utils.torchrun", "--standalone", "--local-addr", "127.0.0.1"]
+
+# For those lines: `at_step(step, rank, action)` calls `action(run)` in that process at the start of the step after
 # `step` completed ones. Each process leaves its id in a file, and `moment()` the time.
 PREPARED = """
 import os, sys, time
@@ -39,24 +42,24 @@ def at_step(step, rank, action):
 
 @dataclass(frozen=True)
 class Pair:
-    """How a run of two processes ended."""
+    """The end of a run of two processes."""
 
     code: int
     stderr: str
     seconds: float
-    """From the last `moment()` to the end of the launcher; infinite where there was no moment."""
+    """From the last `moment()` to the end of torchrun; infinite if there was no moment."""
     gone: bool
-    """Whether both processes had ended by then."""
+    """True if both processes had ended by then."""
 
 
 def run_pair(commands: Commands, folder: Path, lines: str, data: Path, *more: str) -> Pair:
-    """Runs two processes of the run that `arguments` describes, which first execute `lines`; `folder` is for notes."""
+    """Runs two processes of the run that `arguments` describes, after `lines`; notes lie in `folder`."""
     program, moment = folder / "program.py", folder / "moment"
     for note in (moment, *folder.glob("pid_*")):  # of a run before this one
         note.unlink(missing_ok=True)
     program.write_text(PREPARED.format(root=str(ROOT), folder=str(folder)) + lines + PROGRAM)
-    launch = [sys.executable, "-m", "src.utils.launch", "--processes", "2", "--max-restarts", "0", str(program)]
-    result: subprocess.CompletedProcess[str] = commands.run([*launch, *arguments(data, *more)])
+    command = [*TORCHRUN, "--nproc-per-node", "2", str(program), *arguments(data, *more)]
+    result: subprocess.CompletedProcess[str] = commands.run(command)
     ended = time.time()
     seconds = ended - float(moment.read_text()) if moment.exists() else math.inf
     pids = [int(path.read_text()) for path in folder.glob("pid_*")]

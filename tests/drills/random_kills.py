@@ -23,13 +23,14 @@ from tests.test_processes import SETTINGS
 
 
 def launch(out: Path, data: Path, name: str, steps: int, restarts: int) -> subprocess.Popen[bytes]:
-    launcher = [sys.executable, "-m", "src.utils.launch", "--processes", "2", "--max-restarts", str(restarts)]
-    run = ["debug", "--run-name", name, "--data.dir", str(data), "--train.total-steps", str(steps), *SETTINGS]
+    run = ["--run-name", name, "--data.dir", str(data), "--train.total-steps", str(steps), *SETTINGS]
+    run += ["--model.n-vocab", "50257"]  # the launcher samples at the end
     often = ("--checkpoint.every-steps", "20", "--eval.val-every-steps", "50", "--model.ffn-dropout", "0.2")
     return subprocess.Popen(
-        [*launcher, str(ROOT / "pretrain.py"), *run, *often],
+        [str(ROOT / "run_pre_training_e2e.sh"), *run, *often],
         cwd=ROOT,
-        env={**os.environ, "TEMP_DATA_DIR": str(out), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TEMP_DATA_DIR": str(out), "OMP_NUM_THREADS": "1"}
+        | {"PYTHON": sys.executable, "DEBUG_MODE": "True", "NPROC": "2", "MAX_RESTARTS": str(restarts)},
         stderr=open(out / f"{name}.log", "wb"),
     )
 
@@ -43,9 +44,16 @@ def last_step(run_dir: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if '"train"' in line and line.endswith("}")), default=0)
 
 
-def workers(launcher: int) -> list[int]:
-    """Process ids of the launcher's processes."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True, check=False)
+def ranks(launcher: int) -> list[int]:
+    """Process ids of the run's processes: the children of torchrun, which is the launcher's child."""
+    for torchrun in children(launcher):
+        if found := children(torchrun):
+            return found
+    return []
+
+
+def children(parent: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False)
     return [int(pid) for pid in listed.stdout.split()]
 
 
@@ -68,7 +76,7 @@ def main() -> None:
             time.sleep(rng.random() * 0.05)  # anywhere in a step, a validation or a save
             assert process.poll() is None, f"the run ended by itself with {process.returncode}"
             kills.append(last_step(run_dir))
-            os.kill(rng.choice(workers(process.pid)), signal.SIGKILL)
+            os.kill(rng.choice(ranks(process.pid)), signal.SIGKILL)
             while last_step(run_dir) >= target and process.poll() is None:  # until the log is cut back, or goes on
                 time.sleep(0.002)
                 if last_step(run_dir) > kills[-1]:

@@ -1,4 +1,4 @@
-"""Drill 5: an exception that nobody foresaw on rank 1."""
+"""Drill 5: an unexpected exception on rank 1."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ at_step(6, 1, fail)
 """
 
 
-def test_its_traceback_is_whole_and_the_only_one(
+def test_its_traceback_comes_first_and_is_the_only_one(
     commands: Commands, dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
     data = dataset(train_tokens=[700, 900], n_vocab=300)
@@ -27,4 +27,4 @@ def test_its_traceback_is_whole_and_the_only_one(
     before, after = failed.stderr.split("ZeroDivisionError: of the drill\n")
     assert "in fail" in before.split("Traceback")[1]
     assert "another process ended" not in before
-    assert "error: another process ended or does not answer, in step 7" in after
+    assert "error: Cannot finish step 7: another process ended or hangs" in after

@@ -14,6 +14,7 @@ import pytest
 
 from src.utils.root import ROOT
 from tests.conftest import Commands
+from tests.drills.pair import TORCHRUN
 from tests.drills.small_run import AT_LINE, PROGRAM, arguments, contents, start
 
 PAUSE = (
@@ -30,6 +31,11 @@ at_line("train", 3, pause)
 )
 
 
+# As pretrain.py does where it is the program.
+FOLLOWING = """
+from src.utils.stop_signals import follow_launcher
+follow_launcher()
+"""
 # The step that is under way takes longer than another start, on a busy machine too.
 SLOW_STEP = PAUSE.replace("time.sleep(600)", "time.sleep(12)")
 
@@ -83,8 +89,8 @@ def test_one_whose_launcher_is_killed_is_waited_for(
 ) -> None:
     """It is asked to stop, and has a step to finish and a checkpoint to save."""
     data, program = dataset(train_tokens=[700, 900], n_vocab=300), tmp_path / "program.py"
-    program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SLOW_STEP}{PROGRAM}")
-    with until_paused(commands, "-m", "src.utils.launch", str(program), *arguments(data)) as launcher:
+    program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{FOLLOWING}{SLOW_STEP}{PROGRAM}")
+    with until_paused(commands, *TORCHRUN[1:], str(program), *arguments(data)) as launcher:
         launcher.kill()
         second = start(commands, data)
     assert second.returncode == 0, second.stderr

@@ -128,7 +128,8 @@ def two(tmp_path: Path, action: str) -> tuple[int, str]:
     """Exit code and stderr of two processes that do `action` with `procs`."""
     program = tmp_path / "program.py"
     program.write_text(TWO.format(root=str(ROOT), action=action))
-    launch = [sys.executable, "-m", "src.utils.launch", "--processes", "2", "--max-restarts", "0", str(program)]
+    launch = [sys.executable, "-m", "src.utils.torchrun", "--standalone", "--local-addr", "127.0.0.1"]
+    launch += ["--nproc-per-node", "2", str(program)]
     result = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     return result.returncode, result.stderr
 

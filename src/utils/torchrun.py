@@ -1,0 +1,77 @@
+"""torchrun as the launcher starts it: it ends with the launcher and with the exit code of its processes.
+
+    python -m src.utils.torchrun [torchrun's options] pretrain.py PRESET [overrides]
+
+torchrun itself answers 1 however its processes ended, prints a traceback, and kills processes that still save when a
+second signal comes.
+"""
+
+from src.utils.stop_signals import STOP_SIGNALS, end_at_once_on_ctrl_c, follow_launcher, heeded_signals
+
+if __name__ == "__main__":  # before the seconds that importing torch takes
+    end_at_once_on_ctrl_c()
+    follow_launcher()
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+
+from torch.distributed import DistError, run
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from src.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, FINAL_CODES, say
+
+EXIT_LOST_MACHINE = 69  # the launcher reports it as 1; a restart would wait for that machine again
+
+
+def main() -> int:
+    os.chdir(os.environ.get("STARTED_IN") or ".")  # settings may hold relative paths
+    os.environ["LAUNCHER_PID"] = str(os.getpid())  # now for the processes to follow this one
+    logging.disable(logging.CRITICAL)  # torchrun's own lines; the processes print theirs
+    for number in heeded_signals():
+        signal.signal(number, _stop_once)
+    with tempfile.NamedTemporaryFile("r", prefix="exit-code-", encoding="ascii") as file:
+        os.environ["EXIT_CODE_FILE"] = file.name
+        try:
+            run.main(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]])
+        except SignalException:
+            return int(file.read() or EXIT_STOPPED)
+        except ChildFailedError as error:
+            return exit_code(error.failures, int(file.read() or 0))
+        except DistError as error:
+            reason = str(error).splitlines()[0]
+            say(f"Cannot reach all machines: {reason}. Start the same command on all of them again.")
+            return EXIT_LOST_MACHINE
+    return EXIT_DONE
+
+
+def exit_code(failures: Mapping[int, ProcessFailure], recorded: int) -> int:
+    """Returns the exit code of a run whose processes of these ranks failed, and prints their ends if none is final.
+
+    `recorded` is the final code that a process left in EXIT_CODE_FILE, else 0. The disk may have been too full for it.
+    """
+    ends = {rank: failure.exitcode for rank, failure in failures.items()}
+    final = recorded or next((end for end in ends.values() if end in FINAL_CODES), 0)
+    crashed = any(end < 0 and -end not in STOP_SIGNALS for end in ends.values())
+    if final and not (final == EXIT_STOPPED and crashed):  # torchrun stops the others after a crash
+        return final
+    if all(-end in STOP_SIGNALS for end in ends.values()):
+        return EXIT_STOPPED  # by a signal that came before its handler was set
+    for rank, end in sorted(ends.items(), key=lambda item: item[1] >= 0):  # crashes first: the rest follow from them
+        say(f"process {rank} " + (f"ended with exit code {end}" if end > 0 else f"died of {signal.Signals(-end).name}"))
+    return EXIT_FAILED
+
+
+def _stop_once(number: int, _: object) -> None:
+    """Makes torchrun pass on the first signal, wait for the processes to save, and ignore later signals."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise SignalException(f"stopped by {signal.Signals(number).name}", signal.Signals(number))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The launcher's variables: defaults by preset and source, and each mistake in one line before anything is prepared."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import available_cores
+from src.launcher_settings import settings
+from src.model_configs.my_llm_config import PRESETS, Preset, debug
+from src.utils import root
+from src.utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(root, "DATASETS", tmp_path / "datasets")
+    monkeypatch.setattr(root, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(sys, "argv", ["run_pre_training_e2e.sh"])
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_preset_decides_what_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    full = settings({}, [])
+    assert [full[name] for name in ("PRESET", "RUN_NAME", "NPROC")] == ["lf_llm_269m", "lf_llm_269m", 8]
+    folder = str(tmp_path / "datasets" / "fineweb-edu-sample-10BT")
+    assert full["preparation"] == ["--source", "fineweb-edu", "--out", folder]
+    small = settings({"DEBUG_MODE": "True"}, ["--train.total-steps", "5"])
+    assert [small[name] for name in ("PRESET", "NPROC", "DATA_SOURCE")] == ["debug", 1, "pydocs"]
+    assert small["OMP_NUM_THREADS"] == available_cores()
+    assert small["@"] == ["debug", "--run-name", "debug", "--data.dir", "pydocs", "--train.total-steps", "5"]
+
+
+def test_a_preset_needs_no_more_than_its_row(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(PRESETS, "mine", Preset(debug, source="pydocs", processes="one"))
+    assert settings({"PRESET": "mine"}, [])["RUN_NAME"] == "mine"
+
+
+def test_sources(tmp_path: Path):
+    found = settings({"PRESET": "debug", "DATA_PATH": "a b\n~/c", "DATA_MAX_TOKENS": "1_000"}, [])
+    folder = str(tmp_path / "datasets" / "my_text-max-1000-tokens")
+    paths = [str(tmp_path / "a b"), str(Path.home() / "c")]
+    assert found["preparation"] == ["--source", "files", "--out", folder, "--path", *paths, "--max-tokens", "1_000"]
+    found = settings({"PRESET": "debug", "DATA_DATASET": "owner/name", "DATA_SPLIT": "test", "DATA_DIR": "./x"}, [])
+    expected = ["--source", "hub", "--out", str(tmp_path / "x"), "--dataset", "owner/name", "--split", "test"]
+    assert found["preparation"] == expected
+
+
+def test_overrides_win():
+    found = settings(
+        {"PRESET": "debug", "RUN_NAME": "one", "DATA_DIR": "x"}, ["--run-name=two", "--data.dir", "y", "--dry-run"]
+    )
+    assert [found[name] for name in ("RUN_NAME", "DATA", "DRY_RUN", "preparation")] == ["two", "ready", "yes", []]
+    assert found["@"] == ["debug", "--run-name", "one", "--run-name=two", "--data.dir", "y"]
+
+
+def test_another_machine_waits_for_the_data():
+    variables = {"PRESET": "laptop", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first"}
+    found = settings(variables, ["--train.timeout-s", "30"])
+    assert (found["DATA"], found["preparation"]) == ("wait", [])
+    assert int(str(found["MEETING_SECONDS"])) > 30
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"DEBUG_MODE": "yes please"}, "DEBUG_MODE is 'yes please'; it must be True or False."),
+        ({"PRESET": "foo"}, "PRESET is 'foo'; it must be one of debug, laptop, lf_llm_269m."),
+        ({"NPROC": "0"}, "NPROC is '0'; it must be a number of processes."),
+        ({"NPROC": "9" * 400}, "it must be a number of processes."),
+        ({"NPROC": "-1"}, "NPROC is '-1'; it must be"),
+        ({"NNODES": "x"}, "NNODES is 'x'; it must be a number of machines."),
+        ({"NODE_RANK": "1"}, "NODE_RANK is '1'; it must be this machine's number, from 0 to 0."),
+        ({"NNODES": "2"}, "MASTER_ADDR is not set. With NNODES=2, set it to the machine of NODE_RANK=0 on all."),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'; it must be a port from 1 to 65535."),
+        ({"MAX_RESTARTS": "1.5"}, "MAX_RESTARTS is '1.5'; it must be a number of restarts."),
+        ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2m"}, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT is '2m'; it must be seconds"),
+        ({"DATA_MAX_TOKENS": "10M"}, "DATA_MAX_TOKENS is '10M'; it must be a number of tokens, such as 10_000_000."),
+        ({"DATA_SOURCE": "pydoc"}, "DATA_SOURCE is 'pydoc'; it must be one of "),
+        ({"DATA_SOURCE": "hub"}, "DATA_DATASET is not set. DATA_SOURCE=hub needs"),
+        ({"PRESET": "laptop"}, "DATA_PATH is not set. Set it to your text"),
+    ],
+)
+def test_a_mistake_is_one_line(variables: dict[str, str], expected: str):
+    with pytest.raises(UserError) as raised:
+        settings({"PRESET": "debug", **variables}, [])
+    assert expected in str(raised.value)
+    assert len(str(raised.value)) < 600
