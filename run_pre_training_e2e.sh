@@ -147,6 +147,7 @@ else
 fi
 if [ -s "$RUN_DIR/metrics.jsonl" ]; then
     stage "5/5 report"
-    child module src.model_assessment.report "$RUN_DIR" || exit
+    # A finished run stays finished if its report fails.
+    child module src.model_assessment.report "$RUN_DIR" || [ -z "$stopped" ] || exit
 fi
 exit "$code"

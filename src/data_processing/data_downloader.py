@@ -95,9 +95,10 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
             for source in sources:
                 stack.callback(source.close)
             _refuse_changes([source.details for source in sources], expected)
-            if journal is None or details != [source.details for source in sources]:
-                details = [source.details for source in sources]
-                journal = start_over(folder, work, request, details)
+            current = [source.details for source in sources]
+            if journal is None or details != current:
+                journal = start_over(folder, work, request, current, keep_downloads=details == current)
+                details = current
             else:
                 say(f"resuming after {journal.counts['tokens']:,} tokens")
             _check_disk(sources, request, folder)
@@ -380,56 +381,66 @@ def _parser() -> argparse.ArgumentParser:
         "was stopped, from the last 64M tokens.",
     )
 
-    def add(name: str, help: str, **options: Any) -> None:
-        parser.add_argument(f"--{name}", help=help, **options)
-
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in SOURCES.items())
     names: dict[str, Any] = {"nargs": "+", "action": "extend"}
-    add("source", f"{kinds}; several are mixed, and the manifest has their shares", **names, choices=tuple(SOURCES))
-    add(
-        "path",
-        "for --source files: files, folders (searched to any depth) or patterns; .txt and .md are one document each; "
-        ".jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow one a line or row",
+    parser.add_argument(
+        "--source",
+        help=f"{kinds}; several are mixed, and the manifest has their shares",
+        **names,
+        choices=tuple(SOURCES),
+    )
+    parser.add_argument(
+        "--path",
+        help="for --source files: files, folders (searched to any depth) or patterns; .txt and .md are one document "
+        "each; .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow one a line or row",
         **names,
         default=[],
         metavar="FILE_OR_GLOB",
     )
-    add("dataset", "for --source hub: the dataset's name on the hub", metavar="OWNER/NAME")
-    add("config", "for --source hub: the dataset's configuration", metavar="NAME")
-    add("split", "for --source hub: the dataset's split", metavar="NAME")
-    add("text-field", "field or column that holds the text (default: text)", default="text", metavar="NAME")
+    parser.add_argument("--dataset", help="for --source hub: the dataset's name on the hub", metavar="OWNER/NAME")
+    parser.add_argument("--config", help="for --source hub: the dataset's configuration", metavar="NAME")
+    parser.add_argument("--split", help="for --source hub: the dataset's split", metavar="NAME")
+    parser.add_argument(
+        "--text-field", help="field or column that holds the text (default: text)", default="text", metavar="NAME"
+    )
     number: dict[str, Any] = {"type": _number_from(1), "metavar": "N"}
     taken = "take the first documents of the sources, of a hub dataset a random part, up to this many"
-    add("max-tokens", f"{taken} tokens (default: all)", **number)
-    add("max-documents", f"{taken} (default: all)", **number)
-    add("drop-duplicates", "keep one of documents that are equal to the byte", action="store_true")
-    add(
-        "out",
-        "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source; needed for "
-        "--source files)",
+    parser.add_argument("--max-tokens", help=f"{taken} tokens (default: all)", **number)
+    parser.add_argument("--max-documents", help=f"{taken} (default: all)", **number)
+    parser.add_argument(
+        "--drop-duplicates", help="keep one of documents that are equal to the byte", action="store_true"
+    )
+    parser.add_argument(
+        "--out",
+        help="folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source; needed "
+        "for --source files and hub)",
         metavar="DIR",
     )
-    add(
-        "workers",
-        "threads that tokenise; the result is the same for any number (default: one a core, %(default)s here)",
+    parser.add_argument(
+        "--workers",
+        help="threads that tokenise; the result is the same for any number (default: one a core, %(default)s here)",
         default=available_cores(),
         **number,
     )
-    add(
-        "tokens-per-shard",
-        "a shard holds at most this many tokens, or one longer document (default: %(default)s)",
+    parser.add_argument(
+        "--tokens-per-shard",
+        help="a shard holds at most this many tokens, or one longer document (default: %(default)s)",
         default=100_000_000,
         **number,
     )
-    add("seed", "seed of the shuffle (default: 42)", type=_number_from(0), default=42, metavar="N")
+    parser.add_argument(
+        "--seed", help="seed of the shuffle (default: 42)", type=_number_from(0), default=42, metavar="N"
+    )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
     modes.add_argument("--repair", action="store_true", help="replace the damaged shards of --out, and exit")
     modes.add_argument("--inspect", action="store_true", help="show the content of the dataset in --out, and exit")
-    add("skipped", "with --inspect: show the text behind the steps that this run skipped", metavar="RUN")
-    add(
-        "windows",
-        "with --skipped: windows shown of each step (default: %(default)s)",
+    parser.add_argument(
+        "--skipped", help="with --inspect: show the text behind the steps that this run skipped", metavar="RUN"
+    )
+    parser.add_argument(
+        "--windows",
+        help="with --skipped: windows shown of each step (default: %(default)s)",
         default=_DEFAULT_WINDOWS,
         **number,
     )

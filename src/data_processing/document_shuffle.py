@@ -180,7 +180,9 @@ def resume(folder: Path, work: Path, request: Request) -> tuple[list[dict[str, A
     return [], None
 
 
-def start_over(folder: Path, work: Path, request: Request, details: list[dict[str, Any]]) -> Journal:
+def start_over(
+    folder: Path, work: Path, request: Request, details: list[dict[str, Any]], keep_downloads: bool = False
+) -> Journal:
     """Delete an earlier start's leftovers, write the plan, and return an empty journal.
 
     Raises UserError for shards whose origin is unknown, and StorageError.
@@ -195,7 +197,8 @@ def start_over(folder: Path, work: Path, request: Request, details: list[dict[st
         (work / JOURNAL).unlink(missing_ok=True)  # first: a kill further down must not leave it without its files
         for path in [*shards, *work.iterdir()]:
             if path.is_dir():
-                shutil.rmtree(path)
+                if path.name != DOWNLOADS or not keep_downloads:
+                    shutil.rmtree(path)
             elif path.name not in (PLAN, _LOCK):  # the plan vouches for the shards until they are gone
                 path.unlink()
     with replacing(work / PLAN) as file:
@@ -209,6 +212,7 @@ def fill_buckets(sources: Sequence[Source], request: Request, journal: Journal, 
 
     Raises UserError if a source is faulty or changed meanwhile, and StorageError.
     """
+    load_tokenizer()  # or a fault of its files would show after the first download
     report = _Progress(sources, request, journal)
     # A limited request may need little of what is read ahead; otherwise the threads stay busy during a flush.
     ahead = workers + 1 if request.is_limited else 8 * workers
@@ -273,7 +277,7 @@ def encode_all(
         for position, documents in _batches(sources, start):
             job = pool.submit(encode_batch, documents, seed, position.source, is_leaving)
             pending.append((position, job))
-            if len(pending) >= ahead:
+            while pending and (len(pending) >= ahead or pending[0][1].done()):
                 position, job = pending.popleft()
                 yield position, job.result()
         while pending:

@@ -124,9 +124,7 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "files", "--path", "{}/one.txt", "--out", "x"], 2, "at least two", id="one document"),
         pytest.param(["--source", "files", "--path", "{}/a.jsonl", "--out", "x"], 2, "found: body", id="no field"),
         pytest.param(["--source", "files", "--path", "{}/b.jsonl", "--out", "x"], 2, "line 1: not JSON", id="bad JSON"),
-        pytest.param(
-            ["--source", "files", "--path", "{}", "--out", "{}/one.txt/x"], 4, "cannot write", id="unwritable"
-        ),
+        pytest.param(["--source", "files", "--path", "{}", "--out", "{}/one.txt/x"], 4, "annot write", id="unwritable"),
         pytest.param(["--source", "files", "--out", "x"], 2, "needs --path", id="no path"),
         pytest.param(["--source", "files", "--path", "{}/one.txt"], 2, "--out DIR is needed", id="no out"),
         pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
@@ -326,7 +324,7 @@ def test_shards_that_cannot_be_put_in_place(tmp_path: Path, monkeypatch: pytest.
         real(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(StorageError, match=f"cannot write {folder}: Permission denied; "):
+    with pytest.raises(StorageError, match=f"Cannot write {folder}: Permission denied"):
         repair(folder, 1)
 
 
