@@ -461,7 +461,7 @@ def write_shards(
 
 
 def disk_needed(folder: Path, tokens: int, download_bytes: int = 0) -> int:
-    """Estimate the bytes that preparing `tokens` tokens in `folder` needs besides what an earlier start left there."""
+    """Estimate the bytes that preparing `tokens` tokens in `folder` needs beyond the leftovers of an earlier start."""
     # The buckets, which go as the shards come, with an eighth for records and what is there twice meanwhile.
     return max(0, tokens * TOKEN_DTYPE.itemsize * 9 // 8 + download_bytes - bytes_below(folder))
 
