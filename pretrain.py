@@ -17,6 +17,8 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
 import hashlib
 import math
 import os
+import platform
+import shlex
 import socket
 import sys
 import time
@@ -24,7 +26,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +46,6 @@ from src.model_utils.autotune import out_of_memory, settle
 from src.model_utils.checkpoint_saver import CheckpointSaver, Saved, refuse_full_disk
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps, prune
 from src.model_utils.debugging import count_parameters, flops_per_token, profiler
-from src.model_utils.run_records import run_settings, summary
 from src.model_utils.spike_guard import SpikeGuard
 from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
 from src.model_utils.weight_init import init_weights
@@ -593,6 +596,49 @@ def all_done(total_steps: int) -> str:
 
 def write_status(run: Run, state: str, exit_code: int | None, message: str) -> None:
     run.log.write_status(state, run.state.progress.step, run.config.total_steps, exit_code, message)
+
+
+def run_settings(
+    config: Config, procs: Processes, model: LLM, precision: torch.dtype, dataset: dict[str, Any]
+) -> dict[str, Any]:
+    """Every setting, the numbers derived from it, versions and machine. `dataset` describes the data."""
+    parameters = count_parameters(model)
+    packages = ("torch", "numpy", "tiktoken", "safetensors")
+    return {
+        "config": to_dict(config),
+        "derived": {
+            "total_steps": config.total_steps,
+            "warmup_steps": config.warmup_steps,
+            "grad_accumulation_steps": config.grad_accumulation_steps(procs.world_size),
+            "world_size": procs.world_size,
+            "parameters": parameters,
+            "parameters_without_embedding": parameters - model.embedding.weight.numel(),
+            "flops_per_token": flops_per_token(config.model, parameters),
+            "precision": str(precision).removeprefix("torch."),
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": hardware.describe_machine(procs.device),
+        "dataset": dataset,
+        "command": shlex.join(sys.argv),
+        "launch": os.environ.get("LAUNCH_ID"),
+    }
+
+
+def summary(settings: dict[str, Any], train_tokens: int) -> str:
+    """The most important settings in three lines. `train_tokens`: of the dataset."""
+    config, derived, machine = settings["config"], settings["derived"], settings["machine"]
+    train = config["train"]
+    epochs = derived["total_steps"] * train["batch_tokens"] / train_tokens
+    others = "" if derived["precision"] == "float32" else "; weights, norms, softmax, loss and optimizer in float32"
+    return (
+        f"run {config['run_name']}: {derived['parameters']:,} parameters, {derived['total_steps']} steps of "
+        f"{train['batch_tokens']:,} tokens, {epochs:.2g} epochs of dataset {config['data']['dir']} "
+        f"({train_tokens:,} tokens)\n"
+        f"on {derived['world_size']} x {machine.get('gpu') or machine['cpu']} ({machine['device']}), "
+        f"micro-batch {train['micro_batch_size']} x {config['model']['n_ctx']}, "
+        f"{derived['grad_accumulation_steps']} accumulation step(s)\n"
+        f"precision: matmuls in {derived['precision']}{others}"
+    )
 
 
 def main() -> int:
