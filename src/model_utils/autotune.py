@@ -5,7 +5,6 @@ The run's checkpoints hold the choice, and a resumed run takes it over, so that 
 
 import os
 import shutil
-import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -98,12 +97,9 @@ def out_of_memory(error: Exception, device: torch.device, micro_batch_size: int,
 
 def compile_problem(kind: str) -> str:
     """The reason why torch.compile cannot work on this type of device, with a remedy; "" if none is known."""
-    folder, headers = os.path.dirname(torch.__file__), sysconfig.get_path("include")
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if kind == "cuda":
-        compiler = os.environ.get("CC") or "gcc"  # Triton starts its kernels through C code
-    if kind == "cpu" and any(map(str.isspace, folder)):
-        return f"PyTorch's folder {folder} has a space in its name. Use an environment in another folder"
+    headers = sysconfig.get_path("include")
+    # Triton starts its kernels through C code.
+    compiler = os.environ.get("CC", "gcc") if kind == "cuda" else os.environ.get("CXX", "g++")
     if not os.path.exists(os.path.join(headers, "Python.h")):
         return f"there is no Python.h in {headers}. Install Python's headers (Debian and Ubuntu: python3-dev)"
     if kind == "cuda" and find_spec("triton") is None:
@@ -118,13 +114,12 @@ def _micro_batch_size(
     before = was["micro_batch_size"] if was else None
     sizes = [size for size in range(share, 0, -1) if share % size == 0]
     fits = partial(_fits, model, precision, procs)
-    if before in sizes and not procs.any(not procs.together(lambda: fits(before))):
+    if before in sizes and all(procs.gather(procs.together(lambda: fits(before)))):
         return before, "as in the checkpoint"
 
     def largest() -> int:
-        for size in sizes:
-            if fits(size):
-                return size
+        if size := next(filter(fits, sizes), 0):
+            return size
         raise UserError(
             f"Cannot train on {procs.device}: not even one sequence of {config.model.n_ctx} tokens fits into its "
             "memory. Use a smaller model or --model.n-ctx, or free memory."
@@ -158,12 +153,13 @@ def _fits(model: LLM, precision: torch.dtype, procs: Processes, size: int) -> bo
 
 
 def _compile(config: Config, was: dict[str, Any] | None, procs: Processes) -> tuple[bool, str]:
+    """True if the model is to be compiled, and the reason."""
     setting, reason, kind = config.train.compile, "as set", procs.device.type
     if setting == "auto":
         setting, reason = "on" if kind == "cuda" else "off", f"the default on {kind}"
         if was and was["compile"] != "auto":
             setting, reason = was["compile"], "as in the checkpoint"
-    if setting == "on" and (problem := next(filter(None, procs.gather(compile_problem(kind))), "")):
+    if setting == "on" and (problem := max(procs.gather(compile_problem(kind)))):
         if config.train.compile == "on":
             raise UserError(f"Cannot compile the model: {problem}, or rerun with --train.compile off.")
         return False, problem
@@ -175,9 +171,9 @@ def _compile_now(forward: nn.Module, config: Config, precision: torch.dtype, dev
         _one_pass(forward, config.model, config.micro_batch_size, precision, device)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, device, config.micro_batch_size, "the first compiled step") from error
-    except Exception as error:  # PyTorch's compilers fail in many ways
-        cause = getattr(error, "inner_exception", error)  # PyTorch wraps a backend's error into one without a cause
-        line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    except Exception as error:  # PyTorch's compilers fail in many ways, and wrap the error of a backend
+        cause = getattr(error, "inner_exception", error)
+        line = (str(cause) or type(cause).__name__).strip().splitlines()[0]
         raise UserError(f"Cannot compile the model: {line}. Rerun with --train.compile off.") from error
     finally:
         forward.zero_grad()

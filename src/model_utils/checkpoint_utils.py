@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from src.utils.errors import StorageError, UserError
-from src.utils.files import fingerprint, free_bytes, lies_in, move, remedy, set_aside, sync
+from src.utils.files import fingerprint, free_bytes, lies_in, move, set_aside, sync
 
 STEP_NAME = re.compile(r"step_(\d{7,})")
 _LEFTOVER = re.compile(r"step_\d{7,}\.(tmp|removed)-\d+")
@@ -65,11 +65,10 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
         sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        cure = remedy(error) if isinstance(error, OSError) else "check the disk"
         needed = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
         raise StorageError(
             f"Cannot save the checkpoint of step {step} in {root}: {error}. It needs {needed:,} bytes, "
-            f"{free_bytes(root):,} are free; earlier ones are untouched. To resume, {cure} and rerun."
+            f"{free_bytes(root):,} are free; earlier ones are untouched. To resume, fix that and rerun."
         ) from error
     if problem := damage(final, from_disk=True):
         raise StorageError(

@@ -48,8 +48,6 @@ def profiler(steps: int, first_step: int, log: RunLogger) -> Iterator[torch.prof
         on_trace_ready=partial(_write, log.run_dir / "profile", first_step, log),
     ) as recording:
         yield recording
-    if recording.step_num <= WARM_UP_STEPS:
-        log.info(f"warning: no profile: the run ended within its first {WARM_UP_STEPS} steps, which are not recorded")
 
 
 def _write(folder: Path, first_step: int, log: RunLogger, recording: torch.profiler.profile) -> None:

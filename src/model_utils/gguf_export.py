@@ -3,6 +3,8 @@
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,8 @@ _Q8_0_BLOCK = 32  # numbers that share a scale
 
 def check_gguf(config: ModelConfig, dtype: str, n_tokens: int) -> None:
     """Raises UserError if the gguf package is missing, or the model does not fit the format."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UserError("Cannot write GGUF: the package gguf is missing. Run: pip install gguf==0.19.0") from None
+    if find_spec("gguf") is None:
+        raise UserError("Cannot write GGUF: the package gguf is missing. Run: pip install gguf==0.19.0")
     if config.n_vocab < n_tokens:
         raise UserError(
             f"Cannot write GGUF: model.n_vocab is {config.n_vocab:,}, and the tokenizer, which GGUF needs, has "
@@ -70,7 +70,10 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    _compare(gguf.GGUFReader(path), metadata, tensors, _TYPES[dtype][2])
+    if difference := next(_differences(gguf.GGUFReader(path), metadata, tensors, _TYPES[dtype][2]), ""):
+        raise StorageError(
+            f"Cannot use the GGUF file just written: {difference} differs. Check the disk and export again."
+        )
 
 
 def _metadata(config: ModelConfig, tokens: list[str], merges: list[str], dtype: str) -> dict[str, Any]:
@@ -121,20 +124,18 @@ def _tensors(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str,
     return tensors
 
 
-def _compare(reader: Any, metadata: dict[str, Any], tensors: dict[str, np.ndarray], rounding: float) -> None:
+def _differences(
+    reader: Any, metadata: dict[str, Any], tensors: dict[str, np.ndarray], rounding: float
+) -> Iterator[str]:
+    """Yields the names of fields and tensors that a file does not hold as given, up to the matrices' `rounding`."""
     import gguf
 
     for key, value in metadata.items():
         expected = float(np.float32(value)) if isinstance(value, float) else value
         if key not in reader.fields or reader.fields[key].contents() != expected:
-            raise StorageError(
-                f"Cannot use the GGUF file just written: {key} differs. Check the disk and export again."
-            )
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+            yield key
+    stored = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     for name, array in tensors.items():
-        numbers = gguf.dequantize(stored[name].data, stored[name].tensor_type) if name in stored else np.zeros(0)
         limit = np.abs(array).max() * (rounding if array.ndim == 2 else 0.0)
-        if numbers.shape != array.shape or not (np.abs(numbers - array) <= limit).all():
-            raise StorageError(
-                f"Cannot use the GGUF file just written: {name} differs. Check the disk and export again."
-            )
+        if stored[name].shape != array.shape or not (np.abs(stored[name] - array) <= limit).all():
+            yield name

@@ -4,7 +4,6 @@ With biases turned on, a Llama computes what our model computes. Its weights are
 q, k and v are three matrices there and one here, as are value and gate of the feed-forward network.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from src.model import LLM
 from src.params import ModelConfig, from_dict
 from src.utils.errors import UserError
-from src.utils.files import fingerprint
+from src.utils.files import fingerprint, read_json
 
 WEIGHTS = "model.safetensors"
 EXPORT = "export.json"
@@ -93,10 +92,9 @@ def our_tensors(theirs: dict[str, torch.Tensor], names: list[str]) -> dict[str, 
 def is_model_folder(path: Path) -> bool:
     """Returns True if `path` has a config.json of transformers, rather than that of a run."""
     try:
-        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return bool(ARCHITECTURE.keys() & read_json(path / "config.json").keys())
+    except (OSError, UserError):
         return False
-    return isinstance(settings, dict) and bool(ARCHITECTURE.keys() & settings.keys())
 
 
 def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
@@ -148,15 +146,13 @@ def read_export(folder: Path) -> dict[str, Any]:
     """Returns all of export.json: an Origin, and `files` with size and hash by name. Raises UserError."""
     path = folder / EXPORT
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != EXPORT_FORMAT:
-            raise ValueError(f"format {content['format']!r}, expected {EXPORT_FORMAT}")
-        if wrong := [name for name, kind in _TYPES.items() if not isinstance(content.get(name), kind)]:
-            raise ValueError(f"{wrong[0]} is missing or of another type")
+        content = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{folder} is not an export of ours: it has no {EXPORT}. Name a run or its export.") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}). Copy the folder again, or export the model again.") from None
+    if content.get("format") != EXPORT_FORMAT:
+        raise UserError(f"Cannot read {path}: its format is not {EXPORT_FORMAT}. Export the model again.")
+    if wrong := [name for name, kind in _TYPES.items() if not isinstance(content.get(name), kind)]:
+        raise UserError(f"Cannot read {path}: {wrong[0]} is missing or of another type. Copy the folder again.")
     return content
 
 

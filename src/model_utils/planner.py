@@ -2,8 +2,8 @@
 
     python -m src.model_utils.planner PRESET [--gpu a100-80g --gpus 8 --price-per-gpu-hour 1.8] [overrides]
 
-Tables go to stderr, and one JSON object is the last line of stdout. Time follows from an assumed share of the GPU's
-peak rate (MFU), memory from src/model_utils/memory_estimate.py.
+Stderr gets a line per number, and one JSON object is the last line of stdout. Time follows from an assumed share of
+the GPU's peak rate (MFU), memory from src/model_utils/memory_estimate.py.
 """
 
 import src  # noqa: F401 (before torch: see there)
@@ -13,12 +13,12 @@ if __name__ == "__main__":
     end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
 
 import argparse
-import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,11 +70,15 @@ class Assumptions:
     """Inputs of the estimate that the configuration does not hold."""
 
     mfu: float = REFERENCE_MFU
-    mfu_source: str = "assumed: the reference's, on A100"
     price: float | None = None
     """Dollars per GPU-hour."""
     watts: float | None = None
     """Of one GPU; 0 stands for its board power, None for no estimate of energy."""
+
+    def source(self) -> dict[str, Any]:
+        """The share of the peak and its origin, for the result."""
+        is_assumed = self.mfu == REFERENCE_MFU
+        return {"mfu": self.mfu, "mfu_source": "assumed: the reference's, on A100" if is_assumed else "as given"}
 
 
 class Fit(NamedTuple):
@@ -143,7 +147,7 @@ def describe(config: Config) -> dict[str, Any]:
         "steps": config.total_steps,
         "tokens": tokens,
         "tokens_per_parameter": tokens / parameters,
-        "total_flops": flops * tokens,
+        "total_flops": float(flops * tokens),
         "disk_bytes": {
             "data": TOKEN_BYTES * (tokens + config.eval.val_tokens),
             "one_checkpoint": checkpoint_bytes(config),
@@ -157,91 +161,84 @@ def plan_here(config: Config) -> dict[str, Any]:
     device = choose_device(config.train.device)
     precision = choose_precision(config.train.precision, device)
     step = replace(step_of(config, config.micro_batch_size, 1, device.type), itemsize=precision.itemsize)
-    memory = estimate_memory(step)
-    return {
-        "device": device.type,
-        "micro_batch_size": config.micro_batch_size,
-        "accumulation_steps": config.grad_accumulation_steps(1),
-        "matmuls_in": str(precision).removeprefix("torch."),
-        "memory_bytes": asdict(memory) | {"total": memory.total},
-    }
+    fit = Fit(config.micro_batch_size, config.grad_accumulation_steps(1), estimate_memory(step))
+    return {"device": device.type, **_step_numbers(fit, precision.itemsize)}
 
 
 def plan_gpus(config: Config, name: str, count: int, given: Assumptions) -> dict[str, Any]:
     """Memory, time and cost on `count` GPUs. Raises ConfigError or UserError for what cannot work."""
-    gpu, accumulation = _find_gpu(name), config.grad_accumulation_steps(count)
-    largest = chosen = largest_fit(config, gpu, count)
+    gpu, size, accumulation = GPUS[name], config.train.micro_batch_size, config.grad_accumulation_steps(count)
+    largest = largest_fit(config, gpu, count)
     if not largest.micro_batch_size:
         raise UserError(
             f"Cannot train on {name}: not even one sequence of {config.model.n_ctx} tokens fits, which takes "
             f"{size_text(largest.memory.total)} of {size_text(usable_bytes(gpu))}. Choose a GPU with more memory, a "
             "smaller model, or a smaller --model.n-ctx."
         )
-    if config.train.micro_batch_size != "auto":
-        size = config.train.micro_batch_size
-        chosen = Fit(size, accumulation, estimate_memory(step_of(config, size, count)))
+    fit = largest if size == "auto" else Fit(size, accumulation, estimate_memory(step_of(config, size, count)))
     return {
-        "gpu": {"name": name.lower()} | asdict(gpu),
+        "gpu": {"name": name} | asdict(gpu),
         "gpus": count,
-        "micro_batch_size": chosen.micro_batch_size,
-        "accumulation_steps": chosen.accumulation_steps,
-        "matmuls_in": "float32" if config.train.precision == "float32" else "bfloat16",
-        "memory_bytes": asdict(chosen.memory) | {"total": chosen.memory.total},
+        **_step_numbers(fit, FLOAT32 if config.train.precision == "float32" else 2),
         "usable_memory_bytes": usable_bytes(gpu),
-        "fits": chosen.memory.total <= usable_bytes(gpu),
+        "fits": fit.memory.total <= usable_bytes(gpu),
         "largest_micro_batch_size": largest.micro_batch_size,
-        "mfu": given.mfu,
-        "mfu_source": given.mfu_source,
+        **given.source(),
         **cost(config, gpu, count, given)._asdict(),
+    }
+
+
+def _step_numbers(fit: Fit, itemsize: int) -> dict[str, Any]:
+    return {
+        "micro_batch_size": fit.micro_batch_size,
+        "accumulation_steps": fit.accumulation_steps,
+        "matmuls_in": "float32" if itemsize == FLOAT32 else "bfloat16",
+        "memory_bytes": asdict(fit.memory) | {"total": fit.memory.total},
     }
 
 
 def sweep(config: Config, names: Sequence[str], given: Assumptions) -> list[dict[str, Any]]:
     """One row per GPU and count: the largest micro-batch and the cost; 0 and None where nothing fits."""
     rows = []
-    for name in names:
-        for count in COUNTS:
-            try:
-                fit = largest_fit(config, _find_gpu(name), count)
-            except ConfigError:
-                continue  # so many GPUs cannot share the batch
-            row = {"gpu": name, "gpus": count, "fits": fit.micro_batch_size > 0}
-            row |= {"micro_batch_size": fit.micro_batch_size, "accumulation_steps": fit.accumulation_steps}
-            numbers = cost(config, _find_gpu(name), count, given)._asdict()
-            rows.append(row | (numbers if row["fits"] else dict.fromkeys(numbers)))
+    for name, count in product(names, COUNTS):
+        try:
+            fit = largest_fit(config, GPUS[name], count)
+        except ConfigError:
+            continue  # so many GPUs cannot share the batch
+        row = {"gpu": name, "gpus": count, "fits": fit.micro_batch_size > 0}
+        row |= {"micro_batch_size": fit.micro_batch_size, "accumulation_steps": fit.accumulation_steps}
+        numbers = cost(config, GPUS[name], count, given)._asdict()
+        rows.append(row | (numbers if row["fits"] else dict.fromkeys(numbers)))
     return rows
 
 
 def main() -> int:
     args, config = _parse()
-    given = Assumptions(price=args.price_per_gpu_hour, watts=args.watts)
-    if args.mfu is not None:
-        given = replace(given, mfu=args.mfu, mfu_source="as given")
+    given = Assumptions(args.mfu, args.price_per_gpu_hour, args.watts)
     result: dict[str, Any] = {"run_name": config.run_name, **describe(config)}
     if args.sweep:
         rows = sweep(config, [args.gpu] if args.gpu else list(GPUS), given)
-        result |= {"mfu": given.mfu, "mfu_source": given.mfu_source, "sweep": rows}
-        texts = [_sweep_text(rows, given)]
+        result |= {**given.source(), "sweep": rows}
     elif args.gpu:
         result |= plan_gpus(config, args.gpu, args.gpus or 1, given)
-        texts = [_memory_text(config, result), _cost_text(result)]
     else:
         result |= plan_here(config)
-        texts = [_memory_text(config, result), "For time and money: --gpu NAME --gpus N, or --sweep for all GPUs."]
-    say("\n\n".join([_run_text(config, result), *texts]))
+    say("\n".join(_lines(result)))
     print(json.dumps(result))
     return EXIT_DONE
 
 
 def _parse() -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--gpu", metavar="NAME")
+    parser = argparse.ArgumentParser(prog="planner.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpu", type=str.lower, choices=GPUS)
     parser.add_argument("--gpus", metavar="N", type=_above_zero(int, 10_000))
     parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_above_zero(float, 1e6))
-    parser.add_argument("--mfu", metavar="SHARE", type=_above_zero(float, 1))
+    parser.add_argument("--mfu", metavar="SHARE", type=_above_zero(float, 1), default=REFERENCE_MFU)
     parser.add_argument("--watts", metavar="W", type=_above_zero(float, 1e6), nargs="?", const=0.0)
     parser.add_argument("--sweep", action="store_true")
     args, sys.argv[1:] = parser.parse_known_args()
+    if not (args.gpu or args.sweep) and (args.gpus or args.price_per_gpu_hour or args.watts is not None):
+        parser.error("no GPU to plan for; name one with --gpu, or compare all with --sweep")
     config = config_from_command_line(
         "Estimate what a run takes. Options in addition to the overrides: --gpu NAME and --gpus N, where to train "
         f"({', '.join(GPUS)}); --price-per-gpu-hour DOLLARS; --mfu SHARE of the GPU's peak, by default the "
@@ -249,10 +246,6 @@ def _parse() -> tuple[argparse.Namespace, Config]:
         "GPUs and their numbers. Exit codes: 0 done, 2 the run cannot work.",
         prog="python -m src.model_utils.planner",
     )
-    if args.sweep and args.gpus:
-        raise UserError("Cannot use --gpus with --sweep, which tries several numbers. Leave one of them out.")
-    if not (args.gpu or args.sweep) and any((args.gpus, args.price_per_gpu_hour, args.mfu, args.watts is not None)):
-        raise UserError("Cannot plan for GPUs: none is named. Name one with --gpu, or compare all with --sweep.")
     return args, config
 
 
@@ -265,78 +258,28 @@ def _above_zero(kind: type, at_most: float) -> Callable[[str], float]:
     return number
 
 
-def _find_gpu(name: str) -> GPU:
-    if gpu := GPUS.get(name.lower()):
-        return gpu
-    nearest = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.4)
-    guess = f"Did you mean {nearest[0]}? " if nearest else ""
-    raise UserError(f"Cannot plan for --gpu {name}: it is not in the table. {guess}Choose one of {', '.join(GPUS)}.")
+def _lines(result: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """One line per number, below its group; a sweep's rows are a table."""
+    for name, value in result.items():
+        label = indent + name.replace("_bytes", "").replace("_", " ")
+        if isinstance(value, dict):
+            yield f"{label}:"
+            in_bytes = name.endswith("_bytes")
+            yield from _lines({k: size_text(v) if in_bytes else v for k, v in value.items()}, indent + "  ")
+        elif isinstance(value, list):
+            columns = [name for name in value[0] if any(row[name] is not None for row in value)]
+            for row in (dict(zip(columns, columns, strict=True)), *value):
+                yield "".join(f"{_text(row[name]).replace('_', ' '):>{max(len(name), 8) + 2}}" for name in columns)
+        elif value is not None:
+            yield f"{label:<32}{size_text(value) if name.endswith('_bytes') else _text(value)}"
 
 
-def _run_text(config: Config, result: dict[str, Any]) -> str:
-    disk = result["disk_bytes"]
-    return (
-        f"{config.run_name}: {result['parameters']:,} parameters, {result['parameters_without_embedding']:,} without "
-        f"the embedding\n"
-        f"work: {result['steps']:,} steps of {config.train.batch_tokens:,} tokens = {result['tokens'] / 1e9:,.3g} "
-        f"billion tokens, {result['tokens_per_parameter']:.3g} per parameter, {result['total_flops']:.3g} FLOP\n"
-        f"disk: {size_text(disk['data'])} of data if no token repeats, {size_text(disk['checkpoints'])} of "
-        f"checkpoints ({size_text(disk['one_checkpoint'])} each)"
-    )
-
-
-def _memory_text(config: Config, result: dict[str, Any]) -> str:
-    device = result["gpu"]["name"] if "gpu" in result else f"this machine's {result['device']}"
-    parts = {name.replace("_", " "): size for name, size in result["memory_bytes"].items() if size}
-    lines = [
-        f"memory per process on {device}, micro-batch {result['micro_batch_size']} x {config.model.n_ctx:,} tokens, "
-        f"{result['accumulation_steps']} accumulation step(s), {result['matmuls_in']}:",
-        *(f"  {name:<16}{size_text(size):>9}" for name, size in parts.items()),
-    ]
-    if "gpu" in result:
-        verdict = "fits" if result["fits"] else "does NOT fit"
-        lines.append(
-            f"{verdict}: {size_text(result['usable_memory_bytes'])} of {result['gpu']['memory_gb']} GB are usable"
-        )
-        lines.append(f"largest micro-batch that fits: {result['largest_micro_batch_size']}")
-    elif result["device"] == "cpu":
-        lines.append(
-            "in addition: Python with PyTorch, and a copy of weights and optimizer while a checkpoint is saved"
-        )
-    return "\n".join(lines)
-
-
-def _cost_text(result: dict[str, Any]) -> str:
-    gpu, count = result["gpu"], result["gpus"]
-    lines = [
-        f"{count} x {gpu['name']}, {gpu['tflops']:g} TFLOP/s each ({gpu['source']}), MFU {result['mfu']:g} "
-        f"({result['mfu_source']}):",
-        f"{result['tokens_per_second']:,.0f} tokens/s, {result['hours']:,.1f} hours without evaluation and checkpoints",
-    ]
-    if result["dollars"] is not None:
-        lines.append(f"${result['dollars']:,.0f} for {count * result['hours']:,.1f} GPU-hours")
-    if result["kwh"] is not None:
-        lines.append(f"at most {result['kwh']:,.1f} kWh for the GPUs, without the rest of the machine and cooling")
-    if count > 8:
-        lines.append("more than one machine: the network between them lowers the MFU")
-    return "\n".join(lines)
-
-
-def _sweep_text(rows: list[dict[str, Any]], given: Assumptions) -> str:
-    price = "" if given.price is None else f", ${given.price:g} per GPU-hour for every GPU"
-    columns = ["dollars"] * (given.price is not None) + ["kwh"] * (given.watts is not None)
-    titles = f"{'GPU':<10}{'number':>7}{'micro-batch':>13}{'tokens/s':>12}{'hours':>9}"
-    lines = [
-        f"MFU {given.mfu:g} everywhere ({given.mfu_source}){price}; 16 GPUs are more than one machine",
-        titles + "".join(f"{column:>11}" for column in columns),
-    ]
-    for row in rows:
-        batch = f"{row['micro_batch_size']} (x {row['accumulation_steps']})"
-        numbers = [f"{row['tokens_per_second']:>12,.0f}{row['hours']:>9,.1f}"] if row["fits"] else []
-        numbers += [f"{row[column]:>11,.1f}" for column in columns if row["fits"]]
-        batch = f"{batch:>13}" if row["fits"] else "  not even one sequence fits"
-        lines.append(f"{row['gpu']:<10}{row['gpus']:>7}{batch}{''.join(numbers)}")
-    return "\n".join(lines)
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if not isinstance(value, (int, float)):
+        return "" if value is None else str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or 100 <= value < 1e12 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

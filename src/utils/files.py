@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,24 +17,12 @@ from typing import IO, Any, BinaryIO
 
 from src.utils.errors import BusyError, StoppedError, StorageError, UserError, say
 
-REMEDIES = {  # by the error's number
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "fix the permissions"),
-    **dict.fromkeys((errno.ENFILE, errno.EMFILE), "close files, or raise the limit of open ones (ulimit -n)"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "move away the file that lies where a folder should be"),
-    errno.EISDIR: "move the folder of that name away",
-    errno.ENOENT: "restore it",
-    errno.EROFS: "make the disk writable",
-    errno.EIO: "check the disk for failures",
-    errno.ENAMETOOLONG: "choose a shorter name",
-}
-PATIENCE_S = 1.0  # with another command that only checks the lock, as `refuse_claimed` does
-ORPHAN_PATIENCE_S = 20.0  # with a process whose launcher was killed: it finishes its step, saves and ends
+PATIENCE_S = 20.0  # with a holder: one whose launcher was killed finishes its step, saves and ends
 
 
 @contextmanager
 def storage_errors(path: Path, action: str = "write", needed_bytes: int = 0) -> Iterator[None]:
-    """Turns an OSError in the block into a StorageError that names `path`, the cause and a remedy.
+    """Turns an OSError in the block into a StorageError that names `path` and the cause.
 
     `needed_bytes`: disk space that the rest of the action takes, if known.
     """
@@ -45,14 +34,9 @@ def storage_errors(path: Path, action: str = "write", needed_bytes: int = 0) -> 
         full = needed_bytes and error.errno in (errno.ENOSPC, errno.EDQUOT)
         needed = f", {needed_bytes:,} bytes more are needed and {free_bytes(path):,} are free" if full else ""
         raise StorageError(
-            f"Cannot {action} {path}: {error.strerror or error}{needed}. To resume, {remedy(error)} and rerun, or "
-            "use another folder."
+            f"Cannot {action} {path}: {error.strerror or error}{needed}. To resume, fix that and rerun, or use another "
+            "folder."
         ) from error
-
-
-def remedy(error: OSError) -> str:
-    """An imperative that fits an error of the file system, for the middle of a sentence."""
-    return REMEDIES.get(error.errno or 0, "fix that")
 
 
 @contextmanager
@@ -75,6 +59,25 @@ def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that takes the name `path` once the block ends well, and is removed after a failure.
+
+    Raises UserError if `path` exists, StorageError, and the block's errors.
+    """
+    temporary = path.absolute().with_name(f".{path.name}.tmp-{os.getpid()}")
+    with storage_errors(path):
+        if os.path.lexists(path):
+            raise UserError(f"Cannot write {path}: it exists. Choose another name, or move it away.")
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(path)
+            sync(temporary.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -102,17 +105,15 @@ def read_json(path: Path, kind: type = dict) -> Any:
     Also refuses what Python's parser accepts and later code stumbles over: NaN, numbers that no float can hold, lone
     surrogates.
     """
+    with open_regular(path) as file:
+        text = file.read()
     try:
-        with open_regular(path) as file:
-            text = file.read().decode("utf-8")
         content = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 40 else float(digits))
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except StorageError as error:
-        raise UserError(str(error)) from error
+        if not isinstance(content, kind):
+            raise ValueError(f"expected a JSON {kind.__name__} at its top level")
     except (ValueError, RecursionError) as error:
         raise UserError(f"Cannot read {path}: {error}. Restore the file.") from error
-    if not isinstance(content, kind):
-        raise UserError(f"Cannot read {path}: expected a JSON {kind.__name__} at its top level. Restore the file.")
     return content
 
 
@@ -126,8 +127,7 @@ def refuse_dangling(path: Path) -> None:
     for link in (path, *path.parents):
         if link.is_symlink() and not link.exists():
             raise StorageError(
-                f"Cannot use {link}: it is a link to {link.readlink()}, which does not exist. Mount its disk, or "
-                "remove the link."
+                f"Cannot use {link}: it is a link to {link.readlink()}, which does not exist. Mount its disk."
             )
 
 
@@ -147,15 +147,10 @@ def bytes_below(folder: Path) -> int:
 
 
 def check_writable(folder: Path) -> None:
-    """Writes, syncs and removes a file in `folder`. Raises StorageError."""
-    probe = folder / f".write-test-{socket.gethostname()}-{os.getpid()}"
-    with storage_errors(folder, "write in"):
-        try:
-            with open(probe, "xb") as file:
-                file.write(b"x")
-            sync(probe)
-        finally:
-            probe.unlink(missing_ok=True)
+    """Writes and syncs a file in `folder`, of which nothing remains. Raises StorageError."""
+    with storage_errors(folder, "write in"), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.write(b"x")
+        os.fsync(file.fileno())
 
 
 def size_text(n_bytes: float) -> str:
@@ -202,13 +197,13 @@ def set_aside(path: Path) -> Path:
     return move(path, target)
 
 
-def try_lock(file: IO, shared: bool = False) -> bool:
+def try_lock(file: IO) -> bool:
     """Locks an open file until it is closed or the process dies; False if another process holds it.
 
-    Several processes may hold a `shared` lock at the same time. Raises StorageError where the file system has no locks.
+    Raises StorageError where the file system has no locks.
     """
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -220,27 +215,25 @@ def try_lock(file: IO, shared: bool = False) -> bool:
 def claimed(run_dir: Path, stop: Callable[[], object] = lambda: False) -> Iterator[None]:
     """Creates `run_dir` if needed and holds it until the block ends or the process dies.
 
-    Waits a few seconds for a holder whose launcher was killed. Raises BusyError naming the holder, StorageError, or
-    StoppedError once `stop()` is true.
+    Waits PATIENCE_S for another holder. Raises BusyError naming it, StorageError, or StoppedError once `stop()` is
+    true.
     """
     refuse_dangling(run_dir)
     with storage_errors(run_dir, "write in"):
         run_dir.mkdir(parents=True, exist_ok=True)
     check_writable(run_dir)
-    with _open_lock(run_dir, os.O_RDWR | os.O_CREAT) as lock:
-        _wait_for(run_dir, lock, stop)
+    with _locked(run_dir, os.O_CREAT, stop) as lock:
         with suppress(OSError):  # a full disk may not hold the name, but the lock holds
-            name = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **_launcher()})
             lock.truncate(0)
-            os.pwrite(lock.fileno(), name.encode(), 0)
+            os.pwrite(lock.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         yield
 
 
 def refuse_claimed(run_dir: Path) -> None:
-    """Raises BusyError naming the holder if another process holds `run_dir`. Waits as `claimed` does."""
+    """Raises BusyError naming the holder if another process holds `run_dir` for longer than PATIENCE_S."""
     if os.path.lexists(claim_file(run_dir)):
-        with _open_lock(run_dir, os.O_RDONLY) as lock:
-            _wait_for(run_dir, lock, shared=True)
+        with _locked(run_dir):
+            pass
 
 
 def claim_file(run_dir: Path) -> Path:
@@ -248,41 +241,24 @@ def claim_file(run_dir: Path) -> Path:
     return run_dir.with_name(f".{run_dir.name}.lock")
 
 
-def _open_lock(run_dir: Path, flags: int) -> IO[bytes]:
+@contextmanager
+def _locked(run_dir: Path, flags: int = 0, stop: Callable[[], object] = lambda: False) -> Iterator[IO[bytes]]:
     path = claim_file(run_dir)
-    if path.is_symlink():
-        raise StorageError(f"Cannot open {path}: it is a link, not a lock file. Move it away.")
     with storage_errors(path, "open"):
-        return open_regular(path, flags | os.O_NOFOLLOW)  # never truncates what a link points to
-
-
-def _wait_for(run_dir: Path, lock: IO[bytes], stop: Callable[[], object] = lambda: False, shared: bool = False) -> None:
-    started, patience = time.monotonic(), 0 if shared else PATIENCE_S
-    while not try_lock(lock, shared):
-        holder = os.pread(lock.fileno(), 1000, 0).decode(errors="replace")
-        if patience != ORPHAN_PATIENCE_S and _is_orphan(holder):
-            patience = ORPHAN_PATIENCE_S
-            say(f"{holder} has lost its launcher and still holds {run_dir}: waiting up to {patience:g} s for its end")
-        if stop():
-            raise StoppedError("Stopped on request before the first step.")
-        if time.monotonic() - started > patience:
-            raise BusyError(
-                f"Cannot use this run name: another process is training in {run_dir}: {holder or 'holder unknown'}. "
-                "Wait for it, stop it, or choose another --run-name."
-            )
-        time.sleep(0.05)
-
-
-def _launcher() -> dict[str, int]:
-    """The parent's process id under torchrun, where this process is asked to stop once its parent is gone."""
-    return {"launcher": os.getppid()} if "TORCHELASTIC_RUN_ID" in os.environ else {}
-
-
-def _is_orphan(holder: str) -> bool:
-    """True if the holder runs on this machine under another parent than the one that started it."""
-    try:
-        name = json.loads(holder)
-        parent = int(Path(f"/proc/{int(name['pid'])}/stat").read_text().rpartition(")")[2].split()[1])
-        return name["host"] == socket.gethostname() and parent != name["launcher"]
-    except (ValueError, KeyError, TypeError, OSError):  # no name, another machine, or a system without /proc
-        return False
+        # Without following a link, so that nothing is written to a file that it points to.
+        lock = open_regular(path, os.O_RDWR | os.O_NOFOLLOW | flags)
+    with lock:
+        deadline = time.monotonic() + PATIENCE_S
+        if not try_lock(lock):
+            say(f"another process holds {run_dir}: waiting up to {PATIENCE_S:g} s for its end")
+        while not try_lock(lock):
+            holder = os.pread(lock.fileno(), 1000, 0).decode(errors="replace") or "holder unknown"
+            if stop():
+                raise StoppedError("Stopped on request before the first step.")
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    f"Cannot use this run name: another process is training in {run_dir}: {holder}. Wait for it, stop "
+                    "it, or choose another --run-name."
+                )
+            time.sleep(0.05)
+        yield lock

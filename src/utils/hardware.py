@@ -66,16 +66,6 @@ def choose_precision(requested: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def precision_in_words(dtype: torch.dtype, device: torch.device) -> str:
-    """A sentence for the log about the number formats in use."""
-    if dtype == torch.float32:
-        return f"all in float32{' (matmuls in TF32)' if device.type == 'cuda' else ''}"
-    name = str(dtype).removeprefix("torch.")
-    return (
-        f"{name} in matmuls and attention; float32 in weights, norms, residual stream, softmax, loss, gradients, AdamW"
-    )
-
-
 def keep_freed_memory() -> None:
     """Makes this process reuse the memory it frees instead of returning it to the system. No effect without glibc.
 
@@ -136,10 +126,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": str(device),
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine["gpu"] = properties.name
-        machine["gpu_memory_gb"] = round(properties.total_memory / 1e9, 1)
-        machine["cuda"] = torch.version.cuda
+        gpu = torch.cuda.get_device_properties(device)
+        machine |= {"gpu": gpu.name, "gpu_memory_gb": round(gpu.total_memory / 1e9, 1), "cuda": torch.version.cuda}
     return machine
 
 
@@ -148,8 +136,6 @@ def _memory_bytes() -> int:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()

@@ -15,7 +15,7 @@ import pytest
 from src.utils.root import ROOT
 from tests.conftest import Commands
 from tests.drills.pair import TORCHRUN
-from tests.drills.small_run import AT_LINE, PROGRAM, arguments, contents, start
+from tests.drills.small_run import AT_LINE, PROGRAM, arguments, contents, start, start_with
 
 PAUSE = (
     AT_LINE
@@ -38,6 +38,8 @@ follow_launcher()
 """
 # The step that is under way takes longer than another start, on a busy machine too.
 SLOW_STEP = PAUSE.replace("time.sleep(600)", "time.sleep(12)")
+# A start waits 20 s for the other one to end.
+IMPATIENT = "from src.utils import files\nfiles.PATIENCE_S = 0.1\n"
 
 
 @contextmanager
@@ -69,7 +71,7 @@ def test_the_second_names_the_first_and_follows_it_once_it_is_killed(commands: C
             time.sleep(0.05)
         before = contents(runs)
         for more in ((), ("--resume", "never")):
-            second = start(commands, data, *more)
+            second = start_with(commands, IMPATIENT, data, *more)
             assert second.returncode == 5, second.stderr
             assert "Traceback" not in second.stderr
             assert f"another process is training in {runs / 'drill'}: " in second.stderr
@@ -94,6 +96,6 @@ def test_one_whose_launcher_is_killed_is_waited_for(
         launcher.kill()
         second = start(commands, data)
     assert second.returncode == 0, second.stderr
-    assert f"has lost its launcher and still holds {commands.temp_data / 'runs' / 'drill'}" in second.stderr
+    assert f"another process holds {commands.temp_data / 'runs' / 'drill'}: waiting up to 20 s" in second.stderr
     assert "resume: from step_0000003 of 4 steps" in second.stderr
     assert [line["step"] for line in commands.metrics("drill", "train")] == [1, 2, 3, 4]

@@ -18,9 +18,9 @@ from src.model_assessment.sampling import SamplingConfig, generate
 from src.model_utils import hf_export
 from src.model_utils.hf_export import export, main
 from src.model_utils.llama_format import EXPORT
+from src.model_utils.load_model import load_model
 from src.params import ModelConfig
 from src.utils.errors import StorageError, UserError
-from tests.conftest import Commands
 from tests.data_processing.stand_in_hub import serving
 from tests.model_utils.exports import HARD_TEXTS, SHAPE, make_run, small_model
 
@@ -45,10 +45,7 @@ def test_logits_equal_ours(llama: Any):
     ids_BT = torch.randint(SHAPE.n_vocab, (3, SHAPE.n_ctx))
     with torch.no_grad():
         assert (llama(ids_BT).logits - small_model()(ids_BT)).abs().max() < 1e-4
-
-
-def test_every_embedding_can_be_trained_on(llama: Any):
-    """A padding token in config.json would leave the end-of-text token's out."""
+    # Every embedding can be trained on: a padding token in config.json would leave out the end-of-text token's.
     assert llama.get_input_embeddings().padding_idx is None
 
 
@@ -88,7 +85,7 @@ def test_ids_of_hard_texts(tokenizer: Any, text: str):
 
 def test_ids_at_characters_of_every_class(tokenizer: Any):
     """Beside a letter, a digit, a space and themselves: the class that a character has decides where pieces end."""
-    code_points = [c for c in (*range(0x20000), *range(0x20000, 0x110000, 257)) if not 0xD800 <= c < 0xE000]
+    code_points = [c for c in (*range(0x3100), *range(0x3100, 0x110000, 17)) if not 0xD800 <= c < 0xE000]
     for first in range(0, len(code_points), 10_000):
         text = "".join(f"a{chr(c)}1{chr(c)} {chr(c)}{chr(c)}" for c in code_points[first : first + 10_000])
         assert tokenizer(text, verbose=False).input_ids == load_tokenizer().encode(text)
@@ -126,7 +123,7 @@ def test_a_model_of_another_vocabulary_has_no_tokenizer(tmp_path: Path, capsys: 
 def test_the_card_has_the_runs_figures_up_to_the_step(tiny_export: Path):
     card = (tiny_export / "README.md").read_text()
     parameters = sum(parameter.numel() for parameter in small_model().parameters())
-    for figure in (f"{parameters:,} parameters", "5.4321", "228.60", "2.4567", "7,680 (by step 30)", "28.75% ± 5.00%"):
+    for figure in (f"{parameters:,} parameters", "5.4321", "228.60", "2.4567", "by step 30: 7,680", "28.75% ± 5.00%"):
         assert figure in card, figure
     assert "some-protocol (x)" in card
     assert "Text: pydocs; 2,358,597 tokens" in card
@@ -139,11 +136,11 @@ def test_unknown_figures_are_left_out_of_the_card(tmp_path: Path):
     (run / "config.json").unlink()
     export(run, tmp_path / "hf", "hf", "float32")
     card = (tmp_path / "hf/README.md").read_text()
-    assert "## Measured" not in card
-    assert "Text:" not in card
-    assert "Tokens seen" not in card
-    assert "None" not in card
-    assert "{" not in card
+    for unknown in ("Validation at", "Text:", "Tokens seen", "None", "{"):
+        assert unknown not in card
+    shutil.copytree(run / "checkpoints/step_0000040", tmp_path / "step_0000040")  # away from its run
+    export(tmp_path / "step_0000040", tmp_path / "other", "hf", "float32")
+    assert "Validation at" not in (tmp_path / "other/README.md").read_text()
 
 
 def test_folders_of_whoever_trained_it_stay_private(tiny_export: Path):
@@ -152,28 +149,17 @@ def test_folders_of_whoever_trained_it_stay_private(tiny_export: Path):
     assert json.loads((tiny_export / EXPORT).read_text())["config"]["data"]["dir"] == "novels"
 
 
-def test_a_checkpoint_away_from_its_run(tiny_run: Path, tmp_path: Path):
-    shutil.copytree(tiny_run / "checkpoints/step_0000040", tmp_path / "step_0000040")
-    export(tmp_path / "step_0000040", tmp_path / "hf", "hf", "float32")
-    assert "## Measured" not in (tmp_path / "hf/README.md").read_text()
-
-
-def test_the_command_and_sampling_from_its_export(tiny_run: Path, tmp_path: Path, commands: Commands):
+def test_the_command_and_sampling_from_its_export(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "hf"
-    result = commands.module("src.model_utils.hf_export", "--checkpoint", str(tiny_run), "--out", str(out))
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout.splitlines()[-1])
+    assert call(monkeypatch, "--checkpoint", tiny_run, "--out", out) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["export"] == str(out)
     assert report["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
-    sampled = commands.module(
-        *("src.model_assessment.sampling", "--checkpoint", str(out), "--prompt", "It is", "--temperature", "0"),
-        *("--max-new-tokens", "12", "--weights", "float32"),
-    )
-    assert sampled.returncode == 0, sampled.stderr
-    prompt = load_tokenizer().encode("It is")
-    greedy = generate(small_model(), [prompt], SamplingConfig(12, temperature=0), [0])
-    sample = json.loads(sampled.stdout.splitlines()[-1])["samples"][0]
-    assert sample["tokens"] == [tokens[0] for tokens, _ in greedy]
+    prompt, greedy = load_tokenizer().encode("It is"), SamplingConfig(12, temperature=0)
+    ours, opened = (list(generate(m, [prompt], greedy, [0])) for m in (small_model(), load_model(out, "cpu").model))
+    assert [tokens for tokens, _ in opened] == [tokens for tokens, _ in ours]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -184,15 +170,13 @@ def test_an_existing_path_is_never_touched(tiny_run: Path, tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted/disk")
     before = content(tmp_path)
-    for name in ("folder", "file"):
-        with pytest.raises(UserError, match=r"Cannot export to .*: it exists"):
+    for name in ("folder", "file", "link"):
+        with pytest.raises(UserError, match=r"Cannot write .*: it exists"):
             export(tiny_run, tmp_path / name, "hf", "float32")
     with pytest.raises(StorageError, match="file"):
         export(tiny_run, tmp_path / "file/inside", "hf", "float32")
-    (tmp_path / "link").symlink_to(tmp_path / "unmounted/disk")
-    with pytest.raises(StorageError, match="is a link to"):
-        export(tiny_run, tmp_path / "link", "hf", "float32")
     assert content(tmp_path) == before
 
 
@@ -202,7 +186,7 @@ def test_a_full_disk_leaves_nothing(tiny_run: Path, tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(hf_export, "save_file", fill)
-    with pytest.raises(StorageError, match=r"No space left on device; [\d,]+ bytes more"):
+    with pytest.raises(StorageError, match=r"No space left on device"):
         export(tiny_run, tmp_path / "out", "hf", "float32")
     assert list(tmp_path.iterdir()) == []
 
@@ -302,33 +286,23 @@ def test_a_push_that_fails_says_why(tiny_export: Path, tmp_path: Path, hub: str,
     monkeypatch.setattr(hf_export.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"upload to me/tiny at http://127.0.0.1:9: ConnectError"):
         call(monkeypatch, *push, "me/tiny")
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="Set HF_TOKEN"):
-        call(monkeypatch, *push, "me/tiny")
+    with pytest.raises(UserError, match="me/my model"):
+        call(monkeypatch, *push, "me/my model")
     damaged = shutil.copytree(tiny_export, tmp_path / "damaged")
     with open(damaged / "model.safetensors", "r+b") as file:
         file.truncate(1_000)
     with pytest.raises(UserError, match=r"model\.safetensors: it is missing or differs from what was exported"):
         call(monkeypatch, "--out", damaged, "--push", "me/tiny")
-    (damaged / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors: it is missing or differs"):
-        call(monkeypatch, "--out", damaged, "--push", "me/tiny")
     with pytest.raises(UserError, match=r"is not an export of ours"):
         call(monkeypatch, "--out", tmp_path, "--push", "me/tiny")
 
 
-@pytest.mark.parametrize("name", ["tiny", "me/tiny/more", "me/my model", "", "../tiny"])
-def test_an_impossible_repository_is_refused(tiny_export: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    with pytest.raises(UserError, match=f"Cannot push to '{name}'"):
-        call(monkeypatch, "--out", tiny_export, "--push", name)
-
-
-def test_contradictory_options_are_refused(tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for options, message in (
-        (["--out", tiny_export], "--checkpoint is missing"),
-        (["--out", tiny_export, "--push", "me/tiny", "--dtype", "bf16"], "--checkpoint is missing"),
-        (["--out", tmp_path / "new", "--checkpoint", "x", "--upload"], "--push is missing"),
-        (["--out", tmp_path / "new", "--checkpoint", "x", "--dtype", "q8_0"], "Cannot store q8_0 in a Hugging Face"),
-    ):
-        with pytest.raises(UserError, match=message):
-            call(monkeypatch, *options)
+def test_contradictory_options_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for options, message in (([], "--checkpoint is missing"), (["--checkpoint", "x", "--upload"], "needs --push")):
+        with pytest.raises(SystemExit):
+            call(monkeypatch, "--out", tmp_path / "new", *options)
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="Cannot store q8_0 in a Hugging Face"):
+        call(monkeypatch, "--out", tmp_path / "new", "--checkpoint", "x", "--dtype", "q8_0")

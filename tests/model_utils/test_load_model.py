@@ -107,7 +107,7 @@ def test_a_changed_card_does_not_matter(exported: Path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 2}', '{"format": 1, "step": "many"}'])
 def test_a_damaged_export_json(exported: Path, content: str):
     (exported / EXPORT).write_text(content)
-    with pytest.raises(UserError, match=r"export.json is damaged \("):
+    with pytest.raises(UserError, match=r"Cannot read .*export\.json: "):
         load_model(exported, "cpu")
 
 

@@ -1,6 +1,7 @@
 """The planner: cost by hand, what fits a GPU, the published run, and the command."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_the_command_prints_tables_and_one_object(
     assert plan["disk_bytes"]["checkpoints"] == 7 * plan["disk_bytes"]["one_checkpoint"]
     assert (plan["fits"], plan["kwh"], plan["mfu_source"]) == (False, None, "as given")
     assert 0 < plan["largest_micro_batch_size"] < 16
-    assert "does NOT fit" in printed.err
+    assert re.search(r"fits +NO", printed.err)
     assert not list(tmp_path.iterdir())
 
 
@@ -115,10 +116,6 @@ def test_without_a_gpu_it_is_about_this_machine(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (["--gpu", "a100-80"], UserError, r"Did you mean a100-80g\?"),
-        (["--gpu", "t4"], UserError, "rtx-3090"),
-        (["--gpus", "8"], UserError, "Name one with --gpu"),
-        (["--sweep", "--gpus", "4"], UserError, "tries several numbers"),
         (["--gpu", "a100-80g", "--gpus", "3"], ConfigError, "1, 2 or 4 process"),
         (["--gpu", "l4", "--model.n-layer", "80"], UserError, "not even one sequence of 2048 tokens fits"),
     ],
@@ -131,21 +128,23 @@ def test_what_cannot_work_is_said(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("arguments", "message"),
     [
-        ("--gpus", "0"),
-        ("--gpus", "9007199254740992"),
-        ("--price-per-gpu-hour", "-1"),
-        ("--price-per-gpu-hour", "nan"),
-        ("--price-per-gpu-hour", "1e308"),
-        ("--mfu", "32"),
-        ("--watts", "-5"),
+        (["--gpu=t4"], "rtx-3090"),
+        (["--gpus=8"], "name one with --gpu"),
+        *(
+            (["--gpu=l4", f"{option}={value}"], f"argument {option}: {value} must be above 0 and at most")
+            for option, value in [
+                *(("--gpus", "0"), ("--gpus", "9007199254740992"), ("--mfu", "32"), ("--watts", "-5")),
+                *(("--price-per-gpu-hour", value) for value in ("-1", "nan", "1e308")),
+            ]
+        ),
     ],
 )
-def test_numbers_out_of_range_are_refused(
-    option: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_impossible_options_are_refused(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as end:
-        run(monkeypatch, "lf_llm_269m", "--gpu", "l4", f"{option}={value}")
+        run(monkeypatch, "lf_llm_269m", *arguments)
     assert end.value.code == 2
-    assert f"argument {option}: {value} must be above 0 and at most" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The reference's checkpoint files become runs of ours: same model, same training. Other files are refused, not run."""
+"""The reference's checkpoint files become runs of ours: the same model. Other files are refused, not run."""
 
 import json
 import os
@@ -11,19 +11,17 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
 from torch import nn
 
-import pretrain
 import src.params
-from src.model_configs.my_llm_config import lf_llm_269m
 from src.model_utils import reference_import
+from src.model_utils.checkpoint_utils import open_checkpoint
 from src.model_utils.load_model import load_model
-from src.model_utils.reference_import import import_reference, read_reference
-from src.params import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from src.model_utils.reference_import import import_reference
+from src.model_utils.training_state import check_settings
+from src.params import ModelConfig
 from src.utils import root
 from src.utils.errors import StorageError, UserError
-from tests.conftest import Commands
 from tests.data_processing.stand_in_hub import serving
 from tests.reference import CONFIG, ours, reference_tensors
 
@@ -47,8 +45,8 @@ def hparams(**changes: object) -> HParams:
     return HParams(**{**values, "ffn_act_pdrop": 0.0, "attn_res_pdrop": 0.0, **changes})
 
 
-def reference_parameters() -> dict[str, nn.Parameter]:
-    """Parameters of a model of SHAPE, in the reference's order and under its names."""
+def reference_weights() -> dict[str, torch.Tensor]:
+    """Weights of a model of SHAPE, in the reference's order and under its names."""
     shapes: dict[str, tuple[int, ...]] = {"embd.weight": (300, 16)}
     for block in ("transformer_blocks.0", "transformer_blocks.1"):
         for name, out, into in (("attn.qkv_proj", 48, 16), ("attn.out_proj", 16, 16)):
@@ -57,43 +55,21 @@ def reference_parameters() -> dict[str, nn.Parameter]:
             shapes |= {f"{block}.{name}.weight": (out, into), f"{block}.{name}.bias": (out,)}
         shapes |= {f"{block}.norm1.weight": (16,), f"{block}.norm2.weight": (16,)}
     shapes["norm.weight"] = (16,)
-    return {name: nn.Parameter(0.1 * torch.randn(shape)) for name, shape in shapes.items()}
-
-
-def adamw(parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW with the reference's groups."""
-    decayed = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
-    others = [parameter for parameter in parameters.values() if parameter.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
-
-
-def file_content(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> Content:
-    state = {name: parameter.detach() for name, parameter in parameters.items()}
-    return {
-        "model_state_dict": {**state, "out_proj.weight": state["embd.weight"]},
-        "optimizer_state_dict": optimizer.state_dict(),
-        "scheduler_state_dict": None,
-        "step": step,
-        "hParams": hparams(),
-        "random_state": torch.get_rng_state(),
-    }
-
-
-def recipe(run_name: str = "imported") -> Config:
-    return replace(lf_llm_269m(), run_name=run_name)
+    return {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
 
 
 @pytest.fixture
 def content() -> Content:
     """The content of a file after three steps."""
-    parameters = reference_parameters()
-    optimizer = adamw(parameters)
-    for _ in range(3):
-        for parameter in parameters.values():
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-    return file_content(parameters, optimizer, step=3)
+    state = reference_weights()
+    return {
+        "model_state_dict": {**state, "out_proj.weight": state["embd.weight"]},
+        "optimizer_state_dict": {"state": {}, "param_groups": []},
+        "scheduler_state_dict": None,
+        "step": 3,
+        "hParams": hparams(),
+        "random_state": torch.get_rng_state(),
+    }
 
 
 @pytest.fixture
@@ -112,14 +88,13 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Save:
 @pytest.fixture(autouse=True)
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(root, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(pretrain, "RUNS", tmp_path / "runs")
     return tmp_path / "runs"
 
 
-def refusal(path: Path, runs: Path, config: Config | None = None, to_train: bool = False) -> str:
+def refusal(path: Path, runs: Path) -> str:
     """The message of an import that fails: one line, and nothing is left behind."""
     with pytest.raises(UserError) as caught:
-        import_reference(path, config or recipe(), to_train)
+        import_reference(path, "imported")
     assert not runs.exists() or not list(runs.iterdir())
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -137,7 +112,7 @@ def test_logits_are_the_references(shared: Path, save: Save, kind: str):
         else:
             content = {key: content[key] for key in ("model_state_dict", "hParams", "step")}
         path = save(content)
-    summary = import_reference(path, recipe())
+    summary = import_reference(path, "imported")
     loaded = load_model(Path("imported"))
     tensors = reference_tensors(shared / "reference")
     with torch.no_grad():
@@ -149,10 +124,9 @@ def test_logits_are_the_references(shared: Path, save: Save, kind: str):
 
 def test_a_run_directory_is_made(content: Content, save: Save, runs: Path):
     path = save(content)
-    summary = import_reference(path, recipe())
+    summary = import_reference(path, "imported")
     assert summary["run"] == str(runs / "imported")
     assert summary["checkpoint"] == str(runs / "imported/checkpoints/step_0000003")
-    assert summary["optimizer_state"]
     assert [entry.name for entry in runs.iterdir()] == ["imported"]
     settings = json.loads((runs / "imported/config.json").read_text())
     assert settings["config"]["model"] == src.params.to_dict(SHAPE)
@@ -160,74 +134,14 @@ def test_a_run_directory_is_made(content: Content, save: Save, runs: Path):
     assert settings["imported"]["bytes"] == path.stat().st_size
     status = json.loads((runs / "imported/status.json").read_text())
     assert (status["state"], status["step"], status["message"]) == ("done", 3, "imported from model.pth")
-
-
-def test_optimizer_state_is_each_parameters_own(content: Content, save: Save):
-    names = [name for name in content["model_state_dict"] if name != "out_proj.weight"]
-    ranks = {name: content["model_state_dict"][name].dim() for name in names}
-    in_groups = [n for n in names if ranks[n] == 2] + [n for n in names if ranks[n] == 1]
-    checkpoint = read_reference(save(content))
-    for number, name in enumerate(in_groups):
-        for kind, tensor in content["optimizer_state_dict"]["state"][number].items():
-            assert torch.equal(checkpoint.optimizer[f"{kind}.{ours(name)}"], tensor), (kind, name)
-    assert len(checkpoint.optimizer) == 3 * len(names)
-
-
-@pytest.fixture
-def config(dataset: Callable[..., Path], one_thread: None) -> Config:
-    """Six steps of a model of SHAPE, with checkpoints at 3 and 6."""
-    return Config(
-        run_name="whole",
-        model=SHAPE,
-        data=DataConfig(dir=str(dataset(train_tokens=[2_000], n_vocab=300))),
-        optim=OptimConfig(max_lr=5e-3, warmup_steps=2),
-        train=TrainConfig(total_steps=6, batch_tokens=64, micro_batch_size=4, precision="float32", device="cpu"),
-        eval=EvalConfig(val_tokens=160, hellaswag_items=0),
-        checkpoint=CheckpointConfig(every_steps=3),
-    )
-
-
-def test_training_continues_to_the_bit(config: Config, save: Save, runs: Path):
-    pretrain.train(config)
-    whole = runs / "whole/checkpoints"
-    weights, moments = (load_file(whole / f"step_0000003/{name}.safetensors") for name in ("model", "optimizer"))
-    parameters = reference_parameters()
-    optimizer = adamw(parameters)
-    for name, parameter in parameters.items():
-        parameter.data = weights[ours(name)]
-        optimizer.state[parameter] = {k: moments[f"{k}.{ours(name)}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-    path = save(file_content(parameters, optimizer, step=3))
-
-    again = replace(config, run_name="imported")
-    import_reference(path, again, to_train=True)
-    assert pretrain.train(again).step == 6
-    for name in ("model", "optimizer"):
-        expected = load_file(whole / f"step_0000006/{name}.safetensors")
-        resumed = load_file(runs / f"imported/checkpoints/step_0000006/{name}.safetensors")
-        assert expected.keys() == resumed.keys()
-        for key, tensor in expected.items():
-            assert torch.equal(resumed[key], tensor), key
-
-
-def test_training_needs_the_dataset_and_the_files_settings(config: Config, content: Content, save: Save, runs: Path):
-    path = save(content)
-    other = replace(config, model=replace(SHAPE, n_layer=3, rope_theta=5e5))
-    assert f"the file has {SHAPE} and 3 steps" in refusal(path, runs, other, to_train=True)
-    short = replace(config, train=replace(config.train, total_steps=2), optim=replace(config.optim, warmup_steps=0))
-    assert "and 3 steps" in refusal(path, runs, short, to_train=True)
-    nowhere = replace(config, data=DataConfig(dir="/nowhere"))
-    assert "Cannot read /nowhere/manifest.json" in refusal(path, runs, nowhere, to_train=True)
-    import_reference(path, recipe("whole"))  # without a dataset
-    with pytest.raises(UserError, match=r"data \(sha256 of its manifest\)"):
-        pretrain.train(config)
+    with pytest.raises(UserError, match=r"data \(sha256 of its manifest\)"):  # training cannot resume from it
+        check_settings(open_checkpoint(Path(summary["checkpoint"])), load_model(runs / "imported").config, "ab" * 32)
 
 
 def test_the_files_settings_replace_the_recipes(content: Content, save: Save, runs: Path):
     content["hParams"] = hparams(n_ctx=1_000, attn_res_pdrop=0.25)
-    content["step"] = 30_000
-    for entry in content["optimizer_state_dict"]["state"].values():
-        entry["step"] = 30_001  # as torch once wrote it
-    import_reference(save(content), recipe())
+    content["step"] = 30_001
+    import_reference(save(content), "imported")
     loaded = load_model(runs / "imported")
     assert loaded.step == loaded.config.total_steps == 30_001
     assert loaded.config.model == replace(SHAPE, n_ctx=1_000, residual_dropout=0.25)
@@ -240,7 +154,7 @@ def test_tensors_of_other_kinds_become_ours(content: Content, save: Save, runs: 
     state["norm.weight"] = nn.Parameter(state["norm.weight"])
     state["transformer_blocks.0.attn.out_proj.weight"] = state["transformer_blocks.0.attn.out_proj.weight"].T
     state["transformer_blocks.1.norm1.weight"] = state["transformer_blocks.0.norm1.weight"]
-    import_reference(save(content), recipe())
+    import_reference(save(content), "imported")
     weights = dict(load_model(runs / "imported").model.named_parameters())
     for name, tensor in state.items():
         if name != "out_proj.weight":
@@ -321,22 +235,7 @@ CHANGES: dict[str, tuple[Callable[[Content], Any], str]] = {
     "another head": (change_weight("out_proj.weight", torch.zeros(300, 16)), "differs from the embedding"),
     "a head of another shape": (change_weight("out_proj.weight", torch.zeros(3)), "differs from the embedding"),
     "step a text": (lambda c: c.update(step="3"), "'str'"),
-    "step below zero": (lambda c: c.update(step=-1, optimizer_state_dict=None), "step is -1"),
-    "optimizer a text": (lambda c: c.update(optimizer_state_dict="x"), "TypeError"),
-    "one group": (
-        lambda c: c["optimizer_state_dict"]["param_groups"][0]["params"].pop(),
-        "groups are not matrices, and vectors",
-    ),
-    "all decay": (
-        lambda c: c["optimizer_state_dict"]["param_groups"][1].update(weight_decay=0.1),
-        "groups are not matrices, and vectors",
-    ),
-    "half a state": (lambda c: c["optimizer_state_dict"]["state"].pop(3), "lacks parameters"),
-    "a moment's NaN": (
-        lambda c: c["optimizer_state_dict"]["state"][21]["exp_avg_sq"].fill_(torch.nan),
-        "exp_avg_sq.norm.weight is not finite",
-    ),
-    "unequal steps": (lambda c: c["optimizer_state_dict"]["state"][9]["step"].fill_(2), "their steps differ"),
+    "step below zero": (lambda c: c.update(step=-1), "step is -1"),
 }
 
 
@@ -375,12 +274,12 @@ def test_nothing_is_overwritten_or_left_by_a_full_disk(
 
     path = save(content)
     (runs / "imported").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"it exists\. Choose another --run-name"):
-        import_reference(path, recipe())
+    with pytest.raises(UserError, match=r"it exists\. Choose another name"):
+        import_reference(path, "imported")
     assert list((runs / "imported").iterdir()) == []
     monkeypatch.setattr("src.model_utils.checkpoint_utils.save_file", full)
     with pytest.raises(StorageError, match="No space left"):
-        import_reference(path, recipe("other"))
+        import_reference(path, "other")
     assert [entry.name for entry in runs.iterdir()] == ["imported"]
 
 
@@ -412,51 +311,22 @@ def hub(content: Content, save: Save) -> Iterator[str]:
         yield address
 
 
-def test_the_command_with_a_file_from_the_hub(hub: str, commands: Commands, tmp_path: Path):
-    commands.environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf")}
-    command = ("src.model_utils.reference_import", "--hub", "me/small", "model.pth", "--run-name", "fetched")
-    done = commands.module(*command)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["checkpoint"] == str(tmp_path / "runs/fetched/checkpoints/step_0000003")
-    assert load_model(Path(summary["run"])).step == 3
-
-
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["reference_import.py", *arguments])
+    monkeypatch.setattr("sys.argv", ["reference_import.py", *arguments, "--run-name", "fetched"])
     return reference_import.main()
 
 
-def use_hub(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets what HF_ENDPOINT sets when the client is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
-def test_files_that_the_hub_lacks(hub: str, monkeypatch: pytest.MonkeyPatch):
-    use_hub(hub, monkeypatch)
-    with pytest.raises(UserError, match=r"get other.pth of me/small from http.*: HTTP 404 Not Found: Entry not found"):
-        call(monkeypatch, "--hub", "me/small", "other.pth", "--run-name", "fetched")
-    with pytest.raises(UserError, match=r"me/small/more from .*HFValidationError"):
-        call(monkeypatch, "--hub", "me/small/more", "x", "--run-name", "fetched")
-    use_hub("http://127.0.0.1:9", monkeypatch)
-    with pytest.raises(UserError, match=r"get model.pth of me/small from http://127.0.0.1:9: ConnectError: .*refused"):
-        call(monkeypatch, "--hub", "me/small", "model.pth", "--run-name", "fetched")
-
-
-def test_settings_on_the_command_line(
-    content: Content, save: Save, monkeypatch: pytest.MonkeyPatch, dataset: Callable[..., Path]
+def test_the_command_with_a_file_from_the_hub(
+    hub: str, tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    folder = dataset(train_tokens=[2_000], n_vocab=300)
-    command = ["--checkpoint", str(save(content)), "--run-name", "imported"]
-    sizes = {"n-vocab": 300, "n-ctx": 16, "n-embd": 16, "n-head": 2, "n-layer": 2}
-    shape = [word for name, value in sizes.items() for word in (f"--model.{name}", str(value))]
-    no_dropout = ["--model.residual-dropout", "0", "--model.ffn-dropout", "0"]
-    assert call(monkeypatch, *command, "laptop", *shape, *no_dropout, "--data.dir", str(folder)) == 0
-    loaded = load_model(Path("imported"))
-    assert loaded.config.run_name == "imported"
-    assert loaded.config.data.dir == str(folder)
-    assert len(loaded.dataset_sha256) == 64
-    with pytest.raises(UserError, match=r"--train\.total-steps is unknown"):
-        call(monkeypatch, *command, "--train.total-steps", "5")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "ENDPOINT", hub)  # as HF_ENDPOINT sets them when the client is imported
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "/{repo_id}/resolve/{revision}/{filename}")
+    assert call(monkeypatch, "--hub", "me/small", "model.pth") == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["checkpoint"] == str(runs / "fetched/checkpoints/step_0000003")
+    assert load_model(Path(summary["run"])).step == 3
+    with pytest.raises(UserError, match=r"get other.pth of me/small from http.*: HTTP 404 Not Found: Entry not found"):
+        call(monkeypatch, "--hub", "me/small", "other.pth")
+    with pytest.raises(UserError, match=r"me/small/more from .*HFValidationError"):
+        call(monkeypatch, "--hub", "me/small/more", "x")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,6 @@ from src.utils.files import (
     replacing,
     set_aside,
     storage_errors,
-    try_lock,
 )
 
 
@@ -54,31 +53,16 @@ def test_an_error_is_reported_once_with_a_remedy(tmp_path: Path):
     path = tmp_path / "file"
     with pytest.raises(StorageError) as caught, storage_errors(tmp_path), storage_errors(path, "read"):
         path.read_bytes()
-    assert str(caught.value).startswith(
-        f"Cannot read {path}: No such file or directory. To resume, restore it and rerun"
-    )
+    assert str(caught.value).startswith(f"Cannot read {path}: No such file or directory. To resume, fix that and rerun")
     assert caught.value.exit_code == 4
 
 
-@pytest.mark.parametrize(
-    ("number", "remedy"),
-    [
-        (errno.ENOSPC, "free some space"),
-        (errno.EACCES, "fix the permissions"),
-        (errno.EROFS, "make the disk writable"),
-        (errno.EIO, "check the disk for failures"),
-        (errno.ENOTDIR, "move away the file that lies where a folder should be"),
-        (errno.EXDEV, "fix that"),
-    ],
-)
-def test_the_remedy_fits_the_error(tmp_path: Path, number: int, remedy: str):
-    """Needed and free space are mentioned only where space is missing."""
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_needed_and_free_space_are_named_only_where_space_is_missing(tmp_path: Path, number: int):
     with pytest.raises(StorageError) as raised, storage_errors(tmp_path / "file", needed_bytes=123_456):
         raise OSError(number, os.strerror(number))
-    message = str(raised.value)
-    assert os.strerror(number) in message
-    assert f". To resume, {remedy} and rerun, or use another folder" in message
-    assert ("free some space" in message) == ("123,456 bytes more are needed" in message) == (number == errno.ENOSPC)
+    assert os.strerror(number) in str(raised.value)
+    assert ("123,456 bytes more are needed" in str(raised.value)) == (number == errno.ENOSPC)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path):
@@ -109,7 +93,7 @@ def test_what_is_not_a_file_is_refused_by_name(tmp_path: Path, kind: str):
     {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
     match = f"Cannot open {path}: it is not a regular file"
     within_seconds(lambda: fingerprint(path), StorageError, match)
-    within_seconds(lambda: read_json(path), UserError, match)
+    within_seconds(lambda: read_json(path), StorageError, match)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +111,6 @@ def test_what_is_not_a_file_is_refused_by_name(tmp_path: Path, kind: str):
         b'{"a": "\\ud800"}',
         b'{"\\udfff": 1}',
         b'{"a": "\xff"}',
-        '{"a": 1}'.encode("utf-16"),
         b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
     ],
     ids=lambda content: repr(content[:20]),
@@ -151,61 +134,31 @@ def test_sound_json_is_read(tmp_path: Path):
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(files, "PATIENCE_S", 0.3)
     return tmp_path / "runs" / "held"
 
 
-@pytest.fixture
-def release(run_dir: Path) -> Iterator[threading.Event]:
-    """Until it is set, this process holds the folder, under the name of one whose launcher is gone."""
-    if sys.platform != "linux":
-        pytest.skip("needs /proc")
-    run_dir.mkdir(parents=True)
-    file = open(claim_file(run_dir), "a+", encoding="utf-8")  # noqa: SIM115
-    assert try_lock(file)
-    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "launcher": os.getppid() + 1}))
-    file.flush()
-    event = threading.Event()
-
-    def let_go() -> None:
-        event.wait(30)
-        file.close()
-
-    thread = threading.Thread(target=let_go)
-    thread.start()
-    yield event
-    event.set()
-    thread.join()
+def test_a_holder_is_waited_for(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be one whose launcher was killed, which saves before it ends."""
+    monkeypatch.setattr(files, "PATIENCE_S", 10.0)
+    for wait in (lambda: refuse_claimed(run_dir), lambda: claimed(run_dir).__enter__()):
+        holder = claimed(run_dir)
+        holder.__enter__()
+        threading.Timer(0.5, holder.__exit__, (None, None, None)).start()
+        started = time.monotonic()
+        wait()
+        assert 0.4 < time.monotonic() - started < 5
 
 
-def test_a_holder_without_a_launcher_is_waited_for(
-    run_dir: Path, release: threading.Event, capsys: pytest.CaptureFixture[str]
-):
-    """By the preflight and by training."""
-    threading.Timer(2, release.set).start()
-    started = time.monotonic()
-    refuse_claimed(run_dir)
+def test_a_stop_ends_the_wait(run_dir: Path):
+    with claimed(run_dir), pytest.raises(StoppedError):
+        claimed(run_dir, lambda: True).__enter__()
+
+
+def test_a_second_run_is_told_who_holds_the_folder(run_dir: Path):
     with claimed(run_dir):
-        assert time.monotonic() - started > 1.5
-    messages = capsys.readouterr().err
-    assert f'{{"pid": {os.getpid()}, ' in messages
-    assert messages.count(f"has lost its launcher and still holds {run_dir}: waiting up to 20 s") == 1
-
-
-def test_the_wait_is_bounded_and_can_be_stopped(
-    run_dir: Path, release: threading.Event, monkeypatch: pytest.MonkeyPatch
-):
-    with pytest.raises(StoppedError), claimed(run_dir, lambda: True):
-        pass
-    monkeypatch.setattr(files, "ORPHAN_PATIENCE_S", 0.3)
-    with pytest.raises(BusyError, match=rf'"pid": {os.getpid()}, .*"launcher": '), claimed(run_dir):
-        pass
-
-
-def test_a_second_run_is_told_who_holds_the_folder(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    with claimed(run_dir):
-        assert json.loads(claim_file(run_dir).read_text())["launcher"] == os.getppid()
+        assert json.loads(claim_file(run_dir).read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
         within_seconds(lambda: refuse_claimed(run_dir), BusyError, rf'training in {run_dir}: .*"pid": {os.getpid()},')
         within_seconds(lambda: claimed(run_dir).__enter__(), BusyError, "another process is training in")
     refuse_claimed(run_dir)

@@ -13,6 +13,7 @@ from pretrain import Outcome, train
 from src.model import LLM
 from src.model_utils import checkpoint_utils
 from src.params import CheckpointConfig, Config, DataConfig
+from src.utils import files
 from src.utils.errors import BusyError, StorageError, UserError
 from src.utils.files import claimed
 from tests.whole_runs.records import STEPS, assert_same_bits, final_tensors, metrics, stop_after
@@ -161,7 +162,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(config: Config):
     assert any("model.safetensors" in event["detail"] for event in events)
 
 
-def test_two_runs_cannot_share_a_directory(config: Config):
+def test_two_runs_cannot_share_a_directory(config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "PATIENCE_S", 0.1)
     with claimed(pretrain.RUNS / "whole"), pytest.raises(BusyError, match='"pid":'):
         train(config)
     assert train(config).exit_code == 0
