@@ -14,7 +14,7 @@ from src.model_utils.autotune import CompiledForward, compile_problem, settle
 from src.model_utils.memory_estimate import Step, estimate_memory
 from src.params import Config, ModelConfig, TrainConfig
 from src.utils import hardware
-from src.utils.errors import PeerError, UserError
+from src.utils.errors import UserError
 from src.utils.handle_ddp import Processes
 
 CPU = torch.device("cpu")
@@ -81,9 +81,7 @@ def test_a_resumed_run_keeps_its_choices(config: Config):
     chosen, _, notes = settled(with_train(config, micro_batch_size="auto"), {"micro_batch_size": 3, "compile": "off"})
     assert (chosen.train.micro_batch_size, chosen.train.compile) == (3, "off")
     assert notes.count("as in the checkpoint") == 2
-
-
-def test_a_micro_batch_that_does_not_divide_any_more_is_chosen_again(config: Config):
+    # A size that does not divide any more is chosen again.
     chosen, _, notes = settled(with_train(config, micro_batch_size="auto"), {"micro_batch_size": 5, "compile": "off"})
     assert chosen.train.micro_batch_size == 12
     assert "5 until now: the same samples, but not the same bits" in notes
@@ -158,16 +156,6 @@ def test_a_compiler_that_fails_is_quoted(config: Config, compiler: list[Exceptio
     compiler.append(RuntimeError("no working C++ compiler was found\nand more lines"))
     with pytest.raises(UserError, match=r"no working C\+\+ compiler was found.*Rerun with --train\.compile off\.$"):
         settled(with_train(config, compile="on"))
-
-
-class FailedPeer(Processes):
-    def together(self, action: Any) -> Any:
-        raise PeerError("Cannot compile the model: no compiler", 2)
-
-
-def test_where_another_process_cannot_compile_none_starts(config: Config, compiler: list[Exception]):
-    with pytest.raises(PeerError):
-        settled(with_train(config, compile="on"), procs=FailedPeer(0, 0, 1, CPU))
 
 
 def test_trials_leave_nothing_behind(config: Config, compiler: list[Exception]):
