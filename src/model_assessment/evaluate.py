@@ -1,8 +1,7 @@
 """One or several models on the same text and questions: a table for people, and JSON.
 
-Measures validation loss and bits per byte on the held-out text of a dataset, and multiple choice by the protocols of
-src/model_assessment/hellaswag.py. The difference between two models' losses has a separate standard error: both are
-measured on the same batches, so that a batch hard for both does not count.
+The difference between two models' losses has a separate standard error. Both are measured on the same batches, so that
+a batch hard for both does not count.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from src.data_processing.shards import MANIFEST, Manifest, check_shard, read_manifest
+from src.data_processing.shards import Manifest, check_shard, read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
@@ -30,9 +29,8 @@ from src.utils.root import dataset_dir
 BATCH_TOKENS = 2_048  # per validation batch, equal for all models: otherwise their batches would not be pairs
 HELD_OUT_ITEMS = 500  # default for the stand-in, which can make any number of items
 
-
 Ask = Callable[[LLM], dict[str, dict[str, Any]]]
-"""Asks a model the multiple-choice items that were chosen once for all models: `hellaswag.measure`."""
+"""`hellaswag.measure`, with the items that were chosen once for all models."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +48,15 @@ class Evaluated:
     validation: dict[str, Any]
     """As validation.ValidationResult."""
     multiple_choice: dict[str, dict[str, Any]]
-    """As `hellaswag.measure` returns it; empty without questions."""
+    """As `hellaswag.measure` returns it; empty without items."""
     batch_losses: list[float]
 
     def less(self, first: "Evaluated") -> tuple[float, float | None] | None:
         """This model's loss minus that of `first`, in nats per token, and its standard error over pairs of batches.
 
-        None if the models saw different batches because their contexts differ. A single batch has no error.
+        None for the first itself and for models whose contexts, and so batches, differ. A single batch has no error.
         """
-        if self.n_ctx != first.n_ctx:
+        if self is first or self.n_ctx != first.n_ctx:
             return None
         changes = [a - b for a, b in zip(self.batch_losses, first.batch_losses, strict=True)]
         stderr = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
@@ -108,28 +106,20 @@ def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manife
 
     Raises UserError for a missing model or dataset, and for a dataset of another tokenizer.
     """
-    folder, manifest = Path(), None
-    for checkpoint in checkpoints:
-        loaded = load_model(checkpoint, "cpu")
-        if manifest is None:
-            folder = dataset_dir(data or loaded.config.data.dir)
-            if data is None and not loaded.dataset_sha256:
-                raise UserError(f"The dataset of {loaded.path} is not recorded. Name one to measure on with --data.")
-            if data is None and not (folder / MANIFEST).exists():
-                raise UserError(
-                    f"Cannot find the dataset of {loaded.path}: {folder} does not hold it. Name its folder, or another "
-                    "dataset, with --data."
-                )
-            manifest = read_manifest(folder)
-        if manifest.n_vocab > loaded.config.model.n_vocab:
+    models = [(m.path, m.config, m.dataset_sha256) for m in (load_model(name, "cpu") for name in checkpoints)]
+    path, config, trained_on = models[0]
+    if data is None and not trained_on:
+        raise UserError(f"The dataset of {path} is not recorded. Name one to measure on with --data.")
+    folder = dataset_dir(data or config.data.dir)
+    manifest = read_manifest(folder)
+    for path, config, trained_on in models:
+        if manifest.n_vocab > config.model.n_vocab:
             raise UserError(
-                f"Cannot measure {loaded.path} on {folder}: the text has {manifest.n_vocab} different ids of "
-                f"{manifest.tokenizer}, the model {loaded.config.model.n_vocab}. Give a dataset of its tokenizer with "
-                "--data."
+                f"Cannot measure {path} on {folder}: the text has {manifest.n_vocab} different ids of "
+                f"{manifest.tokenizer}, the model {config.model.n_vocab}. Give a dataset of its tokenizer with --data."
             )
-        if loaded.dataset_sha256 != manifest.sha256:
-            say(f"note: {loaded.path} was trained on another dataset than {folder}, and may have seen its text")
-    assert manifest is not None, "argparse requires a checkpoint"
+        if trained_on != manifest.sha256:
+            say(f"note: {path} was trained on another dataset than {folder}, and may have seen its text")
     return folder, manifest
 
 
@@ -145,7 +135,7 @@ def table(models: Sequence[Evaluated]) -> str:
                 _with_error(values["loss"], values["stderr"], ".4f"),
                 f"{values['perplexity']:.2f}",
                 f"{values['bits_per_byte']:.4f}",
-                "" if each is models[0] or less is None else _with_error(*less, "+.4f"),
+                _with_error(*less, "+.4f") if less else "",
             ]
         )
     tables = [_markdown(rows)]
@@ -155,17 +145,14 @@ def table(models: Sequence[Evaluated]) -> str:
 
 
 def _choice_rows(models: Sequence[Evaluated]) -> list[list[str]]:
-    columns = [
-        (key, share, f"{result['protocol'].split(' ')[0]} {share}", f"{share}_stderr" if "acc" in result else "stderr")
-        for key, result in models[0].multiple_choice.items()
-        for share in ("acc", "acc_norm")
-        if share in result
-    ]
-    rows = [["model", "step", "weights", "items", *(title for _, _, title, _ in columns)]]
+    names = {"reference": ["acc_norm"], "lm_eval": ["acc", "acc_norm"]}
+    columns = [(key, share) for key in models[0].multiple_choice for share in names[key]]
+    rows = [["model", "step", "weights", "items"]]
+    rows[0] += [f"{models[0].multiple_choice[key]['protocol'].split(' ')[0]} {share}" for key, share in columns]
     for each in models:
-        choice = each.multiple_choice
-        shares = [_with_error(choice[key][share], choice[key][stderr], ".2%") for key, share, _, stderr in columns]
-        rows.append([*_first_cells(each), f"{choice[columns[0][0]]['total']:,}", *shares])
+        results = [(each.multiple_choice[key], share) for key, share in columns]
+        shares = [_with_error(r[share], r.get(f"{share}_stderr", r.get("stderr")), ".2%") for r, share in results]
+        rows.append([*_first_cells(each), f"{results[0][0]['total']:,}", *shares])
     return rows
 
 
@@ -191,11 +178,8 @@ def _markdown(rows: list[list[str]]) -> str:
 def main() -> int:
     """The command line."""
     args = _parser().parse_args()
-    for name, value in (("--val-tokens", args.val_tokens), ("--limit", args.limit)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
-    if args.hellaswag == "none" and (args.limit or args.protocol):
-        raise UserError("--limit and --protocol need multiple-choice items. Name them with --hellaswag.")
+    if args.val_tokens < 1:
+        raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to at least 1.")
     folder, manifest = text_for(args.checkpoint, args.data)
     ask = None if args.hellaswag == "none" else _choose_questions(args, folder, manifest)
     models: list[Evaluated] = []
@@ -208,24 +192,21 @@ def main() -> int:
     print(table(models))
     results = []
     for each in models:
-        values = asdict(each)
+        less = each.less(models[0])
+        values = asdict(each) | {"loss_less_first": less and {"difference": less[0], "stderr": less[1]}}
         del values["batch_losses"]
-        less = each.less(models[0]) if each is not models[0] else None
-        results.append(values | {"loss_less_first": less and {"difference": less[0], "stderr": less[1]}})
-    machine = describe_machine(choose_device(args.device))
-    print(
-        json.dumps({"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine})
-    )
+        results.append(values)
+    result = {"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results}
+    print(json.dumps({**result, "machine": describe_machine(choose_device(args.device))}))
     return 0
 
 
 def _choose_questions(args: argparse.Namespace, folder: Path, manifest: Manifest) -> Ask:
     tokenizer, held_out = load_tokenizer(), manifest.validation[0]
     check_shard(folder, held_out, tokenizer.n_vocab)
-    limit = args.limit or (HELD_OUT_ITEMS if args.hellaswag == "held-out" else None)
+    limit = HELD_OUT_ITEMS if args.limit is None and args.hellaswag == "held-out" else args.limit
     protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
-    chosen = hellaswag.choose_protocols(items, protocol, args.protocol or hellaswag.BOTH)
-    return partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol, chosen=chosen)
+    return partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -235,33 +216,15 @@ def _parser() -> argparse.ArgumentParser:
         "a table, then one JSON object as the last line.",
     )
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="runs (folders or names), step_* folders or exports; the others are compared with the first",
-    )
+    checkpoint = "runs (folders or names), step_* folders or exports; the others are compared with the first"
+    add("--checkpoint", required=True, nargs="+", metavar="CHECKPOINT", help=checkpoint)
     add("--data", help="a dataset's name or folder (default: the first model's dataset)")
     add("--val-tokens", type=int, default=2_097_152, help="held-out tokens, at most (default: 2,097,152)")
-    add(
-        "--hellaswag",
-        default="none",
-        metavar="{FILE,auto,held-out,none}",
-        help="HellaSwag as .jsonl or .jsonl.gz; auto fetches it; held-out: a stand-in from the held-out text (default: "
-        "none)",
-    )
+    items = "HellaSwag as .jsonl or .jsonl.gz; auto fetches it; held-out: a stand-in from the held-out text"
+    add("--hellaswag", default="none", metavar="{FILE,auto,held-out,none}", help=f"{items} (default: none)")
     add("--limit", type=int, help=f"use the first N items (default: all; held-out: {HELD_OUT_ITEMS})")
-    protocols = (hellaswag.REFERENCE, hellaswag.LM_EVAL, hellaswag.BOTH)
-    add("--protocol", choices=protocols, help="default: both, where the items allow it")
-    add(
-        "--weights",
-        nargs="+",
-        default=["float32"],
-        choices=WEIGHT_DTYPES[1:],
-        help="dtypes to hold the weights in, one after the other (default: float32, as saved; matmuls in bf16 where "
-        "training would use it)",
-    )
+    weights = "dtypes to hold the weights in, one after the other (default: float32; matmuls as in training)"
+    add("--weights", nargs="+", default=["float32"], choices=WEIGHT_DTYPES[1:], help=weights)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     return parser
 

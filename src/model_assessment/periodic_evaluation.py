@@ -18,8 +18,6 @@ from src.model_assessment import hellaswag, sampling, validation
 from src.params import Config
 from src.utils.errors import StoppedError, UserError
 
-SEED = 0  # of samples: the same at every step, so that steps can be compared
-
 
 @dataclass(frozen=True)
 class Record:
@@ -41,12 +39,11 @@ class Ranks:
     stop: Callable[[], bool]
     """True once this process is requested to stop."""
 
-    def check(self, *_: object) -> None:
-        """Raises StoppedError in all processes if one of them is requested to stop; all call it together."""
-        self.are_done(False)
+    def check(self, done: bool = False) -> bool:
+        """True once a process calls it with `done`; all call it together.
 
-    def are_done(self, done: bool) -> bool:
-        """The same, and True once a process calls it with True."""
+        Raises StoppedError in all processes if one of them is requested to stop before.
+        """
         stop, finished = self.sum([float(self.stop()), float(done)])
         if stop and not finished:
             raise StoppedError("stopped during an evaluation")
@@ -55,7 +52,7 @@ class Ranks:
     def options(self) -> dict[str, Any]:
         """Arguments of `validate` and `score_endings`, which share their work."""
         shared = {"rank": self.rank, "world_size": self.world_size, "sum_over_ranks": self.sum}
-        return {**shared, "between_batches": self.check}
+        return {**shared, "between_batches": lambda *_: self.check()}
 
 
 class Assessment:
@@ -82,14 +79,14 @@ class Assessment:
             "sample": (settings.sample_every_steps if settings.sample_prompts else 0, self._samples),
         }
 
-    def due(self, step: int) -> list[str]:
-        """The kinds of records to make after `step` steps. All are due before the first and after the last step."""
-        last = step == self.config.total_steps
-        return [kind for kind, (every, _) in self.evaluations().items() if every and (step % every == 0 or last)]
-
     def missing(self, step: int, recorded: Container[tuple[str, int]]) -> list[str]:
-        """The kinds that are due after `step` steps and not among the kinds and steps of `recorded`."""
-        return [kind for kind in self.due(step) if (kind, step) not in recorded]
+        """The kinds that are due after `step` steps and not among the kinds and steps of `recorded`.
+
+        All are due before the first and after the last step.
+        """
+        last = step == self.config.total_steps
+        due = [kind for kind, (every, _) in self.evaluations().items() if every and (step % every == 0 or last)]
+        return [kind for kind in due if (kind, step) not in recorded]
 
     def run(
         self,
@@ -102,14 +99,18 @@ class Assessment:
         sum_over_ranks: Callable[[Sequence[float]], Sequence[float]],
         stop: Callable[[], bool],
     ) -> list[Record]:
-        """The records of one kind. All processes call it together, with the same model.
+        """The records of one kind. All processes call it together, with the same model, which then is in training mode.
 
         `batch_size`: windows per batch of validation. Soon after `stop()` is true in one process, raises StoppedError
         in all.
         """
         _, make_records = self.evaluations()[kind]
-        with autocast:
-            return make_records(model, batch_size, Ranks(rank, world_size, sum_over_ranks, stop))
+        model.eval()
+        try:
+            with autocast:
+                return make_records(model, batch_size, Ranks(rank, world_size, sum_over_ranks, stop))
+        finally:
+            model.train()
 
     def _choose_items(self, validation_shard: Path) -> tuple[str, list[hellaswag.Item]]:
         settings = self.config.eval
@@ -150,24 +151,18 @@ class Assessment:
 
     def _samples(self, model: LLM, _: int, ranks: Ranks) -> list[Record]:
         if ranks.rank != 0:  # joins the checks of process 0, which samples
-            while not ranks.are_done(False):
+            while not ranks.check():
                 pass
             return []
         settings = self.config.eval
-        samples = sampling.sample(
-            model,
-            self.tokenizer,
-            settings.sample_prompts,
-            sampling.SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=SEED),
-            num_samples=settings.samples_per_prompt,
-            between_tokens=ranks.check,
-        )
-        ranks.are_done(True)
-        return [
-            Record(
-                "sample",
-                {"prompt": s.prompt, "text": s.prompt + s.text, "tokens_per_second": s.tokens_per_second},
-                f"sample: {s.prompt}|{' '.join(s.text.split())}",
-            )
-            for s in samples
-        ]
+        # The seed is the same at every step, so that steps can be compared.
+        rules = sampling.SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=0)
+        texts, count, check = settings.sample_prompts, settings.samples_per_prompt, ranks.check
+        samples = sampling.sample(model, self.tokenizer, texts, rules, num_samples=count, between_tokens=check)
+        ranks.check(done=True)
+        records = []
+        for each in samples:
+            values = {"text": each.prompt + each.text, "tokens_per_second": each.tokens_per_second}
+            words = f"sample: {each.prompt}|{' '.join(each.text.split())}"
+            records.append(Record("sample", {"prompt": each.prompt, **values}, words))
+        return records
