@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,40 +33,10 @@ Ask = Callable[[LLM], dict[str, dict[str, Any]]]
 """`hellaswag.measure`, with the items that were chosen once for all models."""
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """The figures of one model."""
-
-    checkpoint: str
-    step: int
-    weights: str
-    """The dtype that holds them: float32 or bf16."""
-    matmuls: str
-    """The dtype of the computation."""
-    n_ctx: int
-    parameters: int
-    validation: dict[str, Any]
-    """As validation.ValidationResult."""
-    multiple_choice: dict[str, dict[str, Any]]
-    """As `hellaswag.measure` returns it; empty without items."""
-    batch_losses: list[float]
-
-    def less(self, first: "Evaluated") -> tuple[float, float | None] | None:
-        """This model's loss minus that of `first`, in nats per token, and its standard error over pairs of batches.
-
-        None for the first itself and for models whose contexts, and so batches, differ. A single batch has no error.
-        """
-        if self is first or self.n_ctx != first.n_ctx:
-            return None
-        changes = [a - b for a, b in zip(self.batch_losses, first.batch_losses, strict=True)]
-        stderr = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
-        return self.validation["loss"] - first.validation["loss"], stderr
-
-
 def evaluate(
     loaded: LoadedModel, weights: str, folder: Path, manifest: Manifest, val_tokens: int, ask: Ask | None
-) -> Evaluated:
-    """Measures a model on the first `val_tokens` of the held-out text in `folder`, and by `ask`.
+) -> dict[str, Any]:
+    """The figures of a model on the first `val_tokens` of the held-out text in `folder`, and by `ask`.
 
     Converts the model to the dtype `weights`. Raises UserError where the text does not suit the model.
     """
@@ -88,17 +58,29 @@ def evaluate(
             between_batches=lambda: progress(f"validation: {len(losses) * batch_size:,} of {n_windows:,} sequences"),
         )
         choice = ask(model) if ask else {}
-    return Evaluated(
-        checkpoint=str(loaded.path),
-        step=loaded.step,
-        weights=weights,
-        matmuls=str(precision).removeprefix("torch."),
-        n_ctx=config.n_ctx,
-        parameters=count_parameters(model),
-        validation=asdict(result),
-        multiple_choice=choice,
-        batch_losses=losses,
-    )
+    return {
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "weights": weights,
+        "matmuls": str(precision).removeprefix("torch."),
+        "n_ctx": config.n_ctx,
+        "parameters": count_parameters(model),
+        "validation": asdict(result),
+        "multiple_choice": choice,
+        "batch_losses": losses,
+    }
+
+
+def less(result: dict[str, Any], first: dict[str, Any]) -> dict[str, Any] | None:
+    """The loss in `result` minus that in `first`, nats per token, with its standard error over pairs of batches.
+
+    None for the first itself and for models whose contexts, and so batches, differ. A single batch has no error.
+    """
+    if result is first or result["n_ctx"] != first["n_ctx"]:
+        return None
+    changes = [a - b for a, b in zip(result["batch_losses"], first["batch_losses"], strict=True)]
+    stderr = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
+    return {"difference": result["validation"]["loss"] - first["validation"]["loss"], "stderr": stderr}
 
 
 def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manifest]:
@@ -123,45 +105,47 @@ def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manife
     return folder, manifest
 
 
-def table(models: Sequence[Evaluated]) -> str:
+def table(results: Sequence[dict[str, Any]]) -> str:
     """The figures as Markdown tables, one row per model."""
     rows = [["model", "step", "weights", "parameters", "loss", "perplexity", "bits per byte", "loss minus the first"]]
-    for each in models:
-        values, less = each.validation, each.less(models[0])
+    for result in results:
+        values, change = result["validation"], less(result, results[0])
         rows.append(
             [
-                *_first_cells(each),
-                f"{each.parameters:,}",
+                *_first_cells(result),
+                f"{result['parameters']:,}",
                 _with_error(values["loss"], values["stderr"], ".4f"),
                 f"{values['perplexity']:.2f}",
                 f"{values['bits_per_byte']:.4f}",
-                _with_error(*less, "+.4f") if less else "",
+                _with_error(change["difference"], change["stderr"], "+.4f") if change else "",
             ]
         )
     tables = [_markdown(rows)]
-    if protocols := [result["protocol"] for result in models[0].multiple_choice.values()]:
-        tables += [_markdown(_choice_rows(models)), "\n".join(": ".join(text.split(" ", 1)) for text in protocols)]
+    if protocols := [choice["protocol"] for choice in results[0]["multiple_choice"].values()]:
+        tables += [_markdown(_choice_rows(results)), "\n".join(": ".join(text.split(" ", 1)) for text in protocols)]
     return "\n\n".join(tables)
 
 
-def _choice_rows(models: Sequence[Evaluated]) -> list[list[str]]:
-    names = {"reference": ["acc_norm"], "lm_eval": ["acc", "acc_norm"]}
-    columns = [(key, share) for key in models[0].multiple_choice for share in names[key]]
+def _choice_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    columns = [("reference", "acc_norm", "stderr")]
+    columns += [("lm_eval", "acc", "acc_stderr"), ("lm_eval", "acc_norm", "acc_norm_stderr")]
+    columns = [column for column in columns if column[0] in results[0]["multiple_choice"]]
     rows = [["model", "step", "weights", "items"]]
-    rows[0] += [f"{models[0].multiple_choice[key]['protocol'].split(' ')[0]} {share}" for key, share in columns]
-    for each in models:
-        results = [(each.multiple_choice[key], share) for key, share in columns]
-        shares = [_with_error(r[share], r.get(f"{share}_stderr", r.get("stderr")), ".2%") for r, share in results]
-        rows.append([*_first_cells(each), f"{results[0][0]['total']:,}", *shares])
+    for key, share, _ in columns:
+        rows[0].append(f"{results[0]['multiple_choice'][key]['protocol'].split(' ')[0]} {share}")
+    for result in results:
+        choice = result["multiple_choice"]
+        shares = [_with_error(choice[key][share], choice[key][stderr], ".2%") for key, share, stderr in columns]
+        rows.append([*_first_cells(result), f"{choice['reference']['total']:,}", *shares])
     return rows
 
 
-def _first_cells(each: Evaluated) -> list[str]:
+def _first_cells(result: dict[str, Any]) -> list[str]:
     """Name (the run's or the export's folder), step and weights."""
-    path = Path(each.checkpoint)
+    path = Path(result["checkpoint"])
     name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
-    computed = " (computed in bf16)" if (each.weights, each.matmuls) == ("float32", "bfloat16") else ""
-    return [name, f"{each.step:,}", each.weights + computed]
+    computed = " (computed in bf16)" if (result["weights"], result["matmuls"]) == ("float32", "bfloat16") else ""
+    return [name, f"{result['step']:,}", result["weights"] + computed]
 
 
 def _with_error(value: float, stderr: float | None, form: str) -> str:
@@ -182,22 +166,21 @@ def main() -> int:
         raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to at least 1.")
     folder, manifest = text_for(args.checkpoint, args.data)
     ask = None if args.hellaswag == "none" else _choose_questions(args, folder, manifest)
-    models: list[Evaluated] = []
+    results: list[dict[str, Any]] = []
     for checkpoint in args.checkpoint:
         for weights in args.weights:
             loaded = load_model(checkpoint, args.device)  # once per dtype: `evaluate` converts it
             say(f"measuring {loaded.path}, weights {weights}, on {loaded.device}")
-            models.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, ask))
+            results.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, ask))
             del loaded  # frees its memory before the next one is loaded
-    print(table(models))
-    results = []
-    for each in models:
-        less = each.less(models[0])
-        values = asdict(each) | {"loss_less_first": less and {"difference": less[0], "stderr": less[1]}}
-        del values["batch_losses"]
-        results.append(values)
-    result = {"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results}
-    print(json.dumps({**result, "machine": describe_machine(choose_device(args.device))}))
+    print(table(results))
+    for result in results:
+        result["loss_less_first"] = less(result, results[0])
+    for result in results:
+        del result["batch_losses"]
+    machine = describe_machine(choose_device(args.device))
+    summary = {"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine}
+    print(json.dumps(summary))
     return 0
 
 

@@ -47,9 +47,9 @@ def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: i
     documents = len({passage.document for passage in passages})
     if documents < CHOICES:
         raise UserError(
-            f"Cannot make multiple-choice items: {documents} held-out documents with "
-            f"{MAX_CONTEXT_TOKENS + ENDING_TOKENS} tokens of running text are fewer than {CHOICES}. Prepare a dataset of "
-            "more documents, give a HellaSwag file, or use --eval.hellaswag-items 0."
+            f"Cannot make multiple-choice items: {documents} held-out documents with at least "
+            f"{MAX_CONTEXT_TOKENS + ENDING_TOKENS} tokens of running text are too few. Prepare a dataset of more "
+            "documents, give a HellaSwag file, or use --eval.hellaswag-items 0."
         )
     rng = np.random.default_rng(seed)
     document_of = np.array([passage.document for passage in passages])

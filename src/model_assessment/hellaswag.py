@@ -73,27 +73,19 @@ def choose_items(
 
 
 def measure(model: LLM, items: Sequence[Item], tokenizer: Tokenizer, protocol: str) -> dict[str, dict[str, Any]]:
-    """The results as "reference" and, where the items are HellaSwag's with all their fields, "lm_eval".
+    """The results as "reference" and, where the items have all of HellaSwag's fields, "lm_eval".
 
-    `protocol` comes from `choose_items`. Autocast is the caller's; progress goes to stderr. Raises UserError for a
-    model of a smaller vocabulary than the tokenizer's.
+    `protocol` comes from `choose_items`. Autocast is the caller's. Raises UserError for a model of fewer tokens.
     """
     if model.config.n_vocab < tokenizer.n_vocab:
-        raise UserError(
-            f"Cannot score text of {tokenizer.name}: it has {tokenizer.n_vocab} tokens, and the model's vocabulary has "
-            f"{model.config.n_vocab}. Choose a model that was trained with this tokenizer."
-        )
-    progress = now_and_then()
-
-    def between_batches(done: int, total: int) -> None:
-        progress(f"multiple choice: {done:,} of {total:,} endings")
-
-    results = {"reference": evaluate(model, items, tokenizer.encode, protocol, between_batches=between_batches)}
-    if any(None in (item.activity_label, item.ctx_a, item.ctx_b) for item in items):
-        if protocol == HELLASWAG_PROTOCOL:
-            say("note: without lm-eval's protocol, because items lack activity_label, ctx_a or ctx_b")
-    else:
-        results["lm_eval"] = evaluate_lm_eval(model, items, tokenizer.encode, between_batches=between_batches)
+        raise UserError(f"Cannot score text of {tokenizer.name}: the model has fewer tokens. Choose another model.")
+    say_progress = now_and_then()
+    options = {"between_batches": lambda done, total: say_progress(f"multiple choice: {done:,} of {total:,} endings")}
+    results = {"reference": evaluate(model, items, tokenizer.encode, protocol, **options)}
+    if not any(None in (item.activity_label, item.ctx_a, item.ctx_b) for item in items):
+        results["lm_eval"] = evaluate_lm_eval(model, items, tokenizer.encode, **options)
+    elif protocol == HELLASWAG_PROTOCOL:
+        say("note: without lm-eval's protocol, because items lack activity_label, ctx_a or ctx_b")
     return results
 
 

@@ -28,31 +28,8 @@ class Record:
     words: str
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that evaluate together, as one of them sees them."""
-
-    rank: int
-    world_size: int
-    sum: Callable[[Sequence[float]], Sequence[float]]
-    """Adds up each value over all processes."""
-    stop: Callable[[], bool]
-    """True once this process is requested to stop."""
-
-    def check(self, done: bool = False) -> bool:
-        """True once a process calls it with `done`; all call it together.
-
-        Raises StoppedError in all processes if one of them is requested to stop before.
-        """
-        stop, finished = self.sum([float(self.stop()), float(done)])
-        if stop and not finished:
-            raise StoppedError("stopped during an evaluation")
-        return bool(finished)
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of `validate` and `score_endings`, which share their work."""
-        shared = {"rank": self.rank, "world_size": self.world_size, "sum_over_ranks": self.sum}
-        return {**shared, "between_batches": lambda *_: self.check()}
+Shared = dict[str, Any]
+"""The arguments of `validate` and `score_endings` by which processes share their work."""
 
 
 class Assessment:
@@ -70,7 +47,7 @@ class Assessment:
         self.protocol, self.items = self._choose_items(folder / held_out.file)
         self.encode = cache(tokenizer.encode)  # the texts of all items take a second, each time
 
-    def evaluations(self) -> dict[str, tuple[int, Callable[[LLM, int, Ranks], list[Record]]]]:
+    def evaluations(self) -> dict[str, tuple[int, Callable[[LLM, int, Shared], list[Record]]]]:
         """The table of what is measured, in its order: kind, steps between (0 turns it off), function."""
         settings = self.config.eval
         return {
@@ -104,11 +81,20 @@ class Assessment:
         `batch_size`: windows per batch of validation. Soon after `stop()` is true in one process, raises StoppedError
         in all.
         """
+
+        def check(*_: object, done: bool = False) -> bool:
+            """True once a process calls it with `done`. All call it equally often, or they wait for each other."""
+            stopped, finished = sum_over_ranks([float(stop()), float(done)])
+            if stopped and not finished:
+                raise StoppedError("stopped during an evaluation")
+            return bool(finished)
+
+        shared = {"rank": rank, "world_size": world_size, "sum_over_ranks": sum_over_ranks, "between_batches": check}
         _, make_records = self.evaluations()[kind]
         model.eval()
         try:
             with autocast:
-                return make_records(model, batch_size, Ranks(rank, world_size, sum_over_ranks, stop))
+                return make_records(model, batch_size, shared)
         finally:
             model.train()
 
@@ -125,14 +111,14 @@ class Assessment:
             self.note = f"no multiple choice in this run: {error}"  # a small corpus can still be trained on
             return "none", []
 
-    def _validation(self, model: LLM, batch_size: int, ranks: Ranks) -> list[Record]:
+    def _validation(self, model: LLM, batch_size: int, shared: Shared) -> list[Record]:
         result = validation.validate(
             model,
             self.windows,
             n_windows=self.n_windows,
             batch_size=batch_size,
             bytes_per_token=self.bytes_per_token,
-            **ranks.options(),
+            **shared,
         )
         error = "" if result.stderr is None else f" +- {result.stderr:.4f}"
         words = (
@@ -141,25 +127,26 @@ class Assessment:
         )
         return [Record("validation", {**vars(result), "unigram_entropy": self.unigram_entropy}, words)]
 
-    def _multiple_choice(self, model: LLM, _: int, ranks: Ranks) -> list[Record]:
-        result = hellaswag.evaluate(model, self.items, self.encode, self.protocol, **ranks.options())
+    def _multiple_choice(self, model: LLM, _: int, shared: Shared) -> list[Record]:
+        result = hellaswag.evaluate(model, self.items, self.encode, self.protocol, **shared)
         is_hellaswag = self.protocol == hellaswag.HELLASWAG_PROTOCOL
         name = "HellaSwag" if is_hellaswag else "multiple choice from held-out text (not HellaSwag)"
         right = f"{result['correct']:,} of {result['total']:,} right"
         words = f"{name}: {right}, {result['acc_norm']:.2%} +- {result['stderr']:.2%}"
         return [Record("hellaswag", result, words)]
 
-    def _samples(self, model: LLM, _: int, ranks: Ranks) -> list[Record]:
-        if ranks.rank != 0:  # joins the checks of process 0, which samples
-            while not ranks.check():
+    def _samples(self, model: LLM, _: int, shared: Shared) -> list[Record]:
+        check = shared["between_batches"]
+        if shared["rank"] != 0:  # joins the checks of process 0, which samples
+            while not check():
                 pass
             return []
         settings = self.config.eval
         # The seed is the same at every step, so that steps can be compared.
         rules = sampling.SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=0)
-        texts, count, check = settings.sample_prompts, settings.samples_per_prompt, ranks.check
+        texts, count = settings.sample_prompts, settings.samples_per_prompt
         samples = sampling.sample(model, self.tokenizer, texts, rules, num_samples=count, between_tokens=check)
-        ranks.check(done=True)
+        check(done=True)
         records = []
         for each in samples:
             values = {"text": each.prompt + each.text, "tokens_per_second": each.tokens_per_second}

@@ -6,14 +6,13 @@ Shapes: B sequences, T positions, D width, V vocabulary, K candidates for the ne
 """
 
 import argparse
-import codecs
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -69,21 +68,21 @@ class SamplingConfig:
             raise UserError(f"Cannot sample: {'; '.join(problems)}. Change these settings.")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
     """One continuation of a prompt."""
 
     prompt: str
-    text: str
+    text: str = ""
     """The continuation alone, up to the stop text."""
-    tokens: tuple[int, ...]
+    tokens: list[int] = field(default_factory=list)
     """All generated ids, those of a stop text included, the end-of-text token excluded."""
-    log_probs: tuple[float, ...]
+    log_probs: list[float] = field(default_factory=list)
     """The model's own log-probability of each token in nats, before temperature, penalty and cuts."""
-    finish_reason: str
+    finish_reason: str = "length"
     """"end_of_text" (chosen by the model), "stop" (a stop text) or "length"."""
-    tokens_per_second: float
-    """Of all samples of this prompt together."""
+    tokens_per_second: float = 0.0
+    """Of all samples of the prompt together."""
 
 
 def sample(
@@ -104,20 +103,17 @@ def sample(
     with autocast or nullcontext():
         for prompt in prompts:
             started = time.perf_counter()
-            rows = [_encode(tokenizer, prompt, model)] * num_samples
-            texts = [_Text(tokenizer, config.stop) for _ in rows]
-            for next_tokens, next_log_probs in generate(model, rows, config, range(num_samples), tokenizer.n_vocab):
+            ids, batch = _encode(tokenizer, prompt, model), [Sample(prompt) for _ in range(num_samples)]
+            for tokens, log_probs in generate(
+                model, [ids] * num_samples, config, range(num_samples), tokenizer.n_vocab
+            ):
                 between_tokens()
-                for text, token, log_prob in zip(texts, next_tokens, next_log_probs, strict=True):
-                    if not text.finish_reason:
-                        text.add(token, log_prob)
-                if all(text.finish_reason for text in texts):
+                for each, token, log_prob in zip(batch, tokens, log_probs, strict=True):
+                    _add(each, token, log_prob, tokenizer, config.stop)
+                if all(each.finish_reason != "length" for each in batch):
                     break
-            rate = sum(len(text.tokens) for text in texts) / (time.perf_counter() - started)
-            for text in texts:
-                text.finish()
-                tokens, log_probs = tuple(text.tokens), tuple(text.log_probs)
-                samples.append(Sample(prompt, text.text, tokens, log_probs, text.finish_reason, rate))
+            rate = sum(len(each.tokens) for each in batch) / (time.perf_counter() - started)
+            samples += [replace(each, tokens_per_second=rate) for each in batch]
     return samples
 
 
@@ -129,17 +125,16 @@ def stream(
     autocast: AbstractContextManager[Any] | None = None,
 ) -> Iterator[str]:
     """Yields the text of `sample`'s first continuation in pieces during generation, cut only between characters."""
-    ids, text, shown = _encode(tokenizer, prompt, model), _Text(tokenizer, config.stop), 0
+    ids, made, shown = _encode(tokenizer, prompt, model), Sample(prompt), 0
     with autocast or nullcontext():
         for (token,), (log_prob,) in generate(model, [ids], config, [0], tokenizer.n_vocab):
-            text.add(token, log_prob)
-            if text.finish_reason:
+            _add(made, token, log_prob, tokenizer, config.stop)
+            if made.finish_reason != "length":
                 break
-            certain = len(text.text) - text.uncertain()
-            yield text.text[shown:certain]
+            certain = _certain(made.text, config.stop)
+            yield made.text[shown:certain]
             shown = certain
-    text.finish()
-    yield text.text[shown:]
+    yield made.text[shown:]
 
 
 @torch.inference_mode()
@@ -178,7 +173,7 @@ def generate(
 
 
 def _window_start(length: int, n_ctx: int) -> int:
-    """The first token that the model sees of a sequence of `length` tokens."""
+    """The first token that the model sees of a sequence of `length` tokens: it moves in strides of n_ctx / 2."""
     stride = max(1, n_ctx // 2)
     return max(0, -(-(length - n_ctx) // stride) * stride)
 
@@ -225,37 +220,25 @@ def _candidates(probs_V: torch.Tensor, config: SamplingConfig) -> tuple[torch.Te
     return probs_K, ids_K
 
 
-class _Text:
-    """The text of a growing list of tokens, up to a stop text."""
+def _add(sample: Sample, token: int, log_prob: float, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    """Appends a token to a sample that has not finished, up to a stop text."""
+    if sample.finish_reason != "length":
+        return
+    if token == tokenizer.end_of_text:
+        sample.finish_reason = "end_of_text"
+        return
+    sample.tokens.append(token)
+    sample.log_probs.append(log_prob)
+    sample.text = tokenizer.decode(sample.tokens)
+    if places := [place for place in map(sample.text.find, stop) if place >= 0]:
+        sample.text, sample.finish_reason = sample.text[: min(places)], "stop"
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
-        self.tokens: list[int] = []
-        self.log_probs: list[float] = []
-        self.text = self.finish_reason = ""
-        # A token may end inside a character; its first bytes wait in the decoder for the others.
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def add(self, token: int, log_prob: float) -> None:
-        if token == self.tokenizer.end_of_text:
-            self.finish_reason = "end_of_text"
-            return
-        self.tokens.append(token)
-        self.log_probs.append(log_prob)
-        self.text += self._decoder.decode(self.tokenizer.decode_bytes([token]))
-        if places := [place for place in map(self.text.find, self.stop) if place >= 0]:
-            self.text, self.finish_reason = self.text[: min(places)], "stop"
-
-    def uncertain(self) -> int:
-        """The number of characters at the end that may be the beginning of a stop text."""
-        sizes = (size for stop in self.stop for size in range(1, len(stop)) if self.text.endswith(stop[:size]))
-        return max(sizes, default=0)
-
-    def finish(self) -> None:
-        """Completes text and finish reason after the last token."""
-        if self.finish_reason != "stop":
-            self.text += self._decoder.decode(b"", final=True)
-        self.finish_reason = self.finish_reason or "length"
+def _certain(text: str, stop: tuple[str, ...]) -> int:
+    """The number of characters of `text` that more tokens cannot change."""
+    text = text.rstrip("\ufffd")  # a token may end inside a character
+    beginnings = (size for each in stop for size in range(1, len(each)) if text.endswith(each[:size]))
+    return len(text) - max(beginnings, default=0)
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, model: LLM) -> list[int]:
@@ -275,12 +258,11 @@ def main() -> int:
     """Runs the command line."""
     args = _parser().parse_args()
     prompts = args.prompt or [""]
-    few = len(prompts) == args.num_samples == 1 or not (args.stream or args.interactive)
-    if args.num_samples < 1 or not few:
+    if args.num_samples < 1 or ((args.stream or args.interactive) and len(prompts) * args.num_samples > 1):
         raise UserError(
-            "Cannot draw these samples. Set --num-samples to at least 1, and to 1 for --stream or --interactive."
+            "Cannot draw these samples. Set --num-samples to 1, or above without --stream and --interactive."
         )
-    values = {field.name: getattr(args, field.name) for field in fields(SamplingConfig)}
+    values = {each.name: getattr(args, each.name) for each in fields(SamplingConfig)}
     config = SamplingConfig(**values | {"stop": tuple(args.stop)})
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
     model = loaded.model

@@ -27,7 +27,6 @@ class ValidationResult:
     stderr: float | None
     """Standard error of `loss`, from the spread of the batches; None for a single batch."""
     seconds: float
-    """Wall time."""
 
 
 @torch.no_grad()
@@ -79,7 +78,7 @@ def validate(
 def unigram_entropy(dataset: WindowDataset, n_windows: int) -> float:
     """Entropy, in nats per token, of the frequencies of the tokens that `validate` predicts.
 
-    A model that ignores the context cannot have a lower loss on them. Context must beat this.
+    A model that ignores the context cannot have a lower loss on them.
     """
     targets = np.concatenate([dataset[number][1:] for number in range(n_windows)])
     counts = np.bincount(targets)
