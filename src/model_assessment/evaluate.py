@@ -165,7 +165,13 @@ def main() -> int:
     if args.val_tokens < 1:
         raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to at least 1.")
     folder, manifest = text_for(args.checkpoint, args.data)
-    ask = None if args.hellaswag == "none" else _choose_questions(args, folder, manifest)
+    ask = None
+    if args.hellaswag != "none":
+        tokenizer, held_out = load_tokenizer(), manifest.validation[0]
+        check_shard(folder, held_out, tokenizer.n_vocab)
+        limit = HELD_OUT_ITEMS if args.limit is None and args.hellaswag == "held-out" else args.limit
+        protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
+        ask = partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol)
     results: list[dict[str, Any]] = []
     for checkpoint in args.checkpoint:
         for weights in args.weights:
@@ -182,14 +188,6 @@ def main() -> int:
     summary = {"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine}
     print(json.dumps(summary))
     return 0
-
-
-def _choose_questions(args: argparse.Namespace, folder: Path, manifest: Manifest) -> Ask:
-    tokenizer, held_out = load_tokenizer(), manifest.validation[0]
-    check_shard(folder, held_out, tokenizer.n_vocab)
-    limit = HELD_OUT_ITEMS if args.limit is None and args.hellaswag == "held-out" else args.limit
-    protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
-    return partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -45,8 +45,8 @@ def validate(
 ) -> ValidationResult:
     """The loss of `model`, in eval mode, over the first `n_windows` windows; equal in every process.
 
-    `model(inputs_BT, targets_BT)` returns the mean loss in nats; `bytes_per_token` is the text's mean. Every process
-    calls `between_batches` equally often, and it may raise to give up. `batch_losses` collects this process's losses.
+    `model(inputs_BT, targets_BT)` returns the mean loss in nats. Every process calls `between_batches` equally often,
+    and it may raise to give up. `batch_losses` collects this process's losses.
     """
     device = next(model.parameters()).device
     started = time.perf_counter()

@@ -87,11 +87,8 @@ def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtyp
     return torch.bfloat16
 
 
-# Config, weights by our names, path, step and the dataset's sha256, as in LoadedModel.
-_Source = tuple[Config, dict[str, torch.Tensor], Path, int, str]
-
-
-def _read_checkpoint(path: Path) -> _Source:
+def _read_checkpoint(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
+    """The run's config, weights by our names, path, step and the dataset's sha256, as in LoadedModel."""
     checkpoint, rejected = find_checkpoint(path)
     for reason in rejected:
         say(f"warning: passed over a damaged checkpoint: {reason}")
@@ -99,7 +96,8 @@ def _read_checkpoint(path: Path) -> _Source:
     return config, checkpoint.tensors("model"), checkpoint.path, checkpoint.step, sha256
 
 
-def _read_export(path: Path) -> _Source:
+def _read_export(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
+    """The same as `_read_checkpoint`."""
     if any(path.glob("*.gguf")):
         raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
     origin = read_origin(path, "config.json", WEIGHTS)
