@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, config: Config, device: torch.device) -> d
     held_out = read_manifest(folder).validation
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)
-    model.to(device).train()
+    model.to(device).eval()
     B, T = config.micro_batch_size, config.model.n_ctx
     forward = CompiledForward(model) if args.compile else model
     tokenizer = load_tokenizer()
@@ -83,8 +83,10 @@ def measure(args: argparse.Namespace, config: Config, device: torch.device) -> d
     inputs_BT, targets_BT = torch.randint(config.model.n_vocab, (2, B, T), device=device)
 
     def train() -> None:
+        model.train()
         forward(inputs_BT, targets_BT).backward()
         model.zero_grad()
+        model.eval()
 
     n_windows = B * max(1, min(4, windows.n_windows // B))
     validate = partial(validation.validate, model, windows, n_windows=n_windows, batch_size=B, bytes_per_token=4.5)

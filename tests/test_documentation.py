@@ -92,7 +92,7 @@ def options_of(program: Path) -> set[str]:
     added = {
         argument.value
         for call in calls
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
+        if ast.unparse(call.func).endswith(("add", "add_argument"))
         for argument in call.args
         if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
     }

@@ -265,7 +265,7 @@ def test_samples_keep_their_lines_and_lose_their_control(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
 ):
     text = f"line\n\tindented {CONTROL}"
-    made = sampling.Sample("prompt", text, (1,), (-1.0,), "length", 1.0)
+    made = sampling.Sample("prompt", text, [1], [-1.0])
     model = SimpleNamespace(config=SimpleNamespace(n_ctx=16))
     loaded = SimpleNamespace(
         model=model, path=Path("step_0000001"), device=torch.device("cpu"), precision=torch.float32

@@ -1,8 +1,7 @@
 """One or several models on the same text and questions: a table for people, and JSON.
 
-Measures validation loss and bits per byte on the held-out text of a dataset, and multiple choice by the protocols of
-src/model_assessment/hellaswag.py. The difference between two models' losses has a separate standard error: both are
-measured on the same batches, so that a batch hard for both does not count.
+The difference between two models' losses has a separate standard error. Both are measured on the same batches, so that
+a batch hard for both does not count.
 """
 
 import argparse
@@ -10,12 +9,12 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from src.data_processing.shards import MANIFEST, Manifest, check_shard, read_manifest
+from src.data_processing.shards import Manifest, check_shard, read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
@@ -30,45 +29,14 @@ from src.utils.root import dataset_dir
 BATCH_TOKENS = 2_048  # per validation batch, equal for all models: otherwise their batches would not be pairs
 HELD_OUT_ITEMS = 500  # default for the stand-in, which can make any number of items
 
-
 Ask = Callable[[LLM], dict[str, dict[str, Any]]]
-"""Asks a model the multiple-choice items that were chosen once for all models: `hellaswag.measure`."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The figures of one model."""
-
-    checkpoint: str
-    step: int
-    weights: str
-    """The dtype that holds them: float32 or bf16."""
-    matmuls: str
-    """The dtype of the computation."""
-    n_ctx: int
-    parameters: int
-    validation: dict[str, Any]
-    """As validation.ValidationResult."""
-    multiple_choice: dict[str, dict[str, Any]]
-    """As `hellaswag.measure` returns it; empty without questions."""
-    batch_losses: list[float]
-
-    def less(self, first: "Evaluated") -> tuple[float, float | None] | None:
-        """This model's loss minus that of `first`, in nats per token, and its standard error over pairs of batches.
-
-        None if the models saw different batches because their contexts differ. A single batch has no error.
-        """
-        if self.n_ctx != first.n_ctx:
-            return None
-        changes = [a - b for a, b in zip(self.batch_losses, first.batch_losses, strict=True)]
-        stderr = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
-        return self.validation["loss"] - first.validation["loss"], stderr
+"""`hellaswag.measure`, with the items that were chosen once for all models."""
 
 
 def evaluate(
     loaded: LoadedModel, weights: str, folder: Path, manifest: Manifest, val_tokens: int, ask: Ask | None
-) -> Evaluated:
-    """Measures a model on the first `val_tokens` of the held-out text in `folder`, and by `ask`.
+) -> dict[str, Any]:
+    """The figures of a model on the first `val_tokens` of the held-out text in `folder`, and by `ask`.
 
     Converts the model to the dtype `weights`. Raises UserError where the text does not suit the model.
     """
@@ -90,17 +58,29 @@ def evaluate(
             between_batches=lambda: progress(f"validation: {len(losses) * batch_size:,} of {n_windows:,} sequences"),
         )
         choice = ask(model) if ask else {}
-    return Evaluated(
-        checkpoint=str(loaded.path),
-        step=loaded.step,
-        weights=weights,
-        matmuls=str(precision).removeprefix("torch."),
-        n_ctx=config.n_ctx,
-        parameters=count_parameters(model),
-        validation=asdict(result),
-        multiple_choice=choice,
-        batch_losses=losses,
-    )
+    return {
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "weights": weights,
+        "matmuls": str(precision).removeprefix("torch."),
+        "n_ctx": config.n_ctx,
+        "parameters": count_parameters(model),
+        "validation": asdict(result),
+        "multiple_choice": choice,
+        "batch_losses": losses,
+    }
+
+
+def less(result: dict[str, Any], first: dict[str, Any]) -> dict[str, Any] | None:
+    """The loss in `result` minus that in `first`, nats per token, with its standard error over pairs of batches.
+
+    None for the first itself and for models whose contexts, and so batches, differ. A single batch has no error.
+    """
+    if result is first or result["n_ctx"] != first["n_ctx"]:
+        return None
+    changes = [a - b for a, b in zip(result["batch_losses"], first["batch_losses"], strict=True)]
+    stderr = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
+    return {"difference": result["validation"]["loss"] - first["validation"]["loss"], "stderr": stderr}
 
 
 def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manifest]:
@@ -108,73 +88,64 @@ def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manife
 
     Raises UserError for a missing model or dataset, and for a dataset of another tokenizer.
     """
-    folder, manifest = Path(), None
-    for checkpoint in checkpoints:
-        loaded = load_model(checkpoint, "cpu")
-        if manifest is None:
-            folder = dataset_dir(data or loaded.config.data.dir)
-            if data is None and not loaded.dataset_sha256:
-                raise UserError(f"The dataset of {loaded.path} is not recorded. Name one to measure on with --data.")
-            if data is None and not (folder / MANIFEST).exists():
-                raise UserError(
-                    f"Cannot find the dataset of {loaded.path}: {folder} does not hold it. Name its folder, or another "
-                    "dataset, with --data."
-                )
-            manifest = read_manifest(folder)
-        if manifest.n_vocab > loaded.config.model.n_vocab:
+    models = [(m.path, m.config, m.dataset_sha256) for m in (load_model(name, "cpu") for name in checkpoints)]
+    path, config, trained_on = models[0]
+    if data is None and not trained_on:
+        raise UserError(f"The dataset of {path} is not recorded. Name one to measure on with --data.")
+    folder = dataset_dir(data or config.data.dir)
+    manifest = read_manifest(folder)
+    for path, config, trained_on in models:
+        if manifest.n_vocab > config.model.n_vocab:
             raise UserError(
-                f"Cannot measure {loaded.path} on {folder}: the text has {manifest.n_vocab} different ids of "
-                f"{manifest.tokenizer}, the model {loaded.config.model.n_vocab}. Give a dataset of its tokenizer with "
-                "--data."
+                f"Cannot measure {path} on {folder}: the text has {manifest.n_vocab} different ids of "
+                f"{manifest.tokenizer}, the model {config.model.n_vocab}. Give a dataset of its tokenizer with --data."
             )
-        if loaded.dataset_sha256 != manifest.sha256:
-            say(f"note: {loaded.path} was trained on another dataset than {folder}, and may have seen its text")
-    assert manifest is not None, "argparse requires a checkpoint"
+        if trained_on != manifest.sha256:
+            say(f"note: {path} was trained on another dataset than {folder}, and may have seen its text")
     return folder, manifest
 
 
-def table(models: Sequence[Evaluated]) -> str:
+def table(results: Sequence[dict[str, Any]]) -> str:
     """The figures as Markdown tables, one row per model."""
     rows = [["model", "step", "weights", "parameters", "loss", "perplexity", "bits per byte", "loss minus the first"]]
-    for each in models:
-        values, less = each.validation, each.less(models[0])
+    for result in results:
+        values, change = result["validation"], less(result, results[0])
         rows.append(
             [
-                *_first_cells(each),
-                f"{each.parameters:,}",
+                *_first_cells(result),
+                f"{result['parameters']:,}",
                 _with_error(values["loss"], values["stderr"], ".4f"),
                 f"{values['perplexity']:.2f}",
                 f"{values['bits_per_byte']:.4f}",
-                "" if each is models[0] or less is None else _with_error(*less, "+.4f"),
+                _with_error(change["difference"], change["stderr"], "+.4f") if change else "",
             ]
         )
     tables = [_markdown(rows)]
-    if protocols := [result["protocol"] for result in models[0].multiple_choice.values()]:
-        tables += [_markdown(_choice_rows(models)), "\n".join(": ".join(text.split(" ", 1)) for text in protocols)]
+    if protocols := [choice["protocol"] for choice in results[0]["multiple_choice"].values()]:
+        tables += [_markdown(_choice_rows(results)), "\n".join(": ".join(text.split(" ", 1)) for text in protocols)]
     return "\n\n".join(tables)
 
 
-def _choice_rows(models: Sequence[Evaluated]) -> list[list[str]]:
-    columns = [
-        (key, share, f"{result['protocol'].split(' ')[0]} {share}", f"{share}_stderr" if "acc" in result else "stderr")
-        for key, result in models[0].multiple_choice.items()
-        for share in ("acc", "acc_norm")
-        if share in result
-    ]
-    rows = [["model", "step", "weights", "items", *(title for _, _, title, _ in columns)]]
-    for each in models:
-        choice = each.multiple_choice
-        shares = [_with_error(choice[key][share], choice[key][stderr], ".2%") for key, share, _, stderr in columns]
-        rows.append([*_first_cells(each), f"{choice[columns[0][0]]['total']:,}", *shares])
+def _choice_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    columns = [("reference", "acc_norm", "stderr")]
+    columns += [("lm_eval", "acc", "acc_stderr"), ("lm_eval", "acc_norm", "acc_norm_stderr")]
+    columns = [column for column in columns if column[0] in results[0]["multiple_choice"]]
+    rows = [["model", "step", "weights", "items"]]
+    for key, share, _ in columns:
+        rows[0].append(f"{results[0]['multiple_choice'][key]['protocol'].split(' ')[0]} {share}")
+    for result in results:
+        choice = result["multiple_choice"]
+        shares = [_with_error(choice[key][share], choice[key][stderr], ".2%") for key, share, stderr in columns]
+        rows.append([*_first_cells(result), f"{choice['reference']['total']:,}", *shares])
     return rows
 
 
-def _first_cells(each: Evaluated) -> list[str]:
+def _first_cells(result: dict[str, Any]) -> list[str]:
     """Name (the run's or the export's folder), step and weights."""
-    path = Path(each.checkpoint)
+    path = Path(result["checkpoint"])
     name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
-    computed = " (computed in bf16)" if (each.weights, each.matmuls) == ("float32", "bfloat16") else ""
-    return [name, f"{each.step:,}", each.weights + computed]
+    computed = " (computed in bf16)" if (result["weights"], result["matmuls"]) == ("float32", "bfloat16") else ""
+    return [name, f"{result['step']:,}", result["weights"] + computed]
 
 
 def _with_error(value: float, stderr: float | None, form: str) -> str:
@@ -191,41 +162,32 @@ def _markdown(rows: list[list[str]]) -> str:
 def main() -> int:
     """The command line."""
     args = _parser().parse_args()
-    for name, value in (("--val-tokens", args.val_tokens), ("--limit", args.limit)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
-    if args.hellaswag == "none" and (args.limit or args.protocol):
-        raise UserError("--limit and --protocol need multiple-choice items. Name them with --hellaswag.")
+    if args.val_tokens < 1:
+        raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to at least 1.")
     folder, manifest = text_for(args.checkpoint, args.data)
-    ask = None if args.hellaswag == "none" else _choose_questions(args, folder, manifest)
-    models: list[Evaluated] = []
+    ask = None
+    if args.hellaswag != "none":
+        tokenizer, held_out = load_tokenizer(), manifest.validation[0]
+        check_shard(folder, held_out, tokenizer.n_vocab)
+        limit = HELD_OUT_ITEMS if args.limit is None and args.hellaswag == "held-out" else args.limit
+        protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
+        ask = partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol)
+    results: list[dict[str, Any]] = []
     for checkpoint in args.checkpoint:
         for weights in args.weights:
             loaded = load_model(checkpoint, args.device)  # once per dtype: `evaluate` converts it
             say(f"measuring {loaded.path}, weights {weights}, on {loaded.device}")
-            models.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, ask))
+            results.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, ask))
             del loaded  # frees its memory before the next one is loaded
-    print(table(models))
-    results = []
-    for each in models:
-        values = asdict(each)
-        del values["batch_losses"]
-        less = each.less(models[0]) if each is not models[0] else None
-        results.append(values | {"loss_less_first": less and {"difference": less[0], "stderr": less[1]}})
+    print(table(results))
+    for result in results:
+        result["loss_less_first"] = less(result, results[0])
+    for result in results:
+        del result["batch_losses"]
     machine = describe_machine(choose_device(args.device))
-    print(
-        json.dumps({"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine})
-    )
+    summary = {"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine}
+    print(json.dumps(summary))
     return 0
-
-
-def _choose_questions(args: argparse.Namespace, folder: Path, manifest: Manifest) -> Ask:
-    tokenizer, held_out = load_tokenizer(), manifest.validation[0]
-    check_shard(folder, held_out, tokenizer.n_vocab)
-    limit = args.limit or (HELD_OUT_ITEMS if args.hellaswag == "held-out" else None)
-    protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
-    chosen = hellaswag.choose_protocols(items, protocol, args.protocol or hellaswag.BOTH)
-    return partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol, chosen=chosen)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -235,33 +197,15 @@ def _parser() -> argparse.ArgumentParser:
         "a table, then one JSON object as the last line.",
     )
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="runs (folders or names), step_* folders or exports; the others are compared with the first",
-    )
+    checkpoint = "runs (folders or names), step_* folders or exports; the others are compared with the first"
+    add("--checkpoint", required=True, nargs="+", metavar="CHECKPOINT", help=checkpoint)
     add("--data", help="a dataset's name or folder (default: the first model's dataset)")
     add("--val-tokens", type=int, default=2_097_152, help="held-out tokens, at most (default: 2,097,152)")
-    add(
-        "--hellaswag",
-        default="none",
-        metavar="{FILE,auto,held-out,none}",
-        help="HellaSwag as .jsonl or .jsonl.gz; auto fetches it; held-out: a stand-in from the held-out text (default: "
-        "none)",
-    )
+    items = "HellaSwag as .jsonl or .jsonl.gz; auto fetches it; held-out: a stand-in from the held-out text"
+    add("--hellaswag", default="none", metavar="{FILE,auto,held-out,none}", help=f"{items} (default: none)")
     add("--limit", type=int, help=f"use the first N items (default: all; held-out: {HELD_OUT_ITEMS})")
-    protocols = (hellaswag.REFERENCE, hellaswag.LM_EVAL, hellaswag.BOTH)
-    add("--protocol", choices=protocols, help="default: both, where the items allow it")
-    add(
-        "--weights",
-        nargs="+",
-        default=["float32"],
-        choices=WEIGHT_DTYPES[1:],
-        help="dtypes to hold the weights in, one after the other (default: float32, as saved; matmuls in bf16 where "
-        "training would use it)",
-    )
+    weights = "dtypes to hold the weights in, one after the other (default: float32; matmuls as in training)"
+    add("--weights", nargs="+", default=["float32"], choices=WEIGHT_DTYPES[1:], help=weights)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     return parser
 

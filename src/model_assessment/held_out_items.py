@@ -4,8 +4,7 @@ The passages come from the validation text of the model's own dataset, so that a
 result says nothing about common sense or HellaSwag, and carries a separate protocol name.
 
 A passage is a context and the ENDING_TOKENS tokens after it. An item is one passage with the endings of three others,
-from other documents. So right and wrong endings are drawn alike: whole words, the same number of tokens, single spaces
-at both cuts. Only the context tells which one is right.
+from other documents. Right and wrong endings are drawn alike, so that only the context tells which one is right.
 """
 
 from collections.abc import Iterator
@@ -40,18 +39,28 @@ def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: i
     A pure function of its arguments. The right ending's place is uniform, and an item's endings differ. Raises
     UserError where fewer than four documents are long enough.
     """
-    passages = _without_repeated_endings(_passages(np.asarray(tokens[:_MOST_TOKENS]), tokenizer))
+    # Boilerplate of two documents would be right and wrong at once, so only the first passage of an ending counts.
+    by_ending: dict[str, _Passage] = {}
+    for passage in _passages(np.asarray(tokens[:_MOST_TOKENS]), tokenizer):
+        by_ending.setdefault(passage.ending, passage)
+    passages = list(by_ending.values())
     documents = len({passage.document for passage in passages})
     if documents < CHOICES:
         raise UserError(
-            f"Cannot make multiple-choice items: they need {CHOICES} held-out documents with "
-            f"{MAX_CONTEXT_TOKENS + ENDING_TOKENS} tokens of running text, and {len(tokens)} tokens hold {documents}. "
-            "Prepare a dataset of more documents, give a HellaSwag file, or use --eval.hellaswag-items 0."
+            f"Cannot make multiple-choice items: {documents} held-out documents with at least "
+            f"{MAX_CONTEXT_TOKENS + ENDING_TOKENS} tokens of running text are too few. Prepare a dataset of more "
+            "documents, give a HellaSwag file, or use --eval.hellaswag-items 0."
         )
     rng = np.random.default_rng(seed)
     document_of = np.array([passage.document for passage in passages])
-    chosen = rng.permutation(len(passages))[:count]
-    return [_item(ind, passages, document_of, int(right), rng) for ind, right in enumerate(chosen)]
+    items = []
+    for ind, right in enumerate(rng.permutation(len(passages))[:count].tolist()):
+        others = np.flatnonzero(document_of != document_of[right])
+        endings = [passages[i].ending for i in rng.choice(others, CHOICES - 1, replace=False)]
+        label = int(rng.integers(CHOICES))
+        endings.insert(label, passages[right].ending)
+        items.append(Item(ind, passages[right].context, tuple(endings), label))
+    return items
 
 
 def _passages(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[_Passage]:
@@ -84,20 +93,3 @@ def _word_cuts(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     is_cut[1:] &= ends_word[tokens[:-1]]
     is_cut[:1] = False
     return is_cut
-
-
-def _without_repeated_endings(passages: Iterator[_Passage]) -> list[_Passage]:
-    """The first passage of each ending: boilerplate of two documents would be right and wrong at once."""
-    first: dict[str, _Passage] = {}
-    for passage in passages:
-        first.setdefault(passage.ending, passage)
-    return list(first.values())
-
-
-def _item(ind: int, passages: list[_Passage], document_of: np.ndarray, right: int, rng: np.random.Generator) -> Item:
-    others = np.flatnonzero(document_of != document_of[right])
-    wrong = rng.choice(others, CHOICES - 1, replace=False)
-    endings = [passages[i].ending for i in wrong]
-    label = int(rng.integers(CHOICES))
-    endings.insert(label, passages[right].ending)
-    return Item(ind, passages[right].context, tuple(endings), label)

@@ -26,16 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from src.data_processing.shards import check_shard, read_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
 from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
-from src.model_utils.load_model import LoadedModel, load_model
+from src.model_utils.load_model import load_model
 from src.utils.errors import UserError, exit_with, now_and_then, say
-from src.utils.root import dataset_dir
 
-REFERENCE, LM_EVAL, BOTH = "reference", "lm-eval", "both"
 # Recorded with every result. The last one must never be read as the first.
 HELLASWAG_PROTOCOL = (
     "hellaswag-ctx-mean-logprob (HellaSwag: raw ctx, ending of the highest mean log-probability a token)"
@@ -46,10 +43,10 @@ LM_EVAL_PROTOCOL = (
 )
 HELD_OUT_PROTOCOL = "held-out-ctx-mean-logprob (not HellaSwag: a stand-in from held-out text, scored the same way)"
 
-# Tokens of a batch, positions whose logits exist at once, and rows of those in the softmax at once. On a CPU they stay
-# in the caches: 16 rows of logits take 3 MB, and with 512 the head of width 256 takes 2.7 times as long.
-CPU_SIZES = (1_024, 128, 16)
-GPU_SIZES = (32_768, 4_096, 4_096)
+# Tokens of a batch, and positions whose logits exist at once. On a CPU these stay near the caches: with 512 the head of
+# width 256 takes 2.7 times as long.
+CPU_SIZES = (1_024, 128)
+GPU_SIZES = (32_768, 4_096)
 
 Encode = Callable[[str], list[int]]
 Texts = tuple[str, list[str]]
@@ -66,6 +63,8 @@ def choose_items(
     "auto" fetches HellaSwag. "held-out" makes a stand-in from the documents of `validation_shard`, always the same one.
     Anything else is a file. Raises UserError.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"Cannot use {limit} items. Set --limit to at least 1.")
     if data == "held-out":
         assert validation_shard is not None, "held-out items need held-out text"
         tokens = np.load(validation_shard, mmap_mode="r", allow_pickle=False)
@@ -73,49 +72,27 @@ def choose_items(
     return HELLASWAG_PROTOCOL, fetch_items(limit) if data == "auto" else load_items(Path(data), limit)
 
 
-def choose_protocols(items: Sequence[Item], protocol: str, requested: str) -> list[str]:
-    """REFERENCE, LM_EVAL or, where the items allow it, both. `protocol` comes from `choose_items`.
+def measure(model: LLM, items: Sequence[Item], tokenizer: Tokenizer, protocol: str) -> dict[str, dict[str, Any]]:
+    """The results as "reference" and, where the items have all of HellaSwag's fields, "lm_eval".
 
-    Raises UserError where the items do not allow lm-eval's and it alone is requested.
-    """
-    obstacle = "these items are not HellaSwag" if protocol == HELD_OUT_PROTOCOL else lm_eval_obstacle(items)
-    if obstacle and requested == LM_EVAL:
-        raise UserError(f"Cannot use lm-eval's protocol: {obstacle}. Use --protocol reference.")
-    if obstacle and requested == BOTH and protocol != HELD_OUT_PROTOCOL:
-        say(f"note: without lm-eval's protocol: {obstacle}")
-    wanted = (REFERENCE, LM_EVAL) if requested == BOTH else (requested,)
-    return [name for name in wanted if not (name == LM_EVAL and obstacle)]
-
-
-def measure(
-    model: LLM, items: Sequence[Item], tokenizer: Tokenizer, protocol: str, chosen: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """The results by the protocols `chosen`, as "reference" and "lm_eval"; progress goes to stderr.
-
-    Autocast is the caller's. Raises UserError for a model of a smaller vocabulary than the tokenizer's.
+    `protocol` comes from `choose_items`. Autocast is the caller's. Raises UserError for a model of fewer tokens.
     """
     if model.config.n_vocab < tokenizer.n_vocab:
-        raise UserError(
-            f"Cannot score text of {tokenizer.name}: it has {tokenizer.n_vocab} tokens, and the model's vocabulary has "
-            f"{model.config.n_vocab}. Choose a model that was trained with this tokenizer."
-        )
+        raise UserError(f"Cannot score text of {tokenizer.name}: the model has fewer tokens. Choose another model.")
     say_progress = now_and_then()
-
-    def progress(done: int, total: int) -> None:
-        say_progress(f"multiple choice: {done * len(items) // total:,} of {len(items):,} items")
-
-    results = {}
-    if REFERENCE in chosen:
-        results["reference"] = evaluate(model, items, tokenizer.encode, protocol, between_batches=progress)
-    if LM_EVAL in chosen:
-        results["lm_eval"] = evaluate_lm_eval(model, items, tokenizer.encode, between_batches=progress)
+    options = {"between_batches": lambda done, total: say_progress(f"multiple choice: {done:,} of {total:,} endings")}
+    results = {"reference": evaluate(model, items, tokenizer.encode, protocol, **options)}
+    if not any(None in (item.activity_label, item.ctx_a, item.ctx_b) for item in items):
+        results["lm_eval"] = evaluate_lm_eval(model, items, tokenizer.encode, **options)
+    elif protocol == HELLASWAG_PROTOCOL:
+        say("note: without lm-eval's protocol, because items lack activity_label, ctx_a or ctx_b")
     return results
 
 
 def evaluate(model: LLM, items: Sequence[Item], encode: Encode, protocol: str, **scoring: Any) -> dict[str, Any]:
     """The accuracy on `items` by the reference's protocol, equal in every process.
 
-    `acc_norm` is the field's name for accuracy by length-normalized log-probability; `stderr` is its binomial standard
+    `acc_norm` is the field's name for accuracy by length-normalized log-probability, `stderr` its binomial standard
     error. `protocol` says where the items come from; `scoring` has the options of `score_endings`.
     """
     started = time.perf_counter()
@@ -131,14 +108,14 @@ def evaluate(model: LLM, items: Sequence[Item], encode: Encode, protocol: str, *
 
 
 def evaluate_lm_eval(model: LLM, items: Sequence[Item], encode: Encode, **scoring: Any) -> dict[str, Any]:
-    """`acc` and `acc_norm` by lm-eval's protocol, for items without an `lm_eval_obstacle`; otherwise as `evaluate`.
+    """`acc` and `acc_norm` by lm-eval's protocol, for items with all fields; otherwise as `evaluate`.
 
     As in lm-eval, their standard errors come from the sample variance: sqrt(p (1 - p) / (total - 1)).
     """
     started = time.perf_counter()
     sums = score_endings(model, questions(items, lm_eval_texts, encode), **scoring)
     per_character = [
-        [log_prob / len(ending) for log_prob, ending in zip(log_probs, lm_eval_endings(item), strict=True)]
+        [log_prob / max(1, len(ending)) for log_prob, ending in zip(log_probs, lm_eval_endings(item), strict=True)]
         for log_probs, item in zip(sums, items, strict=True)
     ]
     result: dict[str, Any] = {}
@@ -156,11 +133,11 @@ def reference_texts(item: Item) -> Texts:
 def lm_eval_texts(item: Item) -> Texts:
     """The activity and the cleaned context, and the cleaned endings.
 
-    Whitespace at the context's end moves to the endings. lm-eval encodes context and ending together and splits the
-    ids at the length of the context's own. Encoding them separately gives the same ids, because whitespace after other
-    text always begins a piece of r50k_base.
+    lm-eval encodes context and ending together and splits the ids at the length of the context's own. Moving whitespace
+    from the context's end to the endings gives the same ids: after other text it always begins a piece of r50k_base.
     """
-    query = _lm_eval_query(item)
+    assert item.ctx_b is not None
+    query = _clean(f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}")
     context = query.rstrip()
     return context, [f"{query[len(context) :]} {ending}" for ending in lm_eval_endings(item)]
 
@@ -168,21 +145,6 @@ def lm_eval_texts(item: Item) -> Texts:
 def lm_eval_endings(item: Item) -> list[str]:
     """The cleaned endings, whose characters acc_norm counts."""
     return [_clean(ending) for ending in item.endings]
-
-
-def lm_eval_obstacle(items: Sequence[Item]) -> str:
-    """The reason why lm-eval's protocol does not suit all of `items`; empty where it does."""
-    for item in items:
-        if None in (item.activity_label, item.ctx_a, item.ctx_b):
-            return f"item ind {item.ind} lacks activity_label, ctx_a or ctx_b"
-        if not _lm_eval_query(item).strip() or not all(lm_eval_endings(item)):
-            return f"a text of item ind {item.ind} is empty without its bracketed parts"
-    return ""
-
-
-def _lm_eval_query(item: Item) -> str:
-    assert item.ctx_b is not None
-    return _clean(f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}")
 
 
 def _clean(text: str) -> str:
@@ -213,50 +175,42 @@ def score_endings(
     rank: int = 0,
     world_size: int = 1,
     sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
-    between_batches: Callable[[int, int], None] = lambda done, total: None,
+    between_batches: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[list[float]]:
     """The log-probability of each ending of each question, summed over its tokens, in nats; equal in every process.
 
     Where context and ending are longer than the model's context, their beginning is cut. `between_batches` gets the
-    numbers of endings done and of all. Every process calls it equally often, and it may raise to give up. Autocast is
-    the caller's.
+    numbers of endings done and of all. Every process calls it equally often, and it may raise to give up. The model
+    must be in eval mode; autocast is the caller's.
     """
     n_ctx = model.config.n_ctx
-    batch_tokens, *head_sizes = CPU_SIZES if model.embedding.weight.device.type == "cpu" else GPU_SIZES
+    batch_tokens, logit_positions = CPU_SIZES if model.embedding.weight.device.type == "cpu" else GPU_SIZES
     rows = [([*context, *ending][-n_ctx - 1 :], len(ending)) for context, endings in questions for ending in endings]
     # All processes form the same batches and deal them out: rounding depends on the rows that share a batch.
     batches = _batches([len(tokens) - 1 for tokens, _ in rows], batch_tokens)
     log_probs, done = [0.0] * len(rows), 0
-    was_training = model.training
-    model.eval()
-    try:
-        for first in range(0, len(batches), world_size):
-            between_batches(done, len(rows))
-            dealt = batches[first : first + world_size]
-            for batch in dealt[rank : rank + 1]:
-                for i, log_prob in zip(batch, _score(model, [rows[i] for i in batch], *head_sizes), strict=True):
-                    log_probs[i] = log_prob
-            done += sum(map(len, dealt))
-    finally:
-        model.train(was_training)
+    for first in range(0, len(batches), world_size):
+        between_batches(done, len(rows))
+        dealt = batches[first : first + world_size]
+        for batch in dealt[rank : rank + 1]:
+            for i, log_prob in zip(batch, _score(model, [rows[i] for i in batch], logit_positions), strict=True):
+                log_probs[i] = log_prob
+        done += sum(map(len, dealt))
     sums = iter(sum_over_ranks(log_probs))  # exact: an ending is 0 in all processes but one
     return [[next(sums) for _ in endings] for _, endings in questions]
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
     """Indices of rows, batch by batch. The longest come first, so that a batch that does not fit fails at once."""
-    batches: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not room:
-            batches.append([])
-            room = max(1, batch_tokens // lengths[i])
-        batches[-1].append(i)
-        room -= 1
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches, first = [], 0
+    while first < len(order):
+        batches.append(order[first : first + max(1, batch_tokens // lengths[order[first]])])
+        first += len(batches[-1])
     return batches
 
 
-def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: int, softmax_rows: int) -> list[float]:
+def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: int) -> list[float]:
     """The log-probability of each row's ending; a row is its tokens and the length of its ending."""
     device = model.embedding.weight.device
     # Padded on the right: attention is causal, so that no scored position sees the padding.
@@ -271,12 +225,8 @@ def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: i
     for block in model.blocks:
         x_BTD = block(x_BTD)
     hidden_ND = model.norm(x_BTD)[scored_BT.to(device)]  # before the head, by far the largest matmul of a small model
-    targets_N = targets_BT[scored_BT].to(device)
-    losses = []
-    for hidden, targets in zip(hidden_ND.split(logit_positions), targets_N.split(logit_positions), strict=True):
-        logits = model.head(hidden)
-        parts = zip(logits.split(softmax_rows), targets.split(softmax_rows), strict=True)
-        losses += [F.cross_entropy(part.float(), part_targets, reduction="none") for part, part_targets in parts]
+    parts = zip(hidden_ND.split(logit_positions), targets_BT[scored_BT].to(device).split(logit_positions), strict=True)
+    losses = [F.cross_entropy(model.head(hidden).float(), targets, reduction="none") for hidden, targets in parts]
     log_probs_N = -torch.cat(losses).cpu().double()
     return [part.sum().item() for part in log_probs_N.split((ends_B1 - starts_B1).flatten().tolist())]
 
@@ -286,53 +236,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.hellaswag",
         description="Measure a trained model on HellaSwag. Prints one JSON object as the last line: the figures of the "
-        "reference's protocol, and as lm_eval those of lm-evaluation-harness.",
+        "reference's protocol, and as lm_eval those of lm-evaluation-harness where the items have the fields it needs.",
     )
-    parser.add_argument("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
-    parser.add_argument(
-        "--data",
-        default="auto",
-        help="HellaSwag as .jsonl or .jsonl.gz, or 'held-out' for a stand-in from the validation text of the model's "
-        "dataset (default: fetch HellaSwag from the Hugging Face hub)",
-    )
-    parser.add_argument("--limit", type=int, help="use the first N items (default: all; held-out: as in training)")
-    parser.add_argument(
-        "--protocol",
-        default=BOTH,
-        choices=(REFERENCE, LM_EVAL, BOTH),
-        help="reference: raw ctx, mean log-probability per token; lm-eval: lm-evaluation-harness's texts, acc and "
-        "acc_norm (default: both, or reference alone where the items lack fields that lm-eval needs)",
-    )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
+    add("--data", default="auto", help="HellaSwag as .jsonl or .jsonl.gz (default: fetch it from the hub)")
+    add("--limit", type=int, help="use the first N items (default: all)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}; it must be at least 1")
-
-    loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
-    limit, validation_shard = args.limit, None
     if args.data == "held-out":
-        validation_shard = _validation_shard(loaded)
-        limit = limit or loaded.config.eval.hellaswag_items or 100  # 0 turned it off in training
-    protocol, items = choose_items(args.data, limit, validation_shard, tokenizer)
-    chosen = choose_protocols(items, protocol, args.protocol)
+        raise UserError("Cannot make held-out items here. Use src.model_assessment.evaluate --hellaswag held-out.")
+    loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
+    protocol, items = choose_items(args.data, args.limit, None, tokenizer)
     say(f"{len(items):,} items on {loaded.device}")
     with loaded.autocast():
-        results = measure(loaded.model, items, tokenizer, protocol, chosen)
-    print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **results.pop("reference", {}), **results}))
+        results = measure(loaded.model, items, tokenizer, protocol)
+    print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **results.pop("reference"), **results}))
     return 0
-
-
-def _validation_shard(loaded: LoadedModel) -> Path:
-    """The held-out text of the model's own dataset. Raises UserError if the folder holds another dataset."""
-    folder = dataset_dir(loaded.config.data.dir)
-    manifest = read_manifest(folder)
-    if manifest.sha256 != loaded.dataset_sha256:
-        raise UserError(
-            f"{folder} is not the dataset that {loaded.path} was trained on, so the model may have seen its validation "
-            "text. Put the dataset back, or give HellaSwag with --data FILE."
-        )
-    check_shard(folder, manifest.validation[0], loaded.config.model.n_vocab)
-    return folder / manifest.validation[0].file
 
 
 if __name__ == "__main__":

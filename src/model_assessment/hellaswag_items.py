@@ -3,19 +3,16 @@
 import gzip
 import json
 import os
-import ssl
-import urllib.error
-import urllib.request
 import zlib
 from dataclasses import dataclass
-from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants as hub
+from huggingface_hub import get_session
 
-from src.utils.errors import UserError
+from src.utils.errors import UserError, hub_errors
 
 HUB_TIMEOUT_SECONDS = 5
 NEEDED = "Needed: ind (an integer), ctx (text), endings (four texts) and label (0 to 3)"
@@ -45,16 +42,13 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
     """
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a regular file")  # opening a FIFO would wait for ever
-        with open_text(path, "rt", encoding="utf-8") as lines:
-            numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-            items = [_parse(line, f"{path}, line {number}") for number, line in islice(numbered, limit)]
+        with open_text(path, "rt", encoding="utf-8") as file:
+            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()][:limit]
     except (OSError, EOFError, UnicodeError, zlib.error) as error:
-        raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}. {INSTEAD}.") from None
-    if not items:
+        raise UserError(f"Cannot read {path}: {error}. {INSTEAD}.") from None
+    if not lines:
         raise UserError(f"{path} is empty. {NEEDED}, one JSON object per line.")
-    return items
+    return [_item(line, f"{path}, line {number}") for number, line in lines]
 
 
 def fetch_items(limit: int | None = None) -> list[Item]:
@@ -69,7 +63,9 @@ def fetch_items(limit: int | None = None) -> list[Item]:
         records = datasets.load_dataset("Rowan/hellaswag", split="validation")
     except Exception as error:  # of any library below: httpx, pyarrow, the hub's client
         raise UserError(f"Cannot fetch HellaSwag from {hub.ENDPOINT}: {error}. {INSTEAD}.") from error
-    return [_as_item(record, f"Rowan/hellaswag, record {i}") for i, record in enumerate(islice(records, limit))]
+    return [
+        _item(json.dumps(record), f"Rowan/hellaswag, record {i}") for i, record in enumerate(islice(records, limit))
+    ]
 
 
 def refuse_silent_hub() -> None:
@@ -84,10 +80,9 @@ def refuse_silent_hub() -> None:
 def hub_answers(endpoint: str) -> bool:
     """True where an HTTP server answers at that address."""
     try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_SECONDS).close()
-    except (OSError, ValueError, HTTPException) as error:
-        # A status is an answer. A certificate that Python rejects may be known to `datasets`.
-        return isinstance(error, urllib.error.HTTPError) or isinstance(getattr(error, "reason", None), ssl.SSLError)
+        get_session().head(endpoint, timeout=HUB_TIMEOUT_SECONDS)
+    except hub_errors():
+        return False
     return True
 
 
@@ -97,36 +92,24 @@ def cached_items() -> Path | None:
     return next(cache.glob("Rowan___hellaswag/*/*/*/hellaswag-validation.arrow"), None)
 
 
-def _parse(line: str, where: str) -> Item:
+def _item(line: str, where: str) -> Item:
+    """The item of a JSON object; raises UserError that names the place and its wrong fields."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: found {_short(line.strip())}, which is not JSON. {NEEDED}.") from None
-    return _as_item(record, where)
-
-
-def _as_item(record: Any, where: str) -> Item:
-    """The item of a record; raises UserError that names its wrong fields."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: found {_short(record)}, which is not a JSON object. {NEEDED}.")
-    endings, parts = record.get("endings"), ("activity_label", "ctx_a", "ctx_b")
-    is_good = {
+        record = dict[str, Any](json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{where}: found {line.strip()[:60]!r}, not a JSON object. {NEEDED}.") from None
+    endings, parts = record.get("endings"), [record.get(name) for name in ("activity_label", "ctx_a", "ctx_b")]
+    good = {
         "ind": type(record.get("ind")) is int,
         "ctx": _is_text(record.get("ctx")),
         "endings": isinstance(endings, list) and len(endings) == 4 and all(map(_is_text, endings)),
         "label": str(record.get("label")) in ("0", "1", "2", "3"),  # the hub's are strings
-        **{name: record[name] is None or isinstance(record[name], str) for name in parts if name in record},
+        "activity_label, ctx_a, ctx_b": all(part is None or isinstance(part, str) for part in parts),
     }
-    if wrong := [name for name, good in is_good.items() if not good]:
-        values = ", ".join(f"{name} = {_short(record[name])}" if name in record else f"no {name}" for name in wrong)
-        raise UserError(f"{where}: found {values}. {NEEDED}.")
-    return Item(record["ind"], record["ctx"], tuple(record["endings"]), int(record["label"]), *map(record.get, parts))
+    if wrong := [name for name in good if not good[name]]:
+        raise UserError(f"{where}: missing or wrong: {', '.join(wrong)}. {NEEDED}.")
+    return Item(record["ind"], record["ctx"], tuple(record["endings"]), int(record["label"]), *parts)
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

@@ -18,8 +18,6 @@ from src.model_assessment import hellaswag, sampling, validation
 from src.params import Config
 from src.utils.errors import StoppedError, UserError
 
-SEED = 0  # of samples: the same at every step, so that steps can be compared
-
 
 @dataclass(frozen=True)
 class Record:
@@ -30,32 +28,8 @@ class Record:
     words: str
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that evaluate together, as one of them sees them."""
-
-    rank: int
-    world_size: int
-    sum: Callable[[Sequence[float]], Sequence[float]]
-    """Adds up each value over all processes."""
-    stop: Callable[[], bool]
-    """True once this process is requested to stop."""
-
-    def check(self, *_: object) -> None:
-        """Raises StoppedError in all processes if one of them is requested to stop; all call it together."""
-        self.are_done(False)
-
-    def are_done(self, done: bool) -> bool:
-        """The same, and True once a process calls it with True."""
-        stop, finished = self.sum([float(self.stop()), float(done)])
-        if stop and not finished:
-            raise StoppedError("stopped during an evaluation")
-        return bool(finished)
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of `validate` and `score_endings`, which share their work."""
-        shared = {"rank": self.rank, "world_size": self.world_size, "sum_over_ranks": self.sum}
-        return {**shared, "between_batches": self.check}
+Shared = dict[str, Any]
+"""The arguments of `validate` and `score_endings` by which processes share their work."""
 
 
 class Assessment:
@@ -73,7 +47,7 @@ class Assessment:
         self.protocol, self.items = self._choose_items(folder / held_out.file)
         self.encode = cache(tokenizer.encode)  # the texts of all items take a second, each time
 
-    def evaluations(self) -> dict[str, tuple[int, Callable[[LLM, int, Ranks], list[Record]]]]:
+    def evaluations(self) -> dict[str, tuple[int, Callable[[LLM, int, Shared], list[Record]]]]:
         """The table of what is measured, in its order: kind, steps between (0 turns it off), function."""
         settings = self.config.eval
         return {
@@ -82,14 +56,14 @@ class Assessment:
             "sample": (settings.sample_every_steps if settings.sample_prompts else 0, self._samples),
         }
 
-    def due(self, step: int) -> list[str]:
-        """The kinds of records to make after `step` steps. All are due before the first and after the last step."""
-        last = step == self.config.total_steps
-        return [kind for kind, (every, _) in self.evaluations().items() if every and (step % every == 0 or last)]
-
     def missing(self, step: int, recorded: Container[tuple[str, int]]) -> list[str]:
-        """The kinds that are due after `step` steps and not among the kinds and steps of `recorded`."""
-        return [kind for kind in self.due(step) if (kind, step) not in recorded]
+        """The kinds that are due after `step` steps and not among the kinds and steps of `recorded`.
+
+        All are due before the first and after the last step.
+        """
+        last = step == self.config.total_steps
+        due = [kind for kind, (every, _) in self.evaluations().items() if every and (step % every == 0 or last)]
+        return [kind for kind in due if (kind, step) not in recorded]
 
     def run(
         self,
@@ -102,14 +76,27 @@ class Assessment:
         sum_over_ranks: Callable[[Sequence[float]], Sequence[float]],
         stop: Callable[[], bool],
     ) -> list[Record]:
-        """The records of one kind. All processes call it together, with the same model.
+        """The records of one kind. All processes call it together, with the same model, which then is in training mode.
 
         `batch_size`: windows per batch of validation. Soon after `stop()` is true in one process, raises StoppedError
         in all.
         """
+
+        def check(*_: object, done: bool = False) -> bool:
+            """True once a process calls it with `done`. All call it equally often, or they wait for each other."""
+            stopped, finished = sum_over_ranks([float(stop()), float(done)])
+            if stopped and not finished:
+                raise StoppedError("stopped during an evaluation")
+            return bool(finished)
+
+        shared = {"rank": rank, "world_size": world_size, "sum_over_ranks": sum_over_ranks, "between_batches": check}
         _, make_records = self.evaluations()[kind]
-        with autocast:
-            return make_records(model, batch_size, Ranks(rank, world_size, sum_over_ranks, stop))
+        model.eval()
+        try:
+            with autocast:
+                return make_records(model, batch_size, shared)
+        finally:
+            model.train()
 
     def _choose_items(self, validation_shard: Path) -> tuple[str, list[hellaswag.Item]]:
         settings = self.config.eval
@@ -124,14 +111,14 @@ class Assessment:
             self.note = f"no multiple choice in this run: {error}"  # a small corpus can still be trained on
             return "none", []
 
-    def _validation(self, model: LLM, batch_size: int, ranks: Ranks) -> list[Record]:
+    def _validation(self, model: LLM, batch_size: int, shared: Shared) -> list[Record]:
         result = validation.validate(
             model,
             self.windows,
             n_windows=self.n_windows,
             batch_size=batch_size,
             bytes_per_token=self.bytes_per_token,
-            **ranks.options(),
+            **shared,
         )
         error = "" if result.stderr is None else f" +- {result.stderr:.4f}"
         words = (
@@ -140,34 +127,29 @@ class Assessment:
         )
         return [Record("validation", {**vars(result), "unigram_entropy": self.unigram_entropy}, words)]
 
-    def _multiple_choice(self, model: LLM, _: int, ranks: Ranks) -> list[Record]:
-        result = hellaswag.evaluate(model, self.items, self.encode, self.protocol, **ranks.options())
+    def _multiple_choice(self, model: LLM, _: int, shared: Shared) -> list[Record]:
+        result = hellaswag.evaluate(model, self.items, self.encode, self.protocol, **shared)
         is_hellaswag = self.protocol == hellaswag.HELLASWAG_PROTOCOL
         name = "HellaSwag" if is_hellaswag else "multiple choice from held-out text (not HellaSwag)"
         right = f"{result['correct']:,} of {result['total']:,} right"
         words = f"{name}: {right}, {result['acc_norm']:.2%} +- {result['stderr']:.2%}"
         return [Record("hellaswag", result, words)]
 
-    def _samples(self, model: LLM, _: int, ranks: Ranks) -> list[Record]:
-        if ranks.rank != 0:  # joins the checks of process 0, which samples
-            while not ranks.are_done(False):
+    def _samples(self, model: LLM, _: int, shared: Shared) -> list[Record]:
+        check = shared["between_batches"]
+        if shared["rank"] != 0:  # joins the checks of process 0, which samples
+            while not check():
                 pass
             return []
         settings = self.config.eval
-        samples = sampling.sample(
-            model,
-            self.tokenizer,
-            settings.sample_prompts,
-            sampling.SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=SEED),
-            num_samples=settings.samples_per_prompt,
-            between_tokens=ranks.check,
-        )
-        ranks.are_done(True)
-        return [
-            Record(
-                "sample",
-                {"prompt": s.prompt, "text": s.prompt + s.text, "tokens_per_second": s.tokens_per_second},
-                f"sample: {s.prompt}|{' '.join(s.text.split())}",
-            )
-            for s in samples
-        ]
+        # The seed is the same at every step, so that steps can be compared.
+        rules = sampling.SamplingConfig(max_new_tokens=settings.sample_tokens, top_k=50, seed=0)
+        texts, count = settings.sample_prompts, settings.samples_per_prompt
+        samples = sampling.sample(model, self.tokenizer, texts, rules, num_samples=count, between_tokens=check)
+        check(done=True)
+        records = []
+        for each in samples:
+            values = {"text": each.prompt + each.text, "tokens_per_second": each.tokens_per_second}
+            words = f"sample: {each.prompt}|{' '.join(each.text.split())}"
+            records.append(Record("sample", {"prompt": each.prompt, **values}, words))
+        return records

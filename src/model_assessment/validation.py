@@ -27,7 +27,6 @@ class ValidationResult:
     stderr: float | None
     """Standard error of `loss`, from the spread of the batches; None for a single batch."""
     seconds: float
-    """Wall time."""
 
 
 @torch.no_grad()
@@ -44,33 +43,25 @@ def validate(
     between_batches: Callable[[], None] = lambda: None,
     batch_losses: list[float] | None = None,
 ) -> ValidationResult:
-    """The loss of `model` over the first `n_windows` windows, equal in every process.
+    """The loss of `model`, in eval mode, over the first `n_windows` windows; equal in every process.
 
-    `model(inputs_BT, targets_BT)` returns the mean loss in nats; `bytes_per_token` is the text's mean. Every process
-    calls `between_batches` equally often, and it may raise to give up. `batch_losses` collects this process's losses.
+    `model(inputs_BT, targets_BT)` returns the mean loss in nats. Every process calls `between_batches` equally often,
+    and it may raise to give up. `batch_losses` collects this process's losses.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     started = time.perf_counter()
     sums = np.zeros(4)  # of nats, of squared losses weighted by tokens, of tokens, of batches
     local, most = range(rank, n_windows, world_size), len(range(0, n_windows, world_size))
-    try:
-        for first in range(0, most, batch_size):
-            between_batches()
-            numbers = local[first : first + batch_size]
-            if not numbers:
-                continue  # other processes have one window more
-            windows = np.stack([dataset[number] for number in numbers])
-            batch = torch.from_numpy(windows.astype(np.int64)).to(device)
-            inputs_BT, targets_BT = batch[:, :-1], batch[:, 1:]
-            loss = model(inputs_BT, targets_BT).item()
-            n_tokens = targets_BT.numel()
-            sums += [loss * n_tokens, loss**2 * n_tokens, n_tokens, 1]
-            if batch_losses is not None:
-                batch_losses.append(loss)
-    finally:
-        model.train(was_training)
+    for first in range(0, most, batch_size):
+        between_batches()
+        numbers = local[first : first + batch_size]
+        if not numbers:
+            continue  # other processes have one window more
+        batch_BT = torch.from_numpy(np.stack([dataset[number] for number in numbers]).astype(np.int64)).to(device)
+        loss, n_tokens = model(batch_BT[:, :-1], batch_BT[:, 1:]).item(), batch_BT[:, 1:].numel()
+        sums += [loss * n_tokens, loss**2 * n_tokens, n_tokens, 1]
+        if batch_losses is not None:
+            batch_losses.append(loss)
     nats, squares, tokens, batches = sum_over_ranks(sums.tolist())
     loss = nats / tokens
     variance = max(0.0, squares / tokens - loss**2)  # of the batches' means
@@ -87,7 +78,7 @@ def validate(
 def unigram_entropy(dataset: WindowDataset, n_windows: int) -> float:
     """Entropy, in nats per token, of the frequencies of the tokens that `validate` predicts.
 
-    A model that ignores the context cannot have a lower loss on them. Context must beat this.
+    A model that ignores the context cannot have a lower loss on them.
     """
     targets = np.concatenate([dataset[number][1:] for number in range(n_windows)])
     counts = np.bincount(targets)

@@ -1,4 +1,4 @@
-"""Our model as transformers' Llama: names of weights, settings, and reading an exported folder.
+"""Our model as transformers' Llama: names of weights, settings, and reading a model folder.
 
 With biases turned on, a Llama computes what our model computes. Its weights are ours under other names:
 q, k and v are three matrices there and one here, as are value and gate of the feed-forward network.
@@ -98,13 +98,17 @@ def is_model_folder(path: Path) -> bool:
 
 
 def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Returns the shape of the exported model in `folder`, and its weights in float32 under our names.
+    """Returns the shape of the model in `folder`, and its weights in float32 under our names.
 
-    Raises UserError for a folder that is not an export, and for weights that are unreadable or do not fit.
+    The model is an export or another program's. Raises UserError for another architecture, and for weights that are
+    unreadable or do not fit.
     """
     path = folder / WEIGHTS
     try:
-        config = from_dict(read_export(folder)["config"]).model
+        exported = (folder / EXPORT).exists()
+        config = (
+            from_dict(read_export(folder)["config"]).model if exported else _config_of_llama(folder / "config.json")
+        )
         theirs = load_file(path)
     except (AttributeError, TypeError) as error:  # a group of settings that is not an object
         raise UserError(f"{folder / EXPORT} is damaged ({error}). Copy the folder again.") from None
@@ -119,6 +123,38 @@ def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor
         if stored != needed:
             raise UserError(f"Cannot use {path}: {name} is {stored}, expected {needed}. Export the model again.")
     return config, our_tensors(theirs, list(parameters))
+
+
+def _config_of_llama(path: Path) -> ModelConfig:
+    """Returns the shape in another program's config.json. Raises UserError naming the first field that is not ours."""
+    settings = read_json(path)
+    _require(settings, ARCHITECTURE, path)
+    try:
+        rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # of transformers 5 and 4
+        kind, theta = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta")
+        settings |= {"rope_type": kind, "rope_theta": theta or settings.get("rope_theta")}
+        config = ModelConfig(
+            n_vocab=settings["vocab_size"],
+            n_ctx=settings["max_position_embeddings"],
+            n_embd=settings["hidden_size"],
+            n_head=settings["num_attention_heads"],
+            n_layer=settings["num_hidden_layers"],
+            ffn_mult=settings["intermediate_size"] // settings["hidden_size"],
+            norm_eps=settings["rms_norm_eps"],
+            rope_theta=settings["rope_theta"],
+            residual_dropout=0.0,
+            ffn_dropout=0.0,
+        )
+        _require(settings, {**llama_settings(config), "rope_type": "default", "quantization_config": None}, path)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"Cannot use {path}: {error!r}. Save the model again.") from None
+    return config
+
+
+def _require(settings: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    for field, value in expected.items():
+        if settings.get(field) != value:
+            raise UserError(f"Cannot use {path}: {field} is {settings.get(field)!r}; our model needs {value!r}.")
 
 
 def read_origin(folder: Path, *loaded: str) -> Origin | None:

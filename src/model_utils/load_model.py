@@ -1,4 +1,4 @@
-"""Loads a model for inference from a checkpoint or an exported folder."""
+"""Loads a model for inference from a checkpoint or a Hugging Face folder."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from src.model import LLM
 from src.model_utils.checkpoint_utils import find_checkpoint
 from src.model_utils.llama_format import EXPORT, WEIGHTS, is_model_folder, read_model_folder, read_origin
-from src.params import Config, from_dict
+from src.params import Config, TrainConfig, from_dict
 from src.utils.errors import UserError, say
 from src.utils.hardware import autocast, choose_device, choose_precision
 from src.utils.root import run_dir
@@ -42,18 +42,16 @@ class LoadedModel:
 
 
 def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
-    """Loads a run directory (its newest good checkpoint), a step_* directory or an exported folder.
+    """Loads a run directory (its newest good checkpoint), a step_* directory or a Hugging Face folder.
 
     A bare name means a run under temp_data/runs, or else a folder here; ./NAME always means a folder. Raises UserError
-    for one that is missing, damaged, or exported by another program.
+    for one that is missing, damaged or of another architecture.
     """
-    if not str(checkpoint):
-        raise UserError("Cannot load a model: --checkpoint is empty. Name a run, a step_* folder or an export.")
     path = run_dir(str(checkpoint))
     if not path.exists() and Path(checkpoint).exists():
         path = Path(checkpoint).absolute()
-    exported = (is_model_folder(path) or (path / EXPORT).exists()) and not list(path.glob("*.gguf"))
-    config, tensors, path, step, dataset_sha256 = _read_export(path) if exported else _read_checkpoint(path)
+    is_export = is_model_folder(path) or (path / EXPORT).exists()
+    config, tensors, path, step, dataset_sha256 = _read_export(path) if is_export else _read_checkpoint(path)
     chosen = choose_device(device)
     with torch.device("meta"):  # no memory, and no initial values to compute
         model = LLM(config.model)
@@ -65,7 +63,7 @@ def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
 def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, assign: bool = False) -> None:
     """Loads weights, named as in `model.named_parameters()`. Copies them, or with `assign` makes them the parameters.
 
-    Raises UserError before any change where names or shapes differ; it names their `origin` and the differences.
+    Raises UserError before any change where names or shapes differ.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -81,7 +79,7 @@ def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, a
 def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtype:
     """Converts `model` in place to `kind`, one of WEIGHT_DTYPES, and returns the dtype to call it in.
 
-    "float32" keeps its weights, called in `precision`. "auto" means bf16 where `precision` is bfloat16.
+    "auto" means bf16 where `precision` is bfloat16; "float32" keeps the weights, called in `precision`.
     """
     if kind == "float32" or (kind == "auto" and precision == torch.float32):
         return precision
@@ -89,24 +87,23 @@ def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtyp
     return torch.bfloat16
 
 
-# Config, weights by our names, path, step and the dataset's sha256, as in LoadedModel.
-_Source = tuple[Config, dict[str, torch.Tensor], Path, int, str]
-
-
-def _read_checkpoint(path: Path) -> _Source:
-    if path.suffix == ".gguf" or (any(path.glob("*.gguf")) and not (path / "checkpoints").exists()):
-        raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
+def _read_checkpoint(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
+    """The run's config, weights by our names, path, step and the dataset's sha256, as in LoadedModel."""
     checkpoint, rejected = find_checkpoint(path)
     for reason in rejected:
         say(f"warning: passed over a damaged checkpoint: {reason}")
-    if "config" not in checkpoint.state:
-        raise UserError(f"Cannot load {checkpoint.path}: its state.json holds no config. Name a checkpoint of ours.")
     config, sha256 = from_dict(checkpoint.state["config"]), checkpoint.state.get("dataset_sha256", "")
     return config, checkpoint.tensors("model"), checkpoint.path, checkpoint.step, sha256
 
 
-def _read_export(path: Path) -> _Source:
+def _read_export(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
+    """The same as `_read_checkpoint`."""
+    if any(path.glob("*.gguf")):
+        raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
     origin = read_origin(path, "config.json", WEIGHTS)
-    _, tensors = read_model_folder(path)
-    assert origin is not None  # read_model_folder raises without one
+    shape, tensors = read_model_folder(path)
+    if origin is None:
+        say(f"note: {path} is another program's model; here it reads and writes the tokens of GPT-2")
+        # A batch of one sequence, because the default one is not a multiple of every context.
+        return Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1)), tensors, path, 0, ""
     return from_dict(origin.config), tensors, path, origin.step, origin.dataset_sha256

@@ -5,11 +5,7 @@ from torch import nn
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b with F.linear's results to the bit, for inference only.
-
-    F.linear reorders a bf16 weight for every product. A token needs one product per weight, so that costs it 40% of its
-    time (LOG.md).
-    """
+    """F.linear to the bit, for inference only. F.linear reorders a bf16 weight every time, 40% of a token's time."""
 
     weight_OI: torch.Tensor
     bias_O: torch.Tensor | None

@@ -90,5 +90,5 @@ def test_boilerplate_is_not_right_and_wrong_at_once() -> None:
 
 @pytest.mark.parametrize("documents", [[], ["one word"] * 50, make_documents(3), make_documents(40, words=15)])
 def test_too_few_documents_are_said(documents: list[str]) -> None:
-    with pytest.raises(UserError, match=r"need 4 held-out documents .* hold [0-3]\. .*hellaswag-items 0"):
+    with pytest.raises(UserError, match=r": [0-3] held-out documents with .*hellaswag-items 0"):
         held_out_items(as_shard(documents), TOKENIZER, 10, seed=0)

@@ -13,33 +13,27 @@ import pytest
 import torch
 from torch import nn
 
-from src.data_processing import shards
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment import hellaswag
 from src.model_assessment.hellaswag import (
-    BOTH,
     HELD_OUT_PROTOCOL,
     HELLASWAG_PROTOCOL,
-    LM_EVAL,
     LM_EVAL_PROTOCOL,
-    REFERENCE,
-    choose_protocols,
     evaluate,
     evaluate_lm_eval,
     lm_eval_endings,
-    lm_eval_obstacle,
     lm_eval_texts,
+    measure,
     questions,
     reference_texts,
     score_endings,
 )
 from src.model_assessment.hellaswag_items import Item, load_items
-from src.model_utils.checkpoint_utils import save_checkpoint, step_dir
-from src.params import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig, to_dict
-from src.utils.errors import StoppedError, UserError
-from tests.conftest import Commands, manifest_of
+from src.params import ModelConfig
+from src.utils.errors import UserError
 from tests.model_assessment.test_hellaswag_items import RECORD
+from tests.model_utils.exports import make_run
 
 COMMAND = "src.model_assessment.hellaswag"
 encode = load_tokenizer().encode
@@ -73,7 +67,7 @@ def make_model(n_ctx: int = 64, seed: int = 0) -> LLM:
     model = LLM(ModelConfig(n_ctx=n_ctx, n_embd=16, n_head=2, n_layer=2, residual_dropout=0.5, ffn_dropout=0.5))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
-    return model
+    return model.eval()
 
 
 @torch.no_grad()
@@ -81,7 +75,7 @@ def slow_log_probs(model: LLM, context: str, ending: str) -> list[float]:
     """The log-probability of each of the ending's tokens: one ending at a time, the whole float64 log-softmax."""
     before, scored = encode(context), encode(ending)
     tokens = (before + scored)[-(model.config.n_ctx + 1) :]
-    log_probs = torch.log_softmax(model.eval()(torch.tensor([tokens[:-1]]))[0].double(), dim=-1)
+    log_probs = torch.log_softmax(model(torch.tensor([tokens[:-1]]))[0].double(), dim=-1)
     return [log_probs[t - 1, tokens[t]].item() for t in range(max(1, len(tokens) - len(scored)), len(tokens))]
 
 
@@ -106,25 +100,18 @@ def slow_lm_eval(model: LLM, items: list[Item]) -> tuple[float, float]:
     return acc, acc_norm
 
 
-@pytest.mark.parametrize("n_ctx", [64, 12])
-def test_accuracy_by_the_reference_protocol(n_ctx: int) -> None:
-    correct = []
+def test_accuracies_by_both_protocols() -> None:
+    """The context of the last item is cut."""
+    correct, pairs = [], []
     for seed in range(4):
-        model = make_model(n_ctx, seed)
+        model = make_model(24, seed)
         result = evaluate(model, ITEMS, encode, "test")
         correct.append(right_by_mean(model, ITEMS))
         share = correct[-1] / 5
         assert result.pop("seconds") > 0
         assert result.pop("stderr") == pytest.approx(math.sqrt(share * (1 - share) / 5))
         assert result == {"acc_norm": share, "correct": correct[-1], "total": 5, "protocol": "test"}
-    assert len(set(correct)) > 1
 
-
-@pytest.mark.parametrize("n_ctx", [64, 12])
-def test_accuracies_by_lm_evals_protocol(n_ctx: int) -> None:
-    pairs = []
-    for seed in range(4):
-        model = make_model(n_ctx, seed)
         items = [replace(item, label=(item.label + seed) % 4) for item in WHOLE_ITEMS]
         result = evaluate_lm_eval(model, items, encode)
         pairs.append(slow_lm_eval(model, items))
@@ -133,6 +120,7 @@ def test_accuracies_by_lm_evals_protocol(n_ctx: int) -> None:
         for name in ("acc", "acc_norm"):
             hits = [1.0] * round(5 * result[name]) + [0.0] * (5 - round(5 * result[name]))
             assert result[f"{name}_stderr"] == pytest.approx(np.std(hits, ddof=1) / math.sqrt(5))
+    assert len(set(correct)) > 1
     assert len({acc for acc, _ in pairs}) > 1
     assert any(acc != acc_norm for acc, acc_norm in pairs)
 
@@ -213,29 +201,22 @@ def test_context_and_ending_have_the_same_ids_together(shared: Path, texts: Call
 
 
 def test_protocols_that_the_items_allow(capsys: pytest.CaptureFixture[str]) -> None:
-    assert choose_protocols(WHOLE_ITEMS, HELLASWAG_PROTOCOL, BOTH) == [REFERENCE, LM_EVAL]
-    assert choose_protocols(WHOLE_ITEMS, HELLASWAG_PROTOCOL, LM_EVAL) == [LM_EVAL]
-    assert choose_protocols(WHOLE_ITEMS, HELD_OUT_PROTOCOL, BOTH) == [REFERENCE]
-    assert choose_protocols(ITEMS, HELLASWAG_PROTOCOL, REFERENCE) == [REFERENCE]
+    model: Any = FixedTaste({})
+    assert list(measure(model, WHOLE_ITEMS[:1], load_tokenizer(), HELLASWAG_PROTOCOL)) == ["reference", "lm_eval"]
+    assert list(measure(model, ITEMS[:1], load_tokenizer(), HELD_OUT_PROTOCOL)) == ["reference"]
     assert capsys.readouterr().err == ""
-    assert choose_protocols(ITEMS, HELLASWAG_PROTOCOL, BOTH) == [REFERENCE]
-    assert "item ind 0 lacks activity_label, ctx_a or ctx_b" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"item ind 0 lacks .* Use --protocol reference"):
-        choose_protocols(ITEMS, HELLASWAG_PROTOCOL, LM_EVAL)
-    with pytest.raises(UserError, match="not HellaSwag"):
-        choose_protocols(WHOLE_ITEMS, HELD_OUT_PROTOCOL, LM_EVAL)
-    assert lm_eval_obstacle([WIKIHOW]) == ""
-    for empty in ({"endings": ("a", "b", "c", "[step]")}, {"activity_label": "[a", "ctx_a": "b]"}):
-        assert "a text of item ind 1 is empty" in lm_eval_obstacle([replace(WIKIHOW, **empty)])
+    assert list(measure(model, ITEMS[:1], load_tokenizer(), HELLASWAG_PROTOCOL)) == ["reference"]
+    assert "without lm-eval's protocol" in capsys.readouterr().err
+    with pytest.raises(UserError, match="fewer tokens"):
+        measure(LLM(ModelConfig(n_vocab=97, n_embd=8, n_head=2, n_layer=1)), ITEMS, load_tokenizer(), "x")
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
-@pytest.mark.parametrize("n_ctx", [64, 12, 4])
+@pytest.mark.parametrize(("n_ctx", "batch_tokens"), [(64, 1), (64, 300), (12, 100_000), (4, 300)])
 def test_scores_equal_those_of_one_ending_at_a_time(
     n_ctx: int, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """n_ctx = 12 cuts contexts; 4 is shorter than some endings, whose last 4 tokens remain."""
-    monkeypatch.setattr(hellaswag, "CPU_SIZES", (batch_tokens, 7, 3))
+    monkeypatch.setattr(hellaswag, "CPU_SIZES", (batch_tokens, 7))
     model = make_model(n_ctx)
     shapes: list[torch.Size] = []
     model.embedding.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape))
@@ -260,26 +241,10 @@ def test_autocast_is_the_callers_and_the_softmax_stays_in_float32() -> None:
     assert any(value != torch.tensor(value).bfloat16().item() for value in flat)
 
 
-def test_dropout_is_off_and_the_models_mode_comes_back() -> None:
-    model = make_model()
-    for training in (True, False):
-        model.train(training)
-        scores = score_endings(model, QUESTIONS)
-        assert model.training is training
-    assert scores == score_endings(model.train(), QUESTIONS)
-
-    def interrupt(done: int, total: int) -> None:
-        raise StoppedError
-
-    with pytest.raises(StoppedError):
-        score_endings(model, QUESTIONS, between_batches=interrupt)
-    assert model.training
-
-
-@pytest.mark.parametrize("ranks", [2, 3, 7])
+@pytest.mark.parametrize("ranks", [2, 7])
 def test_any_number_of_processes_gives_the_same_result_to_the_bit(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hellaswag, "CPU_SIZES", (200, 128, 16))
-    model, barrier = make_model().eval(), threading.Barrier(ranks)
+    monkeypatch.setattr(hellaswag, "CPU_SIZES", (200, 128))
+    model, barrier = make_model(), threading.Barrier(ranks)
     contributions: list[list[float]] = [[]] * ranks
     scores: list[Any] = [None] * ranks
     calls: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
@@ -312,90 +277,35 @@ def test_any_number_of_processes_gives_the_same_result_to_the_bit(ranks: int, mo
     assert sum(any(value != 0 for value in values) for values in contributions) > 1
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A step_* folder with a tiny random model, whose dataset is `prose` under the commands' folder."""
-    model = make_model(n_ctx=64)
-    config = Config(
-        model=model.config,
-        data=DataConfig(dir="prose"),
-        train=TrainConfig(batch_tokens=64, precision="float32"),
-        eval=EvalConfig(hellaswag_items=8),
-    )
-    root = tmp_path / "runs" / "tiny" / "checkpoints"
-    write_prose(tmp_path / "datasets" / "prose")
-    trained_on = shards.read_manifest(tmp_path / "datasets" / "prose").sha256
-    state = {"config": to_dict(config), "dataset_sha256": trained_on}
-    save_checkpoint(root, 3, {"model": dict(model.named_parameters())}, state)
-    return step_dir(root, 3)
-
-
-def write_prose(folder: Path) -> None:
-    """A dataset whose validation shard is eight documents of words; its training shard is the same."""
-    rng = np.random.default_rng(0)
-    words = np.array(["the", "old", "river", "runs", "below", "every", "house", "and", "never", "stops", "talking"])
-    texts = [" ".join(rng.choice(words, 300)) for _ in range(8)]
-    ids = np.array([i for text in texts for i in (50_256, *encode(text))], dtype=np.uint16)
-    folder.mkdir(parents=True)
-    listed = []
-    for index, split in enumerate(("validation", "train")):
-        name, sha256 = shards.write_shard(folder, "prose", index, len(ids), [ids])
-        size = sum(map(len, texts))
-        listed.append(shards.Shard(name, split, len(ids), len(texts), size, sha256, "0" * 32, "f" * 32))
-    shards.write_manifest(folder, manifest_of(listed))
-
-
-def run_here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: object
-) -> dict[str, Any]:
-    """The JSON of the command, run in this process."""
-    monkeypatch.setattr("sys.argv", [COMMAND, *map(str, arguments)])
-    monkeypatch.setattr("src.utils.root.DATASETS", tmp_path / "datasets")
-    assert hellaswag.main() == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def test_the_command_measures_a_checkpoint(commands: Commands, checkpoint: Path) -> None:
-    data = commands.temp_data / "items.jsonl"
+def test_the_command_measures_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, model = tmp_path / "items.jsonl", make_model()
+    run = make_run(tmp_path / "run", model)
     data.write_text("".join(json.dumps({**RECORD, "ind": ind}) + "\n" for ind in range(6)))
-    done = commands.module(COMMAND, "--checkpoint", str(checkpoint), "--data", str(data), "--limit", "5")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    items, model = load_items(data, 5), make_model()
+    arguments = ["--checkpoint", str(run), "--data", str(data), "--limit", "5", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [COMMAND, *arguments])
+    assert hellaswag.main() == 0
+    output = capsys.readouterr()
+    result = json.loads(output.out.splitlines()[-1])
+    items = load_items(data, 5)
     lm_eval = result.pop("lm_eval")
     assert result.pop("seconds") > 0
     assert lm_eval.pop("seconds") > 0
     correct = right_by_mean(model, items)
-    expected = {"checkpoint": str(checkpoint), "step": 3, "acc_norm": correct / 5, "correct": correct, "total": 5}
+    path = str(run / "checkpoints" / "step_0000040")
+    expected = {"checkpoint": path, "step": 40, "acc_norm": correct / 5, "correct": correct, "total": 5}
     assert result == {**expected, "stderr": 0.0, "protocol": HELLASWAG_PROTOCOL}
     acc, acc_norm = slow_lm_eval(model, items)
     errors = {"acc_stderr": 0.0, "acc_norm_stderr": 0.0}
     assert lm_eval == {"acc": acc, "acc_norm": acc_norm, **errors, "total": 5, "protocol": LM_EVAL_PROTOCOL}
-    assert "5 items on" in done.stderr
+    assert "5 items on" in output.err
 
 
-def test_one_protocol_and_the_stand_in(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path / "items.jsonl"
-    data.write_text(json.dumps(RECORD))
-    arguments = ("--checkpoint", checkpoint, "--protocol", "lm-eval", "--data", data)
-    assert run_here(monkeypatch, capsys, tmp_path, *arguments).keys() == {"checkpoint", "step", "lm_eval"}
-    result = run_here(monkeypatch, capsys, tmp_path, "--checkpoint", checkpoint, "--data", "held-out")
-    assert (result["total"], result["protocol"]) == (8, HELD_OUT_PROTOCOL)
-    assert "not HellaSwag" in HELD_OUT_PROTOCOL
-
-
-def test_mistakes_are_named(refused: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
+def test_mistakes_are_named(refused: Callable[..., str], tmp_path: Path) -> None:
     data = tmp_path / "bad.jsonl"
     data.write_text('{"ind": 1}\n')
-    ask = ("--checkpoint", checkpoint, "--data")
-    assert f"{data}, line 1: found no ctx, no endings, no label. Needed" in refused(COMMAND, *ask, data)
-    assert "--limit is 0" in refused(COMMAND, *ask, data, "--limit", 0)
-    data.write_text(json.dumps({**RECORD, "ctx_a": None}))
-    assert "item ind 7 lacks activity_label, ctx_a" in refused(COMMAND, *ask, data, "--protocol", "lm-eval")
-    manifest = tmp_path / "datasets" / "prose" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
-    assert "is not the dataset that" in refused(COMMAND, *ask, "held-out")  # the model may have seen its text
-    manifest.parent.rename(tmp_path / "elsewhere")
-    assert "no dataset at" in refused(COMMAND, *ask, "held-out").lower()
+    arguments = (COMMAND, "--checkpoint", make_run(tmp_path / "run", make_model()), "--data")
+    assert f"{data}, line 1: missing or wrong: ctx, endings, label. Needed" in refused(*arguments, data)
+    assert "Cannot use 0 items" in refused(*arguments, data, "--limit", 0)
+    assert "src.model_assessment.evaluate --hellaswag held-out" in refused(*arguments, "held-out")

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -46,34 +45,32 @@ def test_the_parts_of_a_context_may_be_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "found"),
+    ("line", "fault"),
     [
-        ("not json", "'not json', which is not JSON"),
-        ("[" * 100_000, "which is not JSON"),
-        ("[1, 2]", "[1, 2], which is not a JSON object"),
-        (json.dumps({**RECORD, "label": 4}), "label = 4"),
-        (json.dumps({**RECORD, "label": ""}), "label = ''"),
-        (json.dumps({**RECORD, "label": True}), "label = True"),
-        (json.dumps({**RECORD, "ctx": " "}), "ctx = ' '"),
-        (json.dumps({**RECORD, "ind": "x", "ctx": 3}), "ind = 'x', ctx = 3"),
-        (json.dumps({**RECORD, "endings": ["a", "b", "c"]}), "endings = ['a', 'b', 'c']"),
-        (json.dumps({**RECORD, "endings": ["a", "b", "c", ""]}), "endings = ['a', 'b', 'c', '']"),
-        (json.dumps({k: v for k, v in RECORD.items() if k != "endings"}), "no endings"),
-        (json.dumps({**RECORD, "ctx_b": ["he"]}), "ctx_b = ['he']"),
+        ("not json", "'not json', not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+        ("[1, 2]", "'[1, 2]', not a JSON object"),
+        (json.dumps({**RECORD, "label": 4}), "wrong: label."),
+        (json.dumps({**RECORD, "label": True}), "wrong: label."),
+        (json.dumps({**RECORD, "ind": "x", "ctx": " "}), "wrong: ind, ctx."),
+        (json.dumps({**RECORD, "endings": ["a", "b", "c"]}), "wrong: endings."),
+        (json.dumps({**RECORD, "endings": ["a", "b", "c", ""]}), "wrong: endings."),
+        (json.dumps({k: v for k, v in RECORD.items() if k != "endings"}), "wrong: endings."),
+        (json.dumps({**RECORD, "ctx_b": ["he"]}), "wrong: activity_label, ctx_a, ctx_b."),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, found: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, line: str, fault: str) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text(json.dumps(RECORD) + "\n" + line + "\n")
     with pytest.raises(UserError) as error:
         load_items(path)
-    assert f"{path}, line 2: found " in str(error.value)
-    assert found in str(error.value)
+    assert f"{path}, line 2: " in str(error.value)
+    assert fault in str(error.value)
     assert "Needed: ind" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         ("empty.jsonl", b"", "is empty"),
         ("blank.jsonl", b"\n \n", "is empty"),
@@ -85,21 +82,14 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, found: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as error:
         load_items(path)
     assert str(path) in str(error.value)
-    assert words in str(error.value)
-
-
-def test_a_pipe_or_a_folder_is_refused_at_once(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    for path in (tmp_path / "pipe.jsonl", tmp_path):
-        with pytest.raises(UserError, match="not a regular file"):
-            load_items(path)
+    assert message in str(error.value)
 
 
 def test_the_hubs_records_become_items(monkeypatch: pytest.MonkeyPatch) -> None:

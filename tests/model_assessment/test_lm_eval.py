@@ -43,17 +43,17 @@ def lm_evals(folder: Path, items: Path) -> dict[str, Any]:
 
 
 def test_every_item_gets_the_same_answer(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every fiftieth item of the real file, of which some do not fit into the model's context."""
+    """Some items of the real file, of which a few do not fit into the model's context."""
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     path = tmp_path / "items.jsonl"
     with gzip.open(shared / "eval" / "hellaswag_val.jsonl.gz", "rt", encoding="utf-8") as lines:
-        path.write_text("".join(islice(lines, 0, None, 50)), encoding="utf-8")
+        path.write_text("".join(islice(lines, 0, None, 250)), encoding="utf-8")
     items, encode = load_items(path), load_tokenizer().encode
     model = small_model(replace(SHAPE, n_ctx=112))
     asked = questions(items, lm_eval_texts, encode)
     too_long = [len(context) + max(map(len, endings)) > 113 for context, endings in asked]
-    assert len(items) == 201
-    assert 5 < sum(too_long) < 100
+    assert len(items) == 41
+    assert 1 < sum(too_long) < 20
 
     export(make_run(tmp_path / "run", model), tmp_path / "export", "hf", "float32")
     theirs = lm_evals(tmp_path / "export", path)

@@ -30,7 +30,7 @@ def assessment(dataset: Callable[..., Path]) -> Assessment:
     )
     made = Assessment(config, folder, read_manifest(folder), load_tokenizer())
     made.protocol = "a test's"
-    made.items = [Item(i, f"{i} is" + " even" * 40, (" odd", " one", " two", " three"), 0) for i in range(300)]
+    made.items = [Item(i, f"{i} is" + " even" * 40, (" odd", " one", " two", " three"), 0) for i in range(100)]
     return made
 
 
@@ -39,10 +39,10 @@ def test_due_by_each_kinds_interval(assessment: Assessment):
     assessment.config = replace(assessment.config, eval=settings, train=replace(assessment.config.train, total_steps=7))
     everything = ["validation", "hellaswag", "sample"]
     expected = [everything, [], ["validation"], ["hellaswag"], ["validation", "sample"], [], everything[:2], everything]
-    assert [assessment.due(step) for step in range(8)] == expected
+    assert [assessment.missing(step, set()) for step in range(8)] == expected
     assert assessment.missing(7, {("validation", 7), ("sample", 0)}) == ["hellaswag", "sample"]
     assessment.items = []
-    assert assessment.due(3) == []
+    assert assessment.missing(3, set()) == []
 
 
 @pytest.mark.parametrize("kind", ["validation", "hellaswag", "sample"])

@@ -13,7 +13,6 @@ import torch
 
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
-from src.model_assessment import sampling
 from src.model_assessment.sampling import (
     CANDIDATES,
     SamplingConfig,
@@ -34,7 +33,7 @@ from tests.model_utils.exports import make_run, small_model
 
 @pytest.fixture
 def model(tiny_config: ModelConfig) -> LLM:
-    model = LLM(tiny_config)
+    model = LLM(tiny_config).eval()
     torch.manual_seed(5)
     for parameter in model.parameters():  # lively logits, so that choices are not near ties
         torch.nn.init.normal_(parameter, std=0.4)
@@ -44,7 +43,7 @@ def model(tiny_config: ModelConfig) -> LLM:
 @pytest.fixture(scope="module")
 def word_model() -> LLM:
     config = ModelConfig(n_ctx=16, n_embd=16, n_head=2, n_layer=1, residual_dropout=0.0, ffn_dropout=0.0)
-    model = LLM(config)
+    model = LLM(config).eval()
     init_weights(model, config, seed=0)
     return model
 
@@ -56,9 +55,9 @@ def tokens(model: LLM, prompts: list[list[int]], config: SamplingConfig, **optio
 
 
 @pytest.mark.parametrize(
-    "config", [SamplingConfig(60, temperature=0), SamplingConfig(60, 0.9, top_k=20, top_p=0.9, seed=4)]
+    "config", [SamplingConfig(40, temperature=0), SamplingConfig(40, 0.9, top_k=20, top_p=0.9, seed=4)]
 )
-@pytest.mark.parametrize("prompts", [[[3, 1, 4], [9, 2, 6]], [[7]], [list(range(50))]], ids=["two", "short", "long"])
+@pytest.mark.parametrize("prompts", [[[3, 1, 4], [9, 2, 6]], [list(range(50))]], ids=["two", "long"])
 def test_the_cache_changes_nothing_also_past_the_context(
     model: LLM, config: SamplingConfig, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ):
@@ -70,10 +69,10 @@ def test_the_cache_changes_nothing_also_past_the_context(
     for _ in range(config.max_new_tokens):
         start = _window_start(len(reread[0]), 16)
         with torch.no_grad():
-            logits_BV = model.eval()(torch.tensor([row[start:] for row in reread]))[:, -1]
-        draws_B = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in draws])
-        for row, token in zip(reread, _choose(logits_BV, draws_B, config).tolist(), strict=True):
-            row.append(token)
+            logits_BV = model(torch.tensor([row[start:] for row in reread]))[:, -1]
+        for row, logits_V, generator in zip(reread, logits_BV, draws, strict=True):
+            draw = torch.rand(1, dtype=torch.float64, generator=generator)
+            row.append(_choose(logits_V, row, draw, config))
     assert cached == [row[len(prompt) :] for row, prompt in zip(reread, prompts, strict=True)]
 
 
@@ -81,7 +80,7 @@ def test_greedy_is_the_likeliest_token_of_the_plain_model(model: LLM):
     sequence = [3, 1, 4]
     with torch.no_grad():
         for _ in range(10):
-            sequence.append(int(model.eval()(torch.tensor([sequence]))[0, -1].argmax()))
+            sequence.append(int(model(torch.tensor([sequence]))[0, -1].argmax()))
     assert tokens(model, [[3, 1, 4]], SamplingConfig(10, temperature=0)) == [sequence[3:]]
 
 
@@ -96,7 +95,7 @@ def test_frequencies_follow_the_softmax(model: LLM):
     n, prompt = 2_000, [3, 1, 4]
     drawn = Counter(row[0] for row in tokens(model, [prompt] * n, SamplingConfig(1, temperature=1.5)))
     with torch.no_grad():
-        probs = torch.softmax(model.eval()(torch.tensor([prompt]))[0, -1] / 1.5, dim=-1)
+        probs = torch.softmax(model(torch.tensor([prompt]))[0, -1] / 1.5, dim=-1)
     for token, p in enumerate(probs.tolist()):
         assert abs(drawn[token] - n * p) < 4 * (n * p * (1 - p)) ** 0.5 + 1, token
 
@@ -104,7 +103,7 @@ def test_frequencies_follow_the_softmax(model: LLM):
 def test_top_k_and_top_p_keep_the_likeliest(model: LLM):
     prompt = [[3, 1, 4]] * 500
     with torch.no_grad():
-        probs, order = torch.softmax(model.eval()(torch.tensor([prompt[0]]))[0, -1], dim=-1).sort(descending=True)
+        probs, order = torch.softmax(model(torch.tensor([prompt[0]]))[0, -1], dim=-1).sort(descending=True)
     drawn = {row[0] for row in tokens(model, prompt, SamplingConfig(1, temperature=1.0, top_k=3))}
     assert drawn == set(order[:3].tolist())
     nucleus = int((probs.cumsum(0) < 0.6).sum()) + 1
@@ -129,7 +128,7 @@ def test_log_probabilities_are_the_plain_models(model: LLM):
     sequence = [3, 1, 4]
     for (token,), (log_prob,) in generate(model, [sequence], config, [0]):
         with torch.no_grad():
-            log_probs = torch.log_softmax(model.eval()(torch.tensor([sequence]))[0, -1], dim=-1)
+            log_probs = torch.log_softmax(model(torch.tensor([sequence]))[0, -1], dim=-1)
         assert log_prob == pytest.approx(log_probs[token].item(), abs=1e-4)
         sequence.append(token)
 
@@ -137,7 +136,7 @@ def test_log_probabilities_are_the_plain_models(model: LLM):
 def test_min_p_keeps_what_is_likely_enough(model: LLM):
     prompt = [[3, 1, 4]] * 500
     with torch.no_grad():
-        probs = torch.softmax(model.eval()(torch.tensor([prompt[0]]))[0, -1], dim=-1)
+        probs = torch.softmax(model(torch.tensor([prompt[0]]))[0, -1], dim=-1)
     allowed = (probs >= 0.2 * probs.max()).nonzero().flatten().tolist()
     assert 1 < len(allowed) < 50
     assert {row[0] for row in tokens(model, prompt, SamplingConfig(1, min_p=0.2))} == set(allowed)
@@ -150,7 +149,7 @@ def test_repetition_penalty_is_transformers(model: LLM):
     assert found != tokens(model, [sequence], SamplingConfig(12, temperature=0))[0]
     for token in found:
         with torch.no_grad():
-            logits = model.eval()(torch.tensor([sequence]))[:, -1]
+            logits = model(torch.tensor([sequence]))[:, -1]
         assert token == int(processor(torch.tensor([sequence]), logits).argmax())
         sequence.append(token)
 
@@ -158,15 +157,15 @@ def test_repetition_penalty_is_transformers(model: LLM):
 def test_top_p_past_the_likeliest_of_a_large_vocabulary(word_model: LLM):
     """A new model finds all words about equally likely: half the probability takes far more than CANDIDATES of them."""
     config = SamplingConfig(1, top_p=0.5, seed=1)
-    drawn = {row[0] for row in tokens(word_model, [[5]] * 200, config)}
+    drawn = {row[0] for row in tokens(word_model, [[5]] * 60, config)}
     with torch.no_grad():
-        probs, order = torch.softmax(word_model.eval()(torch.tensor([[5]]))[0, -1], dim=-1).sort(descending=True)
+        probs, order = torch.softmax(word_model(torch.tensor([[5]]))[0, -1], dim=-1).sort(descending=True)
     places = {token: place for place, token in enumerate(order.tolist())}
     nucleus = int((probs.cumsum(0) < 0.5).sum()) + 1
     assert CANDIDATES < max(places[token] for token in drawn) <= nucleus
 
 
-def test_a_row_ends_at_end_of_text_while_others_go_on(word_model: LLM, monkeypatch: pytest.MonkeyPatch):
+def test_a_row_ends_at_end_of_text_while_others_continue(word_model: LLM, monkeypatch: pytest.MonkeyPatch):
     """The token that the model likes best in the third place is taken for the end of text."""
     tokenizer = load_tokenizer()
     config = SamplingConfig(8, temperature=0)
@@ -222,21 +221,12 @@ def test_prompts_of_any_length_and_none(word_model: LLM):
         assert each.tokens_per_second > 0
 
 
-def test_top_p_of_a_row_is_its_own_matter():
-    """A row of few likely tokens, in bf16, which has many ties, beside one that must be sorted as a whole."""
-    peaked, flat = torch.randn(5_000).bfloat16().float() * 4, torch.zeros(5_000)
-    config = SamplingConfig(1, top_p=0.9)
-    for draw in torch.rand(300, dtype=torch.float64):
-        alone = _choose(peaked[None], draw[None], config)
-        assert torch.equal(_choose(torch.stack((flat, peaked)), draw.repeat(2), config)[1:], alone)
-
-
 @pytest.mark.parametrize(("n_vocab", "prompt"), [(300, "wonderful"), (50_304, "ab")])
 def test_a_vocabulary_other_than_the_tokenizers(n_vocab: int, prompt: str):
     """Of a larger one only the tokenizer's tokens are chosen; a prompt that a smaller one lacks is refused."""
     tokenizer = load_tokenizer()
     config = ModelConfig(n_vocab=n_vocab, n_ctx=16, n_embd=16, n_head=2, n_layer=1)
-    model = LLM(config)
+    model = LLM(config).eval()
     init_weights(model, config, seed=0)
     if n_vocab < tokenizer.n_vocab:
         with pytest.raises(UserError, match=r"Cannot read 'wonderful': it needs token \d+ of r50k_base, .* below 300"):
@@ -247,14 +237,6 @@ def test_a_vocabulary_other_than_the_tokenizers(n_vocab: int, prompt: str):
         model.embedding.weight[tokenizer.n_vocab :].normal_(std=100)  # some of them are always likeliest
     (made,) = sample(model, tokenizer, [prompt], SamplingConfig(8, temperature=0))
     assert max(made.tokens, default=0) < tokenizer.n_vocab
-
-
-def test_more_samples_than_a_batch_takes(word_model: LLM, monkeypatch: pytest.MonkeyPatch):
-    tokenizer, config = load_tokenizer(), SamplingConfig(6, temperature=1.0, seed=1)
-    together = sample(word_model, tokenizer, ["One", "Two words"], config, num_samples=3)
-    monkeypatch.setattr(sampling, "MOST_ROWS", 2)
-    apart = sample(word_model, tokenizer, ["One", "Two words"], config, num_samples=3)
-    assert [each.tokens for each in apart] == [each.tokens for each in together]
 
 
 def test_streaming_gives_the_same_text(word_model: LLM):
@@ -269,20 +251,14 @@ def test_settings_that_cannot_work_are_all_named():
         SamplingConfig(max_new_tokens=0, temperature=-1, top_p=0, min_p=2, stop=("",))
 
 
-def test_the_model_goes_back_to_training(model: LLM):
-    model.train()
-    tokens(model, [[1]], SamplingConfig(2))
-    assert model.training
-
-
 def conversation(
     lines: str, monkeypatch: pytest.MonkeyPatch, config: SamplingConfig | None = None
-) -> list[tuple[str, int, float]]:
-    """Prompt, seed and temperature of each continuation after these lines; each continuation is " and on"."""
+) -> list[tuple[str, int]]:
+    """Prompt and seed of each continuation after these lines; each continuation is " and on"."""
     requested = []
 
     def pieces(prompt: str, config: SamplingConfig) -> Iterator[str]:
-        requested.append((prompt, config.seed, config.temperature))
+        requested.append((prompt, config.seed))
         yield " and"
         if "break" in prompt:
             raise KeyboardInterrupt
@@ -293,23 +269,10 @@ def conversation(
     return requested
 
 
-def test_a_conversation_continues_a_line_and_an_empty_one_the_last_text(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    lines = "It was\n\n\x1b[31mNew\n"
-    assert [prompt for prompt, *_ in conversation(lines, monkeypatch)] == ["It was", "It was and on", "\x1b[31mNew"]
-    assert capsys.readouterr().out == "It was and on\nIt was and on and on\n\\x1b[31mNew and on\n"
-
-
-def test_a_conversation_changes_options_and_mistakes_leave_them(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_conversation_continues_a_line_and_an_empty_one_the_last_text(monkeypatch: pytest.MonkeyPatch):
     last = 2**63 - 1
-    lines = f"--seed {last} --temperature 0.5\n--seed many\n--top-p 3\n--nosuch 1\n--stop 'a\nHi\n--stop a b\nyou\n"
-    assert conversation(lines, monkeypatch) == [("Hi", last, 0.5), ("you", 0, 0.5)]
-    said = capsys.readouterr().err
-    for message in ("invalid int value: 'many'", "top_p = 3.0 must be above 0 and at most 1", "--nosuch", "No closing"):
-        assert message in said
+    requested = conversation("It was\n\nNew\n", monkeypatch, SamplingConfig(seed=last))
+    assert requested == [("It was", last), ("It was and on", 0), ("New", 1)]
 
 
 def test_ctrl_c_ends_a_continuation_and_at_the_prompt_the_conversation(monkeypatch: pytest.MonkeyPatch):
@@ -324,7 +287,7 @@ def test_ctrl_c_ends_a_continuation_and_at_the_prompt_the_conversation(monkeypat
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Texts and JSON, a stream of the same text, and a conversation on a terminal without --prompt."""
+    """Texts and JSON, a stream of the same text, and a conversation on a terminal."""
     run = make_run(tmp_path / "run", small_model())
 
     def command(*arguments: str) -> str:
@@ -342,9 +305,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     typed = Mock(side_effect=["One", EOFError])
     monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))
-    assert command() == harmless(f"One{text}\n", keep="\n\t")
+    assert command("--interactive") == harmless(f"One{text}\n", keep="\n\t")
     rounded = command("--prompt", "One", "--weights", "bf16")
     assert json.loads(rounded.splitlines()[-1])["samples"][0]["tokens"]
-    for arguments in (("--stream", "--num-samples", "2"), ("--interactive", "--prompt", "x"), ("--num-samples", "0")):
+    for arguments in (("--stream", "--num-samples", "2"), ("--num-samples", "0")):
         with pytest.raises(UserError, match="Cannot"):
             command(*arguments)
