@@ -159,7 +159,7 @@ def _draw_curve(axes: Axes, shown: Shown, run: Run, curve: Curve) -> None:
         known = np.isfinite(run.series(curve.kind, curve.key).values)
         errors = np.nan_to_num(run.series(curve.kind, "stderr").values[known]).clip(min=0)
         axes.errorbar(*points, errors, **style | {"marker": "o", "markersize": 4, "capsize": 2.5, "elinewidth": 1})
-    elif curve.kind == "train" and points.steps.size >= MANY_POINTS:
+    elif curve.kind == "train" and curve.key != "lr" and points.steps.size >= MANY_POINTS:
         axes.plot(*points, color=style["color"], linewidth=0.6, alpha=0.3)
         axes.plot(points.steps, running_median(points.values), **style)
     else:

@@ -72,7 +72,8 @@ class Watching:
         if self._report and self._report.returncode and not self._report_failed:
             self._report_failed = True
             command = f"python -m src.model_assessment.report {self._log.run_dir}"
-            self._log.info(f"warning: Cannot regenerate report.html. Run `{command}` to see why.")
+            cause = f"exit code {self._report.returncode}"
+            self._log.info(f"warning: Cannot regenerate report.html: {cause}. Run `{command}` to see why.")
         self._report_due = time.monotonic() + REPORT_SECONDS
         with suppress(OSError):  # too many processes, say: the next one may succeed
             self._report = self._start_report()
