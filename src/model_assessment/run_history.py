@@ -107,15 +107,16 @@ class Run:
         return sum(_silences(self.records))
 
     @property
-    def last_written(self) -> float:
-        """Unix time of the last sign of life; NaN if there is none."""
+    def first_and_last_time(self) -> tuple[float, float]:
+        """Unix times of the first and the last sign of life, or NaN. A clock may have been set back between them."""
         times = [number(record.get("time")) for record in (*self.records, self.status)]
-        return max((time for time in times if math.isfinite(time)), default=math.nan)
+        known = [time for time in times if math.isfinite(time)] or [math.nan]
+        return min(known), max(known)
 
     def is_running(self, now: float) -> bool:
         """True if the run claims to be running and has written recently, compared with its usual pauses."""
-        longest = max(_silences(self.records[-50:]), default=0.0)
-        return self.status.get("state") == "running" and now - self.last_written <= max(SILENT_SECONDS, 3 * longest)
+        longest, (_, last) = max(_silences(self.records[-50:]), default=0.0), self.first_and_last_time
+        return self.status.get("state") == "running" and now - last <= max(SILENT_SECONDS, 3 * longest)
 
     def seconds_left(self) -> float:
         """Seconds from the last record to the last step at the recent pace, evaluations and saves included, or NaN."""

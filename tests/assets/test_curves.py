@@ -51,11 +51,8 @@ def test_command_takes_a_metrics_file_of_any_name(
     file = write(tmp_path / "best.jsonl", records(40) + answers("hellaswag-mean-logprob"))
     monkeypatch.setattr(sys, "argv", ["curves", str(file), "--out", str(tmp_path / "out")])
     main()
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"] == [
-        "loss.png",
-        "training_metrics.png",
-        "hellaswag.png",
-    ]
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]
+    assert made == ["loss.png", "training_metrics.png", "hellaswag.png"]
     assert all((tmp_path / "out" / name).read_bytes().startswith(PNG) for name in made)
 
 
