@@ -118,29 +118,6 @@ def test_the_page_refers_to_nothing_outside(finished: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
-    hostile = "\"'><script>alert(1)</script><img src=http://x.test/a onerror=alert(1)>$x^$ \u202e\ud800\x00"
-    config = {"run_name": hostile, hostile: {hostile: hostile}, "optim": [hostile]}
-    folder = make_run(tmp_path / "hostile", config=config, **{hostile: {hostile: [hostile, {hostile: 1}]}})
-    last = {"step": STEPS, "time": START + 300}
-    append(
-        folder,
-        {"kind": "sample", **last, "prompt": hostile, "text": hostile},
-        {"kind": "event", **last, "name": hostile, "detail": {hostile: hostile}},
-        {"kind": "checkpoint", **last, "path": hostile},
-        {"kind": "hellaswag", **last, "acc_norm": 0.3, "stderr": 0.05, "total": 100, "protocol": hostile},
-    )
-    (folder / "status.json").write_text(json.dumps({"state": hostile, "message": hostile}))
-    for page in (Page(write_report(folder)), Page(write_comparison([folder, folder]))):
-        assert "script" not in page.tags
-        assert page.tags.count("img") == len(PLOTS)
-        assert not any(name.startswith("on") for _, name, _ in page.attributes)
-        assert "<script>alert(1)</script>" in page.text  # as words to read
-        assert not set("\u202e\x00") & set(page.html)
-        assert "\\u202e" in page.text
-
-
-@pytest.mark.usefixtures("no_pictures")
 def test_a_running_page_says_how_long_it_takes_and_reloads(tmp_path: Path) -> None:
     page = Page(write_report(running(tmp_path / "run", silent=5.0)))
     assert ("meta", "http-equiv", "refresh") in page.attributes

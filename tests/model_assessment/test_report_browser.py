@@ -234,11 +234,3 @@ def test_hostile_text_is_text(browser: Browser, pages: dict[str, Path], name: st
     assert browser.js("document.body.offsetHeight") > 1_000
     assert browser.fetched() == []
     assert browser.complaints() == []
-
-
-def test_what_lies_between_the_first_and_the_last_samples_unfolds(browser: Browser, pages: dict[str, Path]) -> None:
-    browser.open(pages["running"], PHONE)
-    visible = "[...document.querySelectorAll('details details table')].map(table => table.checkVisibility())"
-    assert browser.js(visible) == [False]
-    browser.js("document.querySelectorAll('details > summary').forEach(summary => summary.click())")
-    assert browser.js(visible) == [True]

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from src.model_assessment import trackers
-from src.model_assessment.trackers import Watching, require_packages
-from src.utils.errors import UserError
+from src.model_assessment.trackers import Watching
 from src.utils.logger import RunLogger
 
 HOSTILE = "a\n<script>alert(1)</script>\r# Title\u2028<img src=x onerror=alert(1)>\n\n[x](javascript:alert(1))"
@@ -40,13 +39,6 @@ def some_steps(log: RunLogger, *steps: int) -> None:
         for text in (f"{HOSTILE} at {step}", "prompt and more"):
             log.metric("sample", step, prompt="prompt", text=text)
     log.metric("event", steps[-1], name="stop", detail="words", windows=[1])
-
-
-def test_a_missing_package_is_refused_with_its_remedy(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    require_packages([])
-    with pytest.raises(UserError, match="Run pip install wandb, or remove wandb from --report-to"):
-        require_packages(["wandb"])
 
 
 def test_tensorboard_has_each_step_once_also_after_a_kill(tmp_path: Path):

@@ -53,6 +53,6 @@ def test_a_missing_package_is_reported_before_anything_is_written(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install wandb"):
+    with pytest.raises(UserError, match="Run pip install wandb, or remove wandb from --report-to"):
         train(replace(config, report_to=("wandb",)))
     assert not (tmp_path / "runs").exists()
