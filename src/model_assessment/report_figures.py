@@ -13,18 +13,16 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from src.model_assessment.run_history import CHANCE, Run, Series, number, protocols, skipped_steps, spikes
-from src.utils.plot_style import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE, STYLE, as_png, new_figure, plain
+from src.model_assessment.run_history import CHANCE, Run, Series, number, protocols, spikes
+from src.utils.plot_style import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE, STYLE, as_png, new_figure
 
-# A longer curve is drawn faintly under its running median; sooner where the curves of several runs cross.
-MANY_POINTS, MANY_OF_SEVERAL = 1_000, 200
+MANY_POINTS = 300  # a longer curve is drawn faintly under its running median
 BACKGROUND_BEYOND = 1.1  # the background is drawn up to this multiple of the run's own length
-# Okabe and Ito's palette for the colour-blind (https://jfly.uni-koeln.de/color/), without yellow, and a marker a run.
+# Okabe and Ito's palette for the colour-blind (https://jfly.uni-koeln.de/color/), without yellow.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
-MARKERS = "osD^vPX"
 RED, PURPLE = "#a3341a", "#7a3b8f"  # skipped steps and spikes
 
 
@@ -65,24 +63,18 @@ class Shown:
         sizes = [run.tokens_per_step or 0.0 for run in self.all]
         return min(sizes) > 0 and max(sizes) > 1.001 * min(sizes)
 
-    @property
-    def half(self) -> float:
-        """The middle of the first run on the x axis."""
-        return self.runs[0].last_step * self.scale(self.runs[0]) / 2
-
     def scale(self, run: Run) -> float:
         """The length of a step on the x axis."""
         return run.tokens_per_step / 1e6 if run.tokens_per_step and self.by_tokens else 1.0
 
-    def points(self, run: Run, curve: Curve, since: float = 0.0) -> Series:
-        """The finite values of a quantity at their places on the x axis from `since` on."""
+    def points(self, run: Run, curve: Curve) -> Series:
+        """The finite values of a quantity at their places on the x axis."""
         steps, values = run.series(curve.kind, curve.key).finite()
         places = steps * self.scale(run)
-        until = np.inf
-        if run is self.background:
-            until = BACKGROUND_BEYOND * 2 * self.half  # all of it would squeeze a short run to a corner
-        inside = (places >= since) & (places <= until)
-        return Series(places[inside], values[inside])
+        if run is self.background:  # all of it would squeeze a short run into a corner
+            near = places <= BACKGROUND_BEYOND * self.runs[0].last_step * self.scale(self.runs[0])
+            return Series(places[near], values[near])
+        return Series(places, values)
 
 
 class FigureSpec(NamedTuple):
@@ -98,9 +90,9 @@ class FigureSpec(NamedTuple):
 
 
 def draw(runs: list[Run], background: Run | None = None) -> list[Picture]:
-    """The figures of FIGURES that the first run has data for."""
+    """The figures of FIGURES that the first run has data for. Only the losses have a background."""
     with matplotlib.rc_context(STYLE):
-        pictures = (_draw_figure(spec, Shown(runs, background)) for spec in FIGURES)
+        pictures = (_draw_figure(spec, Shown(runs, background if spec.name == "loss" else None)) for spec in FIGURES)
         return [picture for picture in pictures if picture]
 
 
@@ -111,10 +103,10 @@ def figure_of(title: str, units: list[str], by_tokens: bool = False) -> tuple[Fi
     panels[0].set_title(title)
     for axes, unit in zip(panels, units, strict=True):
         axes.set_ylabel(unit)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     bottom = panels[-1]
     bottom.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=not by_tokens, min_n_ticks=1))
-    bottom.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     bottom.set_xlabel("millions of tokens" if by_tokens else "step")
     return figure, panels
 
@@ -138,51 +130,36 @@ def running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _draw_figure(spec: FigureSpec, shown: Shown) -> Picture | None:
-    run = shown.runs[0]
-    if shown.background and (
-        spec.name in ("speed", "memory")  # of another machine
-        or (spec.name == "multiple_choice" and protocols(shown.background) != protocols(run))
-    ):
-        shown = Shown(shown.runs)
-    since = shown.half if spec.name == "loss_second_half" else 0.0
-    own = {curve: shown.points(run, curve, since) for curve in spec.curves}
-    values = np.concatenate([points.values for points in own.values()])
-    if values.size < (10 if since else 1) or not values.any():
+    if not any(shown.points(shown.runs[0], curve).values.any() for curve in spec.curves):
         return None
     units = list(dict.fromkeys(curve.unit for curve in spec.curves))
     figure, panels = figure_of(spec.title, units, shown.by_tokens)
     for curve in spec.curves:
-        for each in shown.all:
-            _draw_curve(panels[units.index(curve.unit)], shown, each, curve, since)
+        for run in shown.all:
+            _draw_curve(panels[units.index(curve.unit)], shown, run, curve)
     caption = spec.finish(panels, shown)
-    caption += [_outside(axes, unit) for axes, unit in zip(panels, units, strict=True)]
     # After the limits: the best place for a legend depends on them.
     if len(panels[0].get_legend_handles_labels()[1]) > 1:
         panels[0].legend(loc="best", reverse=len(shown.runs) > 1)  # the first run is drawn last
-    return Picture(spec.name, spec.title, as_png(figure), " ".join(filter(None, caption)))
+    return Picture(spec.name, spec.title, as_png(figure), " ".join(caption))
 
 
-def _draw_curve(axes: Axes, shown: Shown, run: Run, curve: Curve, since: float) -> None:
-    points = shown.points(run, curve, since)
+def _draw_curve(axes: Axes, shown: Shown, run: Run, curve: Curve) -> None:
+    points = shown.points(run, curve)
     if not points.steps.size:
         return
-    several, name = len(shown.runs) > 1, plain(run.name, 24)
     style: dict[str, Any] = {"color": curve.color, "linewidth": 1.6, "label": curve.label, "marker": marker_for(points)}
     if run is shown.background:
-        style |= {"color": LIGHT_GREY if curve.kind == "train" else GREY, "label": f"{curve.label}, {name}"}
-    elif several:
-        rank = shown.runs.index(run)
-        style |= {"color": COLORS[rank], "label": name}
-        if curve.kind == "validation":
-            marks = {"marker": MARKERS[rank], "markersize": 4.5, "markevery": max(1, points.steps.size // 10)}
-            style |= {"linewidth": 1.2, "linestyle": (0, (4, 2)), **marks}
-            style["label"] = None if run.of_kind("train") else name  # one entry of the legend for both losses
+        style |= {"color": LIGHT_GREY if curve.kind == "train" else GREY, "label": f"{curve.label}, {run.name[:24]}"}
+    elif len(shown.runs) > 1:
+        style |= {"color": COLORS[shown.runs.index(run)], "label": run.name[:24]}
+        if curve.kind == "validation":  # one entry of the legend for both losses
+            style |= {"label": None, "linestyle": (0, (4, 2)), "linewidth": 1.2}
     if curve.kind == "hellaswag":
         known = np.isfinite(run.series(curve.kind, curve.key).values)
-        # Of a background's later points, which are not drawn, the errors are cut off, too.
-        errors = np.nan_to_num(run.series(curve.kind, "stderr").values[known][: points.steps.size]).clip(min=0)
+        errors = np.nan_to_num(run.series(curve.kind, "stderr").values[known]).clip(min=0)
         axes.errorbar(*points, errors, **style | {"marker": "o", "markersize": 4, "capsize": 2.5, "elinewidth": 1})
-    elif curve.kind == "train" and points.steps.size >= (MANY_OF_SEVERAL if several else MANY_POINTS):
+    elif curve.kind == "train" and curve.key != "lr" and points.steps.size >= MANY_POINTS:
         axes.plot(*points, color=style["color"], linewidth=0.6, alpha=0.3)
         axes.plot(points.steps, running_median(points.values), **style)
     else:
@@ -191,8 +168,7 @@ def _draw_curve(axes: Axes, shown: Shown, run: Run, curve: Curve, since: float) 
 
 def _finish_loss(panels: list[Axes], shown: Shown) -> list[str]:
     (axes,), run = panels, shown.runs[0]
-    entropies = run.series("validation", "unigram_entropy").finite().values
-    entropy = float(entropies[-1]) if entropies.size else np.nan
+    entropy = number(run.last("validation").get("unigram_entropy"))
     draw_level(axes, entropy, "unigram entropy")
     # Neither the first steps nor a diverging end may flatten the rest.
     every = [shown.points(each, curve).values for each in shown.all for curve in LOSSES]
@@ -202,21 +178,25 @@ def _finish_loss(panels: list[Axes], shown: Shown) -> list[str]:
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
     if len(shown.runs) > 1:
-        return ["Solid: training. Dashed, with marks: validation."]
-    return [_background_text(shown), *_mark_events(axes, shown, high + margin)]
+        return ["Solid: training. Dashed: validation."]
+    caption = _mark_events(axes, shown, high + margin)
+    if shown.background:
+        data = shown.background.setting("dataset", "name")
+        caption.insert(0, f"Grey: {shown.background.name}{f', trained on {data}' if data else ''}.")
+    return caption
 
 
 def _mark_events(axes: Axes, shown: Shown, high: float) -> list[str]:
     """Marks resumes, skipped steps and spikes, and counts them for the caption."""
-    run, caption = shown.runs[0], []
+    run, caption, events = shown.runs[0], [], shown.runs[0].of_kind("event")
     scale = shown.scale(run)
-    resumes = [event["step"] for event in run.of_kind("event") if event.get("name") == "resume"]
+    resumes = [event["step"] for event in events if event.get("name") == "resume"]
     for step in resumes:
         axes.axvline(step * scale, color=LIGHT_GREY, linestyle=":", linewidth=1.3)
     if resumes:
         caption.append("Dotted: resumed here.")
     look: dict[str, Any] = {"linestyle": "", "zorder": 4, "markerfacecolor": "none"}
-    if skipped := skipped_steps(run):
+    if skipped := [event["step"] for event in events if "skip" in str(event.get("name"))]:
         bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         places, heights = np.array(skipped) * scale, np.full(len(skipped), 0.02)
         axes.plot(places, heights, marker="x", color=RED, label="skipped step", **look, **bottom)
@@ -228,81 +208,29 @@ def _mark_events(axes: Axes, shown: Shown, high: float) -> list[str]:
     return caption
 
 
-def _finish_second_half(panels: list[Axes], shown: Shown) -> list[str]:
-    losses = np.concatenate([shown.points(shown.runs[0], curve, shown.half).values for curve in LOSSES])
-    high = 2 * np.quantile(losses, 0.95) - losses.min()  # a spike may not flatten the rest
-    if len(shown.runs) == 1 and losses.min() < high < losses.max():
-        panels[0].set_ylim(top=high)
-    return ["The same curves from half-way on."]
-
-
 def _finish_multiple_choice(panels: list[Axes], shown: Shown) -> list[str]:
-    run, axes = shown.runs[0], panels[0]
-    draw_level(axes, CHANCE, f"chance, {CHANCE:.0%}")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-    axes.margins(y=0.12)
-    caption = [f"Protocol: {'; '.join(protocols(run))}.", "Bars: one standard error either way."]
-    for other in shown.runs[1:]:
-        if protocols(other) and protocols(other) != protocols(run):
-            caption.append(f"{other.name} used another: {'; '.join(protocols(other))}. Do not compare the two by it.")
+    draw_level(panels[0], CHANCE, f"chance, {CHANCE:.0%}")
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    panels[0].margins(y=0.12)
+    used = dict.fromkeys(protocol for run in shown.runs for protocol in protocols(run))
+    caption = [f"Protocol: {'; '.join(used)}.", "Bars: one standard error either way."]
+    if len(used) > 1:
+        caption.append("Do not compare accuracies of different protocols.")
     return caption
 
 
 def _finish_gradient_norm(panels: list[Axes], shown: Shown) -> list[str]:
-    run, axes = shown.runs[0], panels[0]
-    clip = number(run.setting("config", "optim", "clip_grad_norm"))
-    draw_level(axes, clip, f"clipped above {clip:g}")
-    values = run.series("train", "grad_norm").finite().values
-    if values.min() <= 0 or values.max() <= 20 * values.min():
-        return _from_zero(panels, shown)
-    formatter = axes.yaxis.get_major_formatter()  # which a logarithmic scale replaces
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(formatter)
-    return []
+    clip = number(shown.runs[0].setting("config", "optim", "clip_grad_norm"))
+    draw_level(panels[0], clip, f"clipped above {clip:g}")
+    return _from_zero(panels, shown)
 
 
 def _from_zero(panels: list[Axes], shown: Shown) -> list[str]:
-    panels[0].set_ylim(bottom=0)
+    for axes in panels:
+        values = np.concatenate([np.zeros(1), *(np.asarray(line.get_ydata(), np.float64) for line in axes.lines)])
+        # Neither the first gradients nor one slow step may flatten the rest.
+        axes.set_ylim(0, 1.06 * min(values.max(), 2 * np.quantile(values, 0.95)) or None)
     return []
-
-
-def _finish_speed(panels: list[Axes], shown: Shown) -> list[str]:
-    for axes, key in zip(panels, ("step_ms", "tokens_per_second"), strict=True):
-        values = np.concatenate([run.series("train", key).finite().values for run in shown.runs])
-        usual = values[values <= 2.5 * np.median(values)] if values.size else values  # one slow step flattens the rest
-        axes.set_ylim(0, 1.15 * usual.max(initial=0.0) or None)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    return []
-
-
-def _background_text(shown: Shown) -> str:
-    """The background's name and data, and the last validation losses of both at the same place."""
-    if not shown.background:
-        return ""
-    data = shown.background.setting("dataset", "name")
-    grey = f"Grey: {shown.background.name}{f', trained on {data}' if data else ''}."
-    own, other = (run.series("validation", "loss").finite() for run in (shown.runs[0], shown.background))
-    if not own.steps.size or not other.steps.size:
-        return grey
-    place, places = own.steps[-1] * shown.scale(shown.runs[0]), other.steps * shown.scale(shown.background)
-    if not places[0] <= place <= places[-1]:
-        return grey
-    loss, reference = own.values[-1], np.interp(place, places, other.values)
-    at = f"{place:,.4g} million tokens" if shown.by_tokens else f"step {place:,.0f}"
-    return f"{grey} Its validation loss at {at}: {reference:.3f}; this run's: {loss:.3f} ({loss - reference:+.3f})."
-
-
-def _outside(axes: Axes, unit: str) -> str:
-    # Only curves are in data coordinates; levels and marks are not.
-    curves = [line for line in axes.lines if line.get_transform() == axes.transData]
-    highest = max((np.max(np.asarray(line.get_ydata(), dtype=np.float64)) for line in curves), default=0.0)
-    return f"Above the frame: values up to {_short(highest)} {unit}." if highest > axes.get_ylim()[1] else ""
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"
 
 
 LOSSES = (
@@ -310,17 +238,16 @@ LOSSES = (
     Curve("validation", "loss", "validation", "nats per token", ORANGE),
 )
 ACCURACY = Curve("hellaswag", "acc_norm", "right answers", "share of items", GREEN)
-LEARNING_RATE = Curve("train", "lr", "learning rate", "learning rate")
-GRADIENT_NORM = Curve("train", "grad_norm", "gradient norm", "global L2 norm")
-STEP_TIME = Curve("train", "step_ms", "step time", "ms per step")
-THROUGHPUT = Curve("train", "tokens_per_second", "throughput", "tokens per s")
-MEMORY = Curve("train", "memory_gb", "memory", "GB of one process")
+GRADIENT = Curve("train", "grad_norm", "gradient norm", "global L2 norm")
+SPEEDS = (
+    Curve("train", "step_ms", "step time", "ms per step"),
+    Curve("train", "tokens_per_second", "throughput", "tokens per s"),
+)
 FIGURES = (
     FigureSpec("loss", "Loss", LOSSES, _finish_loss),
-    FigureSpec("loss_second_half", "Loss, second half", LOSSES, _finish_second_half),
     FigureSpec("multiple_choice", "Multiple choice", (ACCURACY,), _finish_multiple_choice),
-    FigureSpec("learning_rate", "Learning rate", (LEARNING_RATE,), _from_zero),
-    FigureSpec("gradient_norm", "Gradient norm", (GRADIENT_NORM,), _finish_gradient_norm),
-    FigureSpec("speed", "Speed", (STEP_TIME, THROUGHPUT), _finish_speed),
-    FigureSpec("memory", "Memory", (MEMORY,), _from_zero),
+    FigureSpec("learning_rate", "Learning rate", (Curve("train", "lr", "", "learning rate"),), _from_zero),
+    FigureSpec("gradient_norm", "Gradient norm", (GRADIENT,), _finish_gradient_norm),
+    FigureSpec("speed", "Speed", SPEEDS, _from_zero),
+    FigureSpec("memory", "Memory", (Curve("train", "memory_gb", "", "GB of one process"),), _from_zero),
 )

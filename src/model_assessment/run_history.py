@@ -3,13 +3,12 @@
     run = read_run(Path("temp_data/runs/debug"))
     steps, losses = run.series("train", "loss")
 
-config.json, status.json and lines of metrics.jsonl may be missing, truncated or edited by hand. Every value is checked
-where it is used, and `number` turns anything that is not a plausible number into NaN.
+config.json, status.json and lines of metrics.jsonl may be missing, truncated or edited by hand. So values are checked
+where they are used: `number` turns anything that is not a plausible number into NaN.
 """
 
 import csv
 import itertools
-import json
 import math
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.utils.errors import UserError
+from src.utils.logger import RunLogger
 from src.utils.root import ROOT
 
-Record = dict[str, Any]  # a line of metrics.jsonl, see `_parse`
+Record = dict[str, Any]  # a line of metrics.jsonl; see `read_run`
 
 CHANCE = 0.25  # accuracy of guessing: every multiple-choice item has four endings
 SILENT_SECONDS = 600.0
@@ -32,13 +32,10 @@ LARGEST_NUMBER = 1e30  # beyond it sums and axis limits overflow
 
 PUBLISHED_RUN = ROOT / "assets" / "data" / "published_run_269m.csv"
 PUBLISHED_TOKENS_PER_STEP = 524_288
-PUBLISHED_PROTOCOL = (
-    "hellaswag-ctx-mean-logprob (HellaSwag: raw ctx, ending of the highest mean log-probability a token)"
-)
 
 
 class Series(NamedTuple):
-    """One quantity over optimizer steps. A value is NaN where the run wrote none, or not a finite one."""
+    """One quantity over optimizer steps. NaN stands for a missing or non-finite value."""
 
     steps: NDArray[np.float64]
     values: NDArray[np.float64]
@@ -47,6 +44,11 @@ class Series(NamedTuple):
         """The same series without NaN."""
         known = np.isfinite(self.values)
         return Series(self.steps[known], self.values[known])
+
+    def median(self) -> float:
+        """The median of the finite values, or NaN."""
+        known = self.finite().values
+        return float(np.median(known)) if known.size else math.nan
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,18 @@ class Run:
     """Content of status.json."""
     records: list[Record]
     """Lines of metrics.jsonl in the order they were written."""
-    unreadable_lines: int = 0
 
     def of_kind(self, kind: str) -> list[Record]:
-        """Records of one kind by step. A checkpoint saved in the background may be logged after a later step."""
+        """Records of one kind by step."""
+        # A checkpoint saved in the background may be logged after a later step.
         return sorted((record for record in self.records if record["kind"] == kind), key=lambda record: record["step"])
 
+    def last(self, kind: str) -> Record:
+        """The last record of one kind; empty if there is none."""
+        return next(reversed(self.of_kind(kind)), {})
+
     def series(self, kind: str, key: str) -> Series:
-        """The quantity `key` of all records of one kind, in the order of their steps."""
+        """The quantity `key` of all records of one kind."""
         pairs = [(record["step"], number(record.get(key))) for record in self.of_kind(kind)]
         return Series(*np.array(pairs, dtype=np.float64).reshape(-1, 2).T)
 
@@ -86,7 +92,7 @@ class Run:
     @property
     def total_steps(self) -> int | None:
         """Optimizer steps planned."""
-        planned = number(self.setting("derived", "total_steps") or self.status.get("total_steps"))
+        planned = number(self.setting("derived", "total_steps"))
         return int(planned) if planned >= 1 else None
 
     @cached_property
@@ -101,15 +107,16 @@ class Run:
         return sum(_silences(self.records))
 
     @property
-    def last_written(self) -> float:
-        """Unix time of the last sign of life; NaN if there is none."""
+    def first_and_last_time(self) -> tuple[float, float]:
+        """Unix times of the first and the last sign of life, or NaN. A clock may have been set back between them."""
         times = [number(record.get("time")) for record in (*self.records, self.status)]
-        return max((time for time in times if math.isfinite(time)), default=math.nan)
+        known = [time for time in times if math.isfinite(time)] or [math.nan]
+        return min(known), max(known)
 
     def is_running(self, now: float) -> bool:
         """True if the run claims to be running and has written recently, compared with its usual pauses."""
-        longest = max(_silences(self.records[-50:]), default=0.0)
-        return self.status.get("state") == "running" and now - self.last_written <= max(SILENT_SECONDS, 3 * longest)
+        longest, (_, last) = max(_silences(self.records[-50:]), default=0.0), self.first_and_last_time
+        return self.status.get("state") == "running" and now - last <= max(SILENT_SECONDS, 3 * longest)
 
     def seconds_left(self) -> float:
         """Seconds from the last record to the last step at the recent pace, evaluations and saves included, or NaN."""
@@ -129,50 +136,34 @@ class KeyFigure(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run folder. Raises UserError if there is no such folder or nothing in its metrics.jsonl."""
-    if not folder.is_dir():
-        raise UserError(f"Cannot read the run {folder}: no such folder. Give a path, or a name under temp_data/runs.")
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"Cannot read the run {folder}: it has no metrics.jsonl. Give the folder of a run.")
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    parsed = [_parse(line) for line in lines]
-    records = [record for record in parsed if record]
-    if not records:
+    """Reads a run folder. Raises UserError if its metrics.jsonl is missing or empty.
+
+    A record's `kind` is a string, its `step` an integer of at least 0, and its `time` a float or NaN.
+    """
+    log = RunLogger(folder, is_main=False)
+    lines = log.records() if (folder / "metrics.jsonl").is_file() else []
+    # A Boolean is an integer in Python, but not for `number`.
+    valid = [line for line in lines if isinstance(line["kind"], str) and number(line["step"]) >= 0]
+    if not valid:
         raise UserError(
-            f"Cannot read the run {folder}: metrics.jsonl holds no complete line. Wait for its first steps."
+            f"Cannot read the run {folder}: metrics.jsonl is missing or holds no complete line. Give the path of a run "
+            "or its name under temp_data/runs. A new run needs its first step."
         )
-    settings = read_object(folder / "config.json")
-    config = settings.get("config")
-    name = config.get("run_name") if isinstance(config, dict) else None
-    # The last line is not counted: it may be cut off by a kill, or just being written.
-    unreadable = sum(record is None and bool(line.strip()) for line, record in zip(lines[:-1], parsed, strict=False))
-    return Run(str(name or folder.resolve().name), settings, read_object(folder / "status.json"), records, unreadable)
+    records = [{**line, "time": number(line.get("time"))} for line in valid]
+    return Run(folder.resolve().name, log.settings(), log.status(), records)
 
 
 def published_run() -> Run:
-    """The log of the published 269M run in the form of ours. Raises UserError if its file is missing."""
-    try:
-        rows = list(csv.DictReader(PUBLISHED_RUN.read_text(encoding="ascii").splitlines()))
-    except OSError as error:
-        raise UserError(f"Cannot read the published curve {PUBLISHED_RUN}: {error.strerror}. Restore it.") from error
+    """Losses of the published 269M run."""
     records: list[Record] = []
-    for row in rows:
-        value = {name: float(text) for name, text in row.items() if text}
-        step = int(value["step"]) + 1  # its log counts from 0: the first line has the first step's learning rate
+    for row in csv.DictReader(PUBLISHED_RUN.read_text(encoding="ascii").splitlines()):
+        step = int(row["step"]) + 1  # its log counts from 0: the first line has the first step's learning rate
         at = {"step": step, "time": math.nan}
-        records.append({**value, "kind": "train", **at, "tokens_seen": step * PUBLISHED_TOKENS_PER_STEP})
-        if "validation_loss" in value:
-            records.append({"kind": "validation", **at, "loss": value["validation_loss"]})
-        if "hellaswag_percent" in value:
-            accuracy = {"acc_norm": value["hellaswag_percent"] / 100, "protocol": PUBLISHED_PROTOCOL}
-            records.append({"kind": "hellaswag", **at, **accuracy})
+        loss = float(row["loss"])
+        records.append({"kind": "train", **at, "loss": loss, "tokens_seen": step * PUBLISHED_TOKENS_PER_STEP})
+        if row["validation_loss"]:
+            records.append({"kind": "validation", **at, "loss": float(row["validation_loss"])})
     return Run("published run", {"dataset": {"name": "10B tokens of FineWeb-Edu"}}, {}, records)
-
-
-def skipped_steps(run: Run) -> list[int]:
-    """Steps whose update was skipped because of a bad loss or gradient."""
-    return [event["step"] for event in run.of_kind("event") if "skip" in str(event.get("name"))]
 
 
 def protocols(run: Run) -> list[str]:
@@ -198,43 +189,30 @@ def spikes(run: Run) -> Series:
 
 def key_figures(run: Run) -> list[KeyFigure]:
     """The figures that the run has, in the order of a page."""
-    validations, choices = run.of_kind("validation"), run.of_kind("hellaswag")
-    figures = []
-    if validations:
-        last, best = validations[-1], best_validation(run)
-        note = f"± {fixed(last.get('stderr'))}; " if fixed(last.get("stderr")) else ""
-        if best:
-            note += "the lowest" if best is last else f"lowest: {fixed(best['loss'])} at step {best['step']:,}"
-        figures += [
-            KeyFigure("Validation loss", fixed(last.get("loss")) or "not finite", note.removesuffix("; ")),
-            KeyFigure("Perplexity", fixed(last.get("perplexity"), 1), "on validation text"),
-            KeyFigure("Bits per byte", fixed(last.get("bits_per_byte")), "on validation text"),
-        ]
-    if choices:
-        note = f"± {percent(choices[-1].get('stderr'))}; chance is {CHANCE:.0%}"
-        figures.append(KeyFigure("Multiple choice", percent(choices[-1].get("acc_norm")), note))
+    validation, choice = run.last("validation"), run.last("hellaswag")
+    note = f"± {error}; " if (error := fixed(validation.get("stderr"))) else ""
+    at, losses = run.series("validation", "loss").finite()
+    if losses.size:
+        best = losses.argmin()
+        note += "the lowest" if best == losses.size - 1 else f"lowest: {losses[best]:.3f} at step {at[best]:,.0f}"
     steps = f"of {run.total_steps:,} steps" if run.total_steps else "steps"
-    figures.append(KeyFigure("Progress", f"{run.last_step:,}", steps))
-    seen = run.series("train", "tokens_seen").finite().values
-    if seen.size:
-        figures.append(KeyFigure("Tokens seen", compact(seen[-1]), f"{compact(run.tokens_per_step)} per step"))
-    if run.active_seconds:
-        figures.append(KeyFigure("Time", duration(run.active_seconds), "without pauses"))
+    tokens, accuracy, seconds = run.last("train").get("tokens_seen"), choice.get("acc_norm"), run.active_seconds
     # Medians, because the first steps compile and a machine has slow moments.
-    speed, mfu, memory = (run.series("train", key).finite().values for key in ("tokens_per_second", "mfu", "memory_gb"))
-    if speed.size:
-        figures.append(KeyFigure("Throughput", f"{np.median(speed):,.0f}", "tokens/s, median"))
-    if mfu.size:
-        figures.append(KeyFigure("Utilisation", percent(np.median(mfu)), "of the hardware's peak, median"))
-    if memory.size and memory.max() > 0:
-        figures.append(KeyFigure("Peak memory", f"{memory.max():.1f} GB", "of one process"))
+    speed, mfu = (run.series("train", key).median() for key in ("tokens_per_second", "mfu"))
+    memory = max(run.series("train", "memory_gb").finite().values, default=0.0)
+    figures = (
+        KeyFigure("Validation loss", fixed(validation.get("loss")), note),
+        KeyFigure("Perplexity", fixed(validation.get("perplexity"), 1), "on validation text"),
+        KeyFigure("Bits per byte", fixed(validation.get("bits_per_byte")), "on validation text"),
+        KeyFigure("Multiple choice", percent(accuracy), f"± {percent(choice.get('stderr'))}; chance is {CHANCE:.0%}"),
+        KeyFigure("Progress", f"{run.last_step:,}", steps),
+        KeyFigure("Tokens seen", compact(tokens), f"{compact(run.tokens_per_step)} per step"),
+        KeyFigure("Time", duration(seconds) if seconds else "", "without pauses"),
+        KeyFigure("Throughput", fixed(speed, 0), "tokens/s, median"),
+        KeyFigure("Utilisation", percent(mfu), "of the hardware's peak, median"),
+        KeyFigure("Peak memory", f"{memory:.1f} GB" if memory > 0 else "", "of one process"),
+    )
     return [figure for figure in figures if figure.value]
-
-
-def best_validation(run: Run) -> Record | None:
-    """The validation record with the lowest finite loss."""
-    measured = [record for record in run.of_kind("validation") if math.isfinite(number(record.get("loss")))]
-    return min(measured, key=lambda record: record["loss"], default=None)
 
 
 def number(value: Any) -> float:
@@ -281,33 +259,11 @@ def moment(seconds: Any) -> str:
         return ""
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _parse(line: str) -> Record | None:
-    """A line of metrics.jsonl with `kind` a string, `step` an integer from 0 on, and `time` a float or NaN."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or not number(record.get("step")) >= 0:
-        return None
-    return {**record, "step": int(record["step"]), "time": number(record.get("time"))}
-
-
 def _silences(records: list[Record]) -> list[float]:
     """Seconds between successive records, without the pauses before each resume."""
     timed = [record for record in records if math.isfinite(record["time"])]
-    # A clock that was set back must not count as negative time.
-    pairs = itertools.pairwise(timed)
-    return [max(0.0, later["time"] - earlier["time"]) for earlier, later in pairs if not _begins_session(later)]
-
-
-def _begins_session(record: Record) -> bool:
-    """True for the events that a starting process writes first."""
-    return record["kind"] == "event" and record.get("name") in ("checkpoints", "resume")
+    return [
+        max(0.0, later["time"] - earlier["time"])  # a clock may have been set back
+        for earlier, later in itertools.pairwise(timed)
+        if later["kind"] != "event" or later.get("name") not in ("checkpoints", "resume")  # a new start's first records
+    ]

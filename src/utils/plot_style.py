@@ -53,9 +53,3 @@ def as_png(figure: Figure) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
     return png.getvalue()
-
-
-def plain(name: str, max_chars: int) -> str:
-    """`name` for a figure: short, and in ASCII, because the font lacks many scripts."""
-    ascii_name = name.encode("ascii", "replace").decode()
-    return ascii_name if len(ascii_name) <= max_chars else ascii_name[: max_chars - 1] + "…"

@@ -1,7 +1,6 @@
 """The pictures of a run show what its log says, and are of that run alone."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import numpy as np
 import pytest
 from matplotlib.lines import Line2D
 
-from assets.curves import hellaswag, loss, read_metrics, training_metrics, write_pictures
+from assets.curves import hellaswag, loss, main, read_metrics, training_metrics, write_pictures
 from src.model_assessment.hellaswag import HELD_OUT_PROTOCOL
 from src.utils.errors import UserError
 from src.utils.plot_style import STYLE
-from src.utils.root import ROOT
 
 PNG = b"\x89PNG\r\n"
 
@@ -47,11 +45,13 @@ def drawn(line: Line2D) -> np.ndarray:
     return np.asarray(line.get_xydata(), dtype=np.float64)
 
 
-def test_command_takes_a_metrics_file_of_any_name(tmp_path: Path):
+def test_command_takes_a_metrics_file_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     file = write(tmp_path / "best.jsonl", records(40) + answers("hellaswag-mean-logprob"))
-    command = [sys.executable, "-m", "assets.curves", str(file), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    made = json.loads(done.stdout.splitlines()[-1])["pictures"]
+    monkeypatch.setattr(sys, "argv", ["curves", str(file), "--out", str(tmp_path / "out")])
+    main()
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]
     assert made == ["loss.png", "training_metrics.png", "hellaswag.png"]
     assert all((tmp_path / "out" / name).read_bytes().startswith(PNG) for name in made)
 
@@ -112,5 +112,5 @@ def test_a_run_without_numbers_is_refused(tmp_path: Path):
     write(tmp_path / "metrics.jsonl", [{"kind": "event", "step": 0, "time": 0.0, "name": "start", "detail": ""}])
     with pytest.raises(UserError, match="no losses"):
         write_pictures(read_metrics(tmp_path), tmp_path / "out")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="missing"):
         read_metrics(tmp_path / "nowhere")

@@ -10,7 +10,7 @@ import numpy as np
 
 STEPS = 250
 START = 1_750_000_000.0
-PLOTS = {"loss", "loss_second_half", "multiple_choice", "learning_rate", "gradient_norm", "speed", "memory"}
+PLOTS = {"loss", "multiple_choice", "learning_rate", "gradient_norm", "speed", "memory"}
 
 
 def make_run(folder: Path, **settings: Any) -> Path:

@@ -6,10 +6,11 @@ import math
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from src.model_assessment import report_figures
 from src.model_assessment.report import write_comparison, write_report
+from src.model_assessment.run_history import read_run
 from src.model_configs.my_llm_config import lf_llm_269m
 from src.params import to_dict
 from src.utils import plot_style
@@ -39,10 +41,12 @@ def running(folder: Path, silent: float, **settings: Any) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _coarse_pictures() -> Iterator[None]:
     """Nobody looks at them here."""
-    monkeypatch.setattr(plot_style, "_DOTS_PER_INCH", 40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot_style, "_DOTS_PER_INCH", 40)
+        yield
 
 
 @pytest.fixture
@@ -68,10 +72,10 @@ def test_the_page_says_what_the_metrics_say(finished: Path) -> None:
         "with 17.1M parameters, trained from scratch on pydocs",
         "250 steps on 1.02M tokens in 3 min 21 s on Intel Xeon 2.80GHz",  # 250 x 4,096; 1 s + 250 x 0.8 s
         "The run is complete.",
-        f"validation loss is {last['loss']:.3f} nats per token",
+        f"validation loss is {last['loss']:.3f} nats",
         f"Perplexity {math.exp(last['loss']):.1f}",
         f"Bits per byte {last['loss'] / math.log(2) / 3.1:.3f}",
-        f"That is {6.482 - last['loss']:.3f} below the unigram entropy",
+        f"nats per token, {6.482 - last['loss']:.3f} below the unigram entropy",
         "accuracy is 34.0% ± 4.7%; guessing gives 25%, a difference within two standard errors.",
         "stand-in items made from held-out validation documents; not HellaSwag",
         f"{speeds[len(speeds) // 2]:,.0f} tokens/s, median",
@@ -82,6 +86,10 @@ def test_the_page_says_what_the_metrics_say(finished: Path) -> None:
         "1e-05",
     ):
         assert expected in page.text, expected
+    assert drawn(finished) == PLOTS
+    assert all((finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in PLOTS)
+    assert len(page.images()) == len(PLOTS)
+    assert ("meta", "http-equiv", "refresh") not in page.attributes
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -91,18 +99,12 @@ def test_a_model_no_better_than_token_frequencies_is_called_so(tmp_path: Path) -
     assert "does not beat the unigram entropy of 6.500 yet" in Page(write_report(folder)).text
 
 
-def test_pictures_are_in_the_page_and_beside_it(finished: Path) -> None:
-    page = Page(finished / "report.html")
-    assert drawn(finished) == PLOTS
-    assert all((finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in PLOTS)
-    assert len(page.images()) == len(PLOTS)
-
-
 def test_samples_of_the_first_and_the_last_step_stand_side_by_side(finished: Path) -> None:
     page = Page(finished / "report.html")
     row = "The function returns gob lamps Vern 88 a new list of the items"  # the prompt once, not in each text
     assert row in page.text
     assert "step 0 step 250" in page.text
+    assert "steps between: 1 step 125 prompt step 125 The function returns a new list of the items" in page.text
 
 
 def test_the_page_refers_to_nothing_outside(finished: Path) -> None:
@@ -115,35 +117,14 @@ def test_the_page_refers_to_nothing_outside(finished: Path) -> None:
     assert "link" not in page.tags
 
 
-def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
-    hostile = "\"'><script>alert(1)</script><img src=http://x.test/a onerror=alert(1)>$x^$ \u202e\ud800\x00"
-    config = {"run_name": hostile, hostile: {hostile: hostile}, "optim": [hostile]}
-    folder = make_run(tmp_path / "hostile", config=config, **{hostile: {hostile: [hostile, {hostile: 1}]}})
-    last = {"step": STEPS, "time": START + 300}
-    append(
-        folder,
-        {"kind": "sample", **last, "prompt": hostile, "text": hostile},
-        {"kind": "event", **last, "name": hostile, "detail": {hostile: hostile}},
-        {"kind": "checkpoint", **last, "path": hostile},
-        {"kind": "hellaswag", **last, "acc_norm": 0.3, "stderr": 0.05, "total": 100, "protocol": hostile},
-    )
-    (folder / "status.json").write_text(json.dumps({"state": hostile, "message": hostile}))
-    for page in (Page(write_report(folder)), Page(write_comparison([folder, folder]))):
-        assert "script" not in page.tags
-        assert page.tags.count("img") == len(PLOTS)
-        assert not any(name.startswith("on") for _, name, _ in page.attributes)
-        assert "<script>alert(1)</script>" in page.text  # as words to read
-        assert not set("\u202e\x00") & set(page.html)
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_a_running_page_says_how_long_it_takes_and_reloads(tmp_path: Path) -> None:
     page = Page(write_report(running(tmp_path / "run", silent=5.0)))
     assert ("meta", "http-equiv", "refresh") in page.attributes
     assert ("i", "style", "width: 25.00%") in page.attributes
-    assert "step 250 of 1,000 25.0%" in page.text
+    assert "step 250 of 1,000, 25.0%" in page.text
     assert "The run was in progress when this page was made." in page.text
-    left = re.search(r"(\d+) min (\d+) s left done about (.{23}) last written", page.text)
+    left = re.search(r"(\d+) min (\d+) s left, done about (.{23})", page.text)
     assert left
     # 750 steps of 0.8 s, of which 5 s are gone
     assert 60 * int(left[1]) + int(left[2]) == pytest.approx(750 * 0.8 - 5, abs=3)
@@ -157,56 +138,32 @@ def test_a_killed_run_is_not_called_running(tmp_path: Path) -> None:
     assert ("b", "class", "silent") in page.attributes
     assert "claims to be running but has written nothing for 11 min 0 s: it may have been killed." in page.text
     assert ("meta", "http-equiv", "refresh") not in page.attributes
-    assert "left done about" not in page.text
-
-
-def test_a_finished_run_is_not_loaded_again(finished: Path) -> None:
-    page = Page(finished / "report.html")
-    assert ("meta", "http-equiv", "refresh") not in page.attributes
-    assert not [value for _, name, value in page.attributes if value == "progressbar"]
-
-
-def test_all_samples_of_a_run_are_on_its_page(finished: Path) -> None:
-    text = Page(finished / "report.html").text
-    assert "steps between: 1 step 125 prompt step 125 The function returns a new list of the items" in text
-
-
-def test_more_runs_than_can_be_told_apart_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="more than 7 look alike"):
-        write_comparison([tmp_path] * 8)
+    assert "left, done about" not in page.text
 
 
 @pytest.mark.parametrize(
     ("kinds", "plots"),
     [
-        ({"event"}, set()),
-        ({"sample"}, set()),
+        ({"event", "sample"}, set()),
         ({"validation"}, {"loss"}),
         ({"hellaswag"}, {"multiple_choice"}),
         ({"train"}, PLOTS - {"multiple_choice"}),
+        (set(), {"loss", "learning_rate", "gradient_norm", "speed", "memory"}),  # a single line
     ],
 )
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path, kinds: set[str], plots: set[str]) -> None:
     folder = make_run(tmp_path / "partial")
-    (folder / "plots").mkdir()
-    (folder / "plots" / "loss.png").write_bytes(b"of an earlier report")
     for name in ("config.json", "status.json"):
         (folder / name).write_text('{"half')
-    rewrite(folder, [line for line in metrics() if line["kind"] in kinds])
+    first = next(line for line in metrics() if line["kind"] == "train")
+    rewrite(folder, [line for line in metrics() if line["kind"] in kinds] or [first])
     page = Page(write_report(folder))
     assert drawn(folder) == plots
     assert len(page.images()) == len(plots)
     assert "nan" not in page.text.replace("partial", "")
 
 
-def test_one_line_is_enough(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "short")
-    rewrite(folder, [next(line for line in metrics() if line["kind"] == "train")])
-    page = Page(write_report(folder))
-    assert drawn(folder) == {"loss", "learning_rate", "gradient_norm", "speed", "memory"}
-    assert "There is no finite validation loss." in page.text
-
-
+@pytest.mark.usefixtures("no_pictures")
 def test_losses_that_are_no_numbers(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "diverged")
     broken = itertools.cycle([math.nan, math.inf, None, "?", 10**400])
@@ -216,48 +173,30 @@ def test_losses_that_are_no_numbers(tmp_path: Path) -> None:
     (folder / "status.json").write_text(json.dumps(status))
     page = Page(write_report(folder))
     assert "The run failed with exit code 3: not finite for 20 steps in a row." in page.text
-    assert "The last validation loss is not finite; the lowest was" in page.text
-    assert "training losses that are not finite (15)" in page.text
+    assert "The last validation loss is missing or not finite." in page.text
+    assert len(page.images()) == len(PLOTS)
     rewrite(folder, [line | {"loss": next(broken)} if "loss" in line else line for line in lines])
-    assert "There is no finite validation loss." in Page(write_report(folder)).text
-    assert "loss" not in drawn(folder)
+    assert len(Page(write_report(folder)).images()) == len(PLOTS) - 1
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_compared(finished: Path, tmp_path: Path) -> None:
     config = json.loads((finished / "config.json").read_text())["config"]
-    other = make_run(
-        tmp_path / "other", config=config | {"run_name": "$x^{$ other", "optim": config["optim"] | {"max_lr": 0.001}}
-    )
-    better = [
-        line | {"loss": line["loss"] - 1, "protocol": "HellaSwag"} if "loss" in line else line for line in metrics()
-    ]
-    rewrite(other, [line | {"protocol": "HellaSwag"} if line["kind"] == "hellaswag" else line for line in better])
-    (other / "report.html").write_text("its own")
+    other = make_run(tmp_path / "other $x^{$", config=config | {"optim": config["optim"] | {"max_lr": 0.001}})
+    lines = [line | {"protocol": "HellaSwag"} if line["kind"] == "hellaswag" else line for line in metrics()]
+    rewrite(other, [line | {"loss": line["loss"] - 1} if "loss" in line else line for line in lines])
     page = Page(write_comparison([finished, other, finished]))
     assert page.text.startswith("3 runs compared Pretraining, several runs")
     mine = [line["loss"] for line in metrics() if line["kind"] == "validation"][-1]
     assert f"Validation loss {mine:.3f} {mine - 1:.3f} {mine:.3f}" in page.text
-    assert "setting debug (1) $x^{$ other debug (3)" in page.text  # no formula, not in the pictures either
-    assert "optim.max_lr 0.002 0.001 0.002" in page.text
-    assert page.text.index("optim.max_lr 0.002") < page.text.index("Key figures") < page.text.index("Curves")
-    assert "train.seed" not in page.text  # is the same
-    assert "run_name" not in page.text  # says nothing more than the names
-    assert "$x^{$ other used another: HellaSwag. Do not compare the two by it." in page.text
+    assert "setting debug (1) other $x^{$ debug (3) optim.max_lr 0.002 0.001 0.002 Key figures" in page.text
+    assert "Do not compare accuracies of different protocols." in page.text
     assert len(page.images()) == len(PLOTS)
     assert "The function returns a new list of the items a new list of the items" in page.text
     assert Page(finished / "report.html").text.startswith("debug Pretraining report")
-    assert (other / "report.html").read_text() == "its own"
-
-
-def test_a_run_whose_settings_are_lost_hides_no_difference_of_the_others(finished: Path, tmp_path: Path) -> None:
-    config = json.loads((finished / "config.json").read_text())["config"]
-    other = make_run(tmp_path / "other", config=config | {"train": config["train"] | {"seed": 7}})
-    lost = make_run(tmp_path / "lost")
-    (lost / "config.json").write_text("rubbish")
-    text = Page(write_comparison([finished, other, lost])).text
-    assert "Without a readable config.json: lost." in text
-    assert "train.seed 42 7" in text
-    assert "optim.max_lr" not in text
+    assert not (other / "report.html").exists()
+    with pytest.raises(UserError, match="more than 7 look alike"):
+        write_comparison([finished] * 8)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -271,81 +210,54 @@ def test_events_are_marked_counted_and_cut_short(tmp_path: Path) -> None:
     text = Page(write_report(folder)).text
     assert "The last 100 of 501." in text
     assert text.count("gradient norm is inf") == 99
-    assert "To note: resumes (1), skipped steps (500)." in text
     assert "Dotted: resumed here. Skipped steps: 500, the last 500. Spikes, far above the points before: 1" in text
 
 
-def published_row(step: int) -> list[str]:
-    rows = (ROOT / "assets" / "data" / "published_run_269m.csv").read_text().splitlines()
-    return next(row.split(",") for row in rows if row.startswith(f"{step},"))
-
-
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_of_the_published_shape_has_its_curve_behind(tmp_path: Path) -> None:
+def test_a_run_of_the_published_shape_has_its_curve_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads(json.dumps(to_dict(lf_llm_269m())))
     folder = make_run(tmp_path / "full", config=config)
-    rewrite(folder, [line | {"tokens_seen": line["step"] * 524_288} for line in metrics()])
-    append(folder, {"kind": "validation", "step": 301, "time": START, "loss": 5.0})
-    theirs = float(published_row(300)[2])  # its log counts from 0
-    text = Page(write_report(folder)).text
-    assert f"Its validation loss at step 301: {theirs:.3f}; this run's: 5.000 ({5 - theirs:+.3f})." in text
+    published = "Grey: published run, trained on 10B tokens of FineWeb-Edu."
+    assert published in Page(write_report(folder)).text
+    assert "Grey" not in Page(write_report(folder, background="none")).text
     config["model"]["n_layer"] = 4
     other = make_run(tmp_path / "other", config=config)
-    rewrite(other, [line | {"tokens_seen": line["step"] * 314_572.8} for line in metrics()])
-    assert "published" not in Page(write_report(other)).text
-    # 250 of its steps have as many tokens as 150 of the published run's, between its validations after 101 and 201
-    theirs = 0.51 * float(published_row(100)[2]) + 0.49 * float(published_row(200)[2])
-    requested = Page(write_report(other, background="published")).text
-    assert "Grey: published run, trained on 10B tokens of FineWeb-Edu." in requested
-    assert f"Its validation loss at 78.64 million tokens: {theirs:.3f}; this run's" in requested
-    assert "Grey: published run" in Page(write_report(other)).text  # remembered
+    assert "Grey" not in Page(write_report(other)).text
+    assert published in Page(write_report(other, background="published")).text
+    monkeypatch.chdir(tmp_path)
+    assert "Grey: full, trained on pydocs." in Page(write_report(other, background="./full")).text
+    with pytest.raises(UserError, match=r"metrics\.jsonl is missing"):
+        write_report(folder, background="nowhere")
+
+
+def test_runs_of_unequal_batches_are_compared_by_tokens(tmp_path: Path) -> None:
+    run, other = (read_run(make_run(tmp_path / name)) for name in ("run", "other"))
+    wide = [line | {"tokens_seen": line["step"] * 1e6} if line["kind"] == "train" else line for line in other.records]
+    curve = report_figures.LOSSES[0]
+    assert report_figures.Shown([run, other]).points(other, curve).steps[-1] == STEPS
+    other = replace(other, records=wide)
+    shown = report_figures.Shown([run, other])
+    assert shown.points(other, curve).steps[-1] == STEPS  # millions of tokens
+    assert shown.points(run, curve).steps[-1] == pytest.approx(STEPS * 4_096 / 1e6)
+    behind = report_figures.Shown([run], background=other).points(other, curve)
+    assert behind.steps.size == 0  # its first line has more tokens than all of the run
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_another_run_is_drawn_behind_until_none_is_requested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    behind, folder = make_run(tmp_path / "behind"), make_run(tmp_path / "run")
-    monkeypatch.chdir(tmp_path)
-    assert "Grey: behind" in Page(write_report(folder, background="./behind")).text
-    monkeypatch.chdir("/")  # training regenerates the page from another folder
-    assert "Grey: behind" in Page(write_report(folder)).text
-    shutil.rmtree(behind)
-    assert "Grey" not in Page(write_report(folder)).text  # a page without it is better than none
-    with pytest.raises(UserError, match="no such folder"):
-        write_report(folder, background=str(behind))
-    write_report(folder, background="none")
-    assert json.loads((folder / "report.json").read_text()) == {"background": "none"}
-
-
 def test_a_page_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "plots").touch()
-    with pytest.raises(StorageError, match="cannot write"):
+    with pytest.raises(StorageError, match="Cannot write"):
         write_report(folder)
 
 
 # Of each kind that a damaged or hand-edited file may hold.
-WRONG: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    1e300,
-    -1e25,
-    10**400,
-    1e-320,
-    math.nan,
-    "",
-    "\ud800",
-    "9",
-    [],
-    [[1]],
-    {},
-    {"a": {"b": [1]}},
-)
+WRONG: tuple[Any, ...] = (None, True, -1, 0, 1e300, -1e25, 10**400, 1e-320, math.nan, "", "\ud800", "9")
+WRONG += ([], [[1]], {}, {"a": {"b": [1]}})
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_wrong_values_anywhere_do_not_crash_it(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     deep: Any = "end"
@@ -377,46 +289,30 @@ runpy.run_module("src.model_assessment.report", run_name="__main__")
 """
 
 
-def test_user_settings_and_a_missing_home_change_no_picture(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
+# As for a user id without a name, of which containers have some.
+COMMAND = """
+import pwd, runpy, sys
+def unknown(uid): raise KeyError(uid)
+pwd.getpwuid = unknown
+from src.utils import plot_style
+plot_style._DOTS_PER_INCH = 40
+sys.argv = ["report", *sys.argv[1:]]
+runpy.run_module("src.model_assessment.report", run_name="report")["main"]()
+assert not {"torch", "matplotlib.pyplot", "src.model"} & set(sys.modules), "imported needlessly"
+"""
+
+
+def test_command_needs_no_torch_no_home_and_no_settings_of_matplotlib(finished: Path, tmp_path: Path) -> None:
+    expected = {picture.name: picture.read_bytes() for picture in (finished / "plots").iterdir()}
     settings = "text.usetex: True\nfont.family: nowhere\nlines.linewidth: 9\nsavefig.dpi: 7\n"
     (tmp_path / "matplotlibrc").write_text(settings)
     hostile = {"MPLBACKEND": "module://of_a_notebook.that_is_not_installed", "MATPLOTLIBRC": str(tmp_path)}
     names = ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "MPLBACKEND", "MATPLOTLIBRC")
     clean = {name: value for name, value in os.environ.items() if name not in names}
-    write_report(folder)  # with coarse pictures
-    coarse = {picture.name: picture.read_bytes() for picture in (folder / "plots").iterdir()}
-    code = f"from src.utils import plot_style; plot_style._DOTS_PER_INCH = 40\n{NOBODY}"
     environment = {**clean, **hostile, "TMPDIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, env=environment, check=True)
-    assert len(coarse) == len(PLOTS)
-    assert {picture.name: picture.read_bytes() for picture in (folder / "plots").iterdir()} == coarse
-
-
-def test_command_says_where_the_page_is_and_needs_no_torch(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "debug")
-    code = (
-        "import runpy, sys; sys.argv = ['report', *sys.argv[1:]]\n"
-        "runpy.run_module('src.model_assessment.report', run_name='report')['main']()\n"
-        "assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules), 'imported needlessly'\n"
-        "ours = {name for name in sys.modules if name.startswith('src.') and 'report' not in name}\n"
-        "allowed = 'src.model_assessment src.model_assessment.run_history src.utils src.params'.split()\n"
-        "allowed += [f'src.utils.{name}' for name in ('errors', 'root', 'files', 'plot_style')]\n"
-        "assert ours <= {*allowed}, ours\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    command = [sys.executable, "-c", COMMAND, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == {"report": str(folder / "report.html"), "plots": len(PLOTS)}
-
-
-def test_a_long_run_is_reported_in_seconds(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "long")
-    line = next(line for line in metrics() if line["kind"] == "train")
-    rewrite(
-        folder, [line | {"step": step, "loss": 4 + step % 7, "tokens_seen": 4_096 * step} for step in range(10_000)]
-    )
-    begin = time.perf_counter()
-    write_report(folder)
-    assert time.perf_counter() - begin < 20  # about 2 s where nothing else runs
+    assert {picture.name: picture.read_bytes() for picture in (folder / "plots").iterdir()} == expected

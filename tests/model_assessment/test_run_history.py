@@ -15,24 +15,20 @@ from tests.model_assessment.reported_runs import START, STEPS, append, make_run,
 
 
 def test_missing_or_empty_runs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        read_run(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="it has no metrics"):
-        read_run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "ev')
-    with pytest.raises(UserError, match="holds no complete line"):
-        read_run(tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.jsonl").write_text('{"kind": "ev')
+    for folder in (tmp_path / "nowhere", tmp_path, tmp_path / "new"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl is missing or holds no complete line"):
+            read_run(folder)
 
 
-def test_damaged_lines_are_counted_and_a_truncated_last_one_is_not(tmp_path: Path) -> None:
+def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     whole = (folder / "metrics.jsonl").read_text()
     deep = '{"kind": "train", "step": 1, "loss": ' + "[" * 100_000 + "]" * 100_000 + "}"
     damaged = ['{"kind": "tra\0\0', "[1, 2]", '{"kind": [], "step": 1}', '{"kind": "train", "step": 1e99}', deep]
     (folder / "metrics.jsonl").write_text("\n".join(damaged) + "\n" + whole + '{"kind": "train", "step": 251, "lo')
-    run = read_run(folder)
-    assert run.unreadable_lines == len(damaged)
-    assert len(run.records) == len(metrics())
+    assert len(read_run(folder).records) == len(metrics())
 
 
 @pytest.mark.parametrize("value", [None, True, "1", [1], {}, math.nan, math.inf, 10**400, -1e200])
@@ -80,12 +76,9 @@ def test_spikes_are_found_on_a_falling_curve(tmp_path: Path) -> None:
 
 
 def test_steps_of_the_published_run_are_counted_like_ours() -> None:
-    config = lf_llm_269m()
-    train = [record for record in published_run().records if record["kind"] == "train"]
-    for record in train[:20]:
-        rate = config.optim.max_lr * min(1.0, record["step"] / config.warmup_steps)
-        assert record["lr"] == pytest.approx(rate, rel=1e-3 if record["step"] <= config.warmup_steps else 0.01)
-    assert train[-1]["step"] == config.total_steps
+    published = published_run()
+    assert published.last_step == lf_llm_269m().total_steps
+    assert published.tokens_per_step == lf_llm_269m().train.batch_tokens
 
 
 def test_the_lowest_validation_loss_is_named_if_the_last_is_higher(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from src.model_assessment import trackers
-from src.model_assessment.trackers import Watching, require_packages
-from src.utils.errors import UserError
+from src.model_assessment.trackers import Watching
 from src.utils.logger import RunLogger
 
 HOSTILE = "a\n<script>alert(1)</script>\r# Title\u2028<img src=x onerror=alert(1)>\n\n[x](javascript:alert(1))"
@@ -40,13 +39,6 @@ def some_steps(log: RunLogger, *steps: int) -> None:
         for text in (f"{HOSTILE} at {step}", "prompt and more"):
             log.metric("sample", step, prompt="prompt", text=text)
     log.metric("event", steps[-1], name="stop", detail="words", windows=[1])
-
-
-def test_a_missing_package_is_refused_with_its_remedy(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    require_packages([])
-    with pytest.raises(UserError, match="Run pip install wandb, or remove wandb from --report-to"):
-        require_packages(["wandb"])
 
 
 def test_tensorboard_has_each_step_once_also_after_a_kill(tmp_path: Path):
@@ -128,10 +120,10 @@ def test_wandb_works_offline_where_there_is_no_key(
     log.metric("checkpoint", 1, bytes=5)  # of a save in the background
     watching.close()
     assert wandb.started["mode"] == "offline"
-    assert "offline because there is no API key" in capsys.readouterr().err
+    assert "wandb: offline; `wandb sync 'folder'` sends it later" in capsys.readouterr().err
     assert (wandb.started["project"], wandb.started["name"], wandb.started["resume"]) == ("lf-llm", "name", "allow")
     assert wandb.started["config"] == {"config": {"train": {"seed": 1}}}
-    table = (["prompt", "text"], [["prompt", f"{HOSTILE} at 1"], ["prompt", " and more"]])
+    table = (["prompt", "text"], [("prompt", f"{HOSTILE} at 1"), ("prompt", " and more")])
     assert wandb.logged[:3] == [
         (1, {"train/loss": 9.0, "train/memory_gb": 1.5}),
         (1, {"validation/perplexity": 2.5}),
@@ -154,25 +146,6 @@ def test_wandb_knows_the_run_again_and_gets_only_what_it_has_not(tmp_path: Path,
     assert {step for step, _ in second.logged} == {3}
 
 
-def test_wandb_is_offline_where_its_server_does_not_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    wandb = fake(monkeypatch, FakeWandb())
-    start = wandb.init
-
-    def unanswered(**started: Any) -> FakeWandb:
-        if started["mode"] is None:
-            raise OSError("deadline exceeded")
-        return start(**started)
-
-    monkeypatch.setattr(wandb, "init", unanswered)
-    log, watching = watch(tmp_path / "run", "wandb")
-    some_steps(log, 1)
-    watching.close()
-    assert len(wandb.logged) == 3
-    assert "offline because connecting failed (deadline exceeded)" in capsys.readouterr().err
-
-
 def test_the_real_wandb_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("wandb")
     log, watching = watch(tmp_path / "run", "wandb")
@@ -181,14 +154,6 @@ def test_the_real_wandb_writes_its_files(tmp_path: Path, capsys: pytest.CaptureF
     assert "Cannot report" not in capsys.readouterr().err
     # Its own process fills the file, a busy machine's some time later.
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
-
-
-def test_a_folder_of_a_packages_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "wandb").mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(UserError, match="pip install wandb"):
-        require_packages(["wandb"])
 
 
 def test_a_tracker_that_fails_is_one_warning_and_the_others_continue(
@@ -203,7 +168,7 @@ def test_a_tracker_that_fails_is_one_warning_and_the_others_continue(
     watching.close()
     warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert warned == ["warning: Cannot report to wandb: no space left. Training continues; see metrics.jsonl."]
-    assert (len(kept.logged), failing.finished) == (6, 1)
+    assert (len(failing.logged), len(kept.logged)) == (0, 6)
     assert len(log.records()) == 9
 
 
@@ -222,7 +187,7 @@ def test_a_tracker_that_cannot_be_opened_is_one_warning(
 ):
     wandb = fake(monkeypatch, FakeWandb())
     monkeypatch.setattr(wandb, "init", lambda **started: sys.exit("wandb wants to end the program"))
-    log, watching = watch(tmp_path / "run", "wandb", "wandb")
+    log, watching = watch(tmp_path / "run", "wandb")
     some_steps(log, 1)
     watching.close()
     assert capsys.readouterr().err.count("Cannot report to wandb: wandb wants to end") == 1
@@ -293,14 +258,15 @@ def test_a_short_run_leaves_no_report_and_a_slow_last_one_is_not_waited_for(
 ):
     instead(monkeypatch, "import time; time.sleep(5)")
     monkeypatch.setattr(trackers, "LAST_REPORT_SECONDS", 0.2)
-    for _ in range(2):
-        _, watching = watch(run_dir)
-        watching.refresh()
-        started = time.monotonic()
-        watching.close()
-        assert time.monotonic() - started < 4
-        assert bool(watching._report) == (run_dir / "report.html").exists()
-        (run_dir / "report.html").write_text("before")
+    _, watching = watch(run_dir)
+    watching.refresh()
+    watching.close()
+    assert [path.name for path in run_dir.iterdir()] == ["metrics.jsonl"]
+    (run_dir / "report.html").write_text("before")
+    _, watching = watch(run_dir)
+    started = time.monotonic()
+    watching.close()
+    assert time.monotonic() - started < 4
 
 
 def test_reports_that_fail_are_one_warning(
