@@ -156,6 +156,9 @@ class _RemoteFile(io.RawIOBase):
     def __init__(self, file: HubFile) -> None:
         self._file, self._position = file, 0
 
+    def readable(self) -> bool:
+        return True
+
     def tell(self) -> int:
         return self._position
 
