@@ -192,7 +192,7 @@ def _open(name: str, request: Request, pinned: Sequence[dict[str, Any]], downloa
 
 
 def _details(name: str, request: Request) -> dict[str, Any]:
-    """List the requested files at the newest commit, for the manifest. Raises ValueError and others for a lie."""
+    """List the requested files at the newest commit, for the manifest. Raises ValueError and others for nonsense."""
     repository, config, split = str(request.dataset), request.config, str(request.split)
     validate_repo_id(repository)
     info = _retry("the list of files", repository, lambda: _fetch_info(repository), attempts=3)
@@ -219,20 +219,21 @@ def choose_files(
         config = next(iter(default or entries)) if default or len(entries) == 1 else None
     entry = entries.get(str(config)) if entries else {"data_dir": config}
     if entry is None:
-        raise UserError(f"Cannot choose files of {repository}. Give --config and one of: {_some(entries)}.")
+        raise UserError(f"Cannot choose files of {repository}: which config? Give --config, one of: {_some(entries)}.")
     if data_files := entry.get("data_files"):
         items = [item if isinstance(item, dict) else {"split": "train", "path": item} for item in _as_list(data_files)]
         names = [name for item in items if item["split"] == split for name in _as_list(item["path"])]
     else:
         names = [f"{folder}{split}{end}.parquet" for folder in ("", "data/") for end in ("", "-*", "/*")]
     patterns = [posixpath.normpath(f"{entry.get('data_dir') or '.'}/{name}") for name in names]
-    parquet = [path for path in paths if path.endswith(".parquet")]
-    if not (chosen := {path for path in parquet for pattern in patterns if _matches(path, pattern)}):
+    parquet = sorted({path for path in paths if path.endswith(".parquet")})
+    chosen = [path for path in parquet if any(_matches(path, pattern) for pattern in patterns)]
+    if not chosen:
         raise UserError(
             f"Cannot choose files of {repository}: no parquet file belongs to split {split!r} of config {config!r}; it "
             f"holds {_some(paths)}. Give --config and --split, or download its files and use --source files."
         )
-    return sorted(chosen)
+    return chosen
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -272,17 +273,14 @@ def _download(file: HubFile, path: Path) -> None:
             with storage_errors(partial, needed_bytes=file.bytes - output.tell()):
                 while chunk:
                     chunk = chunk[output.write(chunk) :]
-    with storage_errors(partial):
-        content = fingerprint(partial)
-        is_sound = content == {"bytes": file.bytes, "sha256": file.sha256 or content["sha256"]}
-        if is_sound:
-            sync(partial)
-            partial.rename(path)
-            sync(path.parent)
-        else:
-            partial.unlink()
-    if not is_sound:
+    content = fingerprint(partial)
+    if content != {"bytes": file.bytes, "sha256": file.sha256 or content["sha256"]}:
+        partial.unlink()
         raise OSError(f"the content differs from the hub's list: received {content}")
+    with storage_errors(partial):
+        sync(partial)
+        partial.rename(path)
+        sync(path.parent)
 
 
 def _read_range(file: HubFile, start: int, end: int) -> Iterator[bytes]:

@@ -397,8 +397,8 @@ def test_files_of_a_config_and_a_split(
     [
         (NESTED, {}, None, "train", "no parquet file .* split 'train' .* it holds de/test.parquet, .* Give --config"),
         (NESTED, {}, "fr", "train", "config 'fr'"),
-        (NESTED, card({"config_name": "a"}, {"config_name": "b"}), None, "train", "Give --config and one of: a, b"),
-        (SHARDS, card(PLAIN), "c", "train", "Give --config and one of: default"),
+        (NESTED, card({"config_name": "a"}, {"config_name": "b"}), None, "train", "Give --config, one of: a, b"),
+        (SHARDS, card(PLAIN), "c", "train", "Give --config, one of: default"),
         (SHARDS, card(PLAIN), None, "test", "split 'test' of config 'default'"),
         ([f"{i}/x.parquet" for i in range(99)], {}, None, "train", "and 69 more"),
         (SHARDS, card({"config_name": "a", "data_files": "hf://other/*"}), None, "train", "split 'train'"),

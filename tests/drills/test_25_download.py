@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
 from src.data_processing.data_downloader import prepare
 from src.data_processing.shards import read_manifest
@@ -108,7 +109,7 @@ def test_faults_that_pass_and_a_repair(tmp_path: Path, commands: Commands, expec
     assert [request.path for request in served.requests[listings:] if "/api/datasets" in request.path] == []
 
 
-def test_a_fault_that_lasts_and_kills(tmp_path: Path, commands: Commands, expected: dict[str, str]) -> None:
+def test_a_fault_that_lasts_and_a_kill(tmp_path: Path, commands: Commands, expected: dict[str, str]) -> None:
     folder = tmp_path / "datasets" / "web"
     with hub(REPOSITORY, FILES, {SECOND: Fault(99, status=503)}) as served:
         reach(commands, served)
@@ -121,37 +122,33 @@ def test_a_fault_that_lasts_and_kills(tmp_path: Path, commands: Commands, expect
 
     with hub(REPOSITORY, FILES, piece_s=0.01) as mended:
         reach(commands, mended)
-        for share in (0.3, 0.7):
-            kill(commands, arguments(), lambda share=share: mended.bytes_sent() > share * TOTAL)
-            complete = (folder / ".preparing" / "downloads").glob("*/*.parquet")
-            assert all(path.stat().st_size == len(FILES[path.name.replace("--", "/")]) for path in complete)
+        kill(commands, arguments(), lambda: mended.bytes_sent() > TOTAL / 2)
+        complete = (folder / ".preparing" / "downloads").glob("*/*.parquet")
+        assert all(path.stat().st_size == len(FILES[path.name.replace("--", "/")]) for path in complete)
+        assert mended.stored(FIRST) == [], "it was complete"
         done = commands.run(arguments())
     assert done.returncode == 0, done.stderr
     assert shards(folder) == expected
-    assert mended.stored(FIRST) == [], "it was complete"
     # A kill loses what was on its way. A file is fetched again only if it was read and the progress not yet recorded.
     assert mended.bytes_sent() < 2 * TOTAL
 
 
-def test_kills_of_a_part(tmp_path: Path, commands: Commands) -> None:
-    """While footers arrive, after the first recorded progress, and while shards are written."""
-    options = ["--max-tokens", "120_000", "--tokens-per-shard", "1_200"]
-    folder = tmp_path / "datasets" / "web"
-    with hub(REPOSITORY, FILES) as served:
-        reach(commands, served)
-        whole = commands.run(arguments(*options))
-        assert whole.returncode == 0, whole.stderr
-    undisturbed = folder.rename(tmp_path / "undisturbed")
+def test_kills_of_a_part(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first recorded progress, and while shards are written."""
+    folder, undisturbed = tmp_path / "datasets" / "web", tmp_path / "undisturbed" / "web"
+    limits = {"max_tokens": 120_000, "tokens_per_shard": 1_200}
     moments: list[Callable[[], bool]] = [
-        lambda: served.bytes_sent() > 0,
         (folder / ".preparing" / "journal.json").exists,
-        lambda: any(folder.glob("*.npy")),
+        lambda: len(list(folder.glob("*.npy"))) > 2,
     ]
-    with hub(REPOSITORY, FILES, piece_s=0.02) as served:
+    with hub(REPOSITORY, FILES, piece_s=0.01) as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.address)
+        prepare(request(tmp_path, sources=["fineweb-edu"], paths=[], **limits), undisturbed, 1)
         reach(commands, served)
+        command = arguments("--max-tokens", "120_000", "--tokens-per-shard", "1_200")
         for is_due in moments:
-            kill(commands, arguments(*options), is_due)
-        done = commands.run(arguments(*options))
+            kill(commands, command, is_due)
+        done = commands.run(command)
     assert done.returncode == 0, done.stderr
     assert (folder / "manifest.json").read_bytes() == (undisturbed / "manifest.json").read_bytes()
     manifest = read_manifest(folder)
