@@ -32,9 +32,9 @@ import httpx2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers, validate_repo_id
+from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers, validate_repo_id
 
 from src.data_processing.file_formats import Column, Documents, check_column, read_batches
 from src.data_processing.text_sources import Request, Source
@@ -305,7 +305,10 @@ def _read_range(file: HubFile, start: int, end: int) -> Iterator[bytes]:
 def _stream(path: str, headers: dict[str, str] | None = None) -> Iterator[httpx2.Response]:
     """Request `path` of the hub. Raises HfHubHTTPError if it refuses."""
     url, timeout = f"{constants.ENDPOINT}/{path}", constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with get_session().stream("GET", url, headers=build_hf_headers() | (headers or {}), timeout=timeout) as response:
+    # build_hf_headers would first fetch a list of agents from the hub, without a bound on its size.
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    headers = (headers or {}) | ({"Authorization": f"Bearer {token}"} if token else {})
+    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
         hf_raise_for_status(response)
         yield response
 
