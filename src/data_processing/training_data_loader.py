@@ -26,6 +26,7 @@ import torch
 
 from src.data_processing.shards import TOKEN_DTYPE, Shard, check_shard
 from src.utils.errors import StorageError, UserError
+from src.utils.files import storage_errors
 from src.utils.rand_idx_seq_gen import permutation
 
 # 16 MiB: a disk's seek or a network's round trip is cheap by comparison. Another value changes the order.
@@ -68,20 +69,11 @@ class WindowDataset:
 
     def read(self, shard: int, first: int, tokens: np.ndarray) -> None:
         """Fill `tokens`, uint16, with the token ids of shard `shard` that start at its window `first`."""
-        path, offset = self.paths[shard], self._header_bytes[shard] + first * self.n_ctx * TOKEN_DTYPE.itemsize
-        try:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                n_bytes = file.readinto(tokens.data)
-        except OSError as error:
-            raise StorageError(
-                f"Cannot read {path}: {error.strerror or error}. Put it back and rerun to resume."
-            ) from error
-        if n_bytes < tokens.nbytes:
-            raise StorageError(
-                f"Cannot read {path}: it became shorter during use: expected {tokens.nbytes} bytes at byte {offset}, "
-                f"found {n_bytes}. Prepare the dataset again."
-            )
+        path = self.paths[shard]
+        with storage_errors(path, "read"), open(path, "rb") as file:
+            file.seek(self._header_bytes[shard] + first * self.n_ctx * TOKEN_DTYPE.itemsize)
+            if file.readinto(tokens.data) < tokens.nbytes:
+                raise StorageError(f"Cannot read {path}: it became shorter during use. Prepare the dataset again.")
 
 
 class SampleOrder:
@@ -102,7 +94,7 @@ class SampleOrder:
         self._window_order = lru_cache(maxsize=2)(self._make_window_order)
 
     def __getitem__(self, number: int) -> tuple[int, int]:
-        """Group of sequence `number`, counted from the start of the run over all epochs, and the window inside it."""
+        """Group of sequence `number`, counted over all epochs, and the window inside it."""
         epoch, position = divmod(number, self.epoch_length)
         groups, starts = self._group_order(epoch)
         turn = int(np.searchsorted(starts, position, side="right")) - 1
@@ -143,25 +135,17 @@ class TrainingDataLoader:
         most_windows = max(windows for _, _, windows in self.order.groups)
         self._group, self._tokens = -1, np.empty(most_windows * dataset.n_ctx + 1, TOKEN_DTYPE)
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.rank, self.world_size, self.device = rank, world_size, device
+        self.rank, self.device = rank, device
         self._micro_batches_a_step = batch_size // world_size // micro_batch_size
         self._submitted = first_step * self._micro_batches_a_step
         self._thread = ThreadPoolExecutor(1, "prefetch")  # a single thread, because it reuses `_tokens`
         self._ahead: deque[Future[torch.Tensor]] = deque()
         self._prefetch()
 
-    def sequence_numbers(self, step: int) -> range:
-        """The sequence numbers that this process trains on in `step`."""
-        share = self.batch_size // self.world_size
-        first = step * self.batch_size + self.rank * share
-        return range(first, first + share)
-
     def step_windows(self, step: int) -> list[tuple[int, int]]:
-        """The windows of `step`, counted from 0, of all processes, in the order of their sequence numbers.
+        """Shard of the dataset, and window in it, of each sequence of `step`, counted from 0, of all processes.
 
-        Each is a shard and a window of it, which starts at token window * n_ctx. Shard i is the i-th of `dataset`: for
-        manifest.train, it is manifest.shards[len(manifest.validation) + i]. Process r trains on the r-th of world_size
-        equal parts of the list, micro-batch after micro-batch.
+        Process r trains on the r-th of world_size equal parts of the list, micro-batch after micro-batch.
         """
         places = []
         for number in range(step * self.batch_size, (step + 1) * self.batch_size):
@@ -194,17 +178,18 @@ class TrainingDataLoader:
     def _micro_batch(self, index: int) -> torch.Tensor:
         """Micro-batch `index` of this process, counted from step 0 of the run."""
         step, part = divmod(index, self._micro_batches_a_step)
-        numbers = self.sequence_numbers(step)[part * self.micro_batch_size :][: self.micro_batch_size]
+        part += self.rank * self._micro_batches_a_step
+        first = step * self.batch_size + part * self.micro_batch_size
         # Pinned memory lets the copy to the GPU overlap with the program. Without it, each copy blocks.
         pinned = self.device.type == "cuda"
         n_ctx = self.dataset.n_ctx
-        batch = torch.empty(len(numbers), n_ctx + 1, dtype=torch.int64, pin_memory=pinned)
-        for row, number in zip(batch.numpy(), numbers, strict=True):
+        batch = torch.empty(self.micro_batch_size, n_ctx + 1, dtype=torch.int64, pin_memory=pinned)
+        for number, row in enumerate(batch.numpy(), start=first):
             group, window = self.order[number]
             if group != self._group:
                 self._group = -1  # a read that fails halfway leaves no group
-                shard, first, windows = self.order.groups[group]
-                self.dataset.read(shard, first, self._tokens[: windows * n_ctx + 1])
+                shard, first_window, windows = self.order.groups[group]
+                self.dataset.read(shard, first_window, self._tokens[: windows * n_ctx + 1])
                 self._group = group
             row[:] = self._tokens[window * n_ctx : (window + 1) * n_ctx + 1]
         return batch

@@ -30,25 +30,14 @@ def windows(dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Wi
     return WindowDataset(folder, read_manifest(folder).train, N_CTX, 50_257, at_least=4)
 
 
-def batches(windows: WindowDataset, steps: int, *, first: int = 0, rank: int = 0, world_size: int = 1, micro: int = 2):
-    with TrainingDataLoader(
-        windows,
-        seed=7,
-        batch_size=8,
-        micro_batch_size=micro,
-        rank=rank,
-        world_size=world_size,
-        device=torch.device("cpu"),
-        first_step=first,
-    ) as loader:
-        return list(islice(loader, steps * 8 // world_size // micro))
+def loader(windows: WindowDataset, *, first: int = 0, rank: int = 0, world_size: int = 1, micro: int = 2):
+    sizes = {"batch_size": 8, "micro_batch_size": micro, "rank": rank, "world_size": world_size}
+    return TrainingDataLoader(windows, seed=7, device=torch.device("cpu"), first_step=first, **sizes)
 
 
-def test_targets_are_the_next_tokens(windows: WindowDataset):
-    for inputs, targets in batches(windows, 3):
-        assert inputs.dtype == targets.dtype == torch.int64
-        assert inputs.shape == targets.shape == (2, N_CTX)
-        torch.testing.assert_close(inputs[:, 1:], targets[:, :-1])
+def batches(windows: WindowDataset, steps: int, *, world_size: int = 1, micro: int = 2, **options: int):
+    with loader(windows, world_size=world_size, micro=micro, **options) as opened:
+        return list(islice(opened, steps * 8 // world_size // micro))
 
 
 def test_windows_hold_the_shards_tokens(windows: WindowDataset):
@@ -104,50 +93,22 @@ def test_a_dataset_of_one_group_is_shuffled_as_a_whole():
     assert jumps.mean() == pytest.approx(1000 / 3, rel=0.1)  # the mean distance of two random places
 
 
-def test_order_is_a_pure_function_of_seed_and_number(windows: WindowDataset):
-    order, again, other = (SampleOrder(windows.windows_per_shard, 10, seed) for seed in (7, 7, 8))
-    numbers = np.random.default_rng(0).permutation(400)
-    jumping = {int(i): again[int(i)] for i in numbers}
-    assert [order[i] for i in range(400)] == [jumping[i] for i in range(400)]
-    assert [order[i] for i in range(50)] != [other[i] for i in range(50)]
-
-
-@pytest.mark.parametrize(("world_size", "micro"), [(2, 2), (4, 1), (1, 8), (8, 1)])
-def test_global_batches_are_the_same_for_any_number_of_processes(windows: WindowDataset, world_size: int, micro: int):
-    steps = 15  # past the end of the first epoch of 101 windows
-    alone = torch.cat([inputs for inputs, _ in batches(windows, steps)]).view(steps, 8, N_CTX)
-    parts = [
-        torch.cat([i for i, _ in batches(windows, steps, rank=r, world_size=world_size, micro=micro)])
-        for r in range(world_size)
-    ]
-    together = torch.cat([part.view(steps, 8 // world_size, N_CTX) for part in parts], dim=1)
-    torch.testing.assert_close(together, alone)
-
-
-@pytest.mark.parametrize(("world_size", "micro"), [(1, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 2), (1, 8), (2, 2), (4, 1), (8, 1)])
 def test_the_windows_of_a_step_are_those_that_all_processes_get(windows: WindowDataset, world_size: int, micro: int):
-    """Read from the files of the whole dataset with its manifest alone."""
+    """Read from the files of the whole dataset with its manifest alone. So a step is the same for all processes."""
     folder = windows.paths[0].parent
     manifest = read_manifest(folder)
     files = [np.load(folder / shard.file) for shard in manifest.shards]
     share, micro_batches = 8 // world_size, 8 // world_size // micro
     for rank in range(world_size):
         yielded = batches(windows, 15, rank=rank, world_size=world_size, micro=micro)  # past the first epoch's end
-        for step in (0, 3, 11, 12, 13, 14):
-            with TrainingDataLoader(
-                windows,
-                seed=7,
-                batch_size=8,
-                micro_batch_size=micro,
-                rank=rank,
-                world_size=world_size,
-                device=torch.device("cpu"),
-                first_step=14,
-            ) as loader:
-                places = loader.step_windows(step)[rank * share : (rank + 1) * share]
+        with loader(windows, first=14, rank=rank, world_size=world_size, micro=micro) as opened:
+            parts = {step: opened.step_windows(step)[rank * share : (rank + 1) * share] for step in (0, 3, 12, 13, 14)}
+        for step, places in parts.items():
             starts = [(files[len(manifest.validation) + shard], window * N_CTX) for shard, window in places]
             expected = np.array([file[start : start + N_CTX + 1] for file, start in starts])
             own = yielded[step * micro_batches : (step + 1) * micro_batches]
+            assert all(batch.dtype == torch.int64 and batch.shape == (micro, N_CTX) for pair in own for batch in pair)
             np.testing.assert_array_equal(torch.cat([inputs for inputs, _ in own]), expected[:, :-1])
             np.testing.assert_array_equal(torch.cat([targets for _, targets in own]), expected[:, 1:])
 
@@ -161,9 +122,7 @@ def test_starting_at_a_step_gives_what_an_uninterrupted_reader_gets(windows: Win
 
 def test_a_shard_that_goes_away_while_it_is_trained_on(windows: WindowDataset):
     os.truncate(windows.paths[2], windows.paths[2].stat().st_size - 1)
-    with pytest.raises(
-        StorageError, match=rf"Cannot read {windows.paths[2]}: it became shorter.* expected 322 bytes .* found 321"
-    ):
+    with pytest.raises(StorageError, match=rf"Cannot read {windows.paths[2]}: it became shorter during use"):
         batches(windows, 15)
     windows.paths[2].unlink()
     with pytest.raises(StorageError, match=rf"Cannot read {windows.paths[2]}: No such file"):
@@ -176,16 +135,10 @@ def test_too_little_data_for_one_batch(dataset: Callable[..., Path]):
         WindowDataset(folder, read_manifest(folder).train, N_CTX, 50_257, at_least=4)
 
 
-def test_a_stray_file_is_ignored(dataset: Callable[..., Path]):
-    folder = dataset(train_tokens=[400])
-    (folder / "notes.npy").write_bytes(b"not tokens")
-    assert WindowDataset(folder, read_manifest(folder).train, N_CTX, 50_257, at_least=4).n_windows == 24
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_billion_tokens_take_little_memory_and_are_read_once():
     """Measured by the benchmark in a separate process. Speed depends on the machine, so it is not judged here."""
-    command = [sys.executable, "-m", "benchmarks.loader", "--n-ctx", "256", "--seconds", "1"]
+    command = [sys.executable, "-m", "benchmarks.loader", "--n-ctx", "256", "--seconds", "0.5"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     (figures,) = json.loads(result.stdout)["loader"]
     assert figures["dataset_tokens"] == 9_900_000_000
