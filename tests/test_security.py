@@ -185,7 +185,7 @@ def test_a_pinned_listing_cannot_lead_elsewhere(tmp_path: Path, revision: str, p
     """A manifest names the hub's files that a repair fetches into a folder named by their revision, and deletes."""
     files = [{"path": path, "bytes": 1, "sha256": None}]
     pinned = {"name": "fineweb-edu", "repository": "org/data", "revision": revision, "hub_files": files}
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is impossible"):
         open_fineweb_edu(Request([], [], "text", 1, 0), [pinned], tmp_path)
 
 

@@ -4,18 +4,17 @@ import gzip
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from src import launcher_settings
 from src.data_processing import data_downloader
 from src.data_processing.data_downloader import prepare, repair, verify
 from src.data_processing.shards import check_shard, read_manifest
 from src.utils.errors import StorageError, UserError
-from src.utils.root import ROOT
 from tests.conftest import Commands
 from tests.data_processing.documents import (
     MODULE,
@@ -52,18 +51,17 @@ def test_the_result_is_one_json_object_and_a_second_start_writes_nothing(tmp_pat
     assert second.stderr == f"already prepared: {tmp_path / 'datasets' / 'mine'}\n"
 
 
-def test_the_launcher_gives_datasets_the_names_that_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = (ROOT / "run_pre_training_e2e.sh").read_text()
-    [naming] = re.findall(r'^case "\$DATA_SOURCE" in.*?^DATA_DIR=.*?$', script, re.MULTILINE | re.DOTALL)
-    for source in ("pydocs", "fineweb-edu"):
-        for limit in ("", "10_000_000"):
-            variables = {"DATA_SOURCE": source, "DATA_MAX_TOKENS": limit, "DATA_DIR": ""}
-            done = subprocess.run(
-                ["bash", "-c", f'{naming}\necho "$DATA_DIR"'], env=variables, capture_output=True, text=True, check=True
-            )
-            limits = ["--max-tokens", limit] if limit else []
-            monkeypatch.setattr(sys, "argv", ["data_downloader", "--source", source, *limits])
-            assert done.stdout.strip() == data_downloader._parse_arguments().out
+@pytest.mark.parametrize("source", ["pydocs", "fineweb-edu"])
+@pytest.mark.parametrize("limit", ["", "10_000_000"])
+def test_the_launcher_gives_datasets_the_names_that_the_command_does(
+    monkeypatch: pytest.MonkeyPatch, source: str, limit: str
+) -> None:
+    variables = {"PRESET": "debug", "DATA_SOURCE": source, "DATA_MAX_TOKENS": limit}
+    folder = launcher_settings.settings(variables, [])["DATASET"]
+    monkeypatch.setattr(
+        sys, "argv", ["data_downloader", "--source", source, *(["--max-tokens", limit] if limit else [])]
+    )
+    assert Path(str(folder)).name == data_downloader._parse_arguments().out
 
 
 def test_pydocs_command(tmp_path: Path, commands: Commands) -> None:

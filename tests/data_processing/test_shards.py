@@ -358,7 +358,7 @@ def test_a_folder_that_takes_no_stamp_is_worth_one_note(folder: Path, reads: lis
     (folder / STAMP / "in the way").mkdir(parents=True)
     for _ in range(2):
         (note,) = verified(folder)
-        assert note.startswith(f"the next start will read the dataset again: cannot write {folder / STAMP}: ")
+        assert note.startswith(f"the next start will read the dataset again: Cannot write {folder / STAMP}: ")
     assert len(reads) == 6
     assert [name for name in os.listdir(folder) if name.startswith(STAMP)] == [STAMP]
 
