@@ -15,7 +15,8 @@ import pytest
 from src.utils import torchrun
 from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.test_processes import SETTINGS, data, losses  # noqa: F401 (data: a fixture)
+from tests.drills.small_run import SETTINGS
+from tests.test_processes import data, losses  # noqa: F401 (data: a fixture)
 
 
 def free_port() -> str:

@@ -176,7 +176,7 @@ def test_a_vocabulary_too_small_for_the_data(config: Config):
 
 def test_too_little_validation_data(config: Config, dataset: Callable[..., Path]):
     short = dataset(train_tokens=[700], val_tokens=12, n_vocab=300, name="short")
-    with pytest.raises(UserError, match=r"the validation part of .* holds 12 tokens: 0 windows"):
+    with pytest.raises(UserError, match=r"the validation part of .* holds 12 tokens, which is 0 windows"):
         train(replace(config, data=DataConfig(dir=str(short))))
 
 
