@@ -101,8 +101,7 @@ case "$DATA" in
         stage "2/5 data: waiting at most $DATA_WAIT s for $DATASET, which node 0 prepares"
         until [ -e "$DATASET/manifest.json" ]; do
             if [ "$SECONDS" -ge "$DATA_WAIT" ]; then
-                say "error: Cannot find $DATASET/manifest.json after $DATA_WAIT s. See node 0's messages, check that" \
-                    "this machine sees the same folder, or raise DATA_WAIT. Then start the same command again."
+                say "error: Cannot find $DATASET/manifest.json after $DATA_WAIT s. See node 0's messages, or raise DATA_WAIT."
                 exit 2
             fi
             sleep 1

@@ -1,9 +1,6 @@
 """The launcher's variables, checked and completed, as assignments that the shell evaluates.
 
-    PRESET=laptop DATA_PATH=my_texts python -m src.launcher_settings [overrides of pretrain.py]
-
-Presets and sources are registered in PRESETS and SOURCES; the launcher itself knows none by name. Imports no torch
-unless GPUs must be counted.
+Presets and sources are those of PRESETS and SOURCES. Imports torch only to count GPUs.
 """
 
 import os
@@ -37,8 +34,10 @@ def main() -> None:
 
 def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, str | int | list[str]]:
     """Returns every variable of the launcher by name. Raises UserError or ConfigError for one that cannot work."""
-    preset = _preset(variables)
-    source = _source(preset, variables)
+    debug = _one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
+    preset = _one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
+    default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
+    source = _one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
     nodes = _number(variables, "NNODES", 1, 1, "a number of machines")
     node = _number(variables, "NODE_RANK", 0, 0, f"this machine's number, from 0 to {nodes - 1}", nodes - 1)
     if nodes > 1 and not variables.get("MASTER_ADDR"):
@@ -76,18 +75,6 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
         "preparation": preparation if data == "prepare" else [],
         "@": arguments,
     }
-
-
-def _preset(variables: Mapping[str, str]) -> str:
-    debug = variables.get("DEBUG_MODE") or "False"
-    if _one_of("DEBUG_MODE", debug.capitalize(), ("True", "False")) == "True":
-        return "debug"
-    return _one_of("PRESET", variables.get("PRESET") or "lf_llm_269m", PRESETS)
-
-
-def _source(preset: str, variables: Mapping[str, str]) -> str:
-    default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
-    return _one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
 
 
 def _default_processes(preset: str) -> int:

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
+from types import MappingProxyType
 
 from src.utils.root import ROOT
 from tests.conftest import Commands
@@ -67,13 +69,26 @@ def run_pair(commands: Commands, folder: Path, lines: str, data: Path, *more: st
     return _ended(folder, result.returncode, result.stderr)
 
 
-def fork_pair(commands: Commands, folder: Path, lines: str, data: Path, *more: str) -> Pair:
-    """The same without torchrun, in half the time: for drills in which both processes end by themselves, alike."""
+def fork_pair(
+    commands: Commands,
+    folder: Path,
+    lines: str,
+    data: Path,
+    *more: str,
+    variables: Mapping[int, Mapping[str, str]] = MappingProxyType({}),
+) -> Pair:
+    """The same without torchrun, in half the time: for drills in which both processes end by themselves, alike.
+
+    `variables`: of the environment of single ranks.
+    """
     with socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [commands.environment | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    ranks = [
+        commands.environment | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | dict(variables.get(rank, {}))
+        for rank in range(2)
+    ]
     codes, result = run_forks(program(folder, lines), arguments(data, *more), ranks)
     assert codes[0] == codes[1], result.stderr
     return _ended(folder, codes[0], result.stderr)
