@@ -9,6 +9,7 @@ import ctypes
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,7 @@ def become(job: dict[str, Any], environment: dict[str, str]) -> None:
     import pretrain
     from src.utils import root
 
+    signal.alarm(240)  # no drill waits for a process that hangs
     os.environ.clear()
     os.environ.update(environment)
     for number, path in enumerate(job["files"]):

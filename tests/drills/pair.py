@@ -8,8 +8,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from socket import socket
 from types import MappingProxyType
+
+from torch.distributed import TCPStore
 
 from src.utils.root import ROOT
 from tests.conftest import Commands
@@ -81,10 +82,9 @@ def fork_pair(
 
     `variables`: of the environment of single ranks.
     """
-    with socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where they meet, as torchrun provides it
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
     ranks = [
         commands.environment | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | dict(variables.get(rank, {}))
         for rank in range(2)
