@@ -62,7 +62,9 @@ def logged_steps(commands: Commands, data: Path, disk: Mounts, run: str, lines: 
     assert result.returncode == 0, result.stderr
     assert result.stderr.count(WARNING) == 1
     text = disk.path(place / f"{run}.log.txt").read_text()
-    assert all(line.startswith(("20", "on 1 x", "precision: ", "micro-batch: ", "compile: ")) for line in text.splitlines())
+    assert all(
+        line.startswith(("20", "on 1 x", "precision: ", "micro-batch: ", "compile: ")) for line in text.splitlines()
+    )
     records = map(json.loads, disk.path(place / f"{run}.metrics.jsonl").read_text().splitlines())
     return [record["step"] for record in records if record["kind"] == "train"]
 
