@@ -83,15 +83,14 @@ choose_python requirements.txt
 settings=$(module src.launcher_settings "$@") || exit
 preparation=()
 eval "$settings" # the variables above; the arguments of pretrain.py as "$@"; also DATASET, `preparation` and others
-export TEMP_DATA_DIR LAUNCH_ID OMP_NUM_THREADS TORCH_ELASTIC_SHUTDOWN_TIMEOUT LAUNCHER_PID=$$
+export TEMP_DATA_DIR LAUNCH_ID OMP_NUM_THREADS LAUNCHER_PID=$$
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # seconds in which stopped processes save
 # A misspelt setting or a full disk should be found before hours of preparing data.
 export DATA DATA_SOURCE DATA_PATH DATA_DATASET DATA_CONFIG DATA_SPLIT DATA_TEXT_FIELD DATA_MAX_TOKENS NPROC
-if [ -n "$DRY_RUN" ]; then
-    WORLD_SIZE=$((NPROC * NNODES)) child module src.preflight "$@" || exit
-    say "dry run: nothing was prepared or trained"
-    exit 0
-fi
-WORLD_SIZE=$((NPROC * NNODES)) child module src.preflight "$@" >/dev/null || exit
+code=0
+summary=$(WORLD_SIZE=$((NPROC * NNODES)) module src.preflight "$@") || code=$?
+[ -z "$DRY_RUN" ] || printf '%s\n' "$summary"
+[ "$code$DRY_RUN" = 0 ] || exit "$code"
 
 case "$DATA" in
     prepare)
@@ -102,8 +101,7 @@ case "$DATA" in
         stage "2/5 data: waiting at most $DATA_WAIT s for $DATASET, which node 0 prepares"
         until [ -e "$DATASET/manifest.json" ]; do
             if [ "$SECONDS" -ge "$DATA_WAIT" ]; then
-                say "error: Cannot find $DATASET/manifest.json after $DATA_WAIT s. See node 0's messages, check that" \
-                    "this machine sees the same folder, or raise DATA_WAIT. Then start the same command again."
+                say "error: Cannot find $DATASET/manifest.json after $DATA_WAIT s. See node 0's messages, or raise DATA_WAIT."
                 exit 2
             fi
             sleep 1
@@ -113,7 +111,6 @@ case "$DATA" in
 esac
 
 stage "3/5 training: preset $PRESET, run $RUN_NAME, $NPROC process(es) on $NNODES machine(s)"
-before=$(cat "$RUN_DIR/status.json" 2>/dev/null || true)
 restarts=0
 while :; do
     code=0
@@ -131,10 +128,6 @@ while :; do
 done
 [ "$NODE_RANK" = 0 ] || exit "$code"
 
-if [ "$code" = 0 ] && [ "$(cat "$RUN_DIR/status.json")" = "$before" ] && [ -e "$RUN_DIR/report.html" ]; then
-    say "the run is complete; its report is $RUN_DIR/report.html"
-    exit 0
-fi
 if [ "$code" = 0 ]; then
     stage "4/5 a text from the saved model"
     text=$(mktemp)

@@ -1,16 +1,13 @@
 """The launcher's variables, checked and completed, as assignments that the shell evaluates.
 
-    PRESET=laptop DATA_PATH=my_texts python -m src.launcher_settings [overrides of pretrain.py]
-
-Presets and sources are registered in PRESETS and SOURCES; the launcher itself knows none by name. Imports no torch
-unless GPUs must be counted.
+Presets and sources are those of PRESETS and SOURCES. Imports torch only to count GPUs.
 """
 
 import os
 import shlex
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 
 from src import available_cores
@@ -37,8 +34,10 @@ def main() -> None:
 
 def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, str | int | list[str]]:
     """Returns every variable of the launcher by name. Raises UserError or ConfigError for one that cannot work."""
-    preset = _preset(variables)
-    source = _one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or _default_source(preset, variables), SOURCES)
+    debug = _one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
+    preset = _one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
+    default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
+    source = _one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
     nodes = _number(variables, "NNODES", 1, 1, "a number of machines")
     node = _number(variables, "NODE_RANK", 0, 0, f"this machine's number, from 0 to {nodes - 1}", nodes - 1)
     if nodes > 1 and not variables.get("MASTER_ADDR"):
@@ -46,18 +45,14 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
     processes = _number(variables, "NPROC", 0, 1, "a number of processes") or _default_processes(preset)
     arguments = [argument for argument in overrides if argument != "--dry-run"]
     has_data = any(argument.split("=")[0] == "--data.dir" for argument in arguments)
+    data = "ready" if has_data else "prepare" if node == 0 else "wait"
+    if data == "prepare" and SOURCES[source].needs_paths and not variables.get("DATA_PATH"):
+        raise UserError("DATA_PATH is not set. Set it to your text: a file, folder or pattern, or several, one a line.")
     preparation, folder = _preparation(source, variables)
-    if not has_data:
-        arguments = ["--data.dir", folder, *arguments]
-        if SOURCES[source].needs_paths and node == 0 and not variables.get("DATA_PATH"):
-            raise UserError(
-                "DATA_PATH is not set. Set it to your text: a file, folder or pattern, or several, one a line."
-            )
-    arguments = [preset, "--run-name", variables.get("RUN_NAME") or preset, *arguments]
-    sys.argv[1:] = arguments
+    arguments = arguments if has_data else ["--data.dir", folder, *arguments]
+    sys.argv[1:] = arguments = [preset, "--run-name", variables.get("RUN_NAME") or preset, *arguments]
     with redirect_stdout(sys.stderr):  # the shell evaluates stdout
         config = config_from_command_line("")
-    data = "ready" if has_data else "prepare" if node == 0 else "wait"
     return {
         "PRESET": preset,
         "RUN_NAME": config.run_name,
@@ -75,27 +70,11 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
         "MAX_RESTARTS": _number(variables, "MAX_RESTARTS", 3, 0, "a number of restarts"),
         "MEETING_SECONDS": int(config.train.timeout_s) + MEETING_MARGIN_S,
         "OMP_NUM_THREADS": variables.get("OMP_NUM_THREADS") or max(1, available_cores() // processes),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _number(
-            variables, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 120, 0, "seconds in which stopped processes save"
-        ),
         "LAUNCH_ID": variables.get("LAUNCH_ID") or uuid.uuid4().hex,
         "DRY_RUN": "yes" if "--dry-run" in overrides else "",
         "preparation": preparation if data == "prepare" else [],
         "@": arguments,
     }
-
-
-def _preset(variables: Mapping[str, str]) -> str:
-    debug = variables.get("DEBUG_MODE", "").lower()
-    if debug not in ("true", "1", "false", "0", ""):
-        raise UserError(f"DEBUG_MODE is {variables['DEBUG_MODE']!r}; it must be True or False.")
-    return "debug" if debug in ("true", "1") else _one_of("PRESET", variables.get("PRESET") or "lf_llm_269m", PRESETS)
-
-
-def _default_source(preset: str, variables: Mapping[str, str]) -> str:
-    if variables.get("DATA_PATH"):
-        return "files"
-    return "hub" if variables.get("DATA_DATASET") else PRESETS[preset].source
 
 
 def _default_processes(preset: str) -> int:
@@ -128,9 +107,9 @@ def _paths(variables: Mapping[str, str]) -> list[str]:
     return [os.path.abspath(os.path.expanduser(line)) for line in lines if line]
 
 
-def _one_of(variable: str, value: str, registry: Mapping[str, object]) -> str:
-    if value not in registry:
-        raise UserError(f"{variable} is {value!r}; it must be one of {', '.join(registry)}.")
+def _one_of(variable: str, value: str, names: Collection[str]) -> str:
+    if value not in names:
+        raise UserError(f"{variable} is {value!r}; it must be one of {', '.join(names)}.")
     return value
 
 

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,19 +34,14 @@ from src.model_assessment.hellaswag_items import cached_items, hub_answers, load
 from src.model_assessment.trackers import require_packages
 from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.autotune import compile_problem
-from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoint_bytes, checkpoints_need
+from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoints_need
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
-from src.model_utils.memory_estimate import Step, estimate_memory
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config, ConfigError
 from src.utils import root
 from src.utils.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STORAGE, BusyError, StorageError, UserError, exit_with, say
 from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
 from src.utils.handle_ddp import device_and_backend, processes_here, world_size
-from src.utils.hardware import available_memory_bytes, choose_precision
-
-PROCESS_BYTES = 700_000_000  # PyTorch with its compiler
-FREED_SHARE = 1.4  # memory that is freed and kept on a CPU, measured (LOG.md)
 
 
 @dataclass(frozen=True)
@@ -58,17 +52,13 @@ class Start:
     world_size: int
     processes_here: int
     request: Request | None = None
-    """The dataset that the launcher will prepare unless it exists."""
-    data: str = "ready"
-    """ready: the dataset must exist; prepare: the launcher prepares it; wait: another machine does."""
+    """The dataset that the launcher will prepare; None if it exists."""
+    awaited: bool = False
+    """True if another machine prepares the dataset."""
 
     @property
     def dataset(self) -> Path:
         return root.dataset_dir(self.config.data.dir)
-
-    @property
-    def is_prepared(self) -> bool:
-        return self.data == "ready" or os.path.exists(self.dataset / MANIFEST)
 
     @property
     def run_dir(self) -> Path:
@@ -84,22 +74,20 @@ class Found(NamedTuple):
 
 
 def main() -> int:
-    started = time.perf_counter()
     os.chdir(os.environ.get("STARTED_IN") or ".")
     config = config_from_command_line(
         "Check whether pretrain.py can start with these settings, with WORLD_SIZE processes, NPROC of them here. Exit "
         "codes: 0 yes, 2 no, 4 no because of storage alone, 5 no because another process holds the run.",
         prog="python -m src.preflight",
     )
-    data = os.environ.get("DATA", "ready")
-    start = Start(config, world_size(), processes_here(), requested(os.environ) if data == "prepare" else None, data)
+    data = os.environ.get("DATA") if not (root.dataset_dir(config.data.dir) / MANIFEST).exists() else None
+    request = requested(os.environ) if data == "prepare" else None
+    start = Start(config, world_size(), processes_here(), request, awaited=data == "wait")
     results, code = check_all(start)
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:
         say(f"\nnot started: {len(failed)} check(s) failed: {', '.join(failed)}")
-    seconds = round(time.perf_counter() - started, 3)
-    summary = {"exit_code": code, "failed": failed, "warnings": warnings, "checks": results, "seconds": seconds}
-    print(json.dumps(summary))
+    print(json.dumps({"exit_code": code, "failed": failed, "warnings": warnings, "checks": results}))
     return code
 
 
@@ -146,42 +134,25 @@ def settings(start: Start) -> Found:
 
 
 def device(start: Start) -> Found:
-    """Checks the device of each process, its memory, and the compiler."""
+    """Checks the device of each process, and the compiler."""
     compile = start.config.train.compile
     kind = device_and_backend(start.config.train.device, start.processes_here - 1, start.world_size)[0].type
-    text, doubts = f"{kind}, Python {platform.python_version()}, PyTorch {torch.__version__}", []
-    if (compile == "on" or (compile == "auto" and kind == "cuda")) and (problem := compile_problem(kind)):
-        if compile == "on":
-            raise UserError(f"Cannot compile the model: {problem}, or leave out --train.compile on.")
-        doubts.append(f"{problem}; until then nothing is compiled")
-    needed, free = _memory(start, kind)
-    if needed > free:
-        remedy = "Use a smaller --train.micro-batch-size or model, fewer processes, or end other programs."
-        doubts.append(f"roughly {size_text(needed)} of memory needed, {size_text(free)} free. {remedy}")
-    return Found("; ".join([text, *doubts]), bool(doubts))
-
-
-def _memory(start: Start, kind: str) -> tuple[int, int]:
-    """Returns the bytes of memory that training roughly needs, and the free ones: of a GPU, or of this machine."""
-    config = start.config
-    number_bytes = choose_precision(config.train.precision, torch.device(kind)).itemsize
-    step = estimate_memory(Step(config.model, config.micro_batch_size, number_bytes, kind)).total
-    if kind == "cuda":
-        return step, min(torch.cuda.mem_get_info(number)[0] for number in range(start.processes_here))
-    # A save copies weights and moments while training continues.
-    process = PROCESS_BYTES + FREED_SHARE * step + checkpoint_bytes(config)
-    return start.processes_here * int(process), available_memory_bytes()
+    text = f"{kind}, Python {platform.python_version()}, PyTorch {torch.__version__}"
+    problem = compile_problem(kind) if compile == "on" or (compile == "auto" and kind == "cuda") else ""
+    if problem and compile == "on":
+        raise UserError(f"Cannot compile the model: {problem}, or leave out --train.compile on.")
+    return Found(f"{text}; {problem}; until then nothing is compiled" if problem else text, bool(problem))
 
 
 def dataset(start: Start) -> Found:
     """Checks the dataset, or the source that it will be prepared from."""
-    config, folder = start.config, start.dataset
-    if not start.is_prepared:
+    config, folder, request = start.config, start.dataset, start.request
+    if request or start.awaited:
         _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
-        if start.request is None:
+        if request is None:
             return Found(f"{folder}, which node 0 prepares")
-        files = f", {len(find_files(start.request.paths)[0]):,} of them" if start.request.paths else ""
-        return Found(f"{folder}, to be prepared from {start.request.sources[0]}{files}")
+        files = f", {len(find_files(request.paths)[0]):,} of them" if request.paths else ""
+        return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
     manifest = read_manifest(folder)
     _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)
     unread = check_in_seconds(folder, manifest)
@@ -200,75 +171,56 @@ def _check_vocabulary(config: Config, folder: Path, name: str, n_vocab: int) -> 
 
 
 def folder(start: Start) -> Found:
-    """Checks that the run's folder is free and writable, and the dataset's too."""
+    """Checks that the run's folder is free and writable, and the dataset's if it will be prepared."""
     refuse_dangling(start.run_dir)
-    for path in sorted({existing_folder(path) for path in (start.run_dir, start.run_dir / "checkpoints")}):
+    to_write = [start.run_dir, start.run_dir / "checkpoints"] + ([start.dataset] if start.request else [])
+    for path in sorted({existing_folder(path) for path in to_write}):
         check_writable(path)
     refuse_claimed(start.run_dir)
-    try:
-        check_writable(existing_folder(start.dataset))
-    except StorageError as error:
-        if not start.is_prepared:
-            raise
-        return Found(f"{start.run_dir}; {error}, so every start reads the whole dataset", True)
     return Found(f"{start.run_dir}, free and writable")
 
 
 def disk(start: Start) -> Found:
-    """Checks the room for checkpoints and for the dataset, together if they share a file system."""
-    needs = {"checkpoints": (start.run_dir, checkpoints_need(start.config, start.run_dir / "checkpoints"))}
-    if tokens := _tokens(start):
-        needs["data"] = (start.dataset, disk_needed(start.dataset, tokens, 0))
-    devices: dict[int, dict[str, int]] = {}
-    for name, (path, size) in needs.items():
-        devices.setdefault(existing_folder(path).stat().st_dev, {})[name] = size
-    texts, doubtful, failed = [], False, False
-    for sizes in devices.values():
-        place = existing_folder(needs[next(iter(sizes))][0])
-        needed, free = sum(sizes.values()), free_bytes(place)
-        parts = " + ".join(f"{size_text(size)} for {name}" for name, size in sizes.items())
-        texts.append(f"{parts} needed, {'only ' if needed > free else ''}{size_text(free)} free at {place}")
-        doubtful |= needed > free
-        failed |= needed - sizes.get("data", 0) // 2 > free  # data can only be estimated
-    if failed:
-        raise StorageError(f"{'; '.join(texts)}; {MAKE_ROOM}, or prepare less with DATA_MAX_TOKENS")
-    return Found("; ".join(texts), doubtful)
-
-
-def _tokens(start: Start) -> int:
-    """Returns the estimated tokens of the dataset to prepare, 0 if there is none."""
-    if start.request is None or start.is_prepared:
-        return 0
-    try:
-        tokens = SOURCES[start.request.sources[0]].tokens(start.request)
-    except UserError:  # the check of the dataset reports it
-        return 0
-    return min(tokens, start.request.max_tokens or tokens)
+    """Checks the room for checkpoints and for the dataset, of which half must fit: it can only be estimated."""
+    checkpoints = checkpoints_need(start.config, start.run_dir / "checkpoints")
+    place, data_place = existing_folder(start.run_dir), existing_folder(start.dataset)
+    request, data = start.request, 0
+    if request:
+        tokens = SOURCES[request.sources[0]].tokens(request)
+        data = disk_needed(start.dataset, min(tokens, request.max_tokens or tokens))
+    free, free_for_data = free_bytes(place), free_bytes(data_place)
+    on_one_disk = place.stat().st_dev == data_place.stat().st_dev
+    is_full = checkpoints + on_one_disk * data // 2 > free or data // 2 > free_for_data
+    only = "only " if is_full else ""
+    text = f"{size_text(checkpoints)} for checkpoints needed, {only}{size_text(free)} free at {place}"
+    if request:
+        text += f"; roughly {size_text(data)} for data, {size_text(free_for_data)} free at {data_place}"
+    if is_full:
+        raise StorageError(f"{text}; {MAKE_ROOM}, or prepare less with DATA_MAX_TOKENS")
+    return Found(text)
 
 
 def hub(start: Start) -> Found:
     """Checks the source of HellaSwag's items, and the hub if the dataset comes from it."""
-    source = start.request.sources[0] if start.request and not start.is_prepared else ""
-    needs_hub = source and SOURCES[source].uses_hub and not hub_settings.HF_HUB_OFFLINE
-    if needs_hub and not hub_answers(hub_settings.ENDPOINT):
+    source = start.request.sources[0] if start.request else ""
+    offline, evaluation = hub_settings.HF_HUB_OFFLINE, start.config.eval
+    if source and SOURCES[source].uses_hub and not offline and not hub_answers(hub_settings.ENDPOINT):
         raise UserError(
             f"Cannot prepare {source}: {hub_settings.ENDPOINT} does not answer. Set DATA_SOURCE to files or pydocs. If "
             "everything was downloaded before, set HF_HUB_OFFLINE=1."
         )
-    data, limit = start.config.eval.hellaswag_data, start.config.eval.hellaswag_items
-    if not limit or data == "held-out":
+    if not evaluation.hellaswag_items or evaluation.hellaswag_data == "held-out":
         return Found("not needed for HellaSwag")
-    if data != "auto":
-        return Found(f"not needed: {len(load_items(Path(data), limit)):,} HellaSwag items in {data}")
+    if evaluation.hellaswag_data != "auto":
+        items = load_items(Path(evaluation.hellaswag_data), evaluation.hellaswag_items)
+        return Found(f"not needed: {len(items):,} HellaSwag items in {evaluation.hellaswag_data}")
     refuse_silent_hub()
-    if copy := cached_items():
-        return Found(f"HellaSwag is in {copy.parent}")
-    if hub_settings.HF_HUB_OFFLINE:
+    if offline and not cached_items():
         raise UserError(
             "Cannot download HellaSwag: HF_HUB_OFFLINE is set. Give a local copy with --eval.hellaswag-data FILE, use "
             "--eval.hellaswag-data held-out for a stand-in, or --eval.hellaswag-items 0 for none."
         )
-    return Found(f"HellaSwag will be downloaded from {hub_settings.ENDPOINT}, which answers")
+    return Found("HellaSwag is downloaded" if cached_items() else f"HellaSwag will come from {hub_settings.ENDPOINT}")
 
 
 def trackers(start: Start) -> Found:
@@ -279,27 +231,20 @@ def trackers(start: Start) -> Found:
 def checkpoint(start: Start) -> Found:
     """Checks the checkpoint to resume from, except its bytes, which training verifies."""
     folder, resume = start.run_dir / "checkpoints", start.config.resume
-    steps = checkpoint_steps(folder)
-    if resume.isdecimal() and int(resume) not in steps:
-        existing = ", ".join(map(str, steps)) or "none"
-        raise UserError(
-            f"Cannot resume from step {resume}: {folder} has none. Steps that have a checkpoint: {existing}. "
-            "Leave out --resume to use the newest."
-        )
     if resume == "never":
         return Found("none; an existing run is set aside")
+    steps = [int(resume)] if resume.isdecimal() else checkpoint_steps(folder)
     if not steps:
         refuse_lost(folder)
         return Found("none; training starts at step 0")
-    step = steps[-1] if resume == "auto" else int(resume)
     try:
-        settings = read_unverified(step_dir(folder, step))
+        saved = read_unverified(step_dir(folder, steps[-1]))
     except UserError as error:
         if resume != "auto":
             raise
-        return Found(f"an earlier one than step {step}, because: {error}", True)
-    check_settings(settings, start.config)
-    return Found(f"step {step} of {start.config.total_steps}, if its files verify")
+        return Found(f"an earlier one than step {steps[-1]}, because: {error}", True)
+    check_settings(saved, start.config)
+    return Found(f"step {saved.step} of {start.config.total_steps}, if its files verify")
 
 
 CHECKS: dict[str, Callable[[Start], Found]] = {

@@ -21,8 +21,7 @@ from src.utils import files, root
 from src.utils.errors import BusyError, StorageError, UserError
 from src.utils.files import claimed
 from tests.conftest import Commands
-from tests.drills.small_run import contents, shard_paths
-from tests.test_processes import SETTINGS
+from tests.drills.small_run import SETTINGS, contents, module, shard_paths
 
 ITEM = {"ind": 1, "ctx": "A cat sits", "endings": ["down.", "up.", "in.", "out."], "label": 0}
 
@@ -40,7 +39,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def start_of(config: Config, data: Path | str = "here", request: Request | None = None, processes: int = 1) -> Start:
     config = replace(config, data=DataConfig(dir=str(data)))
-    return Start(config, processes, processes, request, "prepare" if request else "ready")
+    return Start(config, processes, processes, request)
 
 
 def request(source: str, *paths: str, max_tokens: int | None = None) -> Request:
@@ -67,9 +66,9 @@ def asking(data: str, items: int = 10) -> Start:
 
 def test_a_start_that_can_work(commands: Commands, data: Path):
     arguments = ("debug", "--data.dir", str(data), *SETTINGS)
-    assert commands.module("src.preflight", *arguments).returncode == 0
+    assert module(commands, "src.preflight", *arguments).returncode == 0
     before = contents(commands.temp_data)  # with the dataset's stamp
-    result = commands.module("src.preflight", *arguments)
+    result = module(commands, "src.preflight", *arguments)
     assert result.returncode == 0, result.stderr
     assert contents(commands.temp_data) == before
     lines = result.stderr.splitlines()
@@ -83,7 +82,7 @@ def test_a_start_that_can_work(commands: Commands, data: Path):
 
 def test_all_failures_at_once_and_what_to_do(commands: Commands, tmp_path: Path):
     arguments = ("laptop", "--data.dir", "nowhere", "--eval.hellaswag-data", "nothing.jsonl", "--resume", "7")
-    result = commands.module("src.preflight", *arguments, "--train.micro-batch-size", "5")
+    result = module(commands, "src.preflight", *arguments, "--train.micro-batch-size", "5")
     assert result.returncode == 2
     assert json.loads(result.stdout)["failed"] == ["settings", "dataset", "hub", "checkpoint"]
     assert "5 cannot share evenly; with 1 process(es), micro_batch_size can be 1, 2, 4, 8, 16 or 32" in result.stderr
@@ -91,7 +90,7 @@ def test_all_failures_at_once_and_what_to_do(commands: Commands, tmp_path: Path)
     assert (
         f"no dataset at {tmp_path}/datasets/nowhere: no such folder; prepare it with: python -m src." in result.stderr
     )
-    assert f"Cannot resume from step 7: {tmp_path}/runs/laptop/checkpoints has none" in result.stderr
+    assert f"Cannot read {tmp_path}/runs/laptop/checkpoints/step_0000007/state.json: " in result.stderr
     assert result.stderr.endswith("4 check(s) failed: settings, dataset, hub, checkpoint\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -99,7 +98,7 @@ def test_all_failures_at_once_and_what_to_do(commands: Commands, tmp_path: Path)
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where not even root can write")
 def test_storage_alone_has_its_own_exit_code(commands: Commands, data: Path):
     commands.environment["TEMP_DATA_DIR"] = "/proc/nowhere"
-    result = commands.module("src.preflight", "debug", "--data.dir", str(data), *SETTINGS)
+    result = module(commands, "src.preflight", "debug", "--data.dir", str(data), *SETTINGS)
     assert result.returncode == 4
     assert "FAIL  folder:     Cannot write in /proc: " in result.stderr
 
@@ -116,12 +115,12 @@ def test_the_launchers_variables(commands: Commands, tmp_path: Path):
     (tmp_path / "texts" / "one.txt").write_text("One.")
     commands.environment |= {"WORLD_SIZE": "4", "NPROC": "2", "STARTED_IN": str(tmp_path), "DATA": "prepare"}
     commands.environment |= {"DATA_SOURCE": "files", "DATA_PATH": "texts\n", "DATA_MAX_TOKENS": "1_000"}
-    result = commands.module("src.preflight", "laptop")
+    result = module(commands, "src.preflight", "laptop")
     assert result.returncode == 0, result.stderr
     assert "ok    settings:   4 process(es) (2 on this machine), micro-batch 8 x 256, 1 accumulation" in result.stderr
     assert f"{tmp_path}/datasets/my_text, to be prepared from files, 1 of them" in result.stderr
     commands.environment["DATA"] = "wait"
-    waiting = commands.module("src.preflight", "laptop")
+    waiting = module(commands, "src.preflight", "laptop")
     assert waiting.returncode == 0, waiting.stderr
     assert f"{tmp_path}/datasets/my_text, which node 0 prepares" in waiting.stderr
 
@@ -173,12 +172,11 @@ def test_one_disk_for_data_and_checkpoints(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(preflight, "free_bytes", lambda _: free)
         return preflight.disk(start)
 
-    assert not check(checkpoints + data + 100_000_000).doubtful
-    assert check(checkpoints + data - 100_000_000).doubtful
+    check(checkpoints + data // 2 + 100_000_000)
     with pytest.raises(
-        StorageError, match=r"26\.9 GB for checkpoints \+ 2.\.. GB for data needed, only 30\.0 GB free at"
+        StorageError, match=r"26\.9 GB for checkpoints needed, only 3.\.. GB free at .* 2.\.. GB for data"
     ):
-        check(30_000_000_000)
+        check(checkpoints + data // 2 - 100_000_000)
     assert "for data" not in check(30_000_000_000, start_of(lf_llm_269m())).text
     part = start_of(lf_llm_269m(), "new", request("fineweb-edu", max_tokens=1_000_000_000))
     assert "2.2 GB for data" in check(30_000_000_000, part).text
@@ -200,37 +198,21 @@ def test_multiple_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cached = tmp_path / "cache" / "Rowan___hellaswag" / "default" / "0.0.0" / "a1b2" / "hellaswag-validation.arrow"
     cached.parent.mkdir(parents=True)
     cached.touch()
-    assert preflight.hub(asking("auto")).text == f"HellaSwag is in {cached.parent}"
+    assert preflight.hub(asking("auto")).text == "HellaSwag is downloaded"
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch):
-    """Their number, and the free memory of each against the planner's estimate."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: ([80, 1][number] * 10**9, 80 * 10**9))
     config = on("cuda", debug(), compile="off", precision="bf16")
+    assert preflight.device(start_of(config, processes=2)).text.startswith("cuda")
     with pytest.raises(UserError, match=r"Cannot use CUDA device 3 for process 3 of this machine"):
         preflight.device(start_of(config, processes=4))
-    assert not preflight.device(start_of(config, processes=1)).doubtful
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: ([80, 0][number] * 10**9, 80 * 10**9))
-    found = preflight.device(start_of(config, processes=2))
-    assert found.doubtful
-    assert "of memory needed, 0 bytes free. Use a smaller --train.micro-batch-size" in found.text.replace(
-        "0.0 kB", "0 bytes"
-    )
 
 
 def test_processes_that_cannot_share_a_batch():
     with pytest.raises(ConfigError, match="3 process"):
         preflight.settings(start_of(debug(), processes=3))
-
-
-def test_memory_of_a_machine(monkeypatch: pytest.MonkeyPatch):
-    start = start_of(on("cpu", debug(), precision="float32"))
-    for free, doubtful in ((18 * 10**8, True), (3 * 10**9, False)):  # this preset took 2.4 GB
-        monkeypatch.setattr(preflight, "available_memory_bytes", lambda free=free: free)
-        assert preflight.device(start).doubtful == doubtful
 
 
 def test_a_compiler_that_is_missing_matters_where_something_is_compiled(monkeypatch: pytest.MonkeyPatch):
@@ -258,13 +240,13 @@ def test_a_folder_for_compiled_code_that_cannot_serve(name: str, commands: Comma
     assert Path(result.stdout.strip()).parent == Path(tempfile.gettempdir())
 
 
-def test_a_prepared_dataset_may_lie_where_nobody_can_write(data: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_dataset_to_prepare_needs_a_folder_where_it_can_write(data: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(folder: Path) -> None:
         if folder == data:
-            raise StorageError(f"cannot write in {folder}: Read-only file system")
+            raise StorageError(f"Cannot write in {folder}: Read-only file system")
 
     monkeypatch.setattr(preflight, "check_writable", refuse)
-    assert preflight.folder(start_of(debug(), data)).doubtful
+    preflight.folder(start_of(debug(), data))
     with pytest.raises(StorageError):
         preflight.folder(start_of(debug(), data / "new", request("pydocs")))
 

@@ -15,7 +15,9 @@ import pytest
 from src.utils import torchrun
 from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.test_processes import SETTINGS, data, losses  # noqa: F401 (data: a fixture)
+from tests.drills.pair import fork_pair
+from tests.drills.small_run import SETTINGS, start
+from tests.test_processes import data, losses  # noqa: F401 (data: a fixture)
 
 
 def free_port() -> str:
@@ -25,7 +27,7 @@ def free_port() -> str:
 
 
 class Machines:
-    """Two machines with a process each: torchrun as the launcher starts it, or the launcher itself."""
+    """Two machines with a launcher and a process each."""
 
     def __init__(self, commands: Commands) -> None:
         self.commands, self.port = commands, free_port()
@@ -41,15 +43,6 @@ class Machines:
             text=True,
         )
         self.running.append(process)
-
-    def torchrun(self, program: Path, *arguments: str, disks: tuple[Path, ...] = ()) -> "Machines":
-        for machine in range(2):
-            options = ["--nnodes", "2", "--node-rank", str(machine), "--nproc-per-node", "1"]
-            options += ["--master-addr", "127.0.0.1", "--master-port", self.port]
-            disk = {"TEMP_DATA_DIR": str(disks[machine])} if disks else {}
-            command = [sys.executable, "-m", "src.utils.torchrun", *options, str(program), *arguments]
-            self.start(machine, command, **disk)
-        return self
 
     def launch(self, *overrides: str) -> "Machines":
         for machine in range(2):
@@ -86,13 +79,9 @@ def wait_for_steps(commands: Commands, run: str, steps: int, launchers: list[sub
         time.sleep(0.05)
 
 
-@pytest.fixture
-def settings(data: str) -> list[str]:  # noqa: F811 (the fixture)
-    return ["--run-name", "far", "--data.dir", data, "--checkpoint.every-steps", "10", *SETTINGS]
-
-
-def test_a_process_killed_on_one_machine_restarts_all(commands: Commands, settings: list[str], machines):
+def test_a_process_killed_on_one_machine_restarts_all(commands: Commands, data: Path, machines):  # noqa: F811
     """And a stop on one machine then stops and saves on both."""
+    settings = ["--run-name", "far", "--data.dir", str(data), "--checkpoint.every-steps", "10", *SETTINGS]
     pair = machines().launch(*settings, "--train.total-steps", "100000", "--model.n-vocab", "50257")
     wait_for_steps(commands, "far", 12, pair.running)
     listed = subprocess.run(
@@ -118,9 +107,8 @@ def test_a_process_killed_on_one_machine_restarts_all(commands: Commands, settin
     assert json.loads((log.parent / "status.json").read_text())["state"] == "stopped"
 
 
-@pytest.mark.parametrize("machine", [0, 1])
-def test_a_machine_that_does_not_come_is_waited_for_only_so_long(machine: int, commands: Commands):
-    options = ["--nnodes", "2", "--node-rank", str(machine), "--nproc-per-node", "1", "--rdzv-conf", "timeout=3"]
+def test_a_machine_that_does_not_come_is_waited_for_only_so_long(commands: Commands):
+    options = ["--nnodes", "2", "--node-rank", "1", "--nproc-per-node", "1", "--rdzv-conf", "timeout=3"]
     options += ["--master-addr", "127.0.0.1", "--master-port", free_port(), str(ROOT / "pretrain.py"), "debug"]
     ended = commands.module("src.utils.torchrun", *options)
     assert ended.returncode == torchrun.EXIT_LOST_MACHINE
@@ -129,25 +117,19 @@ def test_a_machine_that_does_not_come_is_waited_for_only_so_long(machine: int, c
     assert "Traceback" not in ended.stderr
 
 
-def test_a_run_directory_that_is_not_shared(commands: Commands, settings: list[str], machines):
+def test_a_run_directory_that_is_not_shared(commands: Commands, data: Path, tmp_path: Path):  # noqa: F811
     """The run resumes with the same machine first, and is refused with the other one first."""
-    ours, others = commands.temp_data, commands.temp_data / "another disk"
-    run = ["debug", *settings, "--train.total-steps", "20"]
-    assert [code for code, _ in machines().torchrun(ROOT / "pretrain.py", *run, disks=(ours, others)).ends()] == [0, 0]
-    ends = machines().torchrun(ROOT / "pretrain.py", *run, disks=(others, ours)).ends()
-    assert [code for code, _ in ends] == [2, 2]
-    assert sum(text.count("has checkpoints up to step 20 in") for _, text in ends) == 1
+    assert start(commands, data).returncode == 0
+    others = {0: {"TEMP_DATA_DIR": str(tmp_path / "another disk")}}
+    ended = fork_pair(commands, tmp_path, "", data, "--train.micro-batch-size", "4", variables=others)
+    assert ended.code == 2
+    assert ended.stderr.count("has checkpoints up to step 4 in") == 1
 
 
-def test_machines_with_other_settings_are_refused(settings: list[str], tmp_path: Path, machines):
-    program = tmp_path / "pretrain.py"
-    program.write_text(
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import pretrain; from src.utils.errors import exit_with\n"
-        "sys.argv += ['--train.seed', os.environ['RANK']]; exit_with(pretrain.main)\n"
-    )
-    ends = machines().torchrun(program, "debug", *settings).ends()
-    assert [code for code, _ in ends] == [2, 2]
-    assert "train.seed: 1, in process 0 0" in ends[1][1]
+def test_machines_with_other_settings_are_refused(commands: Commands, data: Path, tmp_path: Path):  # noqa: F811
+    ended = fork_pair(commands, tmp_path, "sys.argv += ['--train.seed', os.environ['RANK']]\n", data)
+    assert ended.code == 2
+    assert "train.seed: 1, in process 0 0" in ended.stderr
 
 
 STAND_INS = {
@@ -173,13 +155,13 @@ exit $code
 
 
 @pytest.fixture
-def slurm(commands: Commands, data: str, tmp_path: Path) -> Callable[..., subprocess.Popen]:  # noqa: F811
+def slurm(commands: Commands, data: Path, tmp_path: Path) -> Callable[..., subprocess.Popen]:  # noqa: F811
     """Starts the job as Slurm would on two nodes: slurm(overrides...)."""
     for name, content in STAND_INS.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(content)
         (tmp_path / "bin" / name).chmod(0o755)
-    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2"}
+    job = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2"}
     port = next(port for port in map(int, iter(free_port, "")) if 20000 <= port < 40000)
     job |= {"SLURM_JOB_ID": str(port - 20000)}  # the job's port is 20000 + its id % 20000
     job |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
@@ -187,16 +169,16 @@ def slurm(commands: Commands, data: str, tmp_path: Path) -> Callable[..., subpro
 
     vocabulary = ("--model.n-vocab", "50257")  # the launcher's last stages write a text
 
-    def start(*overrides: str) -> subprocess.Popen:
+    def submit(*overrides: str, folder: Path = ROOT) -> subprocess.Popen:
         return subprocess.Popen(
-            [str(ROOT / "slurm" / "pretrain.sbatch"), "--data.dir", data, *overrides, *SETTINGS, *vocabulary],
-            env={**commands.environment, **job},
+            [str(ROOT / "slurm" / "pretrain.sbatch"), "--data.dir", str(data), *overrides, *SETTINGS, *vocabulary],
+            env={**commands.environment, **job, "SLURM_SUBMIT_DIR": str(folder)},
             cwd=tmp_path,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    return start
+    return submit
 
 
 def test_a_preempted_job_goes_back_into_the_queue_and_on_to_the_end(commands: Commands, slurm):
@@ -218,10 +200,25 @@ def test_a_preempted_job_goes_back_into_the_queue_and_on_to_the_end(commands: Co
     assert len(losses(commands, "job")) == 200
 
 
-def test_a_job_that_its_user_stopped_stays_stopped(commands: Commands, slurm):
-    with slurm("--train.total-steps", "100000") as job:
-        wait_for_steps(commands, "job", 2, [job])
-        (commands.temp_data / "runs" / "job" / "STOP").touch()
+STOPPED_LAUNCHER = """#!/usr/bin/env bash
+trap 'exit 143' USR1
+touch "$TEMP_DATA_DIR/started"
+while :; do sleep 0.05; done
+"""
+
+
+def test_a_job_that_its_user_stopped_stays_stopped(commands: Commands, slurm, tmp_path: Path):
+    """Here with a stand-in for the launcher."""
+    submitted, status = tmp_path / "submitted", commands.temp_data / "runs" / "job" / "status.json"
+    submitted.mkdir()
+    (submitted / "run_pre_training_e2e.sh").write_text(STOPPED_LAUNCHER)
+    (submitted / "run_pre_training_e2e.sh").chmod(0o755)
+    status.parent.mkdir(parents=True)
+    status.write_text('{"message": "stopped on request after step 7 (the file STOP)"}')
+    with slurm(folder=submitted) as job:
+        while not (commands.temp_data / "started").exists():
+            assert job.poll() is None
+            time.sleep(0.02)
         job.send_signal(signal.SIGUSR1)
         job.communicate(timeout=120)
     assert job.returncode == 143

@@ -24,11 +24,6 @@ class Preset:
     def __call__(self) -> Config:
         return self.make()
 
-    @property
-    def help(self) -> str:
-        """The first line of the function's docstring."""
-        return (self.make.__doc__ or "").splitlines()[0]
-
 
 def config_from_command_line(description: str, prog: str = "python pretrain.py") -> Config:
     """Returns the Config that sys.argv describes: the name of a preset, then overrides of any field.
@@ -37,7 +32,7 @@ def config_from_command_line(description: str, prog: str = "python pretrain.py")
     """
     import tyro  # only commands need it
 
-    presets = {name: (preset.help, preset()) for name, preset in PRESETS.items()}
+    presets = {name: ((preset.make.__doc__ or "").splitlines()[0], preset()) for name, preset in PRESETS.items()}
     return tyro.extras.overridable_config_cli(presets, prog=prog, description=description)
 
 

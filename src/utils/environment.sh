@@ -4,21 +4,16 @@
 say() { printf '%s\n' "$*" >&2 || true; } # a console that takes nothing ends no run
 unset PYTHONSAFEPATH # python -m finds our modules in the folder it runs in
 
-_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
-
 _first_python() {
-    local candidate
-    if [ -n "${PYTHON:-}" ] && ! _supported "$PYTHON"; then
-        say "error: PYTHON is '$PYTHON', which is not a Python 3.10 to 3.13. Set it to the path of one, or unset it."
-        return 2
-    fi
-    for candidate in "${PYTHON:-}" python python3 python3.13 python3.12 python3.11 python3.10; do
-        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null && _supported "$candidate"; then
+    local candidate candidates=(python python3 python3.13 python3.12 python3.11 python3.10)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
-    say "error: Cannot find Python 3.10 to 3.13. Install one, or set PYTHON to its path."
+    say "error: Cannot find Python 3.10 to 3.13${PYTHON:+: PYTHON is '$PYTHON'}. Install one, or set PYTHON to its path."
     return 2
 }
 

@@ -131,15 +131,6 @@ def hub_reason(error: Exception) -> str:
     return text.splitlines()[0][:200].rstrip(".")
 
 
-def recorded_exit_code() -> int | None:
-    """The final exit code that a process of this machine left in EXIT_CODE_FILE, if any."""
-    path = os.environ.get("EXIT_CODE_FILE")
-    if not path or not os.path.exists(path):
-        return None
-    with open(path, encoding="ascii") as file:
-        return int(file.read() or 0) or None
-
-
 def _leave_exit_code(code: int) -> None:
     """Writes a final code to EXIT_CODE_FILE for the launcher, since torchrun answers 1 whatever its processes said.
 

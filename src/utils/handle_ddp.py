@@ -22,6 +22,8 @@ from src.utils.stop_signals import end_at_once
 
 SIGN_SECONDS = 1.0  # between signs of life while one process works for long
 
+_ended_groups: list[dist.ProcessGroup | None] = []
+
 T = TypeVar("T")
 
 
@@ -182,6 +184,8 @@ def processes(device: str, timeout_s: float) -> Iterator[Processes]:
     yield procs
     # Only after success: leaving waits for the others, and after an error they may hang in another collective.
     procs.any(False)
+    # Freeing the group joins gloo's thread while holding Python's lock, for which that thread may wait: a deadlock.
+    _ended_groups.append(dist.group.WORLD)
     dist.destroy_process_group()
 
 

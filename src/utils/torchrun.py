@@ -21,7 +21,7 @@ from collections.abc import Mapping
 
 from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from src.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, FINAL_CODES, say
 
@@ -41,7 +41,8 @@ def main() -> int:
         except SignalException:
             return int(file.read() or EXIT_STOPPED)
         except ChildFailedError as error:
-            return exit_code(error.failures, int(file.read() or 0))
+            ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            return exit_code(ends, int(file.read() or 0))
         except DistError as error:
             reason = str(error).splitlines()[0]
             say(f"Cannot reach all machines: {reason}. Start the same command on all of them again.")
@@ -49,12 +50,11 @@ def main() -> int:
     return EXIT_DONE
 
 
-def exit_code(failures: Mapping[int, ProcessFailure], recorded: int) -> int:
-    """Returns the exit code of a run whose processes of these ranks failed, and prints their ends if none is final.
+def exit_code(ends: Mapping[int, int], recorded: int) -> int:
+    """Returns the exit code of a run whose ranks ended with these codes, and prints the ends if none is final.
 
     `recorded` is the final code that a process left in EXIT_CODE_FILE, else 0. The disk may have been too full for it.
     """
-    ends = {rank: failure.exitcode for rank, failure in failures.items()}
     final = recorded or next((end for end in ends.values() if end in FINAL_CODES), 0)
     crashed = any(end < 0 and -end not in STOP_SIGNALS for end in ends.values())
     if final and not (final == EXIT_STOPPED and crashed):  # torchrun stops the others after a crash

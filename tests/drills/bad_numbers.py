@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Commands
-from tests.drills.pair import run_pair
+from tests.drills.pair import fork_pair
 from tests.drills.small_run import LONGER
 
 # Rank 1's second micro-batch of the step after {first} completed ones, and of those that follow, up to {last}. Notes
@@ -71,7 +71,7 @@ def changed_steps(folder: Path) -> list[list[int]]:
 
 def assert_given_up(commands: Commands, folder: Path, lines: str, data: Path) -> None:
     """Runs with `lines`, which spoil every step after 5, and asserts that the run ends with what was good."""
-    ended = run_pair(commands, folder, lines, data, *LONGER, "--train.total-steps", "40")
+    ended = fork_pair(commands, folder, lines, data, *LONGER, "--train.total-steps", "40")
     assert ended.code == 3
     assert "Traceback" not in ended.stderr
     assert ended.stderr.count("the last 10 step(s), up to step 15, were skipped") == 1

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from src.utils.root import ROOT
 from tests.conftest import write_dataset
-from tests.drills.small_run import assert_same_run
-from tests.test_processes import SETTINGS
+from tests.drills.small_run import SETTINGS, assert_same_run
 
 
 def launch(out: Path, data: Path, name: str, steps: int, restarts: int) -> subprocess.Popen[bytes]:

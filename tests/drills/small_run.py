@@ -3,8 +3,7 @@
 import json
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.test_processes import SETTINGS
+from tests.drills.forks import run_forks
 
+SETTINGS = [
+    *("--model.n-vocab", "300", "--model.n-ctx", "16", "--model.n-embd", "16", "--model.n-head", "2"),
+    *("--model.n-layer", "2", "--train.batch-tokens", "128", "--train.micro-batch-size", "2"),
+    *("--train.device", "cpu", "--train.precision", "float32", "--train.log-every-steps", "1"),
+    *("--train.compile", "off"),  # which auto would try for runs as long as some of these claim to be
+    *("--eval.val-tokens", "160", "--eval.hellaswag-items", "0", "--eval.sample-prompts"),
+]
 STEPS = ("--train.total-steps", "4", "--checkpoint.every-steps", "2")
 # with dropout, so that a lost random state would show, and a validation between the checkpoints
 LONGER = (
@@ -67,16 +72,24 @@ def arguments(data: Path, *more: str) -> list[str]:
     return ["debug", "--run-name", "drill", "--data.dir", str(data), *STEPS, *SETTINGS, *more]
 
 
-def start(commands: Commands, data: Path, *more: str, processes: int = 1) -> CompletedProcess[str]:
-    """Starts, or goes on with, the run that `arguments` describes."""
-    return commands.pretrain(*arguments(data, *more), processes=processes)
+def start(commands: Commands, data: Path, *more: str) -> CompletedProcess[str]:
+    """Starts, or resumes, the run that `arguments` describes."""
+    return start_with(commands, "", data, *more)
 
 
 def start_with(
-    commands: Commands, lines: str, data: Path, *more: str, under: Sequence[str] = ()
+    commands: Commands, lines: str, data: Path, *more: str, on: "Mounts | None" = None
 ) -> CompletedProcess[str]:
-    """The same, in one process that first executes `lines`, itself started by the command `under`."""
-    return commands.run([*under, sys.executable, "-c", lines + PROGRAM, *arguments(data, *more)])
+    """The same, in a process that first executes `lines`, and sees the mounts `on`."""
+    process = on.process if on else None
+    return run_forks(lines + PROGRAM, arguments(data, *more), [commands.environment], process)[1]
+
+
+def module(commands: Commands, name: str, *arguments: str, on: "Mounts | None" = None) -> CompletedProcess[str]:
+    """Runs the command `python -m NAME`."""
+    code = f"import sys, {name} as module\nfrom src.utils.errors import exit_with\n"
+    code += f"sys.argv[0] = {name.rsplit('.', 1)[1] + '.py'!r}\nexit_with(module.main)"
+    return run_forks(code, arguments, [commands.environment], on.process if on else None)[1]
 
 
 def refusal(commands: Commands, data: Path, *more: str) -> str:
@@ -143,8 +156,6 @@ class Mounts:
     """A place of mounts that nobody else sees."""
 
     process: int
-    under: tuple[str, ...]
-    """The command that starts another command in it."""
 
     def path(self, path: Path) -> Path:
         """Where this test finds what is at `path` there."""
@@ -164,8 +175,7 @@ def mounts(script: str) -> Iterator[Mounts]:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", "mounting failed"
-        enter = ("nsenter", f"--target={process.pid}", "--mount", "--user", "--preserve-credentials", f"--wd={ROOT}")
-        yield Mounts(process.pid, enter)
+        yield Mounts(process.pid)
         process.stdin.close()
 
 

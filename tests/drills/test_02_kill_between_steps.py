@@ -1,12 +1,11 @@
 """Drill 2: SIGKILL between steps, again and again in one run, at moments that differ in what is already on the disk."""
 
-import json
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import Commands
-from tests.drills.small_run import LONGER, arguments, assert_same_run, start
+from tests.drills.small_run import LONGER, assert_same_run, start, start_with
 
 # Where each start is killed: at which line of metrics.jsonl, and how much of it is written then. Checkpoints are at
 # steps 4, 8 and 12, validations at 0, 3, 6, 9 and 12.
@@ -22,44 +21,30 @@ KILLS = [
     ("validation", 12, "none"),  # every step is done, and the last ones are not saved
 ]
 
-# The program is imported once; each start is a process of its own, which a real signal kills.
-STARTS = """
-import json, os, signal, sys
-import pretrain
-from src.utils.errors import exit_with
+KILL = """
+import json, os, signal
 from src.utils.logger import RunLogger
-
-kills = json.loads(sys.argv.pop(1))
 append = RunLogger._append
 
-def kill_at(kind, step, part):
-    def appending(self, name, line):
-        record = json.loads(line) if name == "metrics.jsonl" else {}
-        if (record.get("kind"), record.get("step")) != (kind, step):
-            return append(self, name, line)
-        with open(self.run_dir / name, "a") as file:
-            file.write({"none": "", "half": line[:len(line) // 2], "all": line + "\\n"}[part])
-        os.kill(os.getpid(), signal.SIGKILL)
-    RunLogger._append = appending
+def appending(self, name, line):
+    record = json.loads(line) if name == "metrics.jsonl" else {{}}
+    if (record.get("kind"), record.get("step")) != ({kind!r}, {step}):
+        return append(self, name, line)
+    with open(self.run_dir / name, "a") as file:
+        file.write({{"none": "", "half": line[:len(line) // 2], "all": line + "\\n"}}[{part!r}])
+    os.kill(os.getpid(), signal.SIGKILL)
 
-codes = []
-for kill in [*kills, None]:
-    child = os.fork()
-    if child == 0:
-        if kill:
-            kill_at(*kill)
-        exit_with(pretrain.main)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes))
+RunLogger._append = appending
 """
 
 
 def test_kills_change_nothing(commands: Commands, dataset: Callable[..., Path]):
     data = dataset(train_tokens=[700, 900], n_vocab=300)
     assert start(commands, data, *LONGER, "--run-name", "whole").returncode == 0
-    program = [sys.executable, "-c", STARTS, json.dumps(KILLS), *arguments(data, *LONGER)]
-    result = commands.run(program)
-    assert result.stdout.splitlines()[-1:] == [json.dumps([-9] * len(KILLS) + [0])], result.stderr
+    for kind, step, part in KILLS:
+        killed = start_with(commands, KILL.format(kind=kind, step=step, part=part), data, *LONGER)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert start(commands, data, *LONGER).returncode == 0
     runs = commands.temp_data / "runs"
     assert_same_run(runs / "whole", runs / "drill", steps=12)
     resumed = [line["step"] for line in commands.metrics("drill", "event") if line["name"] == "resume"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.drills.pair import PREPARED, run_pair
-from tests.drills.small_run import LONGER, PROGRAM, arguments, assert_same_run
+from tests.drills.pair import fork_pair, program
+from tests.drills.small_run import LONGER, arguments, assert_same_run
 
 KILL = """
 import signal
@@ -17,17 +17,8 @@ def kill(run):
     if not os.path.exists(os.path.join(folder, "moment")):  # once
         moment()
         os.kill(os.getpid(), signal.SIGKILL)
-at_step(6, {rank}, kill)
+at_step(6, 1, kill)
 """
-
-
-def test_both_are_gone_soon(commands: Commands, dataset: Callable[..., Path], tmp_path: Path) -> None:
-    data = dataset(train_tokens=[700, 900], n_vocab=300)
-    killed = run_pair(commands, tmp_path, KILL.format(rank=0), data, *LONGER)
-    assert killed.code == 1
-    assert killed.seconds < 45
-    assert killed.gone
-    assert "process 0 died of SIGKILL" in killed.stderr
 
 
 def test_the_launcher_restarts_the_run_to_the_same_bits(
@@ -39,8 +30,7 @@ def test_the_launcher_restarts_the_run_to_the_same_bits(
     for name in ("src", "requirements.txt"):
         (copy / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "run_pre_training_e2e.sh", copy)  # a link would lead it back
-    lines = PREPARED.format(root=str(ROOT), folder=str(tmp_path)) + KILL.format(rank=1)
-    (copy / "pretrain.py").write_text(lines + PROGRAM)
+    (copy / "pretrain.py").write_text(program(tmp_path, KILL))
     commands.environment |= {"PYTHON": sys.executable, "NPROC": "2", "DEBUG_MODE": "True"}
     sampled = ("--model.n-vocab", "50257")  # the launcher's last stages write a text
     started = subprocess.run(
@@ -56,6 +46,8 @@ def test_the_launcher_restarts_the_run_to_the_same_bits(
     assert "process 1 died of SIGKILL" in started.stderr
     assert "restart 1 of 3" in started.stderr
     assert "resume: from step_0000004 of 12 steps" in started.stderr
-    assert run_pair(commands, tmp_path, "", data, *LONGER, *sampled, "--run-name", "whole").code == 0
+    (resumed,) = [event["time"] for event in commands.metrics("drill", "event") if event["name"] == "resume"]
+    assert resumed - float((tmp_path / "moment").read_text()) < 45  # torchrun had ended both, and started two others
+    assert fork_pair(commands, tmp_path, "", data, *LONGER, *sampled, "--run-name", "whole").code == 0
     runs = commands.temp_data / "runs"
     assert_same_run(runs / "whole", runs / "drill", steps=12)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import Commands
-from tests.drills.pair import run_pair
+from tests.drills.pair import fork_pair
 from tests.drills.small_run import LONGER
 
 FAIL = """
@@ -19,7 +19,7 @@ def test_its_traceback_comes_first_and_is_the_only_one(
     commands: Commands, dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
     data = dataset(train_tokens=[700, 900], n_vocab=300)
-    failed = run_pair(commands, tmp_path, FAIL, data, *LONGER)
+    failed = fork_pair(commands, tmp_path, FAIL, data, *LONGER)
     assert failed.code == 1
     assert failed.seconds < 15
     assert failed.gone

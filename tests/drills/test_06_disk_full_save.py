@@ -48,10 +48,10 @@ def test_the_run_ends_and_goes_on_once_there_is_room(commands: Commands, dataset
     with mounts(small_disk(runs, kilobytes=4_096)) as disk:
         other, earlier = runs / "another_program", runs / "drill" / "checkpoints" / "step_0000004"
         lines = FILL.format(path=str(other), earlier=str(earlier), left=left)
-        full = start_with(commands, lines, data, *LONGER, under=disk.under)
+        full = start_with(commands, lines, data, *LONGER, on=disk)
         assert_stopped_and_whole(full.returncode, full.stderr, disk, runs)
         disk.path(other).unlink()
-        again = start_with(commands, "", data, *LONGER, under=disk.under)
+        again = start_with(commands, "", data, *LONGER, on=disk)
         assert again.returncode == 0, again.stderr
         shutil.copytree(disk.path(runs) / "drill", commands.temp_data / "drill")
     assert start(commands, data, *LONGER, "--run-name", "whole").returncode == 0

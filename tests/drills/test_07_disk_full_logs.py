@@ -10,7 +10,7 @@ import pytest
 
 from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.drills.small_run import AT_LINE, LONGER, PROGRAM, Mounts, arguments, mounts, small_disk, start, start_with
+from tests.drills.small_run import AT_LINE, LONGER, Mounts, mounts, small_disk, start, start_with
 
 # Files grow by pages of 4 kB, which take some 17 lines of metrics.jsonl.
 MANY_STEPS = (*LONGER, "--train.total-steps", "90", "--checkpoint.every-steps", "45")
@@ -56,12 +56,15 @@ def logged_steps(commands: Commands, data: Path, disk: Mounts, run: str, lines: 
     folder.mkdir()
     for log in ("metrics.jsonl", "log.txt"):
         (folder / log).symlink_to(place / f"{run}.{log}")
+        disk.path(place / f"{run}.{log}").touch()
     lines = lines.format(path=str(place / f"{run}.filler"))
-    result = start_with(commands, lines, data, *MANY_STEPS, "--run-name", run, under=disk.under)
+    result = start_with(commands, lines, data, *MANY_STEPS, "--run-name", run, on=disk)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count(WARNING) == 1
     text = disk.path(place / f"{run}.log.txt").read_text()
-    assert all(line.startswith(("20", "on 1 x", "precision: ", "compile: ")) for line in text.splitlines())
+    assert all(
+        line.startswith(("20", "on 1 x", "precision: ", "micro-batch: ", "compile: ")) for line in text.splitlines()
+    )
     records = map(json.loads, disk.path(place / f"{run}.metrics.jsonl").read_text().splitlines())
     return [record["step"] for record in records if record["kind"] == "train"]
 
@@ -80,10 +83,8 @@ def test_no_room_for_a_while_and_then_none(commands: Commands, data: Path, whole
 
 def test_a_console_that_takes_nothing(commands: Commands, data: Path, whole: bytes):
     """As where stderr goes to a file on the full disk."""
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-c", PROGRAM, *arguments(data, *MANY_STEPS)]
-        code = subprocess.run(command, env=commands.environment, cwd=ROOT, stderr=full, check=False).returncode
-    assert code == 0
+    lines = "import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+    assert start_with(commands, lines, data, *MANY_STEPS).returncode == 0
     assert final_model(commands, "drill") == whole
     log = (commands.temp_data / "runs" / "drill" / "log.txt").read_text()
     assert "all 90 steps are done" in log
@@ -91,6 +92,6 @@ def test_a_console_that_takes_nothing(commands: Commands, data: Path, whole: byt
 
 def test_an_error_that_cannot_be_told_keeps_its_exit_code(commands: Commands):
     failing = "from src.utils.errors import *\ndef main():\n    raise StorageError('no room')\nexit_with(main)"
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w") as full:  # a real end of Python, which flushes its streams
         code = subprocess.run([sys.executable, "-c", failing], cwd=ROOT, stderr=full, check=False).returncode
     assert code == 4

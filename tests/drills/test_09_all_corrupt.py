@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import Commands
-from tests.drills.small_run import LONGER, arguments, flip_a_byte, refusal, start
+from tests.drills.small_run import LONGER, arguments, flip_a_byte, module, refusal, start
 
 
 def test_nothing_starts_from_scratch_in_silence(commands: Commands, dataset: Callable[..., Path]):
@@ -45,7 +45,7 @@ def test_checkpoints_that_are_gone_are_no_new_run(commands: Commands, dataset: C
     def refused(found: str) -> None:
         for message in (
             refusal(commands, data),
-            commands.module("src.preflight", *arguments(data)).stderr,
+            module(commands, "src.preflight", *arguments(data)).stderr,
         ):
             assert found in message
             assert "Restore the checkpoints from a copy, mount their disk, or use --resume nev" in message
@@ -58,7 +58,7 @@ def test_checkpoints_that_are_gone_are_no_new_run(commands: Commands, dataset: C
     log = (run_dir / "metrics.jsonl").rename(commands.temp_data / "metrics.jsonl")
     refused(f"{checkpoints} holds no checkpoint, but status.json says that the run is done. Nothing was changed")
     log.rename(run_dir / "metrics.jsonl")
-    words = commands.module("src.preflight", *arguments(data, "--resume", "never")).stderr
+    words = module(commands, "src.preflight", *arguments(data, "--resume", "never")).stderr
     assert f"run folder:   {run_dir}, begun anew, the old one set aside" in words
     assert start(commands, data, "--resume", "never").returncode == 0
     assert len(commands.metrics("drill.set-aside-1", "train")) == len(commands.metrics("drill", "train")) == 4

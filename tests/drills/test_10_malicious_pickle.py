@@ -12,7 +12,7 @@ import torch
 
 from src.utils.files import fingerprint
 from tests.conftest import Commands
-from tests.drills.small_run import AT_LINE, contents, start, start_with
+from tests.drills.small_run import AT_LINE, contents, module, start, start_with
 
 SIX_STEPS = ("--train.total-steps", "6")
 
@@ -86,12 +86,12 @@ def test_checkpoints_given_to_other_commands(commands: Commands, data: Path, can
     (vouched / "model.safetensors").write_bytes(pickle.dumps(Attack(canary)))
     vouch_for(vouched)
     torch.save({"w": Attack(canary)}, renamed)
-    for module in ("src.model_assessment.sampling", "src.model_assessment.hellaswag"):
+    for name in ("src.model_assessment.sampling", "src.model_assessment.hellaswag"):
         for checkpoint in (vouched, renamed, bare):
-            result = commands.module(module, "--checkpoint", str(checkpoint))
+            result = module(commands, name, "--checkpoint", str(checkpoint))
             assert_rejected(result, canary)
             assert str(checkpoint) in result.stderr
-    result = commands.module("src.model_utils.reference_import", "--checkpoint", str(renamed), "--run-name", "new")
+    result = module(commands, "src.model_utils.reference_import", "--checkpoint", str(renamed), "--run-name", "new")
     assert_rejected(result, canary)
     assert "nothing of it was run" in result.stderr
     assert not (commands.temp_data / "runs" / "new").exists()

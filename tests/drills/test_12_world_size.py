@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Commands
-from tests.drills.pair import run_pair
+from tests.drills.pair import fork_pair
 from tests.drills.small_run import start, start_with
 
 STEPS = ("--train.total-steps", "12", "--checkpoint.every-steps", "4")
@@ -48,7 +48,7 @@ def test_the_same_samples_in_the_same_order(commands: Commands, dataset: Callabl
     for name, processes, last in (("first", 2, 4), ("second", 1, 8), ("third", 2, -1)):
         lines = NOTED.format(notes=str(tmp_path / f"{name}_"), last=last)
         if processes == 2:
-            code = run_pair(commands, tmp_path, lines, data, *STEPS).code
+            code = fork_pair(commands, tmp_path, lines, data, *STEPS).code
         else:
             code = start_with(commands, lines, data, *STEPS).returncode
         assert code == (0 if name == "third" else 143)
@@ -69,7 +69,7 @@ def test_a_batch_that_cannot_be_shared(commands: Commands, dataset: Callable[...
     assert start(commands, data).returncode == 0
     config = commands.temp_data / "runs" / "drill" / "config.json"
     before = config.read_bytes()
-    refused = run_pair(commands, tmp_path, "", data, "--train.micro-batch-size", "8")
+    refused = fork_pair(commands, tmp_path, "", data, "--train.micro-batch-size", "8")
     assert refused.code == 2
     assert refused.stderr.count("micro_batch_size can be 1, 2 or 4") == 1
     assert config.read_bytes() == before

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Commands, write_dataset
-from tests.drills.pair import run_pair
+from tests.drills.pair import fork_pair
 from tests.drills.small_run import LONGER, assert_same_run
 
 SIGNAL = """
@@ -67,7 +67,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The dataset, and the run directory of a run that was never asked to stop."""
     folder = tmp_path_factory.mktemp("whole")
     data = write_dataset(folder / "data", [700, 900], 2_000, 300)
-    assert run_pair(Commands(folder), folder, "", data, *LONGER).code == 0
+    assert fork_pair(Commands(folder), folder, "", data, *LONGER).code == 0
     return data, folder / "runs" / "drill"
 
 
@@ -82,7 +82,7 @@ def test_all_stop_together_and_go_on_to_the_same_bits(
     data, reference = whole
     step = 6 if where == EVALUATED else 7
     lines = SIGNAL.format(name=name) + AGAIN.format(step=step) + where.format(rank=rank)
-    stopped = run_pair(commands, tmp_path, lines, data, *LONGER)
+    stopped = fork_pair(commands, tmp_path, lines, data, *LONGER)
     assert stopped.code == 143, stopped.stderr
     assert stopped.seconds < 10
     assert stopped.gone
@@ -95,18 +95,18 @@ def test_all_stop_together_and_go_on_to_the_same_bits(
     assert name in event["detail"]
     validated = [record["step"] for record in commands.metrics("drill", "validation")]
     assert validated == ([0, 3] if where == EVALUATED else [0, 3, 6])
-    assert run_pair(commands, tmp_path, "", data, *LONGER).code == 0
+    assert fork_pair(commands, tmp_path, "", data, *LONGER).code == 0
     assert_same_run(reference, run_dir, steps=12)
 
 
 def test_samples_that_the_other_process_makes_are_given_up(
     commands: Commands, tmp_path: Path, whole: tuple[Path, Path]
 ) -> None:
-    stopped = run_pair(commands, tmp_path, WHILE_THE_OTHER_SAMPLES, whole[0], *LONGER, *SAMPLES)
+    stopped = fork_pair(commands, tmp_path, WHILE_THE_OTHER_SAMPLES, whole[0], *LONGER, *SAMPLES)
     assert stopped.code == 143, stopped.stderr
     assert stopped.seconds < 10
     assert stopped.gone
     assert "stopped on request after step 0 (SIGTERM)" in stopped.stderr
     assert commands.metrics("drill", "sample") == []
-    assert run_pair(commands, tmp_path, "", whole[0], *LONGER, *SAMPLES).code == 0
+    assert fork_pair(commands, tmp_path, "", whole[0], *LONGER, *SAMPLES).code == 0
     assert [record["step"] for record in commands.metrics("drill", "sample")] == [0, 12]

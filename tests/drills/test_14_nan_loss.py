@@ -8,15 +8,15 @@ import numpy as np
 
 from tests.conftest import Commands
 from tests.drills.bad_numbers import BAD_LOSS, WATCHED, assert_given_up, changed_steps
-from tests.drills.pair import run_pair
-from tests.drills.small_run import LONGER, shard_paths
+from tests.drills.pair import fork_pair
+from tests.drills.small_run import LONGER, module, shard_paths
 
 
 def test_both_skip_the_step_and_its_samples_are_recorded(
     commands: Commands, dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
     data = dataset(train_tokens=[700, 900], n_vocab=300)
-    ended = run_pair(commands, tmp_path, BAD_LOSS.format(first=5, last=5) + WATCHED, data, *LONGER)
+    ended = fork_pair(commands, tmp_path, BAD_LOSS.format(first=5, last=5) + WATCHED, data, *LONGER)
     assert ended.code == 0, ended.stderr
     assert changed_steps(tmp_path) == [[step for step in range(12) if step != 5]] * 2
     (event,) = [record for record in commands.metrics("drill", "event") if record["name"] == "skipped step"]
@@ -29,7 +29,7 @@ def test_both_skip_the_step_and_its_samples_are_recorded(
     assert recorded == json.loads((tmp_path / "spoiled").read_text())
     assert len(recorded) == 2
     options = ("--inspect", "--out", str(data), "--skipped", "drill")
-    shown = commands.module("src.data_processing.data_downloader", *options)
+    shown = module(commands, "src.data_processing.data_downloader", *options)
     assert shown.returncode == 0, shown.stderr
     for shard, window in event["windows"]:
         assert f"window {window} of shard {shard}: from token {window * 16:,} of {shard_paths(data)[shard].name}\n" in (

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Commands
-from tests.drills.small_run import refusal, shard_paths, start
+from tests.drills.pair import fork_pair
+from tests.drills.small_run import refusal, shard_paths
 
 
 @pytest.fixture
@@ -30,10 +31,7 @@ def test_every_one_is_named_before_anything_is_trained(commands: Commands, data:
 
 
 def test_two_processes_end_together_and_say_it_once(commands: Commands, data: Path, tmp_path: Path):
-    code_file = tmp_path / "exit_code"
-    code_file.touch()
-    commands.environment["EXIT_CODE_FILE"] = str(code_file)
-    result = start(commands, data, processes=2)
-    assert code_file.read_text() == "2"
-    assert result.stderr.count("3 of 3 shards") == 1
+    ended = fork_pair(commands, tmp_path, "", data)
+    assert ended.code == 2
+    assert ended.stderr.count("3 of 3 shards") == 1
     assert not (commands.temp_data / "runs").exists()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import Commands
-from tests.drills.small_run import AT_LINE, LONGER, assert_same_run, start, start_with
+from tests.drills.small_run import AT_LINE, LONGER, assert_same_run, module, start, start_with
 
 DAY_S = 86_400.0
 
@@ -51,7 +51,7 @@ def test_the_same_checkpoint_is_chosen_and_no_time_is_negative(commands: Command
         assert all(line[key] > 0 for line in commands.metrics("drill", kind) for key in keys)
     assert re.findall(r"-\d+ day|-[\d.]+ s\b", result.stderr) == []
 
-    assert commands.module("src.model_assessment.report", "drill").returncode == 0
+    assert module(commands, "src.model_assessment.report", "drill").returncode == 0
     page = (runs / "drill" / "report.html").read_text()
     assert re.search(r'<dt>Time</dt><dd class="value">\d+ (s|min)', page)
     first, last = re.findall(r'<span class="number">(\d{4}-[\d: -]+ UTC)</span>', page)

@@ -1,6 +1,5 @@
 """Drill 22: the place of the run cannot be written to, by anybody."""
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ def test_it_is_said_before_the_model_is_built(commands: Commands, dataset: Calla
     data, folder = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / place
     folder.mkdir(parents=True)
     with mounts(f"mount --bind {folder} {folder}; mount -o remount,ro,bind {folder}") as disk:
-        result = start_with(commands, SAYING_WHEN_THE_MODEL_IS_BUILT, data, under=disk.under)
+        result = start_with(commands, SAYING_WHEN_THE_MODEL_IS_BUILT, data, on=disk)
         assert result.returncode == 4, result.stderr
         run = commands.temp_data / "runs" / "drill"
         assert f"error: Cannot write in {run}: Read-only file system. " in result.stderr
@@ -23,7 +22,6 @@ def test_it_is_said_before_the_model_is_built(commands: Commands, dataset: Calla
         assert "the model is built" not in result.stdout
         assert [path for path in folder.rglob("*") if path.name != ".drill.lock"] == []
 
-        subprocess.run([*disk.under, "mount", "-o", "remount,rw,bind", str(folder)], check=True)
-        result = start_with(commands, SAYING_WHEN_THE_MODEL_IS_BUILT, data, under=disk.under)
-        assert result.returncode == 0, result.stderr
-        assert "the model is built" in result.stdout
+    result = start_with(commands, SAYING_WHEN_THE_MODEL_IS_BUILT, data)
+    assert result.returncode == 0, result.stderr
+    assert "the model is built" in result.stdout

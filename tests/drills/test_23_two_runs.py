@@ -1,4 +1,4 @@
-"""Drill 23: a second run wants the run directory of one that goes on; then that one is killed."""
+"""Drill 23: a second run wants the run directory of one that still runs; then that one is killed."""
 
 import os
 import re
@@ -37,7 +37,7 @@ from src.utils.stop_signals import follow_launcher
 follow_launcher()
 """
 # The step that is under way takes longer than another start, unless the machine is busy.
-SLOW_STEP = PAUSE.replace("time.sleep(600)", "time.sleep(8)")
+SLOW_STEP = PAUSE.replace("time.sleep(600)", "time.sleep(6)")
 # A start waits 20 s for the other one to end.
 IMPATIENT = "from src.utils import files\nfiles.PATIENCE_S = 0.1\n"
 

@@ -1,26 +1,21 @@
 """Drill 26: a stop at an epoch's last batch skips nothing and repeats nothing."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.drills.small_run import shard_paths
-from tests.test_processes import SETTINGS
+from tests.drills.small_run import shard_paths, start_with
 
 # 27 + 21 windows of 16 + 1 tokens: six batches of 8 an epoch
 TRAIN_TOKENS = [27 * 16 + 1, 21 * 16 + 5]
 EPOCH_STEPS, STEPS = 6, 12
 
-# The real program, which writes down what it trains on and sends itself a real signal in one step.
-RECORDING_RUN = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
+# Writes down what it trains on and sends itself a real signal in one step.
+RECORDING = """
+import os, signal
 import pretrain
-from src.utils.errors import exit_with
 
 train_step = pretrain.train_step
 
@@ -35,29 +30,23 @@ def recording_step(run, batches):
     return train_step(run, recorded())
 
 pretrain.train_step = recording_step
-sys.argv = ["pretrain.py", *{arguments!r}]
-exit_with(pretrain.main)
 """
 
 
 def run(commands: Commands, data: Path, stop_in_step: int = 0) -> int:
-    """Start or resume the run; return its exit code."""
-    arguments = ["debug", "--run-name", "halved", "--data.dir", str(data), *SETTINGS, "--train.total-steps", str(STEPS)]
-    arguments += ["--checkpoint.every-steps", "100"]
-    script, record = commands.temp_data / "recording_run.py", commands.temp_data / "record"
-    script.write_text(
-        RECORDING_RUN.format(root=str(ROOT), record=str(record), stop_in_step=stop_in_step, arguments=arguments)
-    )
-    return commands.run([sys.executable, str(script)]).returncode
+    """Starts or resumes the run; returns its exit code."""
+    lines = RECORDING.format(record=str(commands.temp_data / "record"), stop_in_step=stop_in_step)
+    more = ("--train.total-steps", str(STEPS), "--checkpoint.every-steps", "100")
+    return start_with(commands, lines, data, *more).returncode
 
 
 def test_a_stop_at_an_epochs_last_batch(commands: Commands, dataset: Callable[..., Path]):
     data = dataset(train_tokens=TRAIN_TOKENS, n_vocab=300)
     assert run(commands, data, stop_in_step=EPOCH_STEPS) == 143
-    checkpoints = commands.temp_data / "runs" / "halved" / "checkpoints"
+    checkpoints = commands.temp_data / "runs" / "drill" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == [f"step_{EPOCH_STEPS:07d}"]
     assert run(commands, data) == 0
-    assert [record["step"] for record in commands.metrics("halved", "train")] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in commands.metrics("drill", "train")] == list(range(1, STEPS + 1))
 
     # Each epoch trains once on every window of the files, the first before the stop and the second after it.
     record = np.fromfile(commands.temp_data / "record", np.int64).reshape(STEPS * 8, 16).tolist()

@@ -15,7 +15,7 @@ from src.params import CheckpointConfig, Config
 from src.utils.errors import StorageError
 from src.utils.files import bytes_below
 from tests.conftest import Commands
-from tests.test_processes import SETTINGS
+from tests.drills.small_run import SETTINGS
 
 SIZE = checkpoint_bytes(debug())
 

@@ -44,7 +44,7 @@ def test_the_logged_loss_is_the_mean_since_the_last_line(config: Config):
     assert single[-1] < single[0]
 
 
-@pytest.mark.parametrize("k", [1, 5, 7])  # before the first checkpoint, at one, between two and between log lines
+@pytest.mark.parametrize("k", [1, 7])  # before the first checkpoint, and between two and between log lines
 def test_stopped_and_started_again_equals_uninterrupted(config: Config, k: int):
     whole = train(config)
     halved = replace(config, run_name="halved")
@@ -95,26 +95,6 @@ def test_a_finished_run_does_nothing(config: Config):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_another_configuration_is_refused_and_nothing_moves(config: Config):
-    run_dir = train(config).run_dir
-    before = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
-    other = replace(
-        config,
-        model=replace(config.model, n_layer=3),
-        optim=replace(config.optim, max_lr=1e-3),
-        train=replace(config.train, total_steps=20),
-    )
-    with pytest.raises(UserError) as caught:
-        train(other)
-    for line in (
-        "model.n_layer: checkpoint 2, now 3",
-        "optim.max_lr: checkpoint 0.005, now 0.001",
-        "train.total_steps",
-    ):
-        assert line in str(caught.value)
-    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == before
-
-
 def test_other_data_is_refused(config: Config, dataset: Callable[..., Path]):
     train(config)
     other = dataset(train_tokens=[700, 901], n_vocab=300, name="other")
@@ -149,19 +129,6 @@ def test_resuming_from_an_earlier_step(config: Config):
         train(replace(config, resume="11"))
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(config: Config):
-    run_dir = train(config).run_dir
-    final = final_tensors(run_dir)
-    damaged = run_dir / "checkpoints" / "step_0000012" / "model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"step_0000012: model\.safetensors has \d+ bytes, expected"):
-        train(replace(config, resume="12"))
-    assert train(config).exit_code == 0
-    assert all(torch.equal(tensor, final[name]) for name, tensor in final_tensors(run_dir).items())
-    events = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "event"]
-    assert any("model.safetensors" in event["detail"] for event in events)
-
-
 def test_two_runs_cannot_share_a_directory(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files, "PATIENCE_S", 0.1)
     with claimed(pretrain.RUNS / "whole"), pytest.raises(BusyError, match='"pid":'):
@@ -172,12 +139,6 @@ def test_two_runs_cannot_share_a_directory(config: Config, monkeypatch: pytest.M
 def test_a_vocabulary_too_small_for_the_data(config: Config):
     with pytest.raises(UserError, match=r"Set --model\.n-vocab 300"):
         train(replace(config, model=replace(config.model, n_vocab=299)))
-
-
-def test_too_little_validation_data(config: Config, dataset: Callable[..., Path]):
-    short = dataset(train_tokens=[700], val_tokens=12, n_vocab=300, name="short")
-    with pytest.raises(UserError, match=r"the validation part of .* holds 12 tokens: 0 windows"):
-        train(replace(config, data=DataConfig(dir=str(short))))
 
 
 def test_the_stop_file_stops_and_is_taken_away(config: Config):

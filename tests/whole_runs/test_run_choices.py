@@ -12,7 +12,7 @@ from pretrain import train
 from src.model import LLM
 from src.params import Config
 from src.utils.errors import UserError
-from tests.whole_runs.records import STEPS, stop_after
+from tests.whole_runs.records import stop_after
 
 
 def test_another_precision_is_refused_and_another_micro_batch_is_noted(config: Config):
@@ -61,8 +61,3 @@ def test_a_profile_of_some_steps_lies_in_the_run(config: Config):
     assert sum(event["name"].startswith("ProfilerStep#") for event in events) == 3
     assert any(event["name"] == "aten::mm" for event in events)
     assert "aten::mm" in (run_dir / "profile" / names[1]).read_text()
-
-
-def test_a_profile_is_named_after_the_steps_it_holds(config: Config):
-    run_dir = train(replace(config, profile=100)).run_dir
-    assert (run_dir / "profile" / f"steps_0000003_to_{STEPS:07d}.txt").exists()
