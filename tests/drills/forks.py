@@ -30,7 +30,11 @@ def run_forks(
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        job = {"code": code, "arguments": arguments, "environments": [dict(each) for each in environments]}
+        job: dict[str, Any] = {
+            "code": code,
+            "arguments": arguments,
+            "environments": [dict(each) for each in environments],
+        }
         job |= {"mounts_of": mounts_of, "files": [os.devnull, str(out), str(err)]}
         server = _server()
         assert server.stdin is not None
