@@ -51,7 +51,18 @@ from src.model_utils.training_state import Progress, TrainingState, resume_point
 from src.model_utils.weight_init import init_weights
 from src.params import Config, DataConfig, to_dict
 from src.utils import hardware
-from src.utils.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, StoppedError, UserError, exit_with, say
+from src.utils.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    LostPeerError,
+    NonFiniteError,
+    StoppedError,
+    UserError,
+    exit_with,
+    recorded_exit_code,
+    say,
+)
 from src.utils.files import claimed, set_aside
 from src.utils.handle_ddp import Processes, processes, world_size
 from src.utils.logger import RunLogger
@@ -73,7 +84,7 @@ class Outcome:
     step: int
     """Completed optimizer steps."""
     exit_code: int
-    """0 if every step is done, 143 if the run was stopped; it saved, unless its last steps were skipped."""
+    """0 if every step is done, 143 if the run was stopped, after saving."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +99,13 @@ class Run:
     state: TrainingState
     guard: SpikeGuard
     saver: CheckpointSaver
-    """In the main process; those of the others stay idle."""
+    """Used by the main process only."""
     forward: nn.Module
     """The model as training calls it: perhaps compiled, gradients averaged over the processes."""
     precision: torch.dtype
     """Of matmuls."""
     stop: Stop
-    """True, or the name of the cause, once this process shall stop."""
+    """True, or the name of the cause, once this process should stop."""
 
 
 @dataclass(frozen=True)
@@ -130,36 +141,43 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
         procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
         log = RunLogger(run_dir, procs.is_main)
         procs.activity = "looking for a checkpoint"
-        config = procs.main_only(lambda: of_this_launch(config, log))
-        refuse_newer_elsewhere(run_dir / "checkpoints", procs)
+        # Only this setting: data.dir may differ between machines.
+        config = replace(config, resume=procs.main_only(lambda: resume_of_this_launch(config, log)))
+        if config.resume == "auto":
+            refuse_newer_elsewhere(run_dir / "checkpoints", procs)
         checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log), for_long=True)
         if checkpoint and config.train.precision == "auto":
             precision = getattr(torch, checkpoint.state["precision"].removeprefix("torch."))
         at_the_end = checkpoint is not None and checkpoint.step == config.total_steps
         if procs.main_only(lambda: at_the_end and not evaluation.missing(config.total_steps, log.recorded())):
             return already_done(config, procs, log)
-        for note in (stray_files(dataset_dir(config.data.dir), manifest), evaluation.note):
+        for note in (procs.main_only(lambda: stray_files(dataset_dir(config.data.dir), manifest)), evaluation.note):
             if note:
                 log.info(f"warning: {note}")
         procs.main_only(lambda: refuse_full_disk(config, run_dir))
 
-        run = prepare(config, procs, manifest, checkpoint, precision, log, stop)
+        try:
+            run = prepare(config, procs, manifest, checkpoint, precision, log, stop)
+        except torch.OutOfMemoryError as raised:
+            raise out_of_memory(raised, procs.device, config.micro_batch_size, procs.activity) from raised
         stack.callback(run.watching.close)
         stack.callback(run.saver.close)
         write_status(run, "running", None, "")  # not before: a start that is refused keeps the old status
         try:
             outcome = run_steps(run, training, evaluation)
-            procs.activity = "the last report"
-            procs.together_for_long(run.watching.close)
-            return outcome
         except Exception as raised:
-            error = raised
+            error: Exception = raised
             if isinstance(raised, torch.OutOfMemoryError):
                 error = out_of_memory(raised, procs.device, run.config.micro_batch_size, procs.activity)
-            write_status(run, "failed", getattr(error, "exit_code", None) or 1, str(error))
+            # After a lost peer its code, if it left one on this machine, is the run's.
+            code = recorded_exit_code() if isinstance(error, LostPeerError) else getattr(error, "exit_code", None)
+            write_status(run, "failed", code or EXIT_FAILED, str(error))
             raise error from (None if error is raised else raised)
         finally:
             log.close_bar()
+        procs.activity = "the last report"  # after the run's status is final: a failure here changes nothing of it
+        procs.together_for_long(run.watching.close)
+        return outcome
 
 
 def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, WindowDataset, Assessment]:
@@ -214,10 +232,10 @@ def refuse_differences(
     procs.together(refuse)
 
 
-def of_this_launch(config: Config, log: RunLogger) -> Config:
-    """`config`, but with --resume auto where this launch has begun the run: a restart must not set it aside again."""
+def resume_of_this_launch(config: Config, log: RunLogger) -> str:
+    """The setting `resume`, but auto where this launch has begun the run: a restart must not set it aside again."""
     launch = os.environ.get("LAUNCH_ID")
-    return replace(config, resume="auto") if launch and log.settings().get("launch") == launch else config
+    return "auto" if launch and log.settings().get("launch") == launch else config.resume
 
 
 def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
@@ -225,7 +243,7 @@ def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
 
     Otherwise the run would start over without a word.
     """
-    newest = procs.gather((max(checkpoint_steps(root), default=-1), socket.gethostname()))
+    newest = procs.gather((procs.together(lambda: max(checkpoint_steps(root), default=-1)), socket.gethostname()))
     step, machine = max(newest)
 
     def refuse() -> None:
@@ -436,6 +454,8 @@ def non_finite_gradients(run: Run, norms_P: torch.Tensor) -> str:
 def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
     """One training line. Loss and speed are means over the steps since the last line, evaluations left out."""
     config, progress = run.config, run.state.progress
+    write_status(run, "running", None, "")
+    run.watching.refresh()
     if not progress.loss_steps:
         return  # every step since the last line was skipped
     loss, step_seconds = progress.loss_sum / progress.loss_steps, progress.seconds / progress.loss_steps
@@ -461,8 +481,6 @@ def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
         f"lr {result.lr:.2e}  grad {result.grad_norm:.2f}  {rate:,.0f} tok/s  {step_seconds * 1e3:,.0f} ms"
         f"{f'  {mfu:.1%} MFU' if mfu else ''}  {memory_gb:.1f} GB  {timedelta(seconds=round(seconds_left))} left"
     )
-    write_status(run, "running", None, "")
-    run.watching.refresh()
     progress.start_line()
 
 
@@ -479,7 +497,7 @@ def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> No
         n_ctx=config.model.n_ctx,
         windows=windows[:MAX_RECORDED_WINDOWS],
     )
-    # Saved by now or never: a run all of whose steps are skipped has failed, however short it is.
+    # A run whose every step is skipped has failed, even one shorter than MAX_SKIPPED_STEPS.
     if progress.skipped_in_a_row >= min(MAX_SKIPPED_STEPS, config.total_steps):
         run.procs.together(lambda: give_up(run))
 
@@ -528,6 +546,11 @@ def evaluate(run: Run, evaluation: Assessment, kind: str) -> bool:
         )
     except StoppedError:
         return False
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"Cannot make the {kind} at step {step}: out of memory on {procs.device}. Rerun to resume with a smaller "
+            "--train.micro-batch-size (validation), --eval.samples-per-prompt (sample) or --eval.hellaswag-items 0."
+        ) from error
     for record in records:
         run.log.metric(record.kind, step, **record.values)
         run.log.info(f"step {step}  {record.words}")

@@ -85,6 +85,11 @@ preparation=()
 eval "$settings" # the variables above; the arguments of pretrain.py as "$@"; also DATASET, `preparation` and others
 export TEMP_DATA_DIR LAUNCH_ID OMP_NUM_THREADS LAUNCHER_PID=$$
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # seconds in which stopped processes save
+case "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in *[!0-9]*)
+    say "error: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is '$TORCH_ELASTIC_SHUTDOWN_TIMEOUT'; it must be a number of seconds."
+    exit 2
+    ;;
+esac
 # A misspelt setting or a full disk should be found before hours of preparing data.
 export DATA DATA_SOURCE DATA_PATH DATA_DATASET DATA_CONFIG DATA_SPLIT DATA_TEXT_FIELD DATA_MAX_TOKENS NPROC
 code=0
@@ -130,17 +135,17 @@ done
 
 if [ "$code" = 0 ]; then
     stage "4/5 a text from the saved model"
-    text=$(mktemp)
+    text=$(mktemp) || text=/dev/null
+    # A finished run stays finished if its sample or report fails.
     child module src.model_assessment.sampling --checkpoint "$RUN_DIR" --prompt "The" --max-new-tokens 60 \
-        --temperature 0.8 --top-k 50 >"$text" || exit
+        --temperature 0.8 --top-k 50 >"$text" || [ -z "$stopped" ] || exit
     sed '$d' "$text" # the last line is JSON for programs
-    rm -f "$text"
+    [ "$text" = /dev/null ] || rm -f "$text"
 else
     stage "4/5 a text from the saved model: skipped, because training ended with exit code $code"
 fi
 if [ -s "$RUN_DIR/metrics.jsonl" ]; then
     stage "5/5 report"
-    # A finished run stays finished if its report fails.
     child module src.model_assessment.report "$RUN_DIR" || [ -z "$stopped" ] || exit
 fi
 exit "$code"

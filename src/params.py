@@ -21,7 +21,7 @@ Reporter = Literal["tensorboard", "wandb"]
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work. The message lists every problem problems, one a line."""
+    """A setting that cannot work. The message lists every problem, one a line."""
 
     exit_code = 2
 
@@ -275,7 +275,7 @@ class Config:
             problems.append(f"run_name = {self.run_name!r} must be a plain folder name")
         if (length := len(self.run_name.encode(errors="replace"))) > MAX_NAME_BYTES:
             problems.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; it can have {MAX_NAME_BYTES}")
-        if self.resume not in ("auto", "never") and not self.resume.isdecimal():
+        if self.resume not in ("auto", "never") and (not self.resume.isdecimal() or len(self.resume) > 9):
             problems.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
         if not 0 <= self.profile <= MAX_COUNT:
             problems.append(f"profile = {self.profile} must be at least 0 and at most {MAX_COUNT:,}; 0 records nothing")

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -186,7 +187,9 @@ def disk(start: Start) -> Found:
     place, data_place = existing_folder(start.run_dir), existing_folder(start.dataset)
     request, data = start.request, 0
     if request:
-        tokens = SOURCES[request.sources[0]].tokens(request)
+        tokens = 0
+        with suppress(UserError):  # the check of the dataset reports it
+            tokens = SOURCES[request.sources[0]].tokens(request)
         data = disk_needed(start.dataset, min(tokens, request.max_tokens or tokens))
     free, free_for_data = free_bytes(place), free_bytes(data_place)
     on_one_disk = place.stat().st_dev == data_place.stat().st_dev

@@ -86,7 +86,7 @@ def test_all_failures_at_once_and_what_to_do(commands: Commands, tmp_path: Path)
     assert result.returncode == 2
     assert json.loads(result.stdout)["failed"] == ["settings", "dataset", "hub", "checkpoint"]
     assert "5 cannot share evenly; with 1 process(es), micro_batch_size can be 1, 2, 4, 8, 16 or 32" in result.stderr
-    assert "Cannot read nothing.jsonl: No such file or directory. Give a local copy" in result.stderr
+    assert "Cannot read nothing.jsonl: " in result.stderr
     assert (
         f"no dataset at {tmp_path}/datasets/nowhere: no such folder; prepare it with: python -m src." in result.stderr
     )

@@ -101,7 +101,8 @@ def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manife
                 f"{manifest.tokenizer}, the model {config.model.n_vocab}. Give a dataset of its tokenizer with --data."
             )
         if trained_on != manifest.sha256:
-            say(f"note: {path} was trained on another dataset than {folder}, and may have seen its text")
+            known = "was trained on another dataset than" if trained_on else "comes without the name of its dataset;"
+            say(f"note: {path} {known} {folder}, and may have seen its text")
     return folder, manifest
 
 

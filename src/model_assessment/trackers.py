@@ -130,7 +130,9 @@ class Watching:
         command = ["nice", "-n", "19", sys.executable, "-m", "src.model_assessment.report"]
         quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         run_dir = str(self._log.run_dir.absolute())
-        return subprocess.Popen([*command, run_dir], cwd=ROOT, start_new_session=True, **quiet)
+        hidden = ("EXIT_CODE_FILE", "RANK", "LOCAL_RANK", "WORLD_SIZE")  # its end is not the run's
+        env = {name: value for name, value in os.environ.items() if name not in hidden} | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*command, run_dir], cwd=ROOT, env=env, start_new_session=True, **quiet)
 
 
 class TensorBoard:

@@ -167,6 +167,6 @@ def refuse_full_disk(config: Config, run_dir: Path) -> None:
 
 
 def _kept(steps: list[int], config: Config) -> list[int]:
-    """Those of `steps`, in order, that are left after the last of them was saved."""
+    """The steps that remain after the last of `steps` is saved and older ones are pruned."""
     keep_last, keep_every = config.checkpoint.keep_last, config.checkpoint.keep_every_steps
     return [step for step in steps[:-keep_last] if keep_every and step % keep_every == 0] + steps[-keep_last:]

@@ -36,7 +36,7 @@ class SpikeGuard:
     """The whole state: the recent losses, spikes included, the newest last."""
 
     def is_spike(self, loss: float) -> bool:
-        """True where the step with this mean loss, in nats, shall be skipped; False for one that is not finite."""
+        """True where the step with this mean loss, in nats, should be skipped; False for one that is not finite."""
         if not math.isfinite(loss) or not self._is_high(loss, self.losses):
             return False
         newest = range(len(self.losses) - MAX_IN_A_ROW, len(self.losses))

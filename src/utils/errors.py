@@ -1,4 +1,4 @@
-"""The end of a command: exit codes, the errors behind them, and the one way of all messages to the terminal."""
+"""Exit codes, the errors behind them, and how messages are printed."""
 
 import os
 import sys
@@ -132,16 +132,23 @@ def hub_reason(error: Exception) -> str:
 
 
 def _leave_exit_code(code: int) -> None:
-    """Writes a final code to EXIT_CODE_FILE for the launcher, since torchrun answers 1 whatever its processes said.
+    """Appends the code to EXIT_CODE_FILE for the launcher, since torchrun answers 1 whatever its processes said."""
+    if path := os.environ.get("EXIT_CODE_FILE"):
+        with suppress(OSError), open(path, "a", encoding="ascii") as file:  # the disk may be full
+            file.write(f"{code}\n")
 
-    The first code counts: the other processes may fail because this one ended.
+
+def recorded_exit_code() -> int | None:
+    """The exit code of a run by the codes in EXIT_CODE_FILE; None where no process left one.
+
+    The first final code counts, because other processes may fail after that one ended; else an unexpected error.
     """
-    path = os.environ.get("EXIT_CODE_FILE")
-    if path and code in FINAL_CODES:
-        with suppress(OSError):  # the disk may be full
-            if not os.path.exists(path) or not os.path.getsize(path):
-                with open(path, "w", encoding="ascii") as file:
-                    file.write(str(code))
+    try:
+        with open(os.environ.get("EXIT_CODE_FILE", ""), encoding="ascii") as file:
+            codes = [int(line) for line in file]
+    except (OSError, ValueError):
+        return None
+    return next((code for code in codes if code in FINAL_CODES), max(codes, default=None))
 
 
 def harmless(text: str, keep: str = "") -> str:

@@ -29,14 +29,14 @@ T = TypeVar("T")
 
 @dataclass
 class Processes:
-    """This process among its peers. Every method is a collective: all processes call it in the same order."""
+    """This process among its peers. All processes call its methods in the same order, as most are collectives."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     activity: str = "the start"
-    """The work in hand, for the message of a collective that fails."""
+    """The current activity, named when a collective fails."""
 
     @property
     def is_main(self) -> bool:

@@ -78,10 +78,9 @@ class RunLogger:
     def records(self) -> list[dict[str, Any]]:
         """All whole records of metrics.jsonl. Raises StorageError where the file cannot be read."""
         path, records = self.run_dir / "metrics.jsonl", list[dict[str, Any]]()
-        if not os.path.lexists(path):
-            return []
-        with storage_errors(path, "read"), open(path, "rb") as lines:
-            for line in lines:
+        with storage_errors(path, "read"):
+            content = path.read_bytes() if path.exists() else b""
+            for line in content.splitlines():
                 with suppress(ValueError, RecursionError):  # a line cut off by a kill
                     record = json.loads(line.decode("utf-8", "replace"))
                     if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
@@ -98,9 +97,10 @@ class RunLogger:
         Raises StorageError where the file cannot be rewritten.
         """
         path = self.run_dir / "metrics.jsonl"
-        if self.is_main and path.exists():
-            lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in self.records() if r["step"] <= step]
-            with storage_errors(path):
+        records = self.records()
+        with storage_errors(path):
+            if self.is_main and path.exists() and path.stat().st_size:
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if record["step"] <= step]
                 self._replace("metrics.jsonl", "".join(lines))
 
     def sync(self) -> None:

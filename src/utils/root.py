@@ -1,4 +1,4 @@
-"""Places of the repository and its data, whatever folder a command is started from."""
+"""Paths of the repository and its data, independent of the current folder."""
 
 import os
 from pathlib import Path

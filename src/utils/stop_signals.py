@@ -12,7 +12,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """The STOP_SIGNALS that this process was not started to ignore, as nohup does with SIGHUP."""
+    """The STOP_SIGNALS except those ignored from the start, as nohup does with SIGHUP."""
     return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 

@@ -17,15 +17,17 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 
 from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from src.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, FINAL_CODES, say
+from src.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, FINAL_CODES, recorded_exit_code, say
 
 EXIT_LOST_MACHINE = 69  # the launcher reports it as 1; a restart would wait for that machine again
+_stopped_at: list[float] = []
 
 
 def main() -> int:
@@ -34,15 +36,21 @@ def main() -> int:
     logging.disable(logging.CRITICAL)  # torchrun's own lines; the processes print theirs
     for number in heeded_signals():
         signal.signal(number, _stop_once)
-    with tempfile.NamedTemporaryFile("r", prefix="exit-code-", encoding="ascii") as file:
+    with tempfile.NamedTemporaryFile(prefix="exit-code-") as file:
         os.environ["EXIT_CODE_FILE"] = file.name
         try:
             run.main(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]])
         except SignalException:
-            return int(file.read() or EXIT_STOPPED)
+            if (code := recorded_exit_code()) is not None:
+                return code
+            if time.monotonic() - _stopped_at[0] < float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")):
+                return EXIT_STOPPED  # before there was anything to save
+            say("The processes were killed before they had saved. Rerun to resume from the last checkpoint.")
+            return EXIT_FAILED
         except ChildFailedError as error:
             ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            return exit_code(ends, int(file.read() or 0))
+            code = recorded_exit_code()
+            return exit_code(ends, code if code in FINAL_CODES else 0)
         except DistError as error:
             reason = str(error).splitlines()[0]
             say(f"Cannot reach all machines: {reason}. Start the same command on all of them again.")
@@ -68,6 +76,7 @@ def exit_code(ends: Mapping[int, int], recorded: int) -> int:
 
 def _stop_once(number: int, _: object) -> None:
     """Makes torchrun pass on the first signal, wait for the processes to save, and ignore later signals."""
+    _stopped_at.append(time.monotonic())
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise SignalException(f"stopped by {signal.Signals(number).name}", signal.Signals(number))

@@ -59,6 +59,6 @@ def test_checkpoints_that_are_gone_are_no_new_run(commands: Commands, dataset: C
     refused(f"{checkpoints} holds no checkpoint, but status.json says that the run is done. Nothing was changed")
     log.rename(run_dir / "metrics.jsonl")
     words = module(commands, "src.preflight", *arguments(data, "--resume", "never")).stderr
-    assert f"run folder:   {run_dir}, begun anew, the old one set aside" in words
+    assert "none; an existing run is set aside" in words
     assert start(commands, data, "--resume", "never").returncode == 0
     assert len(commands.metrics("drill.set-aside-1", "train")) == len(commands.metrics("drill", "train")) == 4

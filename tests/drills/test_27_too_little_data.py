@@ -31,7 +31,7 @@ def test_an_empty_validation_shard(commands: Commands, dataset: Callable[..., Pa
     ("content", "expected"),
     [
         ("", " is empty. Needed: ind (an integer), ctx (text), endings (four texts) and label (0 to 3)"),
-        (json.dumps(ITEM) + "\n" + json.dumps({**ITEM, "endings": ["down."]}), ", line 2: found endings = ['down.']"),
+        (json.dumps(ITEM) + "\n" + json.dumps({**ITEM, "endings": ["down."]}), ", line 2: missing or wrong: endings. "),
     ],
 )
 def test_multiple_choice_that_cannot_be_asked(

@@ -29,7 +29,7 @@ def test_too_little_memory_says_what_to_do(config: Config, monkeypatch: pytest.M
 
     monkeypatch.setattr(LLM, "forward", exhausted)
     asked = replace(config, eval=replace(config.eval, val_every_steps=100), train=replace(config.train, compile="off"))
-    monkeypatch.setattr(pretrain.Assessment, "due", lambda *_: [])
+    monkeypatch.setattr(pretrain.Assessment, "missing", lambda *_: [])
     with pytest.raises(UserError, match=r"of 4 sequences in step 1: out of memory on cpu, .* 3.07 GiB. Rerun"):
         train(asked)
     status = json.loads((pretrain.RUNS / "whole" / "status.json").read_text())
