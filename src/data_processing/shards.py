@@ -124,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
         reason = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
         raise UserError(f"no dataset at {folder}: {reason}; prepare it with: {_preparing(folder)}") from None
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
     if content.pop("format", None) != FORMAT_VERSION:
         raise UserError(f"Cannot read {path}: this program reads format {FORMAT_VERSION} only. {_REDO}")
     try:
@@ -175,7 +175,7 @@ def shard_fault(
     except OSError as error:
         return f"Cannot read {path}: {error.strerror}"
     except _Damaged as damage:
-        return f"{path}: expected {damage}"
+        return f"{path}: {damage}"
     return None
 
 
@@ -314,13 +314,13 @@ def _check_header(file: IO[bytes], shard: Shard) -> None:
         shape, _, dtype = read_header(file)
     except ValueError as error:
         found = "an empty file" if size == 0 else f"{size} bytes that are not ({str(error).splitlines()[0]})"
-        raise _Damaged(f"a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}") from None
+        raise _Damaged(f"expected a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}") from None
     if (dtype, shape) != (TOKEN_DTYPE, (shard.tokens,)):
-        raise _Damaged(f"dtype {TOKEN_DTYPE} and shape {(shard.tokens,)}, found {dtype} and {shape}")
+        raise _Damaged(f"expected dtype {TOKEN_DTYPE} and shape {(shard.tokens,)}, found {dtype} and {shape}")
     expected = file.tell() + shard.tokens * TOKEN_DTYPE.itemsize
     if size != expected:
         what = "cut short" if size < expected else "followed by bytes that don't belong to it"
-        raise _Damaged(f"{expected} bytes, found {size}: the array is {what}")
+        raise _Damaged(f"expected {expected} bytes, found {size}: the array is {what}")
 
 
 def _check_content(
@@ -338,14 +338,14 @@ def _check_content(
         ids = np.frombuffer(chunk, TOKEN_DTYPE)
         if ids.max() >= n_vocab:
             first = int(np.argmax(ids >= n_vocab))
-            raise _Damaged(f"ids below {n_vocab}, found {ids[first]} as token {offset + first}")
+            raise _Damaged(f"expected ids below {n_vocab}, found {ids[first]} as token {offset + first}")
         offset += ids.size
         documents += np.count_nonzero(ids == end_of_text)
     if digest.hexdigest() != shard.sha256:
-        raise _Damaged(f"sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
+        raise _Damaged(f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
     if end_of_text is not None and documents != shard.documents:
         raise _Damaged(
-            f"{shard.documents} documents, found {documents}: the id {end_of_text} begins each of them; the content is "
+            f"expected {shard.documents} documents, found {documents}: the id {end_of_text} begins each of them; the content is "
             "as prepared, so its manifest was changed"
         )
 

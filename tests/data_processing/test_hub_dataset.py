@@ -236,7 +236,7 @@ FOOTER = FILES[FIRST][-8 - int.from_bytes(FILES[FIRST][-8:-4], "little") :]
 @pytest.mark.parametrize(
     ("files", "fields", "message"),
     [
-        (FILES, {"text_field": "body"}, "parquet: no field 'body'; fields found: id, text, score"),
+        (FILES, {"text_field": "body"}, "parquet: expected one field 'body', found id, text, score"),
         (FILES, {"text_field": "score"}, "column 'score' must hold text, found type double"),
         ({FIRST: b""}, {}, f"Cannot get the footer of {FIRST} .*: ArrowInvalid"),
         ({FIRST: FOOTER}, {}, f"Cannot get row group . of {FIRST} "),
