@@ -345,8 +345,8 @@ def _check_content(
         raise _Damaged(f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
     if end_of_text is not None and documents != shard.documents:
         raise _Damaged(
-            f"expected {shard.documents} documents, found {documents}: the id {end_of_text} begins each of them; the content is "
-            "as prepared, so its manifest was changed"
+            f"expected {shard.documents} documents, found {documents}: the id {end_of_text} begins each of them; the "
+            "content is as prepared, so its manifest was changed"
         )
 
 
