@@ -27,7 +27,7 @@ import torch
 from huggingface_hub import constants as hub_settings
 
 from src.data_processing.document_shuffle import disk_needed
-from src.data_processing.shards import MANIFEST, check_in_seconds, read_manifest
+from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.text_sources import SOURCES, Request, find_files
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
@@ -152,15 +152,13 @@ def dataset(start: Start) -> Found:
         _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
         if request is None:
             return Found(f"{folder}, which node 0 prepares")
-        files = f", {len(find_files(request.paths)[0]):,} of them" if request.paths else ""
+        files = f", {len(find_files(request.paths)):,} of them" if request.paths else ""
         return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
     manifest = read_manifest(folder)
     _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)
-    unread = check_in_seconds(folder, manifest)
     for shards, at_least in ((manifest.train, config.batch_size), (manifest.validation, 1)):
         WindowDataset(folder, shards, config.model.n_ctx, config.model.n_vocab, at_least)
-    verified = f"{size_text(unread)} to be verified before the first step" if unread else "verified"
-    return Found(f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards, {verified}")
+    return Found(f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards")
 
 
 def _check_vocabulary(config: Config, folder: Path, name: str, n_vocab: int) -> None:

@@ -74,7 +74,7 @@ def test_a_start_that_can_work(commands: Commands, data: Path):
     lines = result.stderr.splitlines()
     assert all(line.startswith("ok    ") for line in lines)
     assert len({len(line) - len(line[6:].split(":", 1)[1].lstrip()) for line in lines}) == 1, "values in one column"
-    assert f"ok    dataset:    {data}, 3,600 tokens in 3 shards, verified" in lines
+    assert f"ok    dataset:    {data}, 3,600 tokens in 3 shards" in lines
     summary = json.loads(result.stdout.splitlines()[-1])
     assert (summary["exit_code"], summary["failed"], summary["warnings"]) == (0, [], [])
     assert list(summary["checks"]) == [line[6:].split(":")[0] for line in lines]
@@ -128,16 +128,10 @@ def test_the_launchers_variables(commands: Commands, tmp_path: Path):
 def test_damaged_data(data: Path):
     start = start_of(small(debug()), data)
     assert not preflight.dataset(start).doubtful
-    first, last = shard_paths(data)[0], shard_paths(data)[-1]
-    content = bytearray(first.read_bytes())
-    content[-1] ^= 1
-    first.write_bytes(content)
+    last = shard_paths(data)[-1]
     last.write_bytes(last.read_bytes()[:-1])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=rf"{last}: expected .* --repair"):
         preflight.dataset(start)
-    assert f"{first}: " in str(caught.value)
-    assert f"{last}: expected" in str(caught.value)
-    assert "--repair" in str(caught.value)
 
 
 def test_data_that_cannot_serve_the_run(data: Path):

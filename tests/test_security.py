@@ -146,7 +146,7 @@ def test_a_datasets_manifest_cannot_lead_elsewhere(dataset: Callable[..., Path],
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="is not the name of a shard"):
         read_manifest(folder)
-    Journal(folder).write()
+    Journal(folder, is_kept=True).write()
     journal = json.loads((folder / "journal.json").read_text())
     (folder / "journal.json").write_text(json.dumps(journal | {"shards": manifest["shards"]}))
     with pytest.raises(ValueError, match="is not the name of a shard"):
@@ -159,8 +159,8 @@ def test_a_preparations_journal_cannot_truncate_elsewhere(tmp_path: Path, name: 
     work.mkdir()
     outside.write_bytes(b"documents")
     (work / "link").symlink_to(outside)
-    journal = Journal(work)
-    journal.files[name.format(outside=outside)] = [2, 0]
+    journal = Journal(work, is_kept=True)
+    journal.files[name.format(outside=outside)] = 2
     journal.write()
     with pytest.raises(ValueError, match="leads elsewhere"):
         Journal.read(work, tmp_path)

@@ -7,27 +7,27 @@ for each document of the corpus, and what the threads work on. Equal documents s
 work, .preparing in the dataset's, holds:
 
     plan.json          the request and the details of its sources; written first
-    journal.json       length and checksum of each bucket file at a position in the sources, then the shards written;
-                       replaced at once: a restart truncates the buckets to these lengths and resumes there
+    journal.json       length of each bucket file at a position in the sources, then the shards written; replaced at
+                       once: a restart truncates the buckets to these lengths and resumes there
     00.records ...     a RECORD of each document, in the order of the sources
     00.tokens ...      their token ids, uint16; deleted once they are in shards
+
+A corpus that fits into one flush has no journal: a restart reads it again.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
-import threading
 import time
-import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,20 +36,21 @@ from src.data_processing.shards import SHARD_NAME, TOKEN_DTYPE, Shard, check_nam
 from src.data_processing.text_sources import Request, Source
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer, replace_surrogates
 from src.utils.errors import BusyError, StorageError, UserError, now_and_then, say
-from src.utils.files import bytes_below, lies_in, replacing, storage_errors, try_lock
+from src.utils.files import bytes_below, lies_in, read_json, replacing, storage_errors, try_lock
 
 WORK = ".preparing"
 DOWNLOADS = "downloads"
 PLAN, JOURNAL, _LOCK = "plan.json", "journal.json", "lock"
-PLAN_VERSION = 2  # another one is not resumed; change it with the buckets or the way that batches are divided
+PLAN_VERSION = 3  # another one is not resumed; change it with the buckets or the way that batches are divided
 FLUSH_TOKENS = 1 << 26  # 128 MB in memory between two entries of the journal
+_DOCUMENT_COST = 100  # tokens that take as much memory as a document's objects
 _BUCKETS = 256
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE, _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS = 20, 4, 16_384
-_MAX_FILES_NAMED = 100
+_FILES_NAMED = 5
 
 # NumPy compares byte strings as unsigned bytes, which is the order of the keys. A key's trailing zero bytes are lost
-# when it leaves the array (`key_text` restores them), but equal keys stay equal.
+# when it leaves the array (`_write_shard` restores them), but equal keys stay equal.
 RECORD = np.dtype([("key", "S16"), ("tokens", "<u4"), ("source", "<u4"), ("text_bytes", "<u8")])
 
 
@@ -60,7 +61,7 @@ class Position(NamedTuple):
     unit: int = 0
     batch: int = 0
     share: float = 0.0
-    """Share of the unit that lies before it."""
+    """Share of all sources that lies before it."""
 
 
 START = Position()
@@ -68,7 +69,7 @@ START = Position()
 
 @dataclass
 class Journal:
-    """How far a preparation is."""
+    """The state of a preparation."""
 
     work: Path
     position: Position = START
@@ -79,88 +80,78 @@ class Journal:
     )
     """Documents that are not empty and their tokens, duplicates included; documents left out; documents mended."""
     replaced_in: dict[str, int] = field(default_factory=dict)
-    """Documents with replaced characters by file; the files beyond the first hundred together."""
-    files: dict[str, list[int]] = field(default_factory=dict)
-    """Length in bytes and CRC-32 of each bucket file."""
+    """Documents with replaced characters by file; the files beyond the first five together."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Length in bytes of each bucket file."""
     shards: list[Shard] = field(default_factory=list)
+    is_kept: bool = False
+    """True if it is on the disk: not for a corpus of one flush."""
 
     def write(self) -> None:
-        """Replace the file. Raises StorageError."""
-        content = {name: value for name, value in vars(self).items() if name != "work"}
-        with replacing(self.work / JOURNAL) as file:
-            file.write(json.dumps(content | {"shards": [asdict(shard) for shard in self.shards]}).encode())
+        """Replace the file, if the journal is kept. Raises StorageError."""
+        if self.is_kept:
+            content = {name: value for name, value in vars(self).items() if name != "work"}
+            _write_json(self.work / JOURNAL, content | {"shards": [asdict(shard) for shard in self.shards]})
 
     @classmethod
-    def read(cls, work: Path, folder: Path) -> "Journal | None":
-        """Read the journal and truncate the buckets to it; None if there is none.
+    def read(cls, work: Path, folder: Path) -> "Journal":
+        """Read the journal and truncate the buckets to it; an empty one if there is none.
 
         Raises ValueError, KeyError or TypeError if the journal, a bucket or a shard is damaged.
         """
         if not (work / JOURNAL).exists():
-            return None
-        content = json.loads((work / JOURNAL).read_bytes())
+            return cls(work)
+        content = read_json(work / JOURNAL)
         content["position"] = Position(*content["position"])
         content["shards"] = [Shard(**entry) for entry in content["shards"]]
         journal = cls(work, **content)
         check_names(journal.shards)
-        for name, (length, _) in journal.files.items():
+        for name, length in journal.files.items():
             path = work / name
-            if not lies_in(work, name):
-                raise ValueError(f"{path} leads elsewhere")
             if journal.shards and not path.exists():
                 continue  # its documents are in shards
-            if not path.exists() or path.stat().st_size < length:
-                raise ValueError(f"{path} is cut short")
+            if not lies_in(work, name) or not path.exists() or path.stat().st_size < length:
+                raise ValueError(f"{path} is cut short or leads elsewhere")
             os.truncate(path, length)
-            journal.content(name)
         for shard in journal.shards:
             if fault := shard_fault(folder, shard, Tokenizer.n_vocab, full=True):
                 raise ValueError(fault)
         return journal
 
-    def append(self, name: str, content: bytes, is_synced: bool) -> None:
-        """Append to a bucket file, on the disk when this returns if `is_synced`. Raises StorageError."""
-        length, checksum = self.files.get(name, (0, 0))
+    def append(self, name: str, content: bytes) -> None:
+        """Append to a bucket file, safe from a power cut if the journal is kept. Raises StorageError."""
+        length = self.files.get(name, 0)
         # A file the journal does not know is left by a start that was killed before it wrote one.
         with storage_errors(self.work / name), open(self.work / name, "ab" if length else "wb") as file:
             file.write(content)
-            if is_synced:
+            if self.is_kept:
                 file.flush()
                 os.fsync(file.fileno())
-        self.files[name] = [length + len(content), zlib.crc32(content, checksum)]
-
-    def content(self, name: str) -> bytes:
-        """Read a bucket file. Raises ValueError if it is damaged, StorageError if it cannot be read."""
-        with storage_errors(self.work / name, "read"):
-            content = (self.work / name).read_bytes() if name in self.files else b""
-        if [len(content), zlib.crc32(content)] != self.files.get(name, [0, 0]):
-            raise ValueError(f"{self.work / name} has changed")
-        return content
+        self.files[name] = length + len(content)
 
 
 @contextmanager
 def claimed_work(folder: Path) -> Iterator[Path]:
-    """Hold `folder`, made if need be, until the block ends; yield the folder inside it for unfinished work.
+    """Hold `folder`, created if needed, until the block ends; yield the folder inside it for unfinished work.
 
-    It is deleted when the block ends well. After a failure it stays if it holds anything to resume from. Raises
+    It is deleted when the block ends well, and after a failure if it holds nothing to resume from. Raises
     StorageError if the folder cannot be written, and BusyError if another process holds it.
     """
     work = folder / WORK
     with storage_errors(folder):
-        is_new = not folder.exists()
         work.mkdir(parents=True, exist_ok=True)
         lock = open(work / _LOCK, "ab")  # noqa: SIM115 (held open as long as the lock)
     with lock:
-        if not try_lock(lock) or not _is_same(lock, work / _LOCK):  # its last holder may have deleted it
-            raise BusyError(f"another process is preparing {folder}; wait for it, or choose another --out")
+        if not try_lock(lock) or not os.fstat(lock.fileno()).st_nlink:  # its last holder may have deleted it
+            raise BusyError(
+                f"Cannot prepare {folder}: another process is preparing it. Wait for it, or choose another --out."
+            )
         try:
             yield work
         except BaseException:
             with suppress(OSError):  # the failure itself matters more than leftovers
-                if not ((work / JOURNAL).exists() or (work / DOWNLOADS).exists()):
-                    shutil.rmtree(work)
-                    if is_new and not any(folder.iterdir()):
-                        folder.rmdir()
+                if os.listdir(folder) == [WORK] and not {JOURNAL, DOWNLOADS} & set(os.listdir(work)):
+                    shutil.rmtree(folder)
             raise
         with storage_errors(work, "delete"):
             shutil.rmtree(work)
@@ -168,42 +159,31 @@ def claimed_work(folder: Path) -> Iterator[Path]:
 
 def resume(folder: Path, work: Path, request: Request) -> tuple[list[dict[str, Any]], Journal | None]:
     """Return the sources' details and the journal of an earlier start with the same request; else nothing."""
-    if not (work / PLAN).exists():
-        return [], None
-    try:
-        plan = json.loads((work / PLAN).read_bytes())
-        if (plan["version"], plan["request"]) == (PLAN_VERSION, request.stored()):
-            return plan["sources"], Journal.read(work, folder)
-        say("the unfinished work is of another request: starting over")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        say(f"the unfinished work is damaged ({error}): starting over")
+    if (work / PLAN).exists():
+        with suppress(ValueError, KeyError, TypeError):
+            plan = read_json(work / PLAN)
+            if (plan["version"], plan["request"]) == (PLAN_VERSION, request.stored()):
+                return plan["sources"], Journal.read(work, folder)
+        say("starting over: the unfinished work is damaged or of another request")
     return [], None
 
 
-def start_over(
-    folder: Path, work: Path, request: Request, details: list[dict[str, Any]], keep_downloads: bool = False
-) -> Journal:
-    """Delete an earlier start's leftovers, write the plan, and return an empty journal.
+def start_over(folder: Path, work: Path, request: Request, details: list[dict[str, Any]]) -> Journal:
+    """Delete an earlier start's shards and buckets, write the plan, and return an empty journal.
 
     Raises UserError for shards whose origin is unknown, and StorageError.
     """
     shards = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name.removesuffix(".tmp"))]
     if shards and not (work / PLAN).exists():
         raise UserError(
-            f"{folder} holds {len(shards)} shards without a manifest, such as {min(shards).name}, whose preparation "
-            "is unknown; move them away or choose another --out"
+            f"Cannot prepare {folder}: it holds {len(shards)} shards without a manifest, such as {min(shards).name}, "
+            "whose preparation is unknown. Move them away or choose another --out."
         )
     with storage_errors(work, "delete the unfinished work in"):
         (work / JOURNAL).unlink(missing_ok=True)  # first: a kill further down must not leave it without its files
-        for path in [*shards, *work.iterdir()]:
-            if path.is_dir():
-                if path.name != DOWNLOADS or not keep_downloads:
-                    shutil.rmtree(path)
-            elif path.name not in (PLAN, _LOCK):  # the plan vouches for the shards until they are gone
-                path.unlink()
-    with replacing(work / PLAN) as file:
-        content = {"version": PLAN_VERSION, "request": request.stored(), "sources": details}
-        file.write(json.dumps(content).encode())
+        for path in [*shards, *work.glob("??.*")]:  # the plan vouches for the shards until they are gone
+            path.unlink()
+    _write_json(work / PLAN, {"version": PLAN_VERSION, "request": request.stored(), "sources": details})
     return Journal(work)
 
 
@@ -213,111 +193,88 @@ def fill_buckets(sources: Sequence[Source], request: Request, journal: Journal, 
     Raises UserError if a source is faulty or changed meanwhile, and StorageError.
     """
     load_tokenizer()  # or a fault of its files would show after the first download
-    report = _Progress(sources, request, journal)
+    start, tokens_before, say_if_due = time.monotonic(), journal.counts["tokens"], now_and_then()
     # A limited request may need little of what is read ahead; otherwise the threads stay busy during a flush.
     ahead = workers + 1 if request.is_limited else 8 * workers
-    waiting: list[EncodedBatch] = []
+    waiting: list[Document] = []
+    size = 0
     for position, batch in encode_all(sources, journal.position, workers, request.seed, ahead):
-        batch, is_limit_reached = _within_limits(batch, request, journal.counts)
-        waiting.append(batch)
+        documents = _within_limits(batch, request, journal)
+        waiting += documents
+        size += sum(_DOCUMENT_COST + document.tokens for document in documents)
         journal.position = position
-        for origin in batch.replaced.values():
-            name = origin if origin in journal.replaced_in or len(journal.replaced_in) < _MAX_FILES_NAMED else "others"
-            journal.replaced_in[name] = journal.replaced_in.get(name, 0) + 1
-        if is_limit_reached:
+        if len(documents) < len(batch):
             break
-        if sum(batch.tokens.size for batch in waiting) >= FLUSH_TOKENS:
+        if size >= FLUSH_TOKENS:
+            journal.is_kept = True
             _flush(waiting, journal)
-            waiting = []
-        report.say_if_due()
+            waiting, size = [], 0
+        counts, limits = journal.counts, (request.max_documents or math.inf, request.max_tokens or math.inf)
+        share = max(position.share, counts["documents"] / limits[0], counts["tokens"] / limits[1])
+        rate = (counts["tokens"] - tokens_before) / (time.monotonic() - start)
+        say_if_due(f"{share:.0%}, {counts['documents']:,} documents, {counts['tokens']:,} tokens, {rate:,.0f} tokens/s")
     for source in sources:
         source.check_unchanged()
     journal.is_complete = True
     _flush(waiting, journal)
 
 
-@dataclass(frozen=True)
-class EncodedBatch:
-    """Some documents of a corpus, in its order."""
+class Document(NamedTuple):
+    """An encoded document."""
 
-    records: np.ndarray
-    """RECORD of each document that is not empty."""
-    tokens: np.ndarray
-    """All ids in a row, uint16, with the end-of-text token before each document."""
-    empty_before: np.ndarray
-    """For each document, how many were left out before it because they are empty or all white space."""
-    replaced: dict[int, str]
-    """Numbers of the documents in which U+FFFD replaces what is not UTF-8, with their files."""
-    skipped_empty: int
+    key: bytes = b""
+    ids: bytes = b""
+    """The end-of-text token and the text's ids, uint16; nothing for a document of white space, which is left out."""
+    text_bytes: int = 0
+    source: int = 0
+    replaced_in: str | None = None
+    """Its file, if U+FFFD replaces what is not UTF-8."""
 
-    def first(self, documents: int) -> "EncodedBatch":
-        """Return the batch cut behind its first `documents` documents."""
-        records = self.records[:documents]
-        return EncodedBatch(
-            records,
-            self.tokens[: int(records["tokens"].sum())],
-            self.empty_before[:documents],
-            {number: origin for number, origin in self.replaced.items() if number < documents},
-            int(self.empty_before[documents - 1]) if documents else 0,
-        )
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) // TOKEN_DTYPE.itemsize
 
 
 def encode_all(
     sources: Sequence[Source], start: Position, workers: int, seed: int, ahead: int
-) -> Iterator[tuple[Position, EncodedBatch]]:
+) -> Iterator[tuple[Position, list[Document]]]:
     """Yield the encoded batches behind `start`, in order, each with the position behind it.
 
     Threads are enough: tiktoken, hashing and decompression release Python's lock. At most `ahead` batches are read
     before the first of them is taken.
     """
-    pending: deque[tuple[Position, Future[EncodedBatch]]] = deque()
-    is_leaving = threading.Event()
+    pending: deque[tuple[Position, Future[list[Document]]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         for position, documents in _batches(sources, start):
-            job = pool.submit(encode_batch, documents, seed, position.source, is_leaving)
-            pending.append((position, job))
+            pending.append((position, pool.submit(encode_batch, documents, seed, position.source)))
             while pending and (len(pending) >= ahead or pending[0][1].done()):
                 position, job = pending.popleft()
                 yield position, job.result()
-        while pending:
-            position, job = pending.popleft()
+        for position, job in pending:
             yield position, job.result()
     finally:
-        is_leaving.set()  # on an error or Ctrl-C: no further document is begun
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def encode_batch(
-    documents: Documents, seed: int, source: int = 0, is_leaving: threading.Event | None = None
-) -> EncodedBatch:
-    """Encode documents, replacing lone surrogates by U+FFFD and leaving out what is empty."""
+def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Document]:
+    """Encode documents, replacing lone surrogates by U+FFFD."""
     tokenizer = load_tokenizer()
-    mark = np.array([tokenizer.end_of_text], TOKEN_DTYPE)
-    records: list[tuple[bytes, int, int, int]] = []
-    arrays: list[np.ndarray] = [np.empty(0, TOKEN_DTYPE)]
-    empty_before: list[int] = []
-    replaced: dict[int, str] = {}
-    skipped = 0
-    for number, text in enumerate(documents.texts()):
-        if is_leaving is not None and is_leaving.is_set():
-            break
+    mark = TOKEN_DTYPE.type(tokenizer.end_of_text).tobytes()
+    encoded = []
+    for text in documents.texts():
+        replaced_in = None
         if not text or text.isspace():
-            skipped += 1
+            encoded.append(Document())
             continue
         try:
             data = text.encode()
         except UnicodeEncodeError:
             text = replace_surrogates(text)
-            data = text.encode()
-            replaced[len(records)] = documents.origin(number)
-        ids = tokenizer.encode_to_numpy(text)
-        arrays += [mark, ids]
-        records.append((document_key(data, seed), 1 + ids.size, source, len(data)))
-        empty_before.append(skipped)
-    return EncodedBatch(
-        np.array(records, RECORD), np.concatenate(arrays), np.array(empty_before, np.int64), replaced, skipped
-    )
+            data, replaced_in = text.encode(), str(documents.path)
+        ids = mark + tokenizer.encode_to_numpy(text).tobytes()
+        encoded.append(Document(document_key(data, seed), ids, len(data), source, replaced_in))
+    return encoded
 
 
 def document_key(data: bytes, seed: int) -> bytes:
@@ -326,11 +283,6 @@ def document_key(data: bytes, seed: int) -> bytes:
     Equal documents have the same key; different ones do not (a chance of 1e-24 for ten million documents).
     """
     return hashlib.blake2b(data, digest_size=16, key=str(seed).encode()).digest()
-
-
-def key_text(key: bytes) -> str:
-    """Return a key as the manifest has it, 32 hexadecimal digits."""
-    return key.ljust(16, b"\0").hex()
 
 
 class SortedDocuments:
@@ -343,72 +295,66 @@ class SortedDocuments:
         """By source."""
         lengths = np.zeros(33, np.int64)
         group_tokens: list[np.ndarray] = []
-        self._first_groups, self._forgotten = [0], 0
         for bucket in range(_BUCKETS):
-            if f"{bucket:02x}.records" not in journal.files:
-                self._first_groups.append(self._first_groups[-1])
-                continue
-            records, starts, _ = self._sorted(bucket)
-            self._first_groups.append(self._first_groups[-1] + len(starts))
+            records, _, starts = self._sorted(bucket)
             group_tokens.append(np.add.reduceat(records["tokens"].astype(np.int64), starts))
             self.documents += np.bincount(records["source"], minlength=n_sources)
             np.add.at(self.tokens, records["source"], records["tokens"].astype(np.int64))
             np.add.at(self.text_bytes, records["source"], records["text_bytes"].astype(np.int64))
             lengths += np.bincount(np.frexp(records["tokens"])[1] - 1, minlength=len(lengths))
-        self.group_tokens = np.concatenate([np.empty(0, np.int64), *group_tokens])
+        self.group_tokens = np.concatenate(group_tokens)
         self.lengths: list[int] = np.trim_zeros(lengths, "b").tolist()
         """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens."""
+        self._first_groups = np.cumsum([0, *map(len, group_tokens)])
+        self._loaded: dict[int, tuple[np.ndarray, ...]] = {}  # the last bucket: neighbouring shards share it
 
     def read(self, begin: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield records and tokens of groups `begin` to `end`, in order, a bucket at a time. Raises StorageError."""
         for bucket in range(_BUCKETS):
-            offset = self._first_groups[bucket]
-            first, last = max(begin, offset), min(end, self._first_groups[bucket + 1])
+            offset, next_offset = self._first_groups[bucket : bucket + 2]
+            first, last = max(begin, offset), min(end, next_offset)
             if first < last:
-                records, tokens, ends, starts = _load(self, bucket)
+                if bucket not in self._loaded:
+                    self._loaded = {bucket: self._load(bucket)}
+                records, tokens, bounds, starts = self._loaded[bucket]
                 low, high = starts[first - offset], starts[last - offset]
-                yield records[low:high], tokens[ends[low] : ends[high]]
+                yield records[low:high], tokens[bounds[low] : bounds[high]]
 
     def forget(self, end: int) -> None:
         """Delete the tokens of the buckets whose groups all lie before `end`. Raises StorageError."""
-        while self._forgotten < _BUCKETS and self._first_groups[self._forgotten + 1] <= end:
-            path = self._journal.work / f"{self._forgotten:02x}.tokens"
-            if path.name in self._journal.files:
-                with storage_errors(path, "delete"):
-                    path.unlink(missing_ok=True)
-            self._forgotten += 1
+        for bucket in range(int(np.searchsorted(self._first_groups[1:], end, side="right"))):
+            if self._journal.files.pop(name := f"{bucket:02x}.tokens", None):
+                with storage_errors(self._journal.work / name, "delete"):
+                    (self._journal.work / name).unlink(missing_ok=True)
 
     def _sorted(self, bucket: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a bucket's sorted records, where each group starts, and the records' places in the file."""
-        records = np.frombuffer(self._content(f"{bucket:02x}.records"), RECORD)
+        """Return a bucket's sorted records, their places in the file, and where each group starts."""
+        records = self._content(f"{bucket:02x}.records", RECORD)
         order = np.argsort(records["key"], kind="stable")  # of equal documents the first stays the first
         keys = records["key"][order]
         is_first = np.ones(len(keys), bool)
         is_first[1:] = keys[1:] != keys[:-1]
         if self._drop:
             order, is_first = order[is_first], is_first[is_first]
-        return records[order], np.flatnonzero(is_first), order
+        return records[order], order, np.flatnonzero(is_first)
 
-    def _load_sorted(self, bucket: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return sorted records and tokens, where each document's tokens begin and end, and where groups start."""
-        records, starts, order = self._sorted(bucket)
-        counts = np.frombuffer(self._content(f"{bucket:02x}.records"), RECORD)["tokens"].astype(np.int64)
-        tokens = np.frombuffer(self._content(f"{bucket:02x}.tokens"), TOKEN_DTYPE)
-        ends = np.cumsum(counts)
-        tokens = np.concatenate([tokens[ends[place] - counts[place] : ends[place]] for place in order.tolist()])
-        bounds = np.concatenate([[0], np.cumsum(counts[order])])
-        return records, tokens, bounds, np.append(starts, len(records))
+    def _load(self, bucket: int) -> tuple[np.ndarray, ...]:
+        """Return sorted records and tokens, the documents' bounds among the tokens, and the groups' among records."""
+        records, order, starts = self._sorted(bucket)
+        tokens = self._content(f"{bucket:02x}.tokens", TOKEN_DTYPE)
+        ends = np.cumsum(self._content(f"{bucket:02x}.records", RECORD)["tokens"], dtype=np.int64)
+        parts = [
+            tokens[ends[place] - count : ends[place]] for place, count in zip(order, records["tokens"], strict=True)
+        ]
+        bounds = np.concatenate([[0], np.cumsum(records["tokens"], dtype=np.int64)])
+        return records, np.concatenate(parts), bounds, np.append(starts, len(records))
 
-    def _content(self, name: str) -> bytes:
-        try:
-            return self._journal.content(name)
-        except ValueError as error:
-            raise StorageError(f"cannot use the unfinished work: {error}. Rerun to start over.") from None
-
-
-@lru_cache(maxsize=1)  # neighbouring shards share a bucket
-def _load(documents: SortedDocuments, bucket: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    return documents._load_sorted(bucket)
+    def _content(self, name: str, dtype: np.dtype) -> np.ndarray:
+        with storage_errors(self._journal.work / name, "read"):
+            content = (self._journal.work / name).read_bytes() if name in self._journal.files else b""
+        if len(content) != self._journal.files.get(name, 0):
+            raise StorageError(f"Cannot use the unfinished work: {self._journal.work / name} has changed. Rerun.")
+        return np.frombuffer(content, dtype)
 
 
 Ranges = list[tuple[int, int]]
@@ -421,11 +367,10 @@ def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[Ranges]
     validation documents has two. Raises UserError for fewer than two groups.
     """
     if len(group_tokens) < 2:
-        found = "one document" if len(group_tokens) else "no document"
         raise UserError(
-            f"found {found} that isn't empty, repetitions not counted; at least two are needed, one to validate and "
-            "one to train, because documents are not split: give more files, or divide a long text into the lines of "
-            "a .jsonl file"
+            f"Cannot divide {len(group_tokens)} document(s) that are neither empty nor repeated: at least two are "
+            "needed, one to validate and one to train, because documents are not split. Give more files, raise the "
+            "limit, or divide a long text into the lines of a .jsonl file."
         )
     total = int(group_tokens.sum())
     share = max(total // _VALIDATION_SHARE, min(total // _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS))
@@ -435,15 +380,11 @@ def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[Ranges]
     begin = int(np.argmax(fitting)) if fitting.any() else int(np.argmin(group_tokens))
     end = begin + next(_cuts(group_tokens[begin:], limit))
     shards: list[Ranges] = [[(begin, end)]]
-    training = np.delete(group_tokens, np.s_[begin:end])
     first = 0
-    for last in _cuts(training, tokens_per_shard):
+    for last in _cuts(np.delete(group_tokens, np.s_[begin:end]), tokens_per_shard):
         # Numbers among the training groups -> numbers among all: those behind validation are further on.
         pieces = [(first, min(last, begin)), (max(first, begin) + end - begin, last + end - begin)]
-        pieces = [(low, high) for low, high in pieces if low < high]
-        if len(pieces) == 2 and pieces[0][1] == pieces[1][0]:
-            pieces = [(pieces[0][0], pieces[1][1])]
-        shards.append(pieces)
+        shards.append([(low, high) for low, high in pieces if low < high])
         first = last
     return shards
 
@@ -460,65 +401,62 @@ def write_shards(
             documents.forget(ranges[-1][1])
 
 
-def disk_needed(folder: Path, tokens: int, download_bytes: int = 0) -> int:
+def disk_needed(folder: Path, tokens: int) -> int:
     """Estimate the bytes that preparing `tokens` tokens in `folder` needs beyond the leftovers of an earlier start."""
-    # The buckets, which go as the shards come, with an eighth for records and what is there twice meanwhile.
-    return max(0, tokens * TOKEN_DTYPE.itemsize * 9 // 8 + download_bytes - bytes_below(folder))
+    # The buckets, which go as the shards come, with an eighth for records and what exists twice meanwhile.
+    return max(0, tokens * TOKEN_DTYPE.itemsize * 9 // 8 - bytes_below(folder))
 
 
-def _is_same(lock: IO, path: Path) -> bool:
-    """Return True if the open file is the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(content).encode())
 
 
 def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Position, Documents]]:
     """Yield all batches from `start`, each with the position behind it."""
+    total = max(1, sum(sum(source.unit_bytes) for source in sources))
+    before = 0
     for number, source in enumerate(sources):
-        for unit in range(len(source.unit_bytes)):
-            if (number, unit) < start[:2]:
-                continue
-            skip = start.batch if (number, unit) == start[:2] else 0
-            for batch, (documents, share) in enumerate(source.batches(unit, skip), start=skip + 1):
-                yield Position(number, unit, batch, share), documents
+        for unit, size in enumerate(source.unit_bytes):
+            if (number, unit) >= start[:2]:
+                skip = start.batch if (number, unit) == start[:2] else 0
+                for batch, (documents, share) in enumerate(source.batches(unit, skip), start=skip + 1):
+                    yield Position(number, unit, batch, (before + share * size) / total), documents
+            before += size
 
 
-def _within_limits(batch: EncodedBatch, request: Request, counts: dict[str, int]) -> tuple[EncodedBatch, bool]:
-    """Return the part of `batch` that the request allows, and True if there was more; add it to `counts`."""
-    allowed = len(batch.records)
-    if request.max_documents is not None:
-        allowed = min(allowed, request.max_documents - counts["documents"])
-    if request.max_tokens is not None:
-        ends = np.cumsum(batch.records["tokens"], dtype=np.int64)
-        allowed = min(allowed, int(np.searchsorted(ends, request.max_tokens - counts["tokens"], side="right")))
-    is_limit_reached = allowed < len(batch.records)
-    if is_limit_reached:
-        batch = batch.first(allowed)
-    counts["documents"] += len(batch.records)
-    counts["tokens"] += batch.tokens.size
-    counts["skipped_empty"] += batch.skipped_empty
-    counts["replaced_invalid"] += len(batch.replaced)
-    return batch, is_limit_reached
+def _within_limits(batch: list[Document], request: Request, journal: Journal) -> list[Document]:
+    """Return the documents of `batch` that the request allows, all if no limit is reached, and count them."""
+    counts, allowed, end = journal.counts, len(batch), 0
+    documents, tokens = counts["documents"], counts["tokens"]
+    for number, document in enumerate(batch, start=1):
+        if document.ids:
+            documents, tokens = documents + 1, tokens + document.tokens
+            if documents > (request.max_documents or math.inf) or tokens > (request.max_tokens or math.inf):
+                allowed = end  # empty documents behind the last one don't count
+                break
+            end = number
+    for document in batch[:allowed]:
+        counts["documents"] += bool(document.ids)
+        counts["tokens"] += document.tokens
+        counts["skipped_empty"] += not document.ids
+        if name := document.replaced_in:
+            counts["replaced_invalid"] += 1
+            name = name if name in journal.replaced_in or len(journal.replaced_in) < _FILES_NAMED else "other files"
+            journal.replaced_in[name] = journal.replaced_in.get(name, 0) + 1
+    return batch[:allowed]
 
 
-def _flush(batches: Sequence[EncodedBatch], journal: Journal) -> None:
-    """Append batches to the buckets, then write the journal. Raises StorageError."""
-    # A corpus of one flush is sooner read again than synced, 512 files: after a power cut the checksums tell.
-    is_synced = bool(journal.files) or not journal.is_complete
-    records = np.concatenate([np.empty(0, RECORD), *(batch.records for batch in batches)])
-    tokens = np.concatenate([np.empty(0, TOKEN_DTYPE), *(batch.tokens for batch in batches)])
-    ends = np.cumsum(records["tokens"], dtype=np.int64).tolist()
-    first_bytes = np.ascontiguousarray(records["key"]).view(np.uint8)[::16]
-    order = np.argsort(first_bytes, kind="stable")
-    bounds = np.searchsorted(first_bytes[order], np.arange(_BUCKETS + 1))
-    for bucket in range(_BUCKETS):
-        places = order[bounds[bucket] : bounds[bucket + 1]].tolist()
-        if places:
-            parts = [tokens[ends[place] - int(records["tokens"][place]) : ends[place]] for place in places]
-            journal.append(f"{bucket:02x}.records", records[places].tobytes(), is_synced)
-            journal.append(f"{bucket:02x}.tokens", np.concatenate(parts).tobytes(), is_synced)
+def _flush(documents: Sequence[Document], journal: Journal) -> None:
+    """Append documents to the buckets, then write the journal. Raises StorageError."""
+    buckets: dict[int, list[Document]] = defaultdict(list)
+    for document in documents:
+        if document.ids:
+            buckets[document.key[0]].append(document)
+    for bucket, members in buckets.items():
+        records = [(document.key, document.tokens, document.source, document.text_bytes) for document in members]
+        journal.append(f"{bucket:02x}.records", np.array(records, RECORD).tobytes())
+        journal.append(f"{bucket:02x}.tokens", b"".join(document.ids for document in members))
     journal.write()
 
 
@@ -534,49 +472,17 @@ def _cuts(tokens: np.ndarray, limit: int) -> Iterator[int]:
 
 def _write_shard(documents: SortedDocuments, ranges: Ranges, folder: Path, prefix: str, index: int) -> Shard:
     """Write shard `index`. Raises StorageError."""
-    tokens = sum(int(documents.group_tokens[begin:end].sum()) for begin, end in ranges)
-    count = text_bytes = 0
-    keys: list[bytes] = []
+    parts: list[np.ndarray] = []
 
     def arrays() -> Iterator[np.ndarray]:
-        nonlocal count, text_bytes
         for begin, end in ranges:
-            for records, array in documents.read(begin, end):
-                count += len(records)
-                text_bytes += int(records["text_bytes"].sum(dtype=np.int64))
-                keys.extend((records["key"][0], records["key"][-1]))
-                yield array
+            for records, tokens in documents.read(begin, end):
+                parts.append(records)
+                yield tokens
 
+    tokens = sum(int(documents.group_tokens[begin:end].sum()) for begin, end in ranges)
     file, sha256 = write_shard(folder, prefix, index, tokens, arrays())
+    records = np.concatenate(parts)
+    first, last = (key.ljust(16, b"\0").hex() for key in (records["key"][0], records["key"][-1]))
     split = "train" if index else "validation"
-    return Shard(file, split, tokens, count, text_bytes, sha256, key_text(keys[0]), key_text(keys[-1]))
-
-
-class _Progress:
-    """Lines on stderr, now and then: how much is done, how fast, and how long the rest takes."""
-
-    def __init__(self, sources: Sequence[Source], request: Request, journal: Journal) -> None:
-        self._sizes = [np.array(source.unit_bytes, np.float64) for source in sources]
-        self._request, self._journal = request, journal
-        self._first = (time.monotonic(), self._share(), journal.counts["tokens"])
-        self._say = now_and_then()
-
-    def say_if_due(self) -> None:
-        start, first_share, first_tokens = self._first
-        share, counts = self._share(), self._journal.counts
-        seconds = max(1e-9, time.monotonic() - start)
-        rate = (counts["tokens"] - first_tokens) / seconds
-        left = seconds * (1 - share) / (share - first_share) if share > first_share + 0.002 else None
-        eta = "" if left is None else f", about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left"
-        self._say(f"{share:.0%}, {counts['documents']:,} documents, {counts['tokens']:,} tokens, {rate:,.0f}/s{eta}")
-
-    def _share(self) -> float:
-        """Return the share of the sources that was read, or of the request's limits if that is more."""
-        place, counts, request = self._journal.position, self._journal.counts, self._request
-        before = sum(sizes.sum() for sizes in self._sizes[: place.source])
-        sizes = self._sizes[place.source]
-        read = before + sizes[: place.unit].sum() + place.share * sizes[place.unit : place.unit + 1].sum()
-        shares = [float(read) / max(1.0, float(sum(sizes.sum() for sizes in self._sizes)))]
-        shares += [counts["documents"] / request.max_documents] if request.max_documents else []
-        shares += [counts["tokens"] / request.max_tokens] if request.max_tokens else []
-        return max(shares)
+    return Shard(file, split, tokens, len(records), int(records["text_bytes"].sum()), sha256, first, last)

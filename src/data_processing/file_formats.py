@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -27,8 +27,6 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# Of each four bytes those that are zero in most characters; only one encoding is named whose zeros are all there.
-_ZEROS = {"utf-32-le": (2, 3), "utf-32-be": (0, 1), "utf-16-le": (1, 3), "utf-16-be": (0, 2)}
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -37,15 +35,11 @@ class Texts:
     """Documents as strings."""
 
     documents: list[str]
-    origins: list[str] = field(default_factory=list)
-    """The file of each document, or nothing."""
+    path: Path | str = "the source"
+    """Origin, for messages."""
 
     def texts(self) -> Iterator[str]:
         return iter(self.documents)
-
-    def origin(self, number: int) -> str:
-        """Return the name of the file that holds a document, for messages."""
-        return self.origins[number] if self.origins else "the source"
 
 
 @dataclass(frozen=True)
@@ -64,9 +58,6 @@ class Lines:
             if line.strip():
                 yield _text_of(line.decode("utf-8", "surrogateescape"), f"{self.path}, line {number}", self.text_field)
 
-    def origin(self, number: int) -> str:
-        return str(self.path)
-
 
 @dataclass(frozen=True)
 class Column:
@@ -83,9 +74,6 @@ class Column:
         for value in values.cast(pa.large_binary()).to_pylist():
             yield (value or b"").decode("utf-8", "surrogateescape")
 
-    def origin(self, number: int) -> str:
-        return str(self.path)
-
 
 Documents = Texts | Lines | Column
 
@@ -96,95 +84,83 @@ def read_batches(path: Path, text_field: str, skip: int = 0) -> Iterator[tuple[D
     A .txt or .md file is one document; the others hold one a line or row, in the field `text_field`. The batches
     are the same every time. Raises UserError for a file that is damaged or has no such field.
     """
-    name = path.name.lower()
-    if name.endswith(TEXT_EXTENSIONS):
-        yield from [(Texts([read_text(path)], [str(path)]), 1.0)][skip:]
-        return
-    with open(path, "rb") as file:
-        _refuse_pointer(file.read(len(_LFS_POINTER)), path)
-    if name.endswith(".parquet"):
-        yield from _read_parquet(path, text_field, skip)
-    else:
-        batches = _read_arrow(path, text_field) if name.endswith(".arrow") else _read_lines(path, text_field)
-        yield from islice(batches, skip, None)
-
-
-def read_text(path: Path) -> str:
-    """Return a file's text, decoded from UTF-8, UTF-16 or UTF-32, its line ends made "\\n"."""
-    data = path.read_bytes()
-    _refuse_pointer(data, path)
-    encoding = _encoding_of(data[:4096])
+    read = {".txt": _read_text, ".md": _read_text, ".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
-        text = data.decode(encoding, "surrogatepass" if encoding != "utf-8" else "strict").removeprefix("\ufeff")
-    except UnicodeDecodeError:  # another encoding, or no text at all: what is not UTF-8 is replaced and counted
-        text = data.decode("utf-8-sig", "surrogateescape")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        with open(path, "rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UserError(f"Cannot read {path}: it is a Git LFS pointer. Run git lfs pull to fetch the file.")
+        yield from islice(read.get(path.suffix.lower(), _read_lines)(path, text_field), skip, None)
+    except UserError:
+        raise
+    except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:  # pyarrow's are among them
+        raise UserError(
+            f"Cannot read {path}: {error}. If the file is damaged, fetch it again, or leave it out."
+        ) from None
 
 
 def check_column(schema: Any, text_field: str, where: Path | str) -> None:
     """Raise UserError if the Arrow `schema` of `where` has no column `text_field` of text."""
     import pyarrow as pa
 
-    if text_field not in schema.names:
+    if schema.names.count(text_field) != 1:
         raise _missing_field(str(where), text_field, schema.names)
-    if schema.names.count(text_field) > 1:
-        raise UserError(
-            f"{where}: {schema.names.count(text_field)} columns are named {text_field!r}; rename all but one"
-        )
     kind = schema.field(text_field).type
     values = kind.value_type if pa.types.is_dictionary(kind) else kind  # as pandas writes categories
     if not any(is_text(values) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
-        raise UserError(f"{where}: column {text_field!r} must hold text, found type {kind}")
+        raise UserError(f"Cannot read {where}: column {text_field!r} must hold text, found type {kind}.")
 
 
-def _encoding_of(head: bytes) -> str:
-    """Return the encoding of a text that begins with `head`, by its mark or by where its zero bytes lie."""
+def _read_text(path: Path, text_field: str) -> Iterator[tuple[Texts, float]]:
+    """Read a file as one text, decoded from UTF-8, or from UTF-16 or UTF-32 with a mark; its line ends become "\\n"."""
+    data = path.read_bytes()
+    encoding = _encoding_of(data[:4096], path)
+    try:
+        text = data.decode(encoding, "surrogatepass" if encoding != "utf-8-sig" else "surrogateescape")
+    except UnicodeDecodeError:  # a mark of UTF-16 by chance: what is not UTF-8 is replaced and counted
+        text = data.decode("utf-8", "surrogateescape")
+    yield Texts([text.replace("\r\n", "\n").replace("\r", "\n")], path), 1.0
+
+
+def _encoding_of(head: bytes, path: Path) -> str:
+    """Return the encoding of a text that begins with `head`, by its mark. Raises UserError if the mark is missing."""
     for mark, encoding in _MARKS.items():
         if head.startswith(mark):
             return encoding
     share = [head[place::4].count(0) / max(1, len(head[place::4])) for place in range(4)]
-    for encoding, zeros in _ZEROS.items():
-        others = [share[place] for place in range(4) if place not in zeros]
-        # ASCII has a zero in the third place of UTF-32 too, so only one other place must be free of them.
-        if min(share[place] for place in zeros) > 0.02 and min(others) <= 0.1 * min(share[place] for place in zeros):
-            return encoding
-    return "utf-8"
-
-
-def _refuse_pointer(head: bytes, path: Path) -> None:
-    if head.startswith(_LFS_POINTER):
-        raise UserError(f"Cannot read {path}: it is a Git LFS pointer. Run git lfs pull to fetch the file itself.")
+    # Of each two or four bytes, the same ones are zero in most characters of UTF-16 and UTF-32, and others never.
+    zeros = max(min(share[first], share[second]) for first, second in ((1, 3), (0, 2), (2, 3), (0, 1)))
+    if zeros > 0.02 and min(share) <= 0.1 * zeros:
+        raise UserError(f"Cannot read {path}: it looks like UTF-16 or UTF-32 without a mark. Convert it to UTF-8.")
+    return "utf-8-sig"
 
 
 def _read_lines(path: Path, text_field: str) -> Iterator[tuple[Lines, float]]:
-    size = max(1, path.stat().st_size)
+    size = path.stat().st_size
     with open(path, "rb") as file, _decompressed(file, path) as stream:
-        try:
-            line_number, chunks = 1, list[bytes]()
-            while chunk := stream.read(BATCH_BYTES):
-                if line_number == 1 and not chunks:
-                    if (encoding := _encoding_of(chunk[:4096])) != "utf-8":
-                        raise UserError(f"Cannot read {path}: it is {encoding.upper()} text. Convert it to UTF-8.")
-                    chunk = chunk.removeprefix(codecs.BOM_UTF8)
-                head, newline, tail = chunk.rpartition(b"\n")
-                if newline:
-                    data = b"".join([*chunks, head, newline])
-                    yield Lines(path, line_number, data, text_field), file.tell() / size
-                    line_number += data.count(b"\n")
-                    chunks = []
-                chunks.append(tail)
-            if any(chunks):
-                yield Lines(path, line_number, b"".join(chunks), text_field), 1.0
-        except (EOFError, zlib.error, OSError) as error:
-            how = path.name.rpartition(".")[2]
-            raise UserError(f"{path} is cut short or not {how} ({error}); fetch it again or leave it out") from None
+        line_number, chunks = 1, list[bytes]()
+        while chunk := stream.read(BATCH_BYTES):
+            if line_number == 1 and not chunks:
+                if (encoding := _encoding_of(chunk[:4096], path)) != "utf-8-sig":
+                    raise UserError(f"Cannot read {path}: it is {encoding.upper()} text. Convert it to UTF-8.")
+                chunk = chunk.removeprefix(codecs.BOM_UTF8)
+            head, newline, tail = chunk.rpartition(b"\n")
+            if newline:
+                data = b"".join([*chunks, head, newline])
+                yield Lines(path, line_number, data, text_field), file.tell() / size
+                line_number += data.count(b"\n")
+                chunks = []
+            chunks.append(tail)
+        if any(chunks):
+            yield Lines(path, line_number, b"".join(chunks), text_field), 1.0
 
 
 def _decompressed(file: IO[bytes], path: Path) -> AbstractContextManager[Any]:
-    if path.name.lower().endswith(".gz"):
+    if path.suffix.lower() == ".gz":
         return gzip.open(file)
-    if path.name.lower().endswith(".zst"):
-        return _pyarrow(path).input_stream(file, compression="zstd")
+    if path.suffix.lower() == ".zst":
+        import pyarrow as pa
+
+        return pa.input_stream(file, compression="zstd")
     return nullcontext(file)
 
 
@@ -192,78 +168,56 @@ def _text_of(line: str, where: str, text_field: str) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # also a number of too many digits
-        raise UserError(f"{where}: not JSON ({error}); every line must be one JSON object") from None
+        raise UserError(f"Cannot read {where}: not JSON: {error}. Every line must be one JSON object.") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}: {line.strip()[:60]}")
+        raise UserError(f"Cannot read {where}: expected a JSON object, found {type(row).__name__}.")
     if text_field not in row:
         raise _missing_field(where, text_field, list(row))
     text = "" if row[text_field] is None else row[text_field]
     if not isinstance(text, str):
-        raise UserError(f"{where}: field {text_field!r} must hold text, found {json.dumps(text)[:60]}")
+        raise UserError(f"Cannot read {where}: field {text_field!r} must hold text, found {json.dumps(text)[:60]}.")
     return text
 
 
-def _read_parquet(path: Path, text_field: str, skip: int) -> Iterator[tuple[Column, float]]:
-    pa = _pyarrow(path)
+def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
+    with pq.ParquetFile(path) as file:
         check_column(file.schema_arrow, text_field, path)
         rows_read = 0
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             rows = _rows_per_batch(group.num_rows, group.total_byte_size)
-            batches = -(-group.num_rows // rows)
-            if skip >= batches:  # without reading it
-                skip -= batches
-                rows_read += group.num_rows
-                continue
             for batch in file.iter_batches(rows, row_groups=[number], columns=[text_field]):
                 rows_read += batch.num_rows
-                if skip:
-                    skip -= 1
-                    continue
                 yield Column(batch.column(0), path), rows_read / file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a sound parquet file ({error}); fetch it again or leave it out") from None
 
 
 def _read_arrow(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
     """Read both forms of Arrow's IPC format: a file, and a stream as the package datasets writes it."""
-    pa = _pyarrow(path)
-    size = max(1, path.stat().st_size)
-    try:
-        with pa.memory_map(str(path)) as source:
-            is_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-            check_column(reader.schema, text_field, path)
-            tables = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-            read = 0
-            for table in tables:
-                values = table.column(text_field)
-                rows = _rows_per_batch(len(values), values.nbytes)
-                read += table.nbytes
-                for first in range(0, len(values), rows):
-                    yield Column(values.slice(first, rows), path), min(1.0, read / size)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a sound Arrow file ({error}); fetch it again or leave it out") from None
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+        check_column(reader.schema, text_field, path)
+        tables = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
+        read = 0
+        for table in tables:
+            read += table.nbytes
+            values = table.column(text_field)
+            rows = _rows_per_batch(len(values), values.nbytes)
+            for first in range(0, len(values), rows):
+                yield Column(values.slice(first, rows), path), min(1.0, read / source.size())
 
 
 def _rows_per_batch(rows: int, n_bytes: int) -> int:
     return max(1, min(rows, rows * BATCH_BYTES // max(1, n_bytes)))
 
 
-def _pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ImportError:
-        raise UserError(f"reading {path} needs the package pyarrow; run: pip install pyarrow") from None
-    return pyarrow
-
-
 def _missing_field(where: str, text_field: str, fields: list[str]) -> UserError:
-    named = ", ".join(fields) or "none"
-    return UserError(f"{where}: no field {text_field!r}; fields found: {named}; choose one with --text-field NAME")
+    return UserError(
+        f"Cannot read {where}: expected one field {text_field!r}, found {', '.join(fields) or 'none'}. Choose one with "
+        "--text-field NAME."
+    )

@@ -24,13 +24,13 @@ _MIN_DOCSTRING_CHARS = 100
 
 
 def package_versions() -> dict[str, str]:
-    """What `documents` reads on this machine: package to version, Python among them."""
+    """Return the versions of Python and the packages that `documents` reads on this machine."""
     installed = {name: importlib.metadata.version(name) for name in _PACKAGES if _package_folder(name)}
     return {"python": platform.python_version(), **installed}
 
 
 def documents() -> Iterator[str]:
-    """One text for each topic of the language reference, then one for each module with docstrings; always in one order.
+    """Yield a text for each topic of the language reference, then for each module with docstrings; always in one order.
 
     A module's text is its docstring and those of its classes and functions, each below its full name.
     Docstrings under 100 characters and repeated ones are left out.
@@ -54,7 +54,7 @@ def _package_folder(name: str) -> Path | None:
 
 
 def _python_files(root: Path, skip_private: bool) -> Iterator[Path]:
-    """The source files below `root` that are neither tests nor, if so asked, in private folders."""
+    """Yield the source files below `root` that are neither tests nor, on request, in private folders."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(
             name
@@ -66,7 +66,7 @@ def _python_files(root: Path, skip_private: bool) -> Iterator[Path]:
 
 
 def _module_text(path: Path, root: Path, seen: set[str]) -> Iterator[str]:
-    """The text of one module, or nothing where it has no docstrings that are new or cannot be parsed."""
+    """Yield the text of a module, or nothing if it has no new docstrings or cannot be parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about escapes in other people's strings
@@ -84,7 +84,7 @@ def _module_text(path: Path, root: Path, seen: set[str]) -> Iterator[str]:
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """The full name and the cleaned docstring of `node`, if it has one, and of all it holds, in reading order."""
+    """Yield the full names and cleaned docstrings of `node` and all it holds, in reading order."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         docstring = ast.get_docstring(node, clean=False)
         if docstring:

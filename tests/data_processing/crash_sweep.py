@@ -84,7 +84,7 @@ def main(path: Path, out: Path, kind: str) -> None:
         if end == DONE:
             break
         assert end == KILLED
-        point += 1
+        point += 1 if kind == "same" else 3
     print(point)
 
 

@@ -5,15 +5,13 @@ import hashlib
 import itertools
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,19 +19,17 @@ import pytest
 from src.data_processing import data_downloader, document_shuffle
 from src.data_processing.data_downloader import prepare
 from src.data_processing.document_shuffle import (
-    DOWNLOADS,
     JOURNAL,
     PLAN,
     START,
     WORK,
-    EncodedBatch,
+    Document,
     Journal,
     SortedDocuments,
     claimed_work,
     encode_all,
     encode_batch,
     plan_shards,
-    start_over,
 )
 from src.data_processing.file_formats import Documents, Texts
 from src.data_processing.shards import read_manifest
@@ -67,24 +63,12 @@ class Batches(Source):
 
 
 def test_a_batch_holds_ids_lengths_and_keys() -> None:
-    texts = ["one two", "", " \n", "caf\udce9", "three"]
-    batch = encode_batch(Texts(texts, ["a.txt"] * 3 + ["b.txt"] * 2), seed=7, source=2)
-    clean = ["one two", "caf\ufffd", "three"]
-    ids = [[50256, *load_tokenizer().encode(text)] for text in clean]
-    assert batch.tokens.tolist() == list(chain.from_iterable(ids))
-    assert batch.tokens.dtype == np.uint16
-    assert batch.records["tokens"].tolist() == [len(i) for i in ids]
-    assert batch.records["text_bytes"].tolist() == [7, 6, 5]
-    assert batch.records["source"].tolist() == [2, 2, 2]
-    assert (batch.skipped_empty, batch.replaced) == (2, {1: "b.txt"})
-    expected = [hashlib.blake2b(text.encode(), digest_size=16, key=b"7").digest() for text in clean]
-    assert batch.records["key"].tolist() == expected
-
-
-def test_the_first_documents_of_a_batch() -> None:
-    batch = encode_batch(Texts(["", *some_texts(10)]), seed=0)
-    same(batch.first(4), encode_batch(Texts(["", *some_texts(10)[:4]]), seed=0))
-    assert batch.first(0).tokens.size == batch.first(0).skipped_empty == 0
+    one, empty, white, cafe = encode_batch(Texts(["one two", "", " \n", "caf\udce9"], "b.txt"), seed=7, source=2)
+    assert empty == white == Document()
+    for document, text, name in ((one, "one two", None), (cafe, "caf\ufffd", "b.txt")):
+        assert np.frombuffer(document.ids, "<u2").tolist() == [50256, *load_tokenizer().encode(text)]
+        key = hashlib.blake2b(text.encode(), digest_size=16, key=b"7").digest()
+        assert document == (key, document.ids, len(text.encode()), 2, name)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -93,7 +77,7 @@ def test_batches_come_in_order_from_any_position(workers: int) -> None:
     encoded = list(encode_all([Batches([]), Batches(lists)], START._replace(source=1, batch=3), workers, 0, ahead=4))
     assert [position.batch for position, _ in encoded] == list(range(4, 21))
     for (_, batch), texts in zip(encoded, lists[3:], strict=True):
-        same(batch, encode_batch(Texts(texts), seed=0, source=1))
+        assert batch == encode_batch(Texts(texts), seed=0, source=1)
 
 
 def test_memory_does_not_grow_with_the_corpus() -> None:
@@ -120,14 +104,9 @@ def test_a_faulty_document_is_an_error_in_its_place() -> None:
             yield Texts(["three"]), 0.3
 
     encoded = encode_all([Source([])], START, workers=2, seed=0, ahead=3)
-    assert len(next(encoded)[1].records) == 1
+    assert len(next(encoded)[1]) == 1
     with pytest.raises(UserError, match="line 3: not JSON"):
         next(encoded)
-
-
-def same(actual: EncodedBatch, expected: EncodedBatch) -> None:
-    for name, value in vars(expected).items():
-        np.testing.assert_array_equal(getattr(actual, name), value)
 
 
 def greedily(groups: list[int], tokens: list[int], limit: int) -> list[list[int]]:
@@ -167,10 +146,8 @@ def random_journal(work: Path, documents: int, different: int) -> tuple[Journal,
     for _ in range(3):
         chosen = [keys[number] for number in rng.integers(0, different, documents // 3)]
         ids = [rng.integers(0, 50_000, rng.integers(1, 90)).astype(np.uint16) for _ in chosen]
-        records = [(key, part.size, 0, 4 * part.size) for key, part in zip(chosen, ids, strict=True)]
-        empty = np.zeros(len(chosen), np.int64)
-        batch = EncodedBatch(np.array(records, document_shuffle.RECORD), np.concatenate(ids), empty, {}, 0)
-        document_shuffle._flush([batch], journal)
+        batch = [Document(key, part.tobytes(), 4 * part.size) for key, part in zip(chosen, ids, strict=True)]
+        document_shuffle._flush(batch, journal)
         added += [(key, part.tolist()) for key, part in zip(chosen, ids, strict=True)]
     return journal, added
 
@@ -191,27 +168,10 @@ def test_documents_come_back_sorted_and_equal_ones_together(tmp_path: Path, drop
             key for key, _ in expected
         ]
         assert [token for _, tokens in parts for token in tokens.tolist()] == [t for _, ids in expected for t in ids]
-
-
-def test_tokens_that_are_in_shards_are_deleted(tmp_path: Path) -> None:
-    journal, _ = random_journal(tmp_path, 900, different=300)
-    documents = SortedDocuments(journal, False, n_sources=1)
-    expected = [array.tolist() for _, array in documents.read(150, 300)]
-    before = len(list(tmp_path.glob("*.tokens")))
-    documents.forget(150)
-    assert 0.4 * before < len(list(tmp_path.glob("*.tokens"))) < 0.6 * before
-    assert [array.tolist() for _, array in documents.read(150, 300)] == expected
-    documents.forget(len(documents.group_tokens))
+    documents.forget(len(groups) // 2)
+    assert list(documents.read(len(groups) // 2, len(groups)))
+    documents.forget(len(groups))
     assert list(tmp_path.glob("*.tokens")) == []
-
-
-def test_a_bucket_that_changed_is_refused(tmp_path: Path) -> None:
-    journal, _ = random_journal(tmp_path, 900, different=300)
-    documents = SortedDocuments(journal, False, n_sources=1)
-    path = min(tmp_path.glob("*.tokens"))
-    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-    with pytest.raises(StorageError, match=f"{path} has changed. Rerun to start over."):
-        list(documents.read(0, 5))
 
 
 def test_every_document_is_in_one_shard_whole(tmp_path: Path) -> None:
@@ -230,35 +190,15 @@ def test_every_document_is_in_one_shard_whole(tmp_path: Path) -> None:
     assert manifest.counts["tokens"] == sum(len(load_tokenizer().encode(text)) + 1 for text in texts)
 
 
-def test_validation_is_a_modest_share(tmp_path: Path) -> None:
-    """A twentieth; of a small corpus up to a quarter; never more than a shard."""
-    for count, low, high in ((100, 0.20, 0.25), (10_000, 0.045, 0.05)):
-        path = write_json_lines(tmp_path / f"{count}.jsonl", some_texts(count))
-        manifest = prepare(request(path), tmp_path / str(count), 1)
-        assert low < manifest.shards[0].tokens / manifest.counts["tokens"] <= high
-        assert [shard.split for shard in manifest.shards] == ["validation", "train"]
-    manifest = prepare(request(path, tokens_per_shard=5_000), tmp_path / "capped", 1)
-    assert 4_900 < manifest.shards[0].tokens <= 5_000
-
-
-def test_seeds_decide_the_order(tmp_path: Path) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
-    orders = [
-        decoded(tmp_path / out, prepare(request(path, seed=seed), tmp_path / out, 1).shards[1].file)
-        for out, seed in (("a", 1), ("b", 1), ("c", 2))
-    ]
-    assert orders[0] == orders[1] != orders[2]
-
-
 def test_a_shard_that_begins_with_a_long_document_takes_no_more(tmp_path: Path) -> None:
     """For any number of tokens a shard may hold; and validation never takes all."""
     texts = some_texts(30, words=500) + some_texts(3, words=9_000, seed=1)
     path = write_json_lines(tmp_path / "a.jsonl", texts)
-    for limit in (1, 400, 700, 3_000, 20_000):
+    for limit in (1, 700, 20_000):
         manifest = prepare(request(path, tokens_per_shard=limit), tmp_path / str(limit), 1)
         for shard in manifest.shards:
             assert shard.tokens <= limit or shard.documents == 1
-    for seed in range(30):
+    for seed in range(8):
         few = request(write_json_lines(tmp_path / "few.jsonl", texts[-2:]), seed=seed)
         manifest = prepare(few, tmp_path / f"few {seed}", 1)
         assert [shard.documents for shard in manifest.shards] == [1, 1]
@@ -284,26 +224,6 @@ def test_the_order_of_the_files_does_not_matter(tmp_path: Path) -> None:
         write_json_lines(tmp_path / f"{name}.jsonl", part)
         prepare(request(tmp_path / f"{name}.jsonl"), tmp_path / name, 1)
     assert all_decoded(tmp_path / "a") == all_decoded(tmp_path / "b")
-
-
-@pytest.mark.parametrize("texts", [[], ["one"], ["the same", "the same"]])
-def test_one_document_is_not_enough(tmp_path: Path, texts: list[str]) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", texts)
-    with pytest.raises(UserError, match="at least two are needed"):
-        prepare(request(path), tmp_path / "out", 1)
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
-def test_a_long_document_is_not_validation_where_a_short_one_will_do(tmp_path: Path) -> None:
-    """Whatever the order in which the seed shuffles them."""
-    for seed in range(4):
-        folder = tmp_path / f"texts {seed}"
-        folder.mkdir()
-        (folder / "long.txt").write_text("word " * 20_000)
-        (folder / "short.txt").write_text("other " * 500)
-        manifest = prepare(request(folder, seed=seed), tmp_path / f"out {seed}", 1)
-        assert manifest.validation[0].tokens < 1_000
-        assert manifest.train[0].tokens > 19_000
 
 
 def test_what_lies_behind_a_limit_is_not_counted(tmp_path: Path) -> None:
@@ -333,19 +253,11 @@ def test_limits_keep_the_first_documents(tmp_path: Path, files: int) -> None:
 
 
 def test_a_limit_that_leaves_too_little_is_named(tmp_path: Path) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
-    with pytest.raises(UserError, match=r"at least two are needed.*; or raise the limit"):
-        prepare(request(path, max_documents=1), tmp_path / "out", 1)
-
-
-def test_document_lengths_by_powers_of_two(tmp_path: Path) -> None:
-    tokens = [2, 2, 3, 4, 7, 8, 63, 64, 1_000]
-    texts = [f"{index} " + " a" * (count - 3) for index, count in enumerate(tokens)]
-    counts = [1 + len(load_tokenizer().encode(text.rstrip())) for text in texts]
-    path = write_json_lines(tmp_path / "a.jsonl", [text.rstrip() for text in texts])
-    manifest = prepare(request(path), tmp_path / "out", 1)
-    expected = [sum(2**k <= count < 2 ** (k + 1) for count in counts) for k in range(max(counts).bit_length())]
-    assert manifest.document_lengths == expected
+    path = write_json_lines(tmp_path / "a.jsonl", ["one", "one", "two"])
+    for changes in ({"max_documents": 2}, {"max_tokens": 1}):
+        with pytest.raises(UserError, match=r"at least two are needed.* raise the limit"):
+            prepare(request(path, **changes), tmp_path / "out", 1)
+        assert not (tmp_path / "out").exists()
 
 
 def test_several_sources_and_their_shares(tmp_path: Path) -> None:
@@ -375,7 +287,7 @@ SMALL_STEPS = (
 
 
 def test_a_killed_preparation_resumes_where_it_was(tmp_path: Path, commands: Commands) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(60, words=20_000))
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(30, words=20_000))
     arguments = ["--source", "files", "--path", str(path), "--workers", "2", "--out"]
     folder = tmp_path / "datasets" / "killed"
     process = subprocess.Popen(
@@ -414,27 +326,12 @@ def test_a_kill_at_any_disk_operation_changes_nothing(
     assert int(done.stdout) > points
 
 
-def test_other_sources_start_over(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
-    """An interrupted preparation's buckets are not mixed with text that has changed since."""
-    monkeypatch.setattr(document_shuffle, "FLUSH_TOKENS", 4_000)
-    for part in range(5):
-        write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
-    (tmp_path / "5.jsonl").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
-        prepare(request(tmp_path / "*.jsonl"), tmp_path / "out", 1)
-    assert (tmp_path / "out" / WORK / JOURNAL).exists()
-    write_json_lines(tmp_path / "5.jsonl", ["one more"])
-    manifest = prepare(request(tmp_path / "*.jsonl"), tmp_path / "out", 1)
-    assert manifest.counts["documents"] == 301
-    assert "resuming" not in capfd.readouterr().err
-
-
 @pytest.mark.parametrize("change", ["grows", "is rewritten", "is replaced", "is touched"])
 def test_a_file_that_changes_while_it_is_prepared_is_named(tmp_path: Path, monkeypatch, change: str) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
     real = document_shuffle.encode_batch
 
-    def changing(*arguments: Any) -> EncodedBatch:
+    def changing(*arguments: Any) -> list[Document]:
         before = path.stat()
         if change == "grows":
             path.write_text(path.read_text() + '{"text": "more"}\n')
@@ -503,21 +400,21 @@ def test_damaged_unfinished_work_is_prepared_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], damaged: str
 ) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(3_000, words=5))
+    prepare(request(path), tmp_path / "fresh", 1)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(document_shuffle, "FLUSH_TOKENS", 1)
     monkeypatch.setattr(data_downloader, "plan_shards", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(request(path), tmp_path / "out", 1)
     monkeypatch.undo()
     victim = tmp_path / "out" / WORK / damaged
-    content = bytearray(victim.read_bytes())
-    content[10] ^= 1
-    victim.write_bytes(content)
+    victim.write_bytes(victim.read_bytes()[:-1])
     prepare(request(path), tmp_path / "out", 1)
     assert "starting over" in capfd.readouterr().err
-    prepare(request(path), tmp_path / "fresh", 1)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("content", ["[]", "5", "{}", '{"version": 2}', "[" * 100_000, '{"version": 2, "request": []}'])
+@pytest.mark.parametrize("content", ["5", "{}", '{"version": 3, "request": []}'])
 def test_a_plan_of_other_json_is_not_resumed(tmp_path: Path, content: str) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
     (tmp_path / "out" / WORK).mkdir(parents=True)
@@ -540,21 +437,6 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == [], "nothing is left of the work when it ends well"
 
 
-@pytest.mark.parametrize("worth", [None, DOWNLOADS, JOURNAL])
-def test_a_failure_leaves_only_what_can_be_resumed(tmp_path: Path, worth: str | None) -> None:
-    def fail() -> NoReturn:
-        with claimed_work(tmp_path / "out") as work:
-            (work / PLAN).touch()
-            if worth:
-                (work / worth).mkdir()
-            raise UserError("of no matter")
-
-    with pytest.raises(UserError, match="of no matter"):
-        fail()
-    assert (tmp_path / "out" / WORK / PLAN).exists() == (worth is not None)
-    assert (tmp_path / "out").exists() == (worth is not None)
-
-
 def test_shards_of_unknown_origin_are_not_touched(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
     stray = tmp_path / "out" / "edu_i_000000_t_5.npy"
@@ -562,17 +444,4 @@ def test_shards_of_unknown_origin_are_not_touched(tmp_path: Path) -> None:
     np.save(stray, np.arange(5, dtype=np.uint16))
     with pytest.raises(UserError, match=r"holds 1 shards without a manifest, such as edu_i_000000_t_5.npy"):
         prepare(request(path), tmp_path / "out", 1)
-    assert os.listdir(tmp_path / "out") == [stray.name]
-
-
-def test_files_that_cannot_be_deleted_are_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise PermissionError(13, "Permission denied")
-
-    work = tmp_path / WORK
-    (work / DOWNLOADS).mkdir(parents=True)
-    monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(StorageError, match=f"Cannot delete the unfinished work in {work}: Permission denied"):
-        start_over(tmp_path, work, request(tmp_path), [])
-    with pytest.raises(StorageError, match=f"Cannot delete {work}: Permission denied"), claimed_work(tmp_path):
-        pass
+    assert set(os.listdir(tmp_path / "out")) == {stray.name, WORK}

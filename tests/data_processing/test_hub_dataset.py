@@ -70,9 +70,7 @@ def opened(downloads: Path, pinned: Any = (), **fields: Any) -> Source:
 def read(source: Source, first: int = 0) -> list[str]:
     """All texts from unit `first` on."""
     units = range(first, len(source.unit_bytes))
-    texts = [text for unit in units for batch, _ in source.batches(unit, 0) for text in batch.texts()]
-    source.close()
-    return texts
+    return [text for unit in units for batch, _ in source.batches(unit, 0) for text in batch.texts()]
 
 
 def expected(files: dict[str, bytes]) -> list[str]:
@@ -92,7 +90,6 @@ def test_every_byte_once_and_few_files_at_a_time(tmp_path: Path, reach: Callable
             texts = [text for batch, _ in source.batches(unit, 0) for text in batch.texts()]
             assert texts == expected({"": content})
             assert len([*(tmp_path / REVISION).glob("*.parquet")]) <= 2
-        source.close()
     assert [served.bytes_sent(path) for path in files] == list(map(len, files.values()))
     assert source.details == {
         "name": "hub",
@@ -239,7 +236,7 @@ FOOTER = FILES[FIRST][-8 - int.from_bytes(FILES[FIRST][-8:-4], "little") :]
 @pytest.mark.parametrize(
     ("files", "fields", "message"),
     [
-        (FILES, {"text_field": "body"}, "parquet: no field 'body'; fields found: id, text, score"),
+        (FILES, {"text_field": "body"}, "parquet: expected one field 'body', found id, text, score"),
         (FILES, {"text_field": "score"}, "column 'score' must hold text, found type double"),
         ({FIRST: b""}, {}, f"Cannot get the footer of {FIRST} .*: ArrowInvalid"),
         ({FIRST: FOOTER}, {}, f"Cannot get row group . of {FIRST} "),

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.synthetic_dataset import make_sparse_dataset
 from src.data_processing.inspect_dataset import excerpt, inspect, inspect_skipped
-from src.data_processing.shards import Manifest, unlisted_files, write_manifest
+from src.data_processing.shards import Manifest, stray_files, write_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.utils.errors import UserError
 from tests.conftest import Commands
@@ -133,7 +133,7 @@ def test_the_dataset_is_left_unchanged(folder: Path, manifest: Manifest) -> None
     first = inspect(folder)
     assert inspect(folder) == first
     assert contents(folder) == before
-    assert unlisted_files(folder, manifest) == []
+    assert stray_files(folder, manifest) is None
     assert sorted(path.name for path in folder.parent.iterdir()) == ["texts"]
 
 

@@ -21,7 +21,6 @@ from src.data_processing.shards import (
     read_manifest,
     shard_fault,
     stray_files,
-    unlisted_files,
     write_manifest,
     write_shard,
 )
@@ -73,7 +72,7 @@ def test_what_was_written_reads_back(three_shards: Path) -> None:
         np.testing.assert_array_equal(array, np.random.default_rng(index).integers(0, N_VOCAB, shard.tokens))
         assert hashlib.sha256((three_shards / shard.file).read_bytes()).hexdigest() == shard.sha256
     check_all(three_shards, full=True)
-    assert unlisted_files(three_shards, manifest) == []
+    assert stray_files(three_shards, manifest) is None
 
 
 def test_strays_are_listed(three_shards: Path) -> None:
@@ -81,27 +80,11 @@ def test_strays_are_listed(three_shards: Path) -> None:
     (three_shards / "notes.txt").touch()
     (three_shards / ".DS_Store").touch()
     (three_shards / "test_i_000003_t_9.npy").touch()
-    assert unlisted_files(three_shards, read_manifest(three_shards)) == ["notes.txt", "test_i_000003_t_9.npy"]
     said = stray_files(three_shards, read_manifest(three_shards))
     assert (
         said
         == f"ignoring 2 file(s) in {three_shards} that its manifest does not list: notes.txt, test_i_000003_t_9.npy"
     )
-
-
-def test_ids_of_another_type_are_not_written(tmp_path: Path) -> None:
-    """65,536 would become 0."""
-    with pytest.raises(AssertionError, match="would wrap around"):
-        write_shard(tmp_path, "test", 0, 1, [np.array([65_536])])
-
-
-def test_origins_are_the_sources_without_their_files(three_shards: Path) -> None:
-    sources = [
-        {"name": "files", "path": "x", "files": [{"path": "x/a"}]},
-        {"name": "hub", "hub_files": [], "profiles": 1},
-    ]
-    edit_manifest(three_shards, sources=sources)
-    assert read_manifest(three_shards).origins == [{"name": "files", "path": "x"}, {"name": "hub", "profiles": 1}]
 
 
 @pytest.mark.parametrize(
@@ -120,25 +103,6 @@ def test_a_wrong_size_is_found_without_reading_the_shard(three_shards: Path, siz
         check_all(three_shards, full=False)
 
 
-def test_another_dtype_or_shape_is_named(three_shards: Path) -> None:
-    path = three_shards / "test_i_000002_t_50.npy"
-    np.save(path, np.zeros(50, np.int32))
-    with pytest.raises(UserError, match="expected dtype uint16, found int32"):
-        check_all(three_shards, full=False)
-    np.save(path, np.zeros((5, 10), np.uint16))
-    with pytest.raises(UserError, match=r"expected shape \(50,\), found \(5, 10\)"):
-        check_all(three_shards, full=False)
-    path.write_bytes(b"PK\x03\x04" + bytes(200))
-    with pytest.raises(UserError, match="found 204 bytes that are not"):
-        check_all(three_shards, full=False)
-
-
-def test_a_missing_shard_is_named(three_shards: Path) -> None:
-    (three_shards / "test_i_000001_t_3000000.npy").unlink()
-    with pytest.raises(UserError, match=r"test_i_000001_t_3000000.npy is missing: expected .* 3000000 tokens"):
-        check_all(three_shards, full=False)
-
-
 def test_changed_content_is_found_by_its_hash(three_shards: Path) -> None:
     path = three_shards / "test_i_000001_t_3000000.npy"
     array = np.load(path, mmap_mode="r+")
@@ -154,7 +118,7 @@ def test_an_id_outside_the_vocabulary_is_found(three_shards: Path) -> None:
     array[2_900_000] = N_VOCAB
     array[2_950_000] = 65_535
     array.flush()
-    with pytest.raises(UserError, match="token 2900000 is 50257; expected ids below 50257"):
+    with pytest.raises(UserError, match="expected ids below 50257, found 50257 as token 2900000"):
         check_all(three_shards, full=True)
 
 
@@ -168,11 +132,11 @@ def test_no_dataset_says_how_to_make_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 1}, "has format 1; this program reads format 2; delete the folder"),
+        ({"format": 1}, "this program reads format 2 only. Delete the folder"),
         ({"shards": []}, "needs a validation shard first"),
         ({"counts": TOTALS | {"tokens": 1}}, "hold 3000150 tokens, its total says 1"),
         ({"counts": TOTALS | {"documents": 7}}, "hold 6 documents, its total says 7"),
-        ({"counts": TOTALS | {"text_bytes": 0}}, "hold 1200 bytes of text, its total says 0"),
+        ({"counts": TOTALS | {"text_bytes": 0}}, "hold 1200 text_bytes, its total says 0"),
         ({"counts": {"tokens": 3_000_150}}, "damaged.*documents"),
         ({"surprise": 1}, "damaged.*surprise"),
         ({"shards": [{"file": "x"}]}, "damaged"),
@@ -190,9 +154,10 @@ def test_a_manifest_cannot_lead_out_of_its_folder(three_shards: Path) -> None:
     edit_manifest(three_shards, shards=entries)
     with pytest.raises(UserError, match="not the name of a shard"):
         read_manifest(three_shards)
-    (three_shards / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        read_manifest(three_shards)
+    for content in ("{", "5", "[" * 100_000):
+        (three_shards / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"Cannot read .*manifest.json: .* Restore the file"):
+            read_manifest(three_shards)
 
 
 @pytest.mark.parametrize(
@@ -215,24 +180,17 @@ def test_a_manifest_of_other_types_is_refused(three_shards: Path, changes: dict[
         read_manifest(three_shards)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '"text"', "5", "null", '{"format": ' + "9" * 5_000 + "}"])
-def test_json_that_is_no_manifest_is_refused(three_shards: Path, content: str) -> None:
-    (three_shards / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=r"manifest.json (is damaged|has format)"):
-        read_manifest(three_shards)
-
-
 def test_pipes_and_folders_are_refused_by_name(three_shards: Path) -> None:
     """Opening a pipe would wait for ever."""
     for number, make in enumerate((os.mkfifo, os.mkdir)):
         path = three_shards / read_manifest(three_shards).train[number].file
         path.unlink()
         make(path)
-        with pytest.raises(UserError, match=f"{path} is not a regular file"):
+        with pytest.raises(UserError, match=f"{path}: it is not a regular file"):
             check_shard(three_shards, read_manifest(three_shards).train[number], N_VOCAB)
     (three_shards / "manifest.json").unlink()
     os.mkfifo(three_shards / "manifest.json")
-    with pytest.raises(UserError, match=r"manifest.json is not a regular file"):
+    with pytest.raises(UserError, match=r"manifest.json: it is not a regular file"):
         read_manifest(three_shards)
 
 
@@ -277,7 +235,6 @@ def test_nothing_is_read_twice(folder: Path, reads: list[str]):
     assert sorted(reads) == files
     assert verified(folder) == []
     assert len(reads) == 3
-    assert unlisted_files(folder, read_manifest(folder)) == []
     assert sorted(os.listdir(folder)) == sorted([STAMP, "manifest.json", *files])
 
 
@@ -320,7 +277,7 @@ def test_every_fault_is_named_and_a_damaged_shard_is_never_stamped(folder: Path,
             verified(folder)
         lines = [line.strip() for line in str(caught.value).splitlines()]
         assert lines[1].startswith(f"{paths[0]}: expected sha256 {manifest.shards[0].sha256}, found ")
-        assert lines[2] == f"{paths[1]}: token 699 is 300; expected ids below 300"
+        assert lines[2] == f"{paths[1]}: expected ids below 300, found 300 as token 699"
         assert lines[3] == f"{paths[2]} is missing: expected a shard of 900 tokens"
         assert len(reads) == 3
 
@@ -361,24 +318,6 @@ def test_a_folder_that_takes_no_stamp_is_worth_one_note(folder: Path, reads: lis
         assert note.startswith(f"the next start will read the dataset again: Cannot write {folder / STAMP}: ")
     assert len(reads) == 6
     assert [name for name in os.listdir(folder) if name.startswith(STAMP)] == [STAMP]
-
-
-def test_what_was_read_before_an_interruption_stays_read(
-    folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(shards, "REPORT_EVERY_S", 0.0)
-
-    class Interrupting(io.StringIO):
-        def write(self, text: str) -> int:
-            if "2 of 3" in text:
-                raise KeyboardInterrupt
-            return len(text)
-
-    with contextlib.redirect_stderr(Interrupting()), pytest.raises(KeyboardInterrupt):
-        ensure_verified(folder, read_manifest(folder))
-    reads.clear()
-    assert verified(folder) == [f"verifying {folder}: 1 of 1 shards read"]
-    assert len(reads) == 1
 
 
 def test_asked_to_stop_it_stops_within_a_shard_and_sound_ones_stay_read(

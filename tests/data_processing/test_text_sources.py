@@ -38,12 +38,6 @@ def test_each_kind_of_file(tmp_path: Path) -> None:
     assert texts_of(tmp_path) == ["one\ntext\n", "# two", "three", "fo\u2028ur", "", "five", "six", ""]
 
 
-def test_another_field(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json_lines({"body": "one", "text": "no"}))
-    pq.write_table(pa.table({"body": pa.array(["two"], pa.large_string())}), tmp_path / "b.parquet")
-    assert texts_of(tmp_path, text_field="body") == ["one", "two"]
-
-
 def test_bytes_that_are_not_utf8_become_lone_surrogates(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
@@ -101,7 +95,7 @@ def test_what_else_lies_there_is_said_and_links_are_followed_once(
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     (folder / "round").symlink_to(folder)
     assert sorted(texts_of(folder)) == sorted(texts_of(folder / "*")) == ["one", "two"]
-    assert f"left out 2 file(s) of {folder} that end in none of .txt" in capfd.readouterr().err
+    assert f"left out 2 file(s) of {folder}, such as p" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["snapshots/f/x.parquet", "snapshots", "snapshots/*/*.parquet", "."])
@@ -120,17 +114,13 @@ def test_a_link_has_its_own_name_and_its_target_may_have_any(
     [described] = sources[0].details["files"]
     assert described["path"] == str(tmp_path / "snapshots" / "f" / "x.parquet")
     assert described["sha256"] == hashlib.sha256((tmp_path / "blobs" / "abc123").read_bytes()).hexdigest()
-    assert find_files([given])[1] == [], "the blob is read, by another name"
 
 
 def test_links_that_lead_nowhere_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "gone.txt").symlink_to("nothing")
     (tmp_path / "round.txt").symlink_to("round.txt")
-    assert find_files([str(tmp_path)]) == (
-        [tmp_path / "a.txt"],
-        [tmp_path / "gone.txt", tmp_path / "round.txt"],
-    )
+    assert find_files([str(tmp_path)]) == [tmp_path / "a.txt"]
 
 
 def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
@@ -143,13 +133,13 @@ def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("absent.txt", "absent.txt does not exist"),
-        ("*.jsonl", r"\*.jsonl matches nothing"),
+        ("absent.txt", "absent.txt, seen from .*: it does not exist"),
+        ("*.jsonl", r"\*.jsonl, seen from .*: it does not exist"),
         (
             "picture.png",
-            "picture.png: expected a regular file ending in .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow",
+            "picture.png: expected a file ending in .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow",
         ),
-        ("empty", "empty: it holds no file ending in"),
+        ("empty", "empty: expected a file ending in"),
     ],
 )
 def test_a_path_that_leads_nowhere(tmp_path: Path, path: str, message: str) -> None:
@@ -166,7 +156,7 @@ def test_a_path_that_leads_nowhere(tmp_path: Path, path: str, message: str) -> N
         (b'{"text": "a"}\n["b"]\n', "line 2: expected a JSON object, found list"),
         (
             b'{"text": "a"}\n\n{"body": "b", "url": "c"}\n',
-            "line 3: no field 'text'; fields found: body, url; .*--text-f",
+            "line 3: expected one field 'text', found body, url. .*--text-f",
         ),
         (b'{"text": 5}\n', "line 1: field 'text' must hold text, found 5"),
         (b"[" * 100_000 + b"\n", "line 1: not JSON"),
@@ -194,7 +184,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_a_parquet_column_that_is_missing_or_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": [1], "body": ["a"]}), path)
-    with pytest.raises(UserError, match="no field 'text'; fields found: id, body"):
+    with pytest.raises(UserError, match="expected one field 'text', found id, body"):
         texts_of(path)
     with pytest.raises(UserError, match="column 'id' must hold text, found type int64"):
         texts_of(path, text_field="id")
@@ -224,20 +214,6 @@ def test_pydocs_holds_what_help_shows(documentation: list[str]) -> None:
     assert any("numpy.lib" in text for text in documentation)
 
 
-def test_pydocs_is_the_same_twice_and_says_its_versions(documentation: list[str]) -> None:
-    import platform
-
-    import numpy as np
-
-    first, _ = next(PythonDocs().batches(0, 0))
-    texts = list(first.texts())
-    assert texts == documentation[: len(texts)]
-    assert len(texts) > 100
-    packages = PythonDocs().details["packages"]
-    assert packages["python"] == platform.python_version()
-    assert packages["numpy"] == np.__version__
-
-
 def test_docstrings_are_found_under_conditions_and_in_reading_order(tmp_path: Path) -> None:
     long = "This sentence is long enough to be kept, as it has more than a hundred characters, which is the limit."
     source = f'''
@@ -257,15 +233,3 @@ def h():
     assert list(python_docs._module_text(tmp_path / "mod.py", tmp_path, set())) == [text + "\n"]
     (tmp_path / "broken.py").write_text("def (")
     assert list(python_docs._module_text(tmp_path / "broken.py", tmp_path, set())) == []
-
-
-def test_small_text_files_share_a_unit_and_large_ones_do_not(tmp_path: Path) -> None:
-    for number in range(300):
-        (tmp_path / f"{number:03}.txt").write_text(f"document {number} " * 1_500)
-    (tmp_path / "150.txt").write_text("long " * 300_000)
-    [source] = open_files([str(tmp_path)], "text")
-    assert 6 <= len(source.unit_bytes) <= 8
-    assert sum(source.unit_bytes) == sum(path.stat().st_size for path in tmp_path.iterdir())
-    units = [list(source.batches(unit, 0)) for unit in range(len(source.unit_bytes))]
-    texts = [text for batches in units for documents, _ in batches for text in documents.texts()]
-    assert texts == [path.read_text() for path in sorted(tmp_path.iterdir())]

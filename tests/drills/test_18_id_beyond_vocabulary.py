@@ -21,5 +21,5 @@ def test_shard_offset_and_id_are_named(commands: Commands, dataset: Callable[...
     manifest.write_text(manifest.read_text().replace(sound, hashlib.sha256(last.read_bytes()).hexdigest()))
     message = refusal(commands, data)
     assert "1 of 3 shards" in message
-    assert f"{last}: token 850 is 300; expected ids below 300" in message
+    assert f"{last}: expected ids below 300, found 300 as token 850" in message
     assert not (commands.temp_data / "runs").exists()

@@ -32,8 +32,3 @@ def test_it_is_noticed_on_resume_and_on_start(commands: Commands, dataset: Calla
 
     (data / ".verified.json").unlink()  # as if it had never been read
     assert expected + found in refusal(commands, data, "--run-name", "another")
-
-    overwrite(path, sound)
-    result = start(commands, data, "--resume", "2")
-    assert result.returncode == 0, result.stderr
-    assert [record["step"] for record in commands.metrics("drill", "train")] == [1, 2, 3, 4]
