@@ -189,7 +189,7 @@ def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str,
     (tmp_path / "hook" / "sitecustomize.py").write_text(SLOW_SAVES.format(saving=str(tmp_path / "saving")))
     settings = [*SMALL, "--train.micro-batch-size", "4", "--checkpoint.every-steps", "100000"]
     run = tmp_path / "big disk" / "runs" / "first"
-    process = started("--train.total-steps", "100", *settings, **variables)
+    process = started("--train.total-steps", "40", *settings, **variables)
     wait_for_steps(process, run, 1)
     os.killpg(process.pid, number)
     wait_for(process, (tmp_path / "saving").exists)
@@ -206,10 +206,10 @@ def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str,
     assert (run / "report.html").is_file()
     if processes == "2":
         result = launch(
-            ROOT / "run_pre_training_e2e.sh", "--train.total-steps", "100", *settings, cwd=tmp_path, **variables
+            ROOT / "run_pre_training_e2e.sh", "--train.total-steps", "40", *settings, cwd=tmp_path, **variables
         )
         assert result.returncode == 0, result.stderr
-        assert f"resume: from step_{status['step']:07d} of 100 steps" in result.stderr
+        assert f"resume: from step_{status['step']:07d} of 40 steps" in result.stderr
 
 
 # Stands in for Python where torch would be imported: training ends with the codes that the file `ends` lists.
