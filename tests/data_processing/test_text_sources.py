@@ -73,15 +73,6 @@ def test_text_files_that_are_named_stand_where_the_first_of_them_does(tmp_path: 
     assert sources[1].details["path"] == f"2 text files from {folder}/b.txt on"
 
 
-def test_empty_text_files_beside_others_are_empty_documents(tmp_path: Path) -> None:
-    for name in ("a.txt", "c.md", "e.txt", "f.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / "b.jsonl").write_text(json_lines({"text": "one"}, {"text": "two"}))
-    pq.write_table(pa.table({"text": ["three"]}), tmp_path / "d.parquet")
-    assert texts_of(tmp_path) == ["", "one", "two", "", "three", "", ""]
-    assert texts_of(tmp_path / "a.txt") == [""]
-
-
 def test_what_else_lies_there_is_said_and_links_are_followed_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,15 +170,6 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=str(tmp_path / name)):
             texts_of(tmp_path / name)
-
-
-def test_a_parquet_column_that_is_missing_or_no_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"id": [1], "body": ["a"]}), path)
-    with pytest.raises(UserError, match="expected one field 'text', found id, body"):
-        texts_of(path)
-    with pytest.raises(UserError, match="column 'id' must hold text, found type int64"):
-        texts_of(path, text_field="id")
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def reference() -> ByteLevelBPETokenizer:
 @pytest.mark.parametrize("text", HARD_TEXTS, ids=range(len(HARD_TEXTS)))
 def test_ids_equal_another_implementation(text: str, reference: ByteLevelBPETokenizer) -> None:
     tokenizer = load_tokenizer()
-    assert tokenizer.encode(text) == reference.encode(text).ids
+    assert tokenizer.encode(text) == tokenizer.encode_to_numpy(text).tolist() == reference.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -99,24 +99,11 @@ def test_random_texts_equal_another_implementation(reference: ByteLevelBPETokeni
     assert [tokenizer.encode(text) for text in texts] == [reference.encode(text).ids for text in texts]
 
 
-def test_known_ids() -> None:
-    tokenizer = load_tokenizer()
-    assert tokenizer.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
-    assert (tokenizer.n_vocab, tokenizer.end_of_text, tokenizer.name) == (50257, 50256, "r50k_base")
-
-
 def test_end_of_text_in_a_text_is_text() -> None:
     tokenizer = load_tokenizer()
     assert tokenizer.end_of_text not in tokenizer.encode("a <|endoftext|> b")
     assert tokenizer.end_of_text not in tokenizer.encode_to_numpy("a <|endoftext|> b")
     assert tokenizer.decode([tokenizer.end_of_text]) == "<|endoftext|>"
-
-
-@pytest.mark.parametrize("text", HARD_TEXTS, ids=range(len(HARD_TEXTS)))
-def test_numpy_ids_are_the_same_ids(text: str) -> None:
-    ids = load_tokenizer().encode_to_numpy(text)
-    assert ids.dtype == np.uint16
-    assert ids.tolist() == load_tokenizer().encode(text)
 
 
 def test_every_token_decodes_to_its_bytes_in_the_published_format() -> None:
@@ -126,13 +113,6 @@ def test_every_token_decodes_to_its_bytes_in_the_published_format() -> None:
     assert module.hashlib.sha256("".join(lines).encode()).hexdigest() == tokenizer.sha256
     with pytest.raises(KeyError):
         tokenizer.decode([50257])
-
-
-def test_half_a_character_decodes_to_a_replacement() -> None:
-    tokenizer = load_tokenizer()
-    first = tokenizer.encode("😀")[:1]
-    assert tokenizer.decode(first) == "\ufffd"
-    assert "😀".encode().startswith(tokenizer.decode_bytes(first))
 
 
 def test_lone_surrogates_become_replacement_characters() -> None:
