@@ -254,3 +254,44 @@ def test_a_source_that_has_changed_cannot_mend(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         repair(folder, 1)
     assert contents(folder) == before
+
+
+def test_shards_that_cannot_be_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    folder = tmp_path / "out"
+    shard = folder / prepare(request(path), folder, 1).train[0].file
+    shard.unlink()
+    real = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(target).parent == folder:
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageError, match=f"Cannot write {folder}: Permission denied"):
+        repair(folder, 1)
+
+
+def test_the_command(tmp_path: Path, commands: Commands) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    folder = tmp_path / "datasets" / "mine"
+    shard = folder / prepare(request(path), folder, 1).train[0].file
+    sound = commands.module(MODULE, "--repair", "--out", "mine")
+    assert (sound.returncode, sound.stderr) == (0, f"nothing to repair: {folder}\n")
+    shard.write_bytes(b"")
+    done = commands.module(MODULE, "--repair", "--out", "mine")
+    assert done.returncode == 0, done.stderr
+    assert f"{shard}: expected a .npy file" in done.stderr
+    assert f"repaired 1 of 2 shards in {folder}" in done.stderr
+    assert commands.module(MODULE, "--verify", "--out", "mine").returncode == 0
+    assert commands.module(MODULE, "--repair", "--verify", "--out", "mine").returncode == 2
+
+
+def test_pydocs_command(tmp_path: Path, commands: Commands) -> None:
+    done = commands.module(MODULE, "--source", "pydocs", "--max-documents", "60")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-60-documents")
+    assert manifest.sources[0]["name"] == "pydocs"
+    assert manifest.counts["documents"] == 60
+    assert manifest.shards[0].file == f"pydocs_i_000000_t_{manifest.shards[0].tokens}.npy"

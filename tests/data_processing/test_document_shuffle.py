@@ -445,3 +445,53 @@ def test_shards_of_unknown_origin_are_not_touched(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds 1 shards without a manifest, such as edu_i_000000_t_5.npy"):
         prepare(request(path), tmp_path / "out", 1)
     assert set(os.listdir(tmp_path / "out")) == {stray.name, WORK}
+
+
+def test_validation_is_a_modest_share(tmp_path: Path) -> None:
+    """A twentieth; of a small corpus up to a quarter; never more than a shard."""
+    for count, low, high in ((100, 0.20, 0.25), (10_000, 0.045, 0.05)):
+        path = write_json_lines(tmp_path / f"{count}.jsonl", some_texts(count))
+        manifest = prepare(request(path), tmp_path / str(count), 1)
+        assert low < manifest.shards[0].tokens / manifest.counts["tokens"] <= high
+        assert [shard.split for shard in manifest.shards] == ["validation", "train"]
+    manifest = prepare(request(path, tokens_per_shard=5_000), tmp_path / "capped", 1)
+    assert 4_900 < manifest.shards[0].tokens <= 5_000
+
+
+def test_seeds_decide_the_order(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", some_texts(50))
+    orders = [
+        decoded(tmp_path / out, prepare(request(path, seed=seed), tmp_path / out, 1).shards[1].file)
+        for out, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("texts", [[], ["one"], ["the same", "the same"]])
+def test_one_document_is_not_enough(tmp_path: Path, texts: list[str]) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", texts)
+    with pytest.raises(UserError, match="at least two are needed"):
+        prepare(request(path), tmp_path / "out", 1)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_long_document_is_not_validation_where_a_short_one_will_do(tmp_path: Path) -> None:
+    """Whatever the order in which the seed shuffles them."""
+    for seed in range(4):
+        folder = tmp_path / f"texts {seed}"
+        folder.mkdir()
+        (folder / "long.txt").write_text("word " * 20_000)
+        (folder / "short.txt").write_text("other " * 500)
+        manifest = prepare(request(folder, seed=seed), tmp_path / f"out {seed}", 1)
+        assert manifest.validation[0].tokens < 1_000
+        assert manifest.train[0].tokens > 19_000
+
+
+def test_document_lengths_by_powers_of_two(tmp_path: Path) -> None:
+    tokens = [2, 2, 3, 4, 7, 8, 63, 64, 1_000]
+    texts = [f"{index} " + " a" * (count - 3) for index, count in enumerate(tokens)]
+    counts = [1 + len(load_tokenizer().encode(text.rstrip())) for text in texts]
+    path = write_json_lines(tmp_path / "a.jsonl", [text.rstrip() for text in texts])
+    manifest = prepare(request(path), tmp_path / "out", 1)
+    expected = [sum(2**k <= count < 2 ** (k + 1) for count in counts) for k in range(max(counts).bit_length())]
+    assert manifest.document_lengths == expected

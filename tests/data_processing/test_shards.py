@@ -335,3 +335,35 @@ def test_asked_to_stop_it_stops_within_a_shard_and_sound_ones_stay_read(
     reads.clear()
     assert verified(folder) == []
     assert len(reads) == 2
+
+
+def test_ids_of_another_type_are_not_written(tmp_path: Path) -> None:
+    """65,536 would become 0."""
+    with pytest.raises(AssertionError, match="would wrap around"):
+        write_shard(tmp_path, "test", 0, 1, [np.array([65_536])])
+
+
+def test_another_dtype_or_shape_is_named(three_shards: Path) -> None:
+    path = three_shards / "test_i_000002_t_50.npy"
+    np.save(path, np.zeros(50, np.int32))
+    with pytest.raises(UserError, match=r"expected dtype uint16 and shape .* found int32"):
+        check_all(three_shards, full=False)
+    np.save(path, np.zeros((5, 10), np.uint16))
+    with pytest.raises(UserError, match=r"found uint16 and \(5, 10\)"):
+        check_all(three_shards, full=False)
+    path.write_bytes(b"PK\x03\x04" + bytes(200))
+    with pytest.raises(UserError, match="found 204 bytes that are not"):
+        check_all(three_shards, full=False)
+
+
+def test_a_missing_shard_is_named(three_shards: Path) -> None:
+    (three_shards / "test_i_000001_t_3000000.npy").unlink()
+    with pytest.raises(UserError, match=r"test_i_000001_t_3000000.npy is missing: expected .* 3000000 tokens"):
+        check_all(three_shards, full=False)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '"text"', "5", "null", '{"format": ' + "9" * 5_000 + "}"])
+def test_json_that_is_no_manifest_is_refused(three_shards: Path, content: str) -> None:
+    (three_shards / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"(Cannot read .*manifest.json|manifest.json (is damaged|has format))"):
+        read_manifest(three_shards)

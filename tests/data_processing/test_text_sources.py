@@ -215,3 +215,18 @@ def h():
     assert list(python_docs._module_text(tmp_path / "mod.py", tmp_path, set())) == [text + "\n"]
     (tmp_path / "broken.py").write_text("def (")
     assert list(python_docs._module_text(tmp_path / "broken.py", tmp_path, set())) == []
+
+
+def test_another_field(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json_lines({"body": "one", "text": "no"}))
+    pq.write_table(pa.table({"body": pa.array(["two"], pa.large_string())}), tmp_path / "b.parquet")
+    assert texts_of(tmp_path, text_field="body") == ["one", "two"]
+
+
+def test_empty_text_files_beside_others_are_empty_documents(tmp_path: Path) -> None:
+    for name in ("a.txt", "c.md", "e.txt", "f.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "b.jsonl").write_text(json_lines({"text": "one"}, {"text": "two"}))
+    pq.write_table(pa.table({"text": ["three"]}), tmp_path / "d.parquet")
+    assert texts_of(tmp_path) == ["", "one", "two", "", "three", "", ""]
+    assert texts_of(tmp_path / "a.txt") == [""]

@@ -247,3 +247,16 @@ def test_pattern_and_hash_are_those_of_the_installed_tiktoken(monkeypatch: pytes
     assert published["pat_str"] == module._PATTERN
     assert published["special_tokens"] == {"<|endoftext|>": load_tokenizer().end_of_text}
     assert isinstance(load_tokenizer()._encoding, tiktoken.Encoding)
+
+
+def test_known_ids() -> None:
+    tokenizer = load_tokenizer()
+    assert tokenizer.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert (tokenizer.n_vocab, tokenizer.end_of_text, tokenizer.name) == (50257, 50256, "r50k_base")
+
+
+def test_half_a_character_decodes_to_a_replacement() -> None:
+    tokenizer = load_tokenizer()
+    first = tokenizer.encode("😀")[:1]
+    assert tokenizer.decode(first) == "\ufffd"
+    assert "😀".encode().startswith(tokenizer.decode_bytes(first))
