@@ -140,6 +140,8 @@ def read_run(folder: Path) -> Run:
 
     A record's `kind` is a string, its `step` an integer of at least 0, and its `time` a float or NaN.
     """
+    if not folder.is_dir():
+        raise UserError(f"Cannot read the run {folder}: it does not exist. Give a run's name or folder.")
     log = RunLogger(folder, is_main=False)
     lines = log.records() if (folder / "metrics.jsonl").is_file() else []
     # A Boolean is an integer in Python, but not for `number`.

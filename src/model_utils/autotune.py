@@ -97,7 +97,9 @@ def out_of_memory(error: Exception, device: torch.device, micro_batch_size: int,
 
 def compile_problem(kind: str) -> str:
     """The reason why torch.compile cannot work on this type of device, with a remedy; "" if none is known."""
-    headers = sysconfig.get_path("include")
+    folder, headers = os.path.dirname(torch.__file__), sysconfig.get_path("include")
+    if kind == "cpu" and any(map(str.isspace, folder)):  # PyTorch does not quote its own path for the compiler
+        return f"PyTorch's folder {folder} has a space in its name. Use an environment in another folder"
     # Triton starts its kernels through C code.
     compiler = os.environ.get("CC", "gcc") if kind == "cuda" else os.environ.get("CXX", "g++")
     if not os.path.exists(os.path.join(headers, "Python.h")):

@@ -1,5 +1,6 @@
 """Exit codes, the errors behind them, and how messages are printed."""
 
+import io
 import os
 import sys
 import time
@@ -67,7 +68,16 @@ class PeerError(RuntimeError):
 
 
 def exit_with(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits with its code. An error that has an `exit_code` is printed without a traceback."""
+    """Runs `main` and exits with its code. An error that has an `exit_code` is printed without a traceback.
+
+    Output works as to /dev/null where stdout was closed before the start, and escapes what its encoding lacks.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with console_may_fail():  # which replaces a closed stderr
+        pass
     code = EXIT_FAILED
     try:
         code = main() or EXIT_DONE
@@ -89,8 +99,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
                 traceback.print_exc()
     _leave_exit_code(code)
     with suppress(OSError):  # its reader may be gone
-        if sys.stdout:  # None where it was closed before the start
-            sys.stdout.flush()
+        sys.stdout.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # gloo's threads take Python's lock once more, and abort a process that is shutting down (LOG.md).
         os._exit(code)
