@@ -74,7 +74,7 @@ class ModelConfig:
             )
         elif not problems and self.n_embd % self.n_head:
             heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % (2 * h) == 0]
-            near = sorted(sorted(heads, key=lambda h: abs(h - self.n_head))[:4])
+            near = sorted(heads, key=lambda h: abs(h - self.n_head))[:4]
             problems.append(
                 f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
                 f"for this width, n_head can be {_either(near)}"

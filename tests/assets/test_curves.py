@@ -112,5 +112,5 @@ def test_a_run_without_numbers_is_refused(tmp_path: Path):
     write(tmp_path / "metrics.jsonl", [{"kind": "event", "step": 0, "time": 0.0, "name": "start", "detail": ""}])
     with pytest.raises(UserError, match="no losses"):
         write_pictures(read_metrics(tmp_path), tmp_path / "out")
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match="does not exist"):
         read_metrics(tmp_path / "nowhere")

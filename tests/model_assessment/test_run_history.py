@@ -18,7 +18,7 @@ def test_missing_or_empty_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").write_text('{"kind": "ev')
     for folder in (tmp_path / "nowhere", tmp_path, tmp_path / "new"):
-        with pytest.raises(UserError, match=r"metrics\.jsonl is missing or holds no complete line"):
+        with pytest.raises(UserError, match=r"does not exist|metrics\.jsonl is missing or holds no complete line"):
             read_run(folder)
 
 
