@@ -326,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     out_help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source; "
     parser.add_argument("--out", metavar="DIR", help=f"{out_help}needed for --source files and hub)")
-    workers_help = "threads that tokenise; the result is the same for any number (default: one a core, %(default)s)"
+    workers_help = "processes that tokenise; the result is the same for any number (default: one a core, %(default)s)"
     parser.add_argument("--workers", **number, default=available_cores(), help=workers_help)
     shard_help = "a shard holds at most this many tokens, or one longer document (default: %(default)s)"
     parser.add_argument("--tokens-per-shard", **number, default=100_000_000, help=shard_help)

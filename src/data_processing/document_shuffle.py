@@ -1,9 +1,9 @@
-"""Documents -> shards in a shuffled order: one radix sort on disk, resumable and the same for any number of threads.
+"""Documents -> shards in a shuffled order: one radix sort on disk, resumable and the same for any number of workers.
 
 A document's key is a hash of its text and the seed, so the order of the keys is a shuffle. Documents are encoded and
 appended to 256 buckets by the first byte of their key. Then one bucket after the other is loaded, sorted by key and
 cut into shards. At 10B tokens (20 GB) a bucket has about 80 MB: memory holds one of them and its sorted copy, 8 bytes
-for each document of the corpus, and what the threads work on. Equal documents share a bucket. The folder of unfinished
+for each document of the corpus, and what the workers work on. Equal documents share a bucket. The folder of unfinished
 work, .preparing in the dataset's, holds:
 
     plan.json          the request and the details of its sources; written first
@@ -18,14 +18,19 @@ A corpus that fits into one flush has no journal: a restart reads it again.
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,7 +199,7 @@ def fill_buckets(sources: Sequence[Source], request: Request, journal: Journal, 
     """
     load_tokenizer()  # or a fault of its files would show after the first download
     start, tokens_before, say_if_due = time.monotonic(), journal.counts["tokens"], now_and_then()
-    # A limited request may need little of what is read ahead; otherwise the threads stay busy during a flush.
+    # A limited request may need little of what is read ahead; otherwise the workers stay busy during a flush.
     ahead = workers + 1 if request.is_limited else 8 * workers
     waiting: list[Document] = []
     size = 0
@@ -240,21 +245,51 @@ def encode_all(
 ) -> Iterator[tuple[Position, list[Document]]]:
     """Yield the encoded batches behind `start`, in order, each with the position behind it.
 
-    Threads are enough: tiktoken, hashing and decompression release Python's lock. At most `ahead` batches are read
-    before the first of them is taken.
+    At most `ahead` batches are read before the first of them is taken. Raises UserError if a worker is killed.
     """
     pending: deque[tuple[Position, Future[list[Document]]]] = deque()
-    pool = ThreadPoolExecutor(workers)
+    # tiktoken releases Python's lock, but two threads reach only three quarters of two processes' rate. Spawned ones
+    # inherit no locks from the threads that download or read parquet.
+    pool: Executor = ThreadPoolExecutor(1)
+    if workers > 1:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
     try:
         for position, documents in _batches(sources, start):
-            pending.append((position, pool.submit(encode_batch, documents, seed, position.source)))
+            with _without_ctrl_c():  # which the worker that this may start inherits: it ends with its parent instead
+                pending.append((position, pool.submit(encode_batch, documents, seed, position.source)))
             while pending and (len(pending) >= ahead or pending[0][1].done()):
                 position, job = pending.popleft()
                 yield position, job.result()
         for position, job in pending:
             yield position, job.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"Cannot tokenise: one of {workers} worker processes was killed. If memory is short, use fewer with "
+            "--workers, and rerun to resume."
+        ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """End this process with its parent, however that ends."""
+
+    def follow(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=follow, args=(parent,), daemon=True).start()
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Document]:

@@ -1,6 +1,6 @@
 """Files of text -> batches of documents, about 1 MiB each.
 
-Parsing JSON and Arrow is the costly part. It happens where `texts()` is called, in the threads that tokenise. Bytes
+Parsing JSON and Arrow is the costly part. It happens where `texts()` is called, in the processes that tokenise. Bytes
 that are not UTF-8 arrive as lone surrogates (PEP 383): the writer replaces and counts them.
 """
 

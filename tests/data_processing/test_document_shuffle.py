@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,12 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
     assert source.taken == before
 
 
-def test_a_faulty_document_is_an_error_in_its_place() -> None:
-    class Faulty(Texts):
-        def texts(self) -> Iterator[str]:
-            raise UserError("line 3: not JSON")
+class Faulty(Texts):
+    def texts(self) -> Iterator[str]:
+        raise UserError("line 3: not JSON")
 
+
+def test_a_faulty_document_is_an_error_in_its_place() -> None:
     class Source(Batches):
         def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
             yield Texts(["one"]), 0.1
@@ -353,21 +355,48 @@ def test_a_file_that_changes_while_it_is_prepared_is_named(tmp_path: Path, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_ends_soon_and_leaves_nothing_behind(tmp_path: Path, commands: Commands) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(2_000, words=20_000))
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextmanager
+def preparing(folder: Path, commands: Commands) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Prepare a corpus of 200 MB with two workers; yield the process and its workers once they are at it."""
+    path = write_json_lines(folder / "a.jsonl", some_texts(2_000, words=20_000))
     command = [sys.executable, "-m", MODULE, "--source", "files", "--path", str(path), "--out", "x", "--workers", "2"]
     with subprocess.Popen(
         command, cwd=ROOT, env=commands.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        while not (tmp_path / "datasets" / "x" / WORK / PLAN).exists():
+        while not (folder / "datasets" / "x" / WORK / PLAN).exists() or len(children(process.pid)) < 3:
             assert process.poll() is None, "ended before it could be stopped"
             time.sleep(0.05)
+        # The first child is multiprocessing's resource tracker, which ends with the others.
+        yield process, children(process.pid)
+
+
+def test_ctrl_c_ends_soon_and_leaves_nothing_behind(tmp_path: Path, commands: Commands) -> None:
+    with preparing(tmp_path, commands) as (process, _):
         os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=30)[1]
+        said = process.communicate(timeout=30)[1]  # ends once no worker holds stderr
     assert process.returncode == 130
     assert said.splitlines()[-1] == "interrupted", said
     assert "Traceback" not in said
     assert not (tmp_path / "datasets" / "x").exists()
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path, commands: Commands) -> None:
+    with preparing(tmp_path, commands) as (process, _):
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def test_a_killed_worker_is_named(tmp_path: Path, commands: Commands) -> None:
+    with preparing(tmp_path, commands) as (process, workers):
+        os.kill(workers[-1], signal.SIGKILL)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 2
+    assert "one of 2 worker processes was killed" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 def test_a_full_disk_is_a_storage_error_and_the_work_is_resumed_later(
