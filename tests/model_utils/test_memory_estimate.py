@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from src.model import LLM
 from src.model_configs.my_llm_config import lf_llm_269m
-from src.model_utils.adamw_opt import build_adamw
+from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.memory_estimate import Step, activation_bytes, estimate_memory, parameter_counts
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig, OptimConfig
@@ -50,7 +50,7 @@ def allocated_at_most(config: ModelConfig, size: int, dtype: torch.dtype, accumu
     """The most bytes of tensors that a step holds, as the allocator counts them, AdamW's moments being there."""
     model = LLM(config).train()
     init_weights(model, config, seed=0)  # with softmaxes that are not all but 0, for which a CPU takes long
-    optimizer = build_adamw(model, OptimConfig())
+    (optimizer,) = build_optimizers(model, OptimConfig())
     inputs_BT = torch.zeros(size, config.n_ctx, dtype=torch.int64)
 
     def step() -> None:
