@@ -5,7 +5,8 @@ python -m benchmarks.recipes --path TEXT ... [--size 17m 33m] [--only NAME ...] 
 TEXT are files for data_downloader; their dataset lies in temp_data/datasets/recipes. Every run is `pretrain.py` in a
 process of its own, named recipes-NAME, so a stopped benchmark resumes inside a run. All runs of a size and seed see the
 same windows in the same order, and each schedule is planned for its own length. Losses are measured on the same
-validation windows, so their differences have paired standard errors. A line of --results is one run; those that are there are not repeated.
+validation windows, so their differences have paired standard errors. Each line of --results is a finished run, which is
+not repeated.
 
 --table prints the comparison from --results alone.
 """

@@ -8,7 +8,7 @@ the same, and dropout is off. The benchmark fails if the losses differ. The vari
 ours                   `pretrain.train_step` with --train.compile on
 ours_eager             the same with --train.compile off
 ours_float32_logits    ours with the plain loss, from float32 logits of all positions
-llama                  transformers' LlamaForCausalLM of the same shape with fused AdamW
+llama                  transformers' Llama or Qwen3 of the same shape with fused AdamW
 llama_compiled         the same in torch.compile
 reference              the reference implementation: full float32 logits, and rotary tables made on the CPU and moved to
                        the device in every layer. On a GPU it has torch.compile and fused AdamW, on a CPU neither.
@@ -197,7 +197,9 @@ def plain_cross_entropy(
 def llama(config: Config, precision: torch.dtype, device: torch.device, compiled: bool = False) -> Step:
     import transformers
 
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_settings(config.model)))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**llama_settings(config.model))
+    )
     model.load_state_dict(llama_tensors(dict(first_weights(config).named_parameters())))
     model.to(device).train()
     forward = torch.compile(model) if compiled else model

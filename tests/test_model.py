@@ -63,14 +63,16 @@ def test_training_follows_the_references_trajectory(shared: Path, one_thread: No
             assert (parameters[ours(name)] - final).abs().max() < 1e-4, name
 
 
-def test_logits_equal_transformers_llama():
+@pytest.mark.parametrize("change", [{}, {"bias": False}, {"bias": False, "qk_norm": True}], ids=str)
+def test_logits_equal_transformers_llama_or_qwen3(change: dict[str, bool]):
     transformers = pytest.importorskip("transformers")
-    config = ModelConfig(n_vocab=211, n_ctx=32, n_embd=48, n_head=4, n_layer=3)
+    config = ModelConfig(n_vocab=211, n_ctx=32, n_embd=48, n_head=4, n_layer=3, **change)
     torch.manual_seed(0)
     model = LLM(config).eval()
     for parameter in model.parameters():  # biases and gains too, so that a dropped one shows
         torch.nn.init.normal_(parameter, std=0.2)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_settings(config))).eval()
+    settings = transformers.AutoConfig.for_model(**llama_settings(config))
+    llama = transformers.AutoModelForCausalLM.from_config(settings).eval()
     llama.load_state_dict(llama_tensors(dict(model.named_parameters())))
     inputs = torch.randint(config.n_vocab, (3, config.n_ctx))
     with torch.no_grad():

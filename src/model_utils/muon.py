@@ -80,7 +80,8 @@ def orthogonalize(updates_NRC: torch.Tensor) -> torch.Tensor:
     bf16 on CUDA, where it is fast, else in the given dtype; R <= C. A matrix of zeros stays one.
     """
     X = updates_NRC.bfloat16() if updates_NRC.is_cuda else updates_NRC
-    X = X / (torch.linalg.matrix_norm(X, keepdim=True) * _SAFETY + 1e-7)  # at most 1, as the norm bounds the largest
+    # The norm is at least the largest singular value. The minimum keeps a matrix of zeros, and is far below any other.
+    X = X / (torch.linalg.matrix_norm(X, keepdim=True) * _SAFETY).clamp(min=1e-30)
     for a, b, c in _POLYNOMIALS:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
