@@ -22,7 +22,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     hidden = {}
     if config.optimizer == "muon":
         for name, parameter in model.named_parameters():
-            if name.startswith("blocks.") and name.endswith("_proj.weight"):
+            if is_hidden_matrix(name):
                 hidden[parameter] = _BLOCKS_OF_ROWS.get(name.split(".")[-2], 1)
     others = [parameter for parameter in model.parameters() if parameter not in hidden]
     groups = [
@@ -40,6 +40,11 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
             is_embedding = optimizer is adamw and hidden and config.embedding_lr
             group["max_lr"] = config.embedding_lr if is_embedding else config.max_lr
     return optimizers
+
+
+def is_hidden_matrix(name: str) -> bool:
+    """Return True for the name of a parameter that Muon serves: a matrix of a block."""
+    return name.startswith("blocks.") and name.endswith("_proj.weight")
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, config: OptimConfig, max_lr: float = 0.0) -> float:

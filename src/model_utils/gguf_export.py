@@ -120,7 +120,7 @@ def _tensors(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str,
         if llama_name == HEAD:
             continue
         if not config.qk_norm and (".q_proj." in llama_name or ".k_proj." in llama_name):
-            # In a Llama, llama.cpp rotates dimension 2i with 2i + 1, we rotate i with i + K/2 of a head's K. Interleaving
+            # In a Llama, llama.cpp rotates dimension 2i with 2i + 1, and we i with i + K/2 of a head's K. Interleaving
             # the rows of both projections maps one to the other and leaves every product of query and key as it was.
             halves = tensor.unflatten(0, (config.n_head, 2, config.head_dim // 2))
             tensor = halves.transpose(1, 2).flatten(0, 2)

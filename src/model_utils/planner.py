@@ -105,7 +105,14 @@ def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = 
     # A micro-batch "auto" is tried uncompiled (autotune.py), which takes more memory.
     is_compiled = kind == "cuda" and config.train.compile != "off" and config.train.micro_batch_size != "auto"
     return Step(
-        config.model, micro_batch_size, itemsize, kind, accumulates or has_ddp, accumulates and has_ddp, is_compiled
+        config.model,
+        micro_batch_size,
+        itemsize,
+        kind,
+        gradients_stay=accumulates or has_ddp,
+        beside_buckets=accumulates and has_ddp,
+        is_compiled=is_compiled,
+        has_muon=config.optim.optimizer == "muon",
     )
 
 
