@@ -52,6 +52,14 @@ class Muon(torch.optim.Optimizer):
                 for (weight, _), update in zip(matrices, _orthogonalize_shared(stacked_NRC), strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
+    def flops(self) -> int:
+        """Return the floating-point operations of orthogonalising all matrices once."""
+        total = 0
+        for parameter, blocks in self._blocks.items():
+            R, C = sorted((len(parameter) // blocks, parameter.shape[1]))
+            total += blocks * len(_POLYNOMIALS) * (2 * R * C * R + 2 * R**3 + 2 * R * R * C)  # X X^T, A A, B X
+        return total
+
     def _updates(
         self, parameters: list[nn.Parameter], momentum: float
     ) -> dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]]:
