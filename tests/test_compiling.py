@@ -89,7 +89,7 @@ def test_machine_code_gives_the_same_losses_and_gradients(
     model = LLM(tiny_config)
     init_weights(model, tiny_config, seed=0)
     inputs, targets = windows(model, 2)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         results = []
         for forward in (model, CompiledForward(model)):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
