@@ -58,6 +58,7 @@ from src.utils.errors import (
     LostPeerError,
     NonFiniteError,
     StoppedError,
+    StorageError,
     UserError,
     exit_with,
     recorded_exit_code,
@@ -153,6 +154,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             if note:
                 log.info(f"warning: {note}")
         procs.main_only(lambda: refuse_full_disk(config, run_dir))
+        procs.main_only(log.hold)
 
         with out_of_memory_explained(procs):
             run = prepare(config, procs, manifest, checkpoint, precision, log, stop)
@@ -307,7 +309,8 @@ def prepare(
     else:
         seed_random_state(config.train.seed, procs.rank)
     if procs.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+        with procs.collective():  # it compares the processes' parameters
+            forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     dataset = {"name": config.data.dir, "sources": manifest.origins, **manifest.counts}
     settings = run_settings(config, procs, model, precision, {**dataset, "manifest_sha256": manifest.sha256})
     log.write_json("config.json", settings)
@@ -320,7 +323,7 @@ def prepare(
         manifest=manifest,
         state=state,
         guard=SpikeGuard(config.optim.spike_z, state.progress.recent_losses),
-        saver=CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync),
+        saver=CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.before_save),
         forward=forward,
         precision=precision,
         stop=stop,
@@ -389,6 +392,10 @@ def local_stop_cause(run: Run) -> str:
         return str(cause)
     if run.saver.failed:
         return "a save that failed"
+    try:
+        run.log.check_place()
+    except StorageError:  # the save that ends the run raises it in all processes
+        return "a disk that is gone"
     return f"the file {STOP_FILE}" if run.procs.is_main and (run.log.run_dir / STOP_FILE).exists() else ""
 
 

@@ -367,7 +367,7 @@ def _wrong_types(config: Any, prefix: str = "") -> list[str]:
     problems = []
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             problems += _wrong_types(value, f"{name}.") if isinstance(value, kind) else [f"{name} is not a group"]
         elif not _has_type(value, kind):
             text = re.sub(r"typing\.|<class '(.*)'>", r"\1", str(kind))

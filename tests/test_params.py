@@ -102,9 +102,7 @@ def test_json_and_back(preset: str):
 def test_who_a_run_reports_to_is_kept_and_checked():
     config = replace(debug(), report_to=("tensorboard", "wandb"))
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
-    with pytest.raises(
-        ConfigError, match=r"report_to = \('wandb', 'mlflow'\) must be tuple\[Literal\['tensorboard', 'wandb'\]"
-    ):
+    with pytest.raises(ConfigError, match=r"report_to = \('wandb', 'mlflow'\) must be tuple\[Literal"):
         replace(debug(), report_to=("wandb", "mlflow"))  # type: ignore[arg-type]
 
 
