@@ -194,7 +194,8 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
     try:
         manifest = read_json(path / "manifest.json")
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        step = manifest["step"]
+        if type(step := manifest["step"]) is not int:
+            raise ValueError(f"step = {repr(step)[:80]}")
     except OSError as error:
         return f"manifest.json: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:

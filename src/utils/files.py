@@ -48,7 +48,8 @@ def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
     temporary = path.with_name(path.name + ".tmp")
     with storage_errors(path, needed_bytes=expected_bytes):
         # Removed first and then created: opening a leftover link would empty the file that it points to.
-        temporary.unlink(missing_ok=True)
+        with storage_errors(temporary, "remove"):
+            temporary.unlink(missing_ok=True)
         try:
             with open(temporary, "xb") as file:
                 yield file

@@ -35,7 +35,8 @@ class RunLogger:
     def hold(self) -> None:
         """Creates the run's folders and remembers which they are, for `check_place`."""
         if self.is_main:
-            (self.run_dir / "checkpoints").mkdir(exist_ok=True)
+            with storage_errors(self.run_dir / "checkpoints", "make the folder"):
+                (self.run_dir / "checkpoints").mkdir(exist_ok=True)
             self._place = self._identities()
 
     def check_place(self) -> None:
