@@ -372,6 +372,9 @@ def _wrong_types(config: Any, prefix: str = "") -> list[str]:
         elif not _has_type(value, kind):
             text = re.sub(r"typing\.|<class '(.*)'>", r"\1", str(kind))
             problems.append(f"{prefix}{name} = {repr(value)[:80]} must be {text}")
+        elif re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, tuple) else str(value)):
+            # Python's stand-ins for bytes of the command line; no file of the run could hold them.
+            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be UTF-8 text; use such a locale, as C.UTF-8")
     return problems
 
 

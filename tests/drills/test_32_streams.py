@@ -25,7 +25,7 @@ def shell(commands: Commands, command: list[str], streams: str, **variables: str
     [
         ("<&- >&- 2>&-", {}),
         (">/dev/full 2>/dev/full", {"PYTHONUNBUFFERED": "1"}),
-        (">/dev/null 2>/dev/null", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}),
+        (">/dev/null 2>/dev/null", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}),
     ],
 )
 def test_training_is_the_same(
