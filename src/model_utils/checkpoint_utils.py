@@ -250,9 +250,13 @@ def _wrong_claim(path: Path, state: dict[str, Any]) -> str | None:
         values = value if name == "recent_losses" and isinstance(value, list) else [value]
         if not all(isinstance(each, (int, float)) for each in values):
             return f"progress.{name} = {repr(value)[:80]} must be a number"
+    needed = ("config", "dataset_sha256", "precision", "progress", "world_size")  # by a resume
+    if missing := [name for name in needed if name not in state] if "progress" in state else []:
+        return f"it lacks {missing[0]}"
     if "config" in state:
         try:
-            from_dict(state["config"])
+            if step > (total := from_dict(state["config"]).total_steps):
+                return f"step = {step} is beyond the {total} of its run"
         except ConfigError as error:
             return str(error)
     return None

@@ -40,14 +40,14 @@ class RunLogger:
             self._place = self._identities()
 
     def check_place(self) -> None:
-        """Raises StorageError where the run's folders are no longer those of its start.
+        """Raises StorageError where the paths of the run's folders lead to others than at the start.
 
-        Once a disk is unmounted, their paths name nothing, or folders below its mount point, which would fill unseen.
+        Once a disk is unmounted, they lead nowhere, or to folders below its mount point, which would fill unseen.
         """
-        if self._place and self._place != self._identities():
+        if self._is_lost():
             raise StorageError(
-                f"Cannot write in {self.run_dir}: it is no longer the folder of the start. Its disk was unmounted, or "
-                "it was moved. Mount it again and rerun to resume."
+                f"Cannot write in {self.run_dir}: the folder of the start was moved, removed or unmounted. Put it back "
+                "and rerun to resume."
             )
 
     def info(self, text: str) -> None:
@@ -155,6 +155,9 @@ class RunLogger:
         except (OSError, UserError):
             return {}
 
+    def _is_lost(self) -> bool:
+        return self._place is not None and self._place != self._identities()
+
     def _identities(self) -> list[tuple[int, int]]:
         with suppress(OSError):
             entries = [os.stat(folder) for folder in (self.run_dir, self.run_dir / "checkpoints")]
@@ -162,7 +165,8 @@ class RunLogger:
         return []
 
     def _replace(self, name: str, text: str) -> None:
-        self.check_place()
+        if self._is_lost():
+            return
         path, content = self.run_dir / name, text.encode("utf-8", errors="replace")
         try:
             with replacing(path) as file:
@@ -174,8 +178,9 @@ class RunLogger:
             raise
 
     def _append(self, name: str, line: str) -> None:
+        if self._is_lost():
+            return
         try:
-            self.check_place()
             # A link could lead to a file of the user's.
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
             with open_regular(self.run_dir / name, flags) as file:

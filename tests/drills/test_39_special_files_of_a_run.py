@@ -35,9 +35,9 @@ def test_they_are_refused_or_replaced_and_no_start_hangs(commands: Commands, dat
     }
     # Training does without some files, if there is a warning, and is refused where it needs one.
     harmless = ["log.txt", "status.json", "status.json.tmp", "config.json"]
-    cases = [(kind, names) for kind in others for names in (harmless, ["metrics.jsonl"])]
+    cases = [(kind, names) for kind in ("FIFO", "link", "folder") for names in (harmless, ["metrics.jsonl"])]
     cases += [(kind, [name]) for kind in ("FIFO", "link") for name in ("checkpoints", "../.case.lock", "../case")]
-    cases += [("link", ["metrics.jsonl.tmp"]), ("folder", ["metrics.jsonl.tmp"])]
+    cases += [("device", ["metrics.jsonl"]), ("link", ["metrics.jsonl.tmp"]), ("folder", ["metrics.jsonl.tmp"])]
     for kind, names in cases:
         run = runs / "case"
         shutil.copytree(runs / "drill", run)
