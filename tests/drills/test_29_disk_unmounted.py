@@ -24,10 +24,8 @@ def test_the_run_ends_and_nothing_is_written_below(commands: Commands, dataset: 
     with mounts(small_disk(folder, kilobytes=20_000)) as mounted:
         result = start_with(commands, UNMOUNT.format(path=str(folder)), data, *LONGER, on=mounted)
     assert result.returncode == 4, result.stderr
-    assert (
-        f"Cannot write in {commands.temp_data / 'runs' / 'drill'}: the folder of the start was moved, removed or unmounted"
-        in result.stderr
-    )
+    run = commands.temp_data / "runs" / "drill"
+    assert f"Cannot write in {run}: the folder of the start was moved, removed or unmounted" in result.stderr
     assert result.stderr.count("Cannot ") == 1
     assert "Traceback" not in result.stderr
     assert contents(folder) == {}
