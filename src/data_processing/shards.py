@@ -122,7 +122,8 @@ def read_manifest(folder: Path) -> Manifest:
         content, sha256 = read_json(path), str(fingerprint(path)["sha256"])
     except FileNotFoundError:
         reason = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
-        raise UserError(f"no dataset at {folder}: {reason}; prepare it with: {_preparing(folder)}") from None
+        command = f"{_COMMAND} --source SOURCE --out {shlex.quote(str(folder))}"
+        raise UserError(f"Cannot find a dataset at {folder}: {reason}. Prepare it with: {command}") from None
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
     if content.pop("format", None) != FORMAT_VERSION:
@@ -153,12 +154,10 @@ def shard_fault(
     n_vocab: int,
     full: bool = False,
     stop: Callable[[], object] = lambda: False,
-    end_of_text: int | None = None,
 ) -> str | None:
     """Return the fault that `check_shard` reports, with path, expected and actual; None for a sound file.
 
-    With `full` and `end_of_text`, this id must also be as frequent as documents are listed. Raises StoppedError once
-    `stop()` is true, which is called before every 4 MiB.
+    Raises StoppedError once `stop()` is true, which is called before every 4 MiB of a full check.
     """
     path = folder / shard.file
     if not lies_in(folder, shard.file):
@@ -167,7 +166,7 @@ def shard_fault(
         with open_regular(path) as file:
             _check_header(file, shard)
             if full:
-                _check_content(file, shard, n_vocab, stop, end_of_text)
+                _check_content(file, shard, n_vocab, stop)
     except FileNotFoundError:
         return f"{path} is missing: expected a shard of {shard.tokens} tokens"
     except StorageError as error:  # a pipe or a folder
@@ -217,7 +216,7 @@ def find_faults(
     def read(number: int) -> tuple[dict[str, Any] | None, str | None]:
         shard = manifest.shards[number]
         entry = _entry(folder, shard, manifest)  # as the file was before its content is read
-        return entry, shard_fault(folder, shard, manifest.n_vocab, True, stop, manifest.end_of_text)
+        return entry, shard_fault(folder, shard, manifest.n_vocab, True, stop)
 
     pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
     try:
@@ -276,12 +275,6 @@ def check_names(shards: Iterable[Shard]) -> None:
             raise ValueError(f"{shard.file!r} is listed as shard {number} of {shard.tokens} tokens")
 
 
-def _preparing(folder: Path) -> str:
-    """Return the command that prepares `folder`: a dataset's folder is named after its source."""
-    named = (source for source in ("fineweb-edu", "pydocs") if folder.name.startswith(source))
-    return f"{_COMMAND} --source {next(named, 'files --path FILES')} --out {shlex.quote(str(folder))}"
-
-
 def _check_manifest(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for a manifest that no preparation writes."""
     typed = [(getattr(manifest, field.name), field) for field in dataclasses.fields(manifest)]
@@ -323,14 +316,12 @@ def _check_header(file: IO[bytes], shard: Shard) -> None:
         raise _Damaged(f"expected {expected} bytes, found {size}: the array is {what}")
 
 
-def _check_content(
-    file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[], object], end_of_text: int | None
-) -> None:
-    """Check hash, ids and documents; `file` stands at the first token, after the header."""
+def _check_content(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[], object]) -> None:
+    """Check hash and ids; `file` stands at the first token, after the header."""
     header_bytes = file.tell()
     file.seek(0)
     digest = hashlib.sha256(file.read(header_bytes))
-    offset = documents = 0
+    offset = 0
     while chunk := file.read(_CHUNK_BYTES):
         if stop():
             raise StoppedError("stopped on request before anything was trained")
@@ -340,14 +331,8 @@ def _check_content(
             first = int(np.argmax(ids >= n_vocab))
             raise _Damaged(f"expected ids below {n_vocab}, found {ids[first]} as token {offset + first}")
         offset += ids.size
-        documents += np.count_nonzero(ids == end_of_text)
     if digest.hexdigest() != shard.sha256:
         raise _Damaged(f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
-    if end_of_text is not None and documents != shard.documents:
-        raise _Damaged(
-            f"expected {shard.documents} documents, found {documents}: the id {end_of_text} begins each of them; the "
-            "content is as prepared, so its manifest was changed"
-        )
 
 
 def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -369,9 +354,7 @@ def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any] | N
         return None
     return {
         "sha256": shard.sha256,
-        "documents": shard.documents,
         "n_vocab": manifest.n_vocab,
-        "end_of_text": manifest.end_of_text,
         "size": file.st_size,
         "mtime_ns": file.st_mtime_ns,
         "ctime_ns": file.st_ctime_ns,
