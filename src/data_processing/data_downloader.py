@@ -84,12 +84,13 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
     if os.path.exists(folder / MANIFEST):  # False, where Path.exists raises, for a folder that cannot be searched
         return _existing(request, folder)
     with claimed_work(folder) as work:
-        if (folder / MANIFEST).exists():  # since a moment ago
+        if (folder / MANIFEST).exists():  # another process has finished since the line above
             return _existing(request, folder)
         details, journal = resume(folder, work, request)
         if journal is None or not journal.is_complete:
             say(f"preparing {folder} from {', '.join(request.sources)}")
             sources = open_sources(request, expected.sources if expected else details, work / DOWNLOADS)
+            # Files are hashed again at each start; of the hub and of a dataset under repair, the pinned version counts.
             current = [source.details for source in sources]
             if expected and (changes := _changes(_content(expected.sources), _content(current))):
                 raise UserError(f"the sources are not what they were: {changes}")
@@ -105,6 +106,7 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
         plans = plan_shards(documents.group_tokens, request.tokens_per_shard)
         say(f"writing {len(plans)} shards")
         write_shards(documents, plans, folder, "+".join(request.sources), journal)
+        # Last, because it makes the folder a dataset. Deleting the unfinished work follows at the end of the block.
         write_manifest(folder, _manifest(request, details, documents, journal))
     if journal.replaced_in:
         say(

@@ -101,7 +101,7 @@ def excerpt(folder: Path, manifest: Manifest, shard: Shard, first: int, n_tokens
     try:
         ids = _read(folder, manifest, shard, first, n_tokens)
     except UserError as error:
-        return harmless(f"{shard.file} cannot be shown: {error}")
+        return harmless(f"{shard.file}: {error}")
     before, *documents = np.split(ids, np.flatnonzero(ids == manifest.end_of_text))
     page += _text_lines(before, manifest, document_lines) if before.size else []
     for document in documents:
@@ -185,7 +185,7 @@ def _read(folder: Path, manifest: Manifest, shard: Shard, first: int, count: int
     check_shard(folder, shard, manifest.n_vocab)
     ids = np.load(folder / shard.file, mmap_mode="r", allow_pickle=False)[first : first + count]
     if ids.size and ids.max() >= manifest.n_vocab:
-        raise UserError(f"it holds the id {ids.max()}; expected ids below {manifest.n_vocab}: the content changed.")
+        raise UserError(f"Cannot show id {ids.max()}: expected ids below {manifest.n_vocab}. Verify the dataset.")
     return np.array(ids)
 
 

@@ -133,7 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**content, shards=shards, sha256=sha256)
         _check_manifest(manifest)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}). {_REDO}") from None
+        raise UserError(f"Cannot read {path}: it is damaged ({error}). {_REDO}") from None
     return manifest
 
 
@@ -145,7 +145,7 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
     reads the file once, 4 MiB at a time.
     """
     if fault := shard_fault(folder, shard, n_vocab, full):
-        raise UserError(f"{fault}; repair it with: {_COMMAND} --repair --out '{folder}'")
+        raise UserError(f"Cannot use the dataset: {fault}. Repair it with: {_COMMAND} --repair --out '{folder}'")
 
 
 def shard_fault(
@@ -194,8 +194,8 @@ def ensure_verified(
     if faults := find_faults(folder, manifest, trust_stamp, stop):
         lines = "\n".join(f"  {fault}" for fault in faults.values())
         raise UserError(
-            f"{len(faults)} of {len(manifest.shards)} shards of {folder} are not as prepared:\n{lines}\n"
-            f"restore the files, or replace them with: {_COMMAND} --repair --out '{folder}'"
+            f"Cannot use {folder}: {len(faults)} of {len(manifest.shards)} shards are not as prepared:\n{lines}\n"
+            f"Restore the files, or replace them with: {_COMMAND} --repair --out '{folder}'"
         )
 
 
@@ -219,7 +219,7 @@ def find_faults(
         return entry, shard_fault(folder, shard, manifest.n_vocab, True, stop)
 
     pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
-    try:
+    try:  # without `with`: an exception must cancel the shards that no thread has begun
         for done, (number, (entry, fault)) in enumerate(zip(unread, pool.map(read, unread), strict=True), start=1):
             if fault:
                 faults[number] = fault
@@ -246,6 +246,7 @@ def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iter
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": TOKEN_DTYPE.str, "fortran_order": False, "shape": (tokens,)})
     digest = hashlib.sha256(header.getvalue())
+    # Hashed as it is written, because a corpus of 20 GB would otherwise be read once more.
     with replacing(folder / name, expected_bytes=tokens * TOKEN_DTYPE.itemsize) as file:
         file.write(header.getvalue())
         for array in arrays:

@@ -173,10 +173,10 @@ def test_a_damaged_dataset_is_not_called_prepared(tmp_path: Path) -> None:
     manifest = prepare(request(path), tmp_path / "out", 1)
     shard = tmp_path / "out" / manifest.train[0].file
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"cut short; repair it with: .* --repair --out '{tmp_path / 'out'}'"):
+    with pytest.raises(UserError, match=rf"cut short\. Repair it with: .* --repair --out '{tmp_path / 'out'}'"):
         prepare(request(path), tmp_path / "out", 1)
     shard.unlink()
-    with pytest.raises(UserError, match=r"is missing: .*; repair it with"):
+    with pytest.raises(UserError, match=r"is missing: .*\. Repair it with"):
         prepare(request(path), tmp_path / "out", 1)
 
 
@@ -215,7 +215,7 @@ def test_only_the_damaged_shards_are_written_again(tmp_path: Path, limits: dict)
         path.write_bytes(data)
     second.unlink()
     os.truncate(third, 17)
-    with pytest.raises(UserError, match=r"4 of \d+ shards of .* are not as prepared"):
+    with pytest.raises(UserError, match=r"4 of \d+ shards are not as prepared"):
         verify(folder)
     assert repair(folder, 1) == repair(folder, 1) == manifest
     assert contents(folder) == before

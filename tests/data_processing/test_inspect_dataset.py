@@ -121,7 +121,7 @@ def test_a_damaged_shard_leaves_the_rest(folder: Path, manifest: Manifest, damag
         path.write_bytes(path.read_bytes()[:-1])
     page, figures = inspect(folder)
     faulty, *sound = page.split("\n\n")[-3:]
-    assert f"cannot be shown: {path}" in faulty
+    assert f": Cannot use the dataset: {path}" in faulty
     assert damage in faulty
     assert f"--repair --out '{folder}'" in faulty
     assert all("──── document ────" in sample for sample in sound)
@@ -219,9 +219,7 @@ def test_an_impossible_id_is_named(tmp_path: Path) -> None:
     path = tmp_path / manifest.shards[0].file
     np.save(path, np.array([END, 60_000, 5], "<u2"))
     shown = excerpt(tmp_path, manifest, manifest.shards[0], 0, 3, 99)
-    assert (
-        shown == f"{path.name} cannot be shown: it holds the id 60000; expected ids below 50257: the content changed."
-    )
+    assert shown == f"{path.name}: Cannot show id 60000: expected ids below 50257. Verify the dataset."
 
 
 def test_samples_show_boundaries_of_validation_and_training(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(three_shards: Path) -> None:
 )
 def test_a_manifest_of_other_types_is_refused(three_shards: Path, changes: dict[str, Any]) -> None:
     edit_manifest(three_shards, **changes)
-    with pytest.raises(UserError, match=r"manifest.json is damaged"):
+    with pytest.raises(UserError, match=r"manifest.json: it is damaged"):
         read_manifest(three_shards)
 
 
