@@ -21,7 +21,7 @@ from tests.conftest import Commands
         (["debug", "--model.n-embd", "12", "--model.n-head", "4"], "the nearest width that is: 16"),
         (["debug", "--train.batch-tokens", "1000"], "the nearest multiple is 1024"),
         (["debug", "--train.micro-batch-size", "3"], "micro_batch_size can be 1, 2, 4, 8 or 16"),
-        (["debug", "--data.dir", "nowhere"], "no dataset at"),
+        (["debug", "--data.dir", "nowhere"], "find a dataset at"),
         (["debug", "--resume", "soon"], "must be auto, never or the step"),
     ],
 )
