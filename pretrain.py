@@ -42,7 +42,7 @@ from src.model_assessment.periodic_evaluation import Assessment
 from src.model_assessment.trackers import Watching, require_packages
 from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.adamw_opt import build_optimizers, set_learning_rate
-from src.model_utils.autotune import out_of_memory, settle
+from src.model_utils.autotune import out_of_memory_explained, settle
 from src.model_utils.checkpoint_saver import CheckpointSaver, Saved, refuse_full_disk
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps, prune
 from src.model_utils.debugging import count_parameters, flops_per_token, profiler
@@ -58,6 +58,7 @@ from src.utils.errors import (
     LostPeerError,
     NonFiniteError,
     StoppedError,
+    StorageError,
     UserError,
     exit_with,
     recorded_exit_code,
@@ -118,8 +119,6 @@ class StepResult:
     lr: float
     skipped: str
     """The reason why the step changed nothing, or ""."""
-    bad_micro_batches: list[int]
-    """Of a skipped step, in this process: those whose own loss is not finite."""
 
 
 def train(config: Config, stop: Stop = lambda: False) -> Outcome:
@@ -155,24 +154,21 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             if note:
                 log.info(f"warning: {note}")
         procs.main_only(lambda: refuse_full_disk(config, run_dir))
+        procs.main_only(log.hold)
 
-        try:
+        with out_of_memory_explained(procs):
             run = prepare(config, procs, manifest, checkpoint, precision, log, stop)
-        except torch.OutOfMemoryError as raised:
-            raise out_of_memory(raised, procs.device, config.micro_batch_size, procs.activity) from raised
         stack.callback(run.watching.close)
         stack.callback(run.saver.close)
         write_status(run, "running", None, "")  # not before: a start that is refused keeps the old status
         try:
-            outcome = run_steps(run, training, evaluation)
-        except Exception as raised:
-            error: Exception = raised
-            if isinstance(raised, torch.OutOfMemoryError):
-                error = out_of_memory(raised, procs.device, run.config.micro_batch_size, procs.activity)
+            with out_of_memory_explained(procs):
+                outcome = run_steps(run, training, evaluation)
+        except Exception as error:
             # After a lost peer its code, if it left one on this machine, is the run's.
             code = recorded_exit_code() if isinstance(error, LostPeerError) else getattr(error, "exit_code", None)
             write_status(run, "failed", code or EXIT_FAILED, str(error))
-            raise error from (None if error is raised else raised)
+            raise
         finally:
             log.close_bar()
         procs.activity = "the last report"  # after the run's status is final: a failure here changes nothing of it
@@ -277,16 +273,12 @@ def find_checkpoint(
     for note in notes:
         log.event("checkpoints", step, note)
     if checkpoint and step < config.total_steps:
-        saved = checkpoint.state["config"]["train"]
-        detail = f"from {checkpoint.path.name} of {config.total_steps} steps"
-        for name, before, now in (
-            ("processes", checkpoint.state["world_size"], procs.world_size),
-            ("micro-batch", saved["micro_batch_size"], config.train.micro_batch_size),
-            ("compile", saved["compile"], config.train.compile),
-        ):
-            if before != now and "auto" not in (before, now):
-                detail += f"; {name} {now} instead of {before}: the same samples, but not the same bits"
-        log.event("resume", step, detail)
+        saved, now = checkpoint.state["config"]["train"], config.train
+        pairs = [(saved["micro_batch_size"], now.micro_batch_size), (saved["compile"], now.compile)]
+        pairs.append((checkpoint.state["world_size"], procs.world_size))
+        exact = all(before == after or "auto" in (before, after) for before, after in pairs)
+        other = "" if exact else "; micro-batch, compile or processes differ: the same samples, but not the same bits"
+        log.event("resume", step, f"from {checkpoint.path.name} of {config.total_steps} steps{other}")
     return checkpoint
 
 
@@ -317,7 +309,8 @@ def prepare(
     else:
         seed_random_state(config.train.seed, procs.rank)
     if procs.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+        with procs.collective():  # it compares the processes' parameters
+            forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     dataset = {"name": config.data.dir, "sources": manifest.origins, **manifest.counts}
     settings = run_settings(config, procs, model, precision, {**dataset, "manifest_sha256": manifest.sha256})
     log.write_json("config.json", settings)
@@ -330,7 +323,7 @@ def prepare(
         manifest=manifest,
         state=state,
         guard=SpikeGuard(config.optim.spike_z, state.progress.recent_losses),
-        saver=CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.sync),
+        saver=CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.before_save),
         forward=forward,
         precision=precision,
         stop=stop,
@@ -399,6 +392,10 @@ def local_stop_cause(run: Run) -> str:
         return str(cause)
     if run.saver.failed:
         return "a save that failed"
+    try:
+        run.log.check_place()
+    except StorageError:  # the save that ends the run raises it in all processes
+        return "a disk that is gone"
     return f"the file {STOP_FILE}" if run.procs.is_main and (run.log.run_dir / STOP_FILE).exists() else ""
 
 
@@ -423,14 +420,12 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
         micro_losses.append(loss.detach())
     mean_loss = procs.mean(torch.stack(micro_losses).sum())
     parameters = list(run.state.model.parameters())
-    norms_P = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
-    grad_norm = torch.linalg.vector_norm(norms_P)
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     # The step's only wait for the device. Loss and gradients are the same in all processes, so all decide alike.
     loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
-    skipped, bad_micro_batches = "", []
+    skipped = ""
     if not math.isfinite(loss_value + norm_value):
-        skipped = f"not finite: loss {loss_value}, gradient norm {norm_value}" + non_finite_gradients(run, norms_P)
-        bad_micro_batches = [i for i, micro_loss in enumerate(micro_losses) if not micro_loss.isfinite()]
+        skipped = f"not finite: loss {loss_value}, gradient norm {norm_value}"
     elif run.guard.is_spike(loss_value):
         skipped = f"a spike: loss {loss_value}, gradient norm {norm_value}"
     else:
@@ -441,14 +436,7 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     run.guard.add(loss_value)
     run.state.model.zero_grad()
     progress.step += 1
-    return StepResult(loss_value, norm_value, lr, skipped, bad_micro_batches)
-
-
-def non_finite_gradients(run: Run, norms_P: torch.Tensor) -> str:
-    """The first of the parameters whose gradient is not finite, for a message; "" where all are finite."""
-    names = [name for name, _ in run.state.model.named_parameters()]
-    bad = [name for name, norm in zip(names, norms_P.tolist(), strict=True) if not math.isfinite(norm)]
-    return f"; not finite in {len(bad)} gradients, first {bad[0]}" if bad else ""
+    return StepResult(loss_value, norm_value, lr, skipped)
 
 
 def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
@@ -485,10 +473,12 @@ def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
 
 
 def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> None:
-    """Records a step that changed nothing and the windows that may be the cause; too many in a row end the run."""
+    """Records a step that changed nothing and its windows of the data; too many in a row end the run."""
     config, progress = run.config, run.state.progress
     progress.skipped_in_a_row += 1
-    windows = suspects(run, batches, result)
+    # Shards are counted over the whole manifest, in which those for validation come first.
+    first = len(run.manifest.validation)
+    windows = [(first + shard, window) for shard, window in batches.step_windows(progress.step - 1)]
     look = f"--inspect --out '{config.data.dir}' --skipped '{config.run_name}' shows {len(windows)} window(s) of it"
     run.log.event(
         "skipped step",
@@ -512,22 +502,6 @@ def give_up(run: Run) -> None:
     )
 
 
-def suspects(run: Run, batches: TrainingDataLoader, result: StepResult) -> list[tuple[int, int]]:
-    """Shard and window of the samples in micro-batches whose own loss is not finite, in all processes.
-
-    All samples of the step where there is no such loss. Shards are counted over the whole manifest.
-    """
-    micro, windows = run.config.micro_batch_size, batches.step_windows(run.state.progress.step - 1)
-    share = len(windows) // run.procs.world_size
-    suspected = [
-        window
-        for rank, micro_batches in enumerate(run.procs.gather(result.bad_micro_batches))
-        for number in micro_batches
-        for window in windows[rank * share + number * micro : rank * share + (number + 1) * micro]
-    ]
-    return [(len(run.manifest.validation) + shard, window) for shard, window in suspected or windows]
-
-
 def evaluate(run: Run, evaluation: Assessment, kind: str) -> bool:
     """Makes and logs the records of one kind for this step; False, and no records, if a stop interrupts it."""
     procs, step = run.procs, run.state.progress.step
@@ -546,11 +520,6 @@ def evaluate(run: Run, evaluation: Assessment, kind: str) -> bool:
         )
     except StoppedError:
         return False
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"Cannot make the {kind} at step {step}: out of memory on {procs.device}. Rerun to resume with a smaller "
-            "--train.micro-batch-size (validation), --eval.samples-per-prompt (sample) or --eval.hellaswag-items 0."
-        ) from error
     for record in records:
         run.log.metric(record.kind, step, **record.values)
         run.log.info(f"step {step}  {record.words}")
@@ -596,25 +565,26 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
             log.info(f"warning: Cannot remove {stop_file}: {error.strerror}. The next start will stop at once.")
     if cause:
         log.event("stop", step, f"requested by {cause}")
-    message = all_done(total_steps) if done else f"stopped on request after step {step} ({cause})"
+    if done:
+        return end_done(log, step)
+    message = f"stopped on request after step {step} ({cause})"
     log.info(f"{message}; everything is in {log.run_dir}")
-    code = EXIT_DONE if done else EXIT_STOPPED
-    write_status(run, "done" if done else "stopped", code, message)
-    return Outcome(log.run_dir, step, code)
+    write_status(run, "stopped", EXIT_STOPPED, message)
+    return Outcome(log.run_dir, step, EXIT_STOPPED)
 
 
 def already_done(config: Config, procs: Processes, log: RunLogger) -> Outcome:
     """The end of a start that has nothing left to do, also after a kill between the last save and its log line."""
     step, keep = config.total_steps, config.checkpoint
     procs.main_only(lambda: prune(log.run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {step}))
-    log.info(f"{all_done(step)}; everything is in {log.run_dir}")
-    if log.status().get("state") != "done":
-        log.write_status("done", step, step, EXIT_DONE, all_done(step))
+    return end_done(log, step)
+
+
+def end_done(log: RunLogger, step: int) -> Outcome:
+    message = f"all {step} steps are done"
+    log.info(f"{message}; everything is in {log.run_dir}")
+    log.write_status("done", step, step, EXIT_DONE, message)
     return Outcome(log.run_dir, step, EXIT_DONE)
-
-
-def all_done(total_steps: int) -> str:
-    return f"all {total_steps} steps are done"
 
 
 def write_status(run: Run, state: str, exit_code: int | None, message: str) -> None:
@@ -675,9 +645,7 @@ def main() -> int:
     )
     if dry_run:
         config.grad_accumulation_steps(world_size())
-        require_packages(config.report_to)
-        steps = f"{config.total_steps:,} steps of {config.train.batch_tokens:,} tokens"
-        say(f"{steps}: the settings work; python -m src.preflight checks data and disk too")
+        say(f"{config.total_steps:,} steps: the settings work; python -m src.preflight checks data and disk too")
         return EXIT_DONE
     with stop_on_signals() as stop:
         return train(config, stop).exit_code

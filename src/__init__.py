@@ -9,11 +9,19 @@ folder among the user's temporary files serves.
 """
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 from src.utils.root import COMPILE_CACHE
 
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    try:
+        os.fstat(number)
+    except OSError:  # closed before the start: the next file opened would take its number, and receive its output
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if getattr(sys, name) is None:
+        setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if os.path.expanduser("~") == "~":  # neither HOME nor a known user, as in some containers: matplotlib would not import
     os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.gettempdir()}/matplotlib_{os.getuid()}")

@@ -19,8 +19,3 @@ def cached(key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
             tensor = _tensors[key] = make()
     return tensor
-
-
-def clear() -> None:
-    """Drops every stored tensor, for example to free a device's memory."""
-    _tensors.clear()

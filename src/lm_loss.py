@@ -39,8 +39,6 @@ def linear_cross_entropy(
     The matmuls run in the autocast dtype under autocast, the softmax and the sum in float32. `compiled_softmax`, from
     `compile_softmax`, replaces the softmax by rows.
     """
-    if torch.compiler.is_compiling():  # inside a larger compiled function the compiler fuses the plain form itself
-        return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N)
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     softmax = compiled_softmax or _softmax_by_rows_

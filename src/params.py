@@ -6,8 +6,9 @@ under each field is its help text on the command line.
 
 import dataclasses
 import math
+import re
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 MAX_STEPS = 10_000_000  # 500 times the published run's
 MAX_NAME_BYTES = 200  # of run_name: file systems take 255, and folders set aside get longer names
@@ -74,21 +75,12 @@ class ModelConfig:
         limits = {"n_vocab": MAX_VOCAB, "n_ctx": MAX_CONTEXT, "n_embd": MAX_WIDTH, "n_head": MAX_WIDTH}
         problems = _outside(self, "model", {**limits, "n_layer": MAX_LAYERS, "ffn_mult": MAX_LAYERS})
         problems += _not_positive(self, "model", "norm_eps rope_theta")
-        if not problems and self.n_embd % 2:
+        # RoPE rotates pairs inside each head.
+        if not problems and self.n_embd % (pairs := 2 * self.n_head):
+            nearest = max(1, round(self.n_embd / pairs)) * pairs
             problems.append(
-                f"model.n_embd = {self.n_embd} is odd; RoPE rotates pairs, so use {self.n_embd + 1}, for example"
-            )
-        elif not problems and self.n_embd % self.n_head:
-            heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % (2 * h) == 0]
-            near = sorted(heads, key=lambda h: abs(h - self.n_head))[:4]
-            problems.append(
-                f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
-                f"for this width, n_head can be {_either(near)}"
-            )
-        elif not problems and self.head_dim % 2:
-            problems.append(
-                f"the head dimension, model.n_embd / model.n_head = {self.n_embd} / {self.n_head} = {self.head_dim}, "
-                "is odd; RoPE rotates pairs, so choose n_embd and n_head with an even quotient"
+                f"model.n_embd = {self.n_embd} is not divisible by 2 x model.n_head = {pairs}; the nearest width that "
+                f"is: {nearest}"
             )
         for name in ("residual_dropout", "ffn_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -158,9 +150,6 @@ class OptimConfig:
             problems.append(f"optim.weight_decay = {self.weight_decay} must be finite and not negative")
         if not 0.0 <= self.spike_z < math.inf:
             problems.append(f"optim.spike_z = {self.spike_z} must be finite and not negative; 0 turns it off")
-        for name, allowed in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "linear"))):
-            if getattr(self, name) not in allowed:
-                problems.append(f"optim.{name} = {getattr(self, name)!r} must be {_either(allowed)}")
         return problems
 
 
@@ -202,13 +191,6 @@ class TrainConfig:
             problems.append(f"train.total_steps = {self.total_steps} must be at least 1 and at most {MAX_STEPS:,}")
         if not 0 <= self.seed < 2**63:
             problems.append(f"train.seed = {self.seed} must be between 0 and 2^63 - 1")
-        for name, allowed in (
-            ("precision", ("auto", "bf16", "float32")),
-            ("compile", ("auto", "on", "off")),
-            ("device", ("auto", "cpu", "cuda", "mps")),
-        ):
-            if getattr(self, name) not in allowed:
-                problems.append(f"train.{name} = {getattr(self, name)!r} must be {_either(allowed)}")
         return problems
 
 
@@ -290,6 +272,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        # First, because the other checks compare numbers.
+        if problems := _wrong_types(self):
+            raise ConfigError(problems)
         groups = (self.model, self.data, self.optim, self.train, self.eval, self.checkpoint)
         problems = [problem for group in groups for problem in group.problems()]
         if not self.run_name or self.run_name in (".", "..") or set(self.run_name) & set("/\\\0"):
@@ -300,9 +285,6 @@ class Config:
             problems.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
         if not 0 <= self.profile <= MAX_COUNT:
             problems.append(f"profile = {self.profile} must be at least 0 and at most {MAX_COUNT:,}; 0 records nothing")
-        for name in self.report_to:
-            if name not in get_args(Reporter):
-                problems.append(f"report_to names {name!r}; it can name {_either(get_args(Reporter))}, or both")
         if not problems and self.train.batch_tokens % self.model.n_ctx:
             multiple = max(1, round(self.train.batch_tokens / self.model.n_ctx)) * self.model.n_ctx
             problems.append(
@@ -380,22 +362,49 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Config:
-    """The Config that `to_dict` wrote as `data`, read back from JSON; raises ConfigError on unknown fields."""
-    groups: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.default is MISSING}
-    unknown = [name for name in data if name not in {f.name for f in dataclasses.fields(Config)}]
-    values: dict[str, Any] = {name: value for name, value in data.items() if name not in groups}
-    if "report_to" in values:  # JSON has no tuples
-        values["report_to"] = tuple(values["report_to"])
-    for name, group in groups.items():
-        given = dict(data.get(name, {}))
-        known = {f.name for f in dataclasses.fields(group)}
-        unknown += [f"{name}.{key}" for key in given if key not in known]
-        if "sample_prompts" in given:
-            given["sample_prompts"] = tuple(given["sample_prompts"])
-        values[name] = group(**{key: value for key, value in given.items() if key in known})
-    if unknown:
-        raise ConfigError([f"{name} is not a field of the configuration" for name in unknown])
-    return Config(**values)
+    """The Config that `to_dict` wrote as `data`, read back from JSON.
+
+    Raises ConfigError on unknown fields and wrong types, as a file changed by hand may have.
+    """
+    return _from_dict(Config, data, "")
+
+
+def _from_dict(kind: Any, data: Any, prefix: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError([f"{prefix.rstrip('.') or 'config'} = {repr(data)[:80]} must be an object"])
+    groups = {f.name: f.default_factory for f in dataclasses.fields(kind) if f.default is MISSING}
+    names = {f.name for f in dataclasses.fields(kind)}
+    if unknown := [name for name in data if name not in names]:
+        raise ConfigError([f"{prefix}{name} is not a field of the configuration" for name in unknown[:10]])
+    values = {name: _from_dict(groups[name], data[name], f"{name}.") if name in groups else data[name] for name in data}
+    # JSON has no tuples.
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _wrong_types(config: Any, prefix: str = "") -> list[str]:
+    problems = []
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            problems += _wrong_types(value, f"{name}.") if isinstance(value, kind) else [f"{name} is not a group"]
+        elif not _has_type(value, kind):
+            text = re.sub(r"typing\.|<class '(.*)'>", r"\1", str(kind))
+            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be {text}")
+        elif re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, tuple) else str(value)):
+            # Python's stand-ins for bytes of the command line; no file of the run could hold them.
+            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be UTF-8 text; use such a locale, as C.UTF-8")
+    return problems
+
+
+def _has_type(value: object, kind: Any) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in kinds
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_has_type(each, kinds[0]) for each in value)
+    return any(_has_type(value, each) for each in kinds) if kinds else type(value) is kind
 
 
 def _outside(group: Any, prefix: str, limits: dict[str, int]) -> list[str]:

@@ -152,7 +152,7 @@ def dataset(start: Start) -> Found:
         _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
         if request is None:
             return Found(f"{folder}, which node 0 prepares")
-        files = f", {len(find_files(request.paths)):,} of them" if request.paths else ""
+        files = f", {sum(map(len, find_files(request.paths).values())):,} of them" if request.paths else ""
         return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
     manifest = read_manifest(folder)
     _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)

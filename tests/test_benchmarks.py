@@ -44,7 +44,7 @@ def test_hellaswag_is_answered_as_one_item_at_a_time(tmp_path: Path, commands: C
     ("arguments", "message"),
     [
         (["benchmarks.data", "--path", "/nope"], "Cannot find --path /nope"),
-        (["benchmarks.loader", "--data", "/nope"], "no dataset at /nope"),
+        (["benchmarks.loader", "--data", "/nope"], "find a dataset at /nope"),
         (["benchmarks.hellaswag", "debug", "--data", "/nope"], "Cannot read /nope"),
         (["benchmarks.hellaswag", "debug", "--data", "/nope", "--items", "0"], "--items is 0"),
     ],

@@ -43,7 +43,7 @@ MUST_NOT_KNOW = {
         "src.data_processing.data_downloader",
         "src.data_processing.document_shuffle",
     ),
-    "src/model_utils/checkpoint_utils.py": ("src.model", "src.params"),
+    "src/model_utils/checkpoint_utils.py": ("src.model",),
     "src/model_assessment/validation.py": ("src.model_utils", "src.utils.logger"),
     "src/model_assessment/report.py": ("src.model", "src.model_utils", "src.data_processing"),
     "src/params.py": ("src",),

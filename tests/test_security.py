@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from src.data_processing.document_shuffle import Journal
-from src.data_processing.hub_dataset import open_fineweb_edu
+from src.data_processing.hub_dataset import open_hub
 from src.data_processing.shards import check_shard, read_manifest
 from src.data_processing.text_sources import Request
 from src.model_assessment import sampling
@@ -186,7 +186,7 @@ def test_a_pinned_listing_cannot_lead_elsewhere(tmp_path: Path, revision: str, p
     files = [{"path": path, "bytes": 1, "sha256": None}]
     pinned = {"name": "fineweb-edu", "repository": "org/data", "revision": revision, "hub_files": files}
     with pytest.raises(UserError, match="is impossible"):
-        open_fineweb_edu(Request([], [], "text", 1, 0), [pinned], tmp_path)
+        open_hub("fineweb-edu", Request([], [], "text", 1, 0), [pinned], tmp_path)
 
 
 HOSTILE = (

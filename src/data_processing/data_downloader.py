@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ from src.data_processing.shards import (
     stray_files,
     write_manifest,
 )
-from src.data_processing.text_sources import SOURCES, Request, Source, find_files, open_sources
+from src.data_processing.text_sources import SOURCES, Request, find_files, open_sources
 from src.data_processing.tokenizer import Tokenizer
-from src.utils.errors import BusyError, StorageError, UserError, exit_with, say
+from src.utils.errors import StorageError, UserError, exit_with, say
 from src.utils.files import fingerprint, free_bytes, size_text, storage_errors, sync
 from src.utils.root import dataset_dir, run_dir
 
@@ -58,9 +59,9 @@ def main() -> None:
     if args.inspect:
         from src.data_processing.inspect_dataset import inspect, inspect_skipped  # imports matplotlib
 
-        result = inspect_skipped(folder, run_dir(args.skipped), args.windows) if args.skipped else inspect(folder)
-        print(result.page)
-        print(json.dumps(result.figures))
+        page, figures = inspect_skipped(folder, run_dir(args.skipped)) if args.skipped else inspect(folder)
+        print(page)
+        print(json.dumps(figures))
         return
     if args.verify:
         manifest = verify(folder)
@@ -83,12 +84,13 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
     if os.path.exists(folder / MANIFEST):  # False, where Path.exists raises, for a folder that cannot be searched
         return _existing(request, folder)
     with claimed_work(folder) as work:
-        if (folder / MANIFEST).exists():  # since a moment ago
+        if (folder / MANIFEST).exists():  # another process has finished since the line above
             return _existing(request, folder)
         details, journal = resume(folder, work, request)
         if journal is None or not journal.is_complete:
             say(f"preparing {folder} from {', '.join(request.sources)}")
             sources = open_sources(request, expected.sources if expected else details, work / DOWNLOADS)
+            # Files are hashed again at each start; of the hub and of a dataset under repair, the pinned version counts.
             current = [source.details for source in sources]
             if expected and (changes := _changes(_content(expected.sources), _content(current))):
                 raise UserError(f"the sources are not what they were: {changes}")
@@ -96,7 +98,7 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
                 details, journal = current, start_over(folder, work, request, current)
             elif journal.is_kept:
                 say(f"resuming after {journal.counts['tokens']:,} tokens")
-            _check_disk(sources, request, folder)
+            _check_disk(request, folder)
             fill_buckets(sources, request, journal, workers)
         else:
             say(f"resuming {folder}: all documents are tokenised, {len(journal.shards)} shards are written")
@@ -104,6 +106,7 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
         plans = plan_shards(documents.group_tokens, request.tokens_per_shard)
         say(f"writing {len(plans)} shards")
         write_shards(documents, plans, folder, "+".join(request.sources), journal)
+        # Last, because it makes the folder a dataset. Deleting the unfinished work follows at the end of the block.
         write_manifest(folder, _manifest(request, details, documents, journal))
     if journal.replaced_in:
         say(
@@ -172,9 +175,8 @@ def _existing(request: Request, folder: Path) -> Manifest:
         )
     for shard in manifest.shards:
         check_shard(folder, shard, manifest.n_vocab)
-    if (folder / WORK).exists():  # its process was stopped between its last two steps
-        with suppress(BusyError, StorageError), claimed_work(folder):
-            pass
+    # Left by a process that was killed between its last two steps; another process that holds it deletes it, too.
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     say(f"already prepared: {folder}")
     return manifest
 
@@ -187,7 +189,7 @@ def _changed_files(manifest: Manifest, paths: list[str], prepared: float) -> str
     then = {entry["path"]: entry for source in manifest.sources for entry in source.get("files", ())}
     now: dict[str, Any] = {}
     with suppress(UserError, OSError):
-        for path in find_files(paths):
+        for path in chain(*find_files(paths).values()):
             now[str(path)] = entry = {"path": str(path)} | then.get(str(path), {})
             written = max(path.stat().st_mtime, path.lstat().st_mtime)
             if path.stat().st_size != entry.get("bytes") or written > prepared:
@@ -244,16 +246,16 @@ def _manifest(
     )
 
 
-def _check_disk(sources: Sequence[Source], request: Request, folder: Path) -> None:
-    """Report the disk needed and free; raises StorageError if not even half of the estimate is free."""
+def _check_disk(request: Request, folder: Path) -> None:
+    """Raise StorageError if not even half of the disk is free that the documents need by a rough estimate."""
     limits = (request.max_tokens or math.inf, (request.max_documents or math.inf) * 1_100)  # FineWeb-Edu's mean
-    tokens = min(sum(source.estimated_tokens for source in sources), *limits)
+    tokens = min(sum(SOURCES[name].tokens(request) for name in request.sources), *limits)
     needed, free = disk_needed(folder, int(tokens)), free_bytes(folder)
-    line = f"some {size_text(needed)} of disk needed, {size_text(free)} free at {folder}"
     if needed > 2 * free:
-        raise StorageError(f"{line}; make room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens")
-    if needed > free or needed > 1e8:
-        say(f"warning: {line}" if needed > free else line)
+        raise StorageError(
+            f"Cannot prepare {folder}: some {size_text(needed)} of disk needed, {size_text(free)} free. Make room, "
+            "choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens."
+        )
 
 
 def _request(args: argparse.Namespace) -> Request:
@@ -339,9 +341,6 @@ def _parser() -> argparse.ArgumentParser:
     modes.add_argument("--inspect", action="store_true", help="show the content of the dataset in --out, and exit")
     parser.add_argument(
         "--skipped", metavar="RUN", help="with --inspect: show the text behind the steps that this run skipped"
-    )
-    parser.add_argument(
-        "--windows", **number, default=4, help="with --skipped: windows shown of each step (default: %(default)s)"
     )
     return parser
 

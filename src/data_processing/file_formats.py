@@ -18,7 +18,6 @@ from typing import IO, Any
 from src.utils.errors import UserError
 
 EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
-TEXT_EXTENSIONS = (".txt", ".md")
 BATCH_BYTES = 1 << 20
 # The longer marks first: UTF-16's begins UTF-32's.
 _MARKS = {

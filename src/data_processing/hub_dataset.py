@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,12 +44,8 @@ from src.utils.rand_idx_seq_gen import permutation
 
 T = TypeVar("T")
 
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 # The files that the dataset's card gives to this configuration.
 _FINEWEB_EDU_CARD = {"configs": [{"config_name": "sample-10BT", "data_files": "sample/10BT/*.parquet"}]}
-USUAL_TOKENS = 10_000_000_000  # of the sample, known before the hub answers
-USUAL_DOWNLOAD_BYTES = 2 * 2_150_000_000  # the current file and the one before
-_TOKENS_PER_PARQUET_BYTE = 0.35  # of the sample: 10B tokens in 28.5 GB, the other columns included
 
 ATTEMPTS = 5
 BASE_DELAY_S = 4.0  # before the second attempt; doubles with each further one
@@ -80,27 +76,34 @@ class HubFile:
             raise ValueError(f"{self} is impossible")
 
 
-def open_hub(request: Request, pinned: Sequence[dict[str, Any]], downloads: Path) -> list[Source]:
-    """Open the dataset that `request` names, for downloads into a folder.
+def open_hub(name: str, request: Request, pinned: Sequence[dict[str, Any]], downloads: Path) -> list[Source]:
+    """Open the dataset of the source `name` that `request` describes, for downloads into a folder.
 
     `pinned`: the details that an earlier preparation recorded. They keep its revision and files, and need no network.
     Raises UserError if the hub is out of reach or has no such dataset.
     """
-    return _open("hub", replace(request, split=request.split or "train"), pinned, downloads)
-
-
-def open_fineweb_edu(request: Request, pinned: Sequence[dict[str, Any]], downloads: Path) -> list[Source]:
-    """Open FineWeb-Edu's sample of 10B tokens. Arguments and errors: see `open_hub`."""
-    request = replace(request, dataset=FINEWEB_EDU, config="sample-10BT", split="train", text_field="text")
-    return _open("fineweb-edu", request, pinned, downloads)
+    try:
+        details = pinned[0] if pinned else _details(name, request)
+        files = [HubFile(details["repository"], details["revision"], **file) for file in details["hub_files"]]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"Cannot use the list of files of {request.dataset}: {type(error).__name__}: {error}. Check the name and "
+            "HF_ENDPOINT, or delete the dataset's folder and prepare it again."
+        ) from None
+    keys = ("config", "split", "repository", "revision", "hub_files")  # without the counts of an earlier preparation
+    details = {"name": name} | {key: details[key] for key in keys if key in details}
+    if request.is_limited:
+        return [_RandomPart(details, files, request.text_field, request.seed)]
+    return [_WholeFiles(details, files, request.text_field, downloads)]
 
 
 class _WholeFiles(Source):
     """All files. A unit is a file."""
 
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, downloads: Path) -> None:
-        sizes = [file.bytes for file in files]
-        super().__init__(details, sizes, int(sum(sizes) * _TOKENS_PER_PARQUET_BYTE))
+        super().__init__(details, [file.bytes for file in files])
         self._files, self._text_field, self._folder = files, text_field, downloads / details["revision"]
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
@@ -121,8 +124,7 @@ class _RandomPart(Source):
     """The row groups of all files in an order that the seed decides. There is one unit; a batch is a row group."""
 
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, seed: int) -> None:
-        total = sum(file.bytes for file in files)
-        super().__init__(details | {"order": "row groups"}, [total], int(total * _TOKENS_PER_PARQUET_BYTE))
+        super().__init__(details | {"order": "row groups"}, [sum(file.bytes for file in files)])
         self._files, self._text_field, self._seed = files, text_field, seed
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
@@ -173,27 +175,9 @@ class _RemoteFile(io.RawIOBase):
         return content
 
 
-def _open(name: str, request: Request, pinned: Sequence[dict[str, Any]], downloads: Path) -> list[Source]:
-    try:
-        details = pinned[0] if pinned else _details(name, request)
-        files = [HubFile(details["repository"], details["revision"], **file) for file in details["hub_files"]]
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"Cannot use the list of files of {request.dataset}: {type(error).__name__}: {error}. Check the name and "
-            "HF_ENDPOINT, or delete the dataset's folder and prepare it again."
-        ) from None
-    keys = ("config", "split", "repository", "revision", "hub_files")  # without the counts of an earlier preparation
-    details = {"name": name} | {key: details[key] for key in keys if key in details}
-    if request.is_limited:
-        return [_RandomPart(details, files, request.text_field, request.seed)]
-    return [_WholeFiles(details, files, request.text_field, downloads)]
-
-
 def _details(name: str, request: Request) -> dict[str, Any]:
     """List the requested files at the newest commit, for the manifest. Raises ValueError and others for nonsense."""
-    repository, config, split = str(request.dataset), request.config, str(request.split)
+    repository, config, split = str(request.dataset), request.config, request.split or "train"
     validate_repo_id(repository)
     info = _retry("the list of files", repository, lambda: _fetch_info(repository), attempts=3)
     entries = {entry["rfilename"]: entry for entry in info["siblings"]}

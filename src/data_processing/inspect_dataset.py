@@ -14,7 +14,6 @@ import textwrap
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,11 @@ _MARGIN = "│ "
 _SAMPLES = (("validation", 1 / 2), ("train", 1 / 3), ("train", 2 / 3))  # split, and where in it
 _SAMPLE_TOKENS, _TOKENS_BEFORE, _SEARCHED_TOKENS = 200, 40, 32_768  # the last: how far a boundary may lie
 _SAMPLE_LINES, _SKIPPED_LINES = 6, 4  # of each document
+_WINDOWS_SHOWN = 4  # of each skipped step
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """A page for people and figures for programs, to be written as JSON."""
-
-    page: str
-    figures: dict[str, Any]
+Inspection = tuple[str, dict[str, Any]]
+"""A page for people, and figures for programs, to be written as JSON."""
 
 
 def inspect(folder: Path) -> Inspection:
@@ -59,11 +55,11 @@ def inspect(folder: Path) -> Inspection:
         "shards": len(manifest.shards),
         "document_lengths": manifest.document_lengths,
     }
-    return Inspection("\n\n".join([*parts, *_samples(folder, manifest)]), figures)
+    return "\n\n".join([*parts, *_samples(folder, manifest)]), figures
 
 
-def inspect_skipped(folder: Path, run_dir: Path, windows: int) -> Inspection:
-    """Show the beginnings of the documents in up to `windows` windows of each step that a run skipped.
+def inspect_skipped(folder: Path, run_dir: Path) -> Inspection:
+    """Show the beginnings of the documents in up to four windows of each step that a run skipped.
 
     `folder` is the dataset that it trained on. Raises UserError if there is no such run or dataset, if the run used
     another, or if what it recorded makes no sense.
@@ -79,10 +75,9 @@ def inspect_skipped(folder: Path, run_dir: Path, windows: int) -> Inspection:
         for event in events:
             places, n_ctx = event.get("windows") or [], event["n_ctx"]
             shown += len(places)
-            more = f"; the first {windows:,} follow, --windows {len(places)} shows all" if len(places) > windows else ""
             page.append(harmless(f"== step {event['step']}: {event['detail']}"))
-            page[-1] += f"\n{len(places):,} window(s) of {n_ctx:,} tokens{more}"
-            for index, window in places[:windows]:
+            page[-1] += f"\n{len(places[:_WINDOWS_SHOWN])} of {len(places):,} window(s) of {n_ctx:,} tokens:"
+            for index, window in places[:_WINDOWS_SHOWN]:
                 shard = manifest.shards[index]
                 page.append(excerpt(folder, manifest, shard, window * n_ctx, n_ctx + 1, _SKIPPED_LINES))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -93,7 +88,7 @@ def inspect_skipped(folder: Path, run_dir: Path, windows: int) -> Inspection:
             f"({type(error).__name__}: {error}). Give the folder of a run, or the name of one in temp_data/runs."
         ) from None
     counts = {"skipped_steps": len(events), "windows": shown}
-    return Inspection("\n\n".join(page), {"run": str(run_dir), "dataset": str(folder), **counts})
+    return "\n\n".join(page), {"run": str(run_dir), "dataset": str(folder), **counts}
 
 
 def excerpt(folder: Path, manifest: Manifest, shard: Shard, first: int, n_tokens: int, document_lines: int) -> str:
@@ -106,7 +101,7 @@ def excerpt(folder: Path, manifest: Manifest, shard: Shard, first: int, n_tokens
     try:
         ids = _read(folder, manifest, shard, first, n_tokens)
     except UserError as error:
-        return harmless(f"{shard.file} cannot be shown: {error}")
+        return harmless(f"{shard.file}: {error}")
     before, *documents = np.split(ids, np.flatnonzero(ids == manifest.end_of_text))
     page += _text_lines(before, manifest, document_lines) if before.size else []
     for document in documents:
@@ -190,7 +185,7 @@ def _read(folder: Path, manifest: Manifest, shard: Shard, first: int, count: int
     check_shard(folder, shard, manifest.n_vocab)
     ids = np.load(folder / shard.file, mmap_mode="r", allow_pickle=False)[first : first + count]
     if ids.size and ids.max() >= manifest.n_vocab:
-        raise UserError(f"it holds the id {ids.max()}; expected ids below {manifest.n_vocab}: the content changed.")
+        raise UserError(f"Cannot show id {ids.max()}: expected ids below {manifest.n_vocab}. Verify the dataset.")
     return np.array(ids)
 
 

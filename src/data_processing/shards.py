@@ -122,7 +122,8 @@ def read_manifest(folder: Path) -> Manifest:
         content, sha256 = read_json(path), str(fingerprint(path)["sha256"])
     except FileNotFoundError:
         reason = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
-        raise UserError(f"no dataset at {folder}: {reason}; prepare it with: {_preparing(folder)}") from None
+        command = f"{_COMMAND} --source SOURCE --out {shlex.quote(str(folder))}"
+        raise UserError(f"Cannot find a dataset at {folder}: {reason}. Prepare it with: {command}") from None
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
     if content.pop("format", None) != FORMAT_VERSION:
@@ -132,7 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**content, shards=shards, sha256=sha256)
         _check_manifest(manifest)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}). {_REDO}") from None
+        raise UserError(f"Cannot read {path}: it is damaged ({error}). {_REDO}") from None
     return manifest
 
 
@@ -144,7 +145,7 @@ def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) ->
     reads the file once, 4 MiB at a time.
     """
     if fault := shard_fault(folder, shard, n_vocab, full):
-        raise UserError(f"{fault}; repair it with: {_COMMAND} --repair --out '{folder}'")
+        raise UserError(f"Cannot use the dataset: {fault}. Repair it with: {_COMMAND} --repair --out '{folder}'")
 
 
 def shard_fault(
@@ -153,12 +154,10 @@ def shard_fault(
     n_vocab: int,
     full: bool = False,
     stop: Callable[[], object] = lambda: False,
-    end_of_text: int | None = None,
 ) -> str | None:
     """Return the fault that `check_shard` reports, with path, expected and actual; None for a sound file.
 
-    With `full` and `end_of_text`, this id must also be as frequent as documents are listed. Raises StoppedError once
-    `stop()` is true, which is called before every 4 MiB.
+    Raises StoppedError once `stop()` is true, which is called before every 4 MiB of a full check.
     """
     path = folder / shard.file
     if not lies_in(folder, shard.file):
@@ -167,7 +166,7 @@ def shard_fault(
         with open_regular(path) as file:
             _check_header(file, shard)
             if full:
-                _check_content(file, shard, n_vocab, stop, end_of_text)
+                _check_content(file, shard, n_vocab, stop)
     except FileNotFoundError:
         return f"{path} is missing: expected a shard of {shard.tokens} tokens"
     except StorageError as error:  # a pipe or a folder
@@ -195,8 +194,8 @@ def ensure_verified(
     if faults := find_faults(folder, manifest, trust_stamp, stop):
         lines = "\n".join(f"  {fault}" for fault in faults.values())
         raise UserError(
-            f"{len(faults)} of {len(manifest.shards)} shards of {folder} are not as prepared:\n{lines}\n"
-            f"restore the files, or replace them with: {_COMMAND} --repair --out '{folder}'"
+            f"Cannot use {folder}: {len(faults)} of {len(manifest.shards)} shards are not as prepared:\n{lines}\n"
+            f"Restore the files, or replace them with: {_COMMAND} --repair --out '{folder}'"
         )
 
 
@@ -217,10 +216,10 @@ def find_faults(
     def read(number: int) -> tuple[dict[str, Any] | None, str | None]:
         shard = manifest.shards[number]
         entry = _entry(folder, shard, manifest)  # as the file was before its content is read
-        return entry, shard_fault(folder, shard, manifest.n_vocab, True, stop, manifest.end_of_text)
+        return entry, shard_fault(folder, shard, manifest.n_vocab, True, stop)
 
     pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
-    try:
+    try:  # without `with`: an exception must cancel the shards that no thread has begun
         for done, (number, (entry, fault)) in enumerate(zip(unread, pool.map(read, unread), strict=True), start=1):
             if fault:
                 faults[number] = fault
@@ -247,6 +246,7 @@ def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iter
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": TOKEN_DTYPE.str, "fortran_order": False, "shape": (tokens,)})
     digest = hashlib.sha256(header.getvalue())
+    # Hashed as it is written, because a corpus of 20 GB would otherwise be read once more.
     with replacing(folder / name, expected_bytes=tokens * TOKEN_DTYPE.itemsize) as file:
         file.write(header.getvalue())
         for array in arrays:
@@ -274,12 +274,6 @@ def check_names(shards: Iterable[Shard]) -> None:
             raise ValueError(f"{shard.file!r} is not the name of a shard")
         if (int(name[1]), int(name[2])) != (number, shard.tokens):
             raise ValueError(f"{shard.file!r} is listed as shard {number} of {shard.tokens} tokens")
-
-
-def _preparing(folder: Path) -> str:
-    """Return the command that prepares `folder`: a dataset's folder is named after its source."""
-    named = (source for source in ("fineweb-edu", "pydocs") if folder.name.startswith(source))
-    return f"{_COMMAND} --source {next(named, 'files --path FILES')} --out {shlex.quote(str(folder))}"
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -323,14 +317,12 @@ def _check_header(file: IO[bytes], shard: Shard) -> None:
         raise _Damaged(f"expected {expected} bytes, found {size}: the array is {what}")
 
 
-def _check_content(
-    file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[], object], end_of_text: int | None
-) -> None:
-    """Check hash, ids and documents; `file` stands at the first token, after the header."""
+def _check_content(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[], object]) -> None:
+    """Check hash and ids; `file` stands at the first token, after the header."""
     header_bytes = file.tell()
     file.seek(0)
     digest = hashlib.sha256(file.read(header_bytes))
-    offset = documents = 0
+    offset = 0
     while chunk := file.read(_CHUNK_BYTES):
         if stop():
             raise StoppedError("stopped on request before anything was trained")
@@ -340,14 +332,8 @@ def _check_content(
             first = int(np.argmax(ids >= n_vocab))
             raise _Damaged(f"expected ids below {n_vocab}, found {ids[first]} as token {offset + first}")
         offset += ids.size
-        documents += np.count_nonzero(ids == end_of_text)
     if digest.hexdigest() != shard.sha256:
         raise _Damaged(f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
-    if end_of_text is not None and documents != shard.documents:
-        raise _Damaged(
-            f"expected {shard.documents} documents, found {documents}: the id {end_of_text} begins each of them; the "
-            "content is as prepared, so its manifest was changed"
-        )
 
 
 def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -369,9 +355,7 @@ def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any] | N
         return None
     return {
         "sha256": shard.sha256,
-        "documents": shard.documents,
         "n_vocab": manifest.n_vocab,
-        "end_of_text": manifest.end_of_text,
         "size": file.st_size,
         "mtime_ns": file.st_mtime_ns,
         "ctime_ns": file.st_ctime_ns,

@@ -12,14 +12,15 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from src import available_cores
 from src.data_processing import python_docs
-from src.data_processing.file_formats import BATCH_BYTES, EXTENSIONS, TEXT_EXTENSIONS, Documents, Texts, read_batches
+from src.data_processing.file_formats import BATCH_BYTES, EXTENSIONS, Documents, Texts, read_batches
 from src.utils.errors import UserError, say
 from src.utils.files import fingerprint
 
@@ -83,11 +84,9 @@ class Source(ABC):
     """For the manifest: the name, and package versions, files with their hashes, or the hub's revision."""
     unit_bytes: Sequence[int]
     """Size of each unit, to report progress."""
-    estimated_tokens: int
-    """Rough number of tokens, to tell how much disk is needed."""
 
-    def __init__(self, details: dict[str, Any], unit_bytes: Sequence[int], estimated_tokens: int) -> None:
-        self.details, self.unit_bytes, self.estimated_tokens = details, unit_bytes, estimated_tokens
+    def __init__(self, details: dict[str, Any], unit_bytes: Sequence[int]) -> None:
+        self.details, self.unit_bytes = details, unit_bytes
 
     @abstractmethod
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
@@ -117,7 +116,7 @@ class SourceKind:
     """Open the sources of a request. `Pinned` has the details of the same sources from an earlier start or from the
     manifest under repair, or nothing. The path is a folder for downloads; it is deleted with the unfinished work."""
     tokens: Callable[[Request], int] = lambda _: 0
-    """Estimate the tokens without a network; 0: unknown. For preflight."""
+    """Estimate the tokens without a network, to tell how much disk is needed; 0: unknown."""
     uses_hub: bool = False
     """True if the documents come from the Hugging Face hub."""
 
@@ -132,34 +131,22 @@ def open_sources(request: Request, pinned: Pinned, downloads: Path) -> list[Sour
 
 
 def open_files(paths: Sequence[str], text_field: str) -> list["Files"]:
-    """Open a source for each of `paths`; a file that several of them lead to belongs to the first. Raises UserError.
-
-    Text files that are named themselves, such as by a shell's *.txt, are one source together, at the place of the
-    first of them.
-    """
-    texts = [path for path in dict.fromkeys(paths) if path.lower().endswith(TEXT_EXTENSIONS) and os.path.isfile(path)]
-    further_texts = set(texts[1:])
-    sources, seen = [], set[str]()
-    for path in paths:
-        if path in further_texts:
-            continue
-        group = texts if path in texts[:1] else [path]
-        name = path if len(group) == 1 else f"{len(group)} text files from {path} on"
-        if new := [file for file in find_files(group) if os.path.realpath(file) not in seen]:
-            sources.append(Files(name, new, text_field))
-            seen.update(map(os.path.realpath, new))
-    return sources
+    """Open a source for each of `paths` that adds a file. Raises UserError."""
+    return [Files(path, files, text_field) for path, files in find_files(paths).items() if files]
 
 
-def find_files(paths: Sequence[str]) -> list[Path]:
-    """Return the files that `paths` name, sorted and each once; files of other kinds are left out with a line.
+def find_files(paths: Sequence[str]) -> dict[str, list[Path]]:
+    """Return the files that each of `paths` adds, sorted; files of other kinds are left out with a line on stderr.
+
+    A file that several paths or names lead to counts for the first.
 
     A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count. A link
     keeps its own name, which tells the kind of its file: in the Hugging Face cache the target's name is a hash. Raises
     UserError for a path that leads to no file, a named file of an unknown kind, and a folder that cannot be read.
     """
-    files: set[Path] = set()
-    for given in paths:
+    files: dict[str, list[Path]] = {}
+    seen: set[str] = set()
+    for given in dict.fromkeys(paths):
         matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
         if not matches:
             raise UserError(
@@ -173,9 +160,12 @@ def find_files(paths: Sequence[str]) -> list[Path]:
             raise UserError(f"Cannot read --path {given}: expected a file ending in {', '.join(EXTENSIONS)}.")
         if others := sorted(inside - readable):
             say(f"left out {len(others)} file(s) of {given}, such as {others[0].name}")
-        files |= readable
-    by_target = {os.path.realpath(path): path for path in sorted(files, reverse=True)}  # the first of several names
-    return sorted(by_target.values())
+        files[given] = []
+        for path in sorted(readable):
+            if (target := os.path.realpath(path)) not in seen:
+                seen.add(target)
+                files[given].append(path)
+    return files
 
 
 class PythonDocs(Source):
@@ -183,7 +173,7 @@ class PythonDocs(Source):
 
     def __init__(self) -> None:
         details = {"name": "pydocs", "packages": python_docs.package_versions()}
-        super().__init__(details, [_PYDOCS_BYTES], _PYDOCS_TOKENS)
+        super().__init__(details, [_PYDOCS_BYTES])
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         batches = enumerate(_batched(python_docs.documents()), start=1)
@@ -199,10 +189,8 @@ class Files(Source):
         self._stats = [_stat(file) for file in files]  # before the content is hashed: later changes show
         with ThreadPoolExecutor(available_cores()) as threads:  # hashing releases Python's lock
             described = list(threads.map(_describe, files))
-        sizes = [entry["bytes"] for entry in described]
-        super().__init__(
-            {"name": "files", "path": path, "files": described}, sizes, sum(map(_estimated_tokens, files, sizes))
-        )
+        details = {"name": "files", "path": path, "files": described}
+        super().__init__(details, [entry["bytes"] for entry in described])
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         return read_batches(self._files[unit], self._text_field, skip)
@@ -211,16 +199,26 @@ class Files(Source):
         for path, stat, entry in zip(self._files, self._stats, self.details["files"], strict=True):
             # Setting the times back changes the ctime. A file that was only touched is read again, and passes.
             if _stat(path) != stat and _describe(path) != entry:
-                raise UserError(f"{path} changed while it was being prepared. Rerun once it no longer changes.")
+                raise UserError(
+                    f"Cannot use {path}: it changed while it was being prepared. Rerun once it no longer changes."
+                )
 
 
-def _open_on_hub(name: str) -> Callable[[Request, Pinned, Path], list[Source]]:
-    def open_on_hub(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
-        from src.data_processing import hub_dataset  # a second's import, and only the hub needs it
+def _open_hub(name: str, request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
+    from src.data_processing.hub_dataset import open_hub  # a second's import, and only the hub needs it
 
-        return getattr(hub_dataset, name)(request, pinned, downloads)
+    return open_hub(name, request, pinned, downloads)
 
-    return open_on_hub
+
+def _open_fineweb_edu(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
+    """Open the sample of 10B tokens."""
+    fixed: dict[str, Any] = {
+        "dataset": "HuggingFaceFW/fineweb-edu",
+        "config": "sample-10BT",
+        "split": "train",
+        "text_field": "text",
+    }
+    return _open_hub("fineweb-edu", replace(request, **fixed), pinned, downloads)
 
 
 SOURCES: dict[str, SourceKind] = {
@@ -228,7 +226,7 @@ SOURCES: dict[str, SourceKind] = {
         dataset_name="fineweb-edu-sample-10BT",
         needs_paths=False,
         help="10B tokens of educational web pages from the Hugging Face hub (some 28 GB)",
-        open=_open_on_hub("open_fineweb_edu"),
+        open=_open_fineweb_edu,
         tokens=lambda _: 10_000_000_000,
         uses_hub=True,
     ),
@@ -236,7 +234,7 @@ SOURCES: dict[str, SourceKind] = {
         dataset_name="",
         needs_paths=False,
         help="any dataset of parquet files on the Hugging Face hub, named by --dataset",
-        open=_open_on_hub("open_hub"),
+        open=partial(_open_hub, "hub"),
         uses_hub=True,
     ),
     "files": SourceKind(
@@ -244,7 +242,7 @@ SOURCES: dict[str, SourceKind] = {
         needs_paths=True,
         help="local files",
         open=lambda request, pinned, downloads: [*open_files(request.paths, request.text_field)],
-        tokens=lambda request: sum(_estimated_tokens(file, file.stat().st_size) for file in find_files(request.paths)),
+        tokens=lambda request: sum(map(_estimated_tokens, chain(*find_files(request.paths).values()))),
     ),
     "pydocs": SourceKind(
         dataset_name="pydocs",
@@ -256,15 +254,17 @@ SOURCES: dict[str, SourceKind] = {
 }
 
 
-def _estimated_tokens(file: Path, size: int) -> int:
-    return size * _COMPRESSION.get(file.suffix.lower(), 1) // _BYTES_PER_TOKEN
+def _estimated_tokens(file: Path) -> int:
+    return file.stat().st_size * _COMPRESSION.get(file.suffix.lower(), 1) // _BYTES_PER_TOKEN
 
 
 def _files_below(root: Path) -> Iterator[Path]:
     """Yield all files in a folder and in those below it, also where links lead, but each folder once."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; fix its permissions or skip it")
+        raise UserError(
+            f"Cannot read the folder {error.filename}: {error.strerror}. Fix its permissions or leave it out."
+        )
 
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
@@ -289,7 +289,7 @@ def _describe(path: Path) -> dict[str, Any]:
     try:
         return {"path": str(path), **fingerprint(path)}
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; fix its permissions or leave it out") from None
+        raise UserError(f"Cannot read {path}: {error.strerror}. Fix its permissions or leave it out.") from None
 
 
 def _batched(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -90,11 +90,16 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
 def load_optimizer_tensors(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` returned, on the parameters' devices."""
+    """Put back what `optimizer_tensors` returned, on the parameters' devices.
+
+    Raises KeyError for an unknown name, and ValueError for a shape that is not its parameter's.
+    """
     parameters = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for key, tensor in tensors.items():
         kind, name = key.split(".", 1)
         parameter = parameters[name]
+        if tensor.shape != (() if kind == "step" else parameter.shape):
+            raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, {name} {tuple(parameter.shape)}")
         # cloned, because a tensor read from a file on a CPU is a mapping of it, which may be pruned or changed
         owner[parameter].state[parameter][kind] = tensor.clone().to(parameter.device)

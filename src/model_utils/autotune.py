@@ -7,7 +7,8 @@ import os
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -86,13 +87,16 @@ def settle(
     return config, forward, [f"micro-batch: {size} ({why})", f"compile: {'on' if is_on else 'off'} ({reason})"]
 
 
-def out_of_memory(error: Exception, device: torch.device, micro_batch_size: int, where: str) -> UserError:
-    """The error to raise for PyTorch's: restarting the same command would not help."""
-    return UserError(
-        f"Cannot hold a micro-batch of {micro_batch_size} sequences in {where}: out of memory on {device}, "
-        f"{str(error).splitlines()[0]} Rerun with --train.micro-batch-size auto or less than {micro_batch_size} to "
-        "resume; accumulation keeps the steps the same."
-    )
+@contextmanager
+def out_of_memory_explained(procs: Processes) -> Iterator[None]:
+    """Turns PyTorch's error in the block into a UserError: restarting the same command would not help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"Cannot finish {procs.activity}: out of memory on {procs.device}, {str(error).splitlines()[0]} Rerun with "
+            "--train.micro-batch-size auto or a smaller one to resume; accumulation keeps the steps the same."
+        ) from error
 
 
 def compile_problem(kind: str) -> str:
@@ -171,8 +175,8 @@ def _compile(config: Config, was: dict[str, Any] | None, procs: Processes) -> tu
 def _compile_now(forward: nn.Module, config: Config, precision: torch.dtype, device: torch.device) -> None:
     try:
         _one_pass(forward, config.model, config.micro_batch_size, precision, device)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, device, config.micro_batch_size, "the first compiled step") from error
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # PyTorch's compilers fail in many ways, and wrap the error of a backend
         cause = getattr(error, "inner_exception", error)
         line = (str(cause) or type(cause).__name__).strip().splitlines()[0]

@@ -161,10 +161,11 @@ def checkpoints_need(config: Config, root: Path) -> int:
 
 def refuse_full_disk(config: Config, run_dir: Path) -> None:
     """Raises StorageError where the checkpoints that the run will hold cannot fit on the disk of `run_dir`."""
-    needed, free = checkpoints_need(config, run_dir / "checkpoints"), free_bytes(run_dir)
+    root = run_dir / "checkpoints"  # which may be a link to another disk, or a disk
+    needed, free = checkpoints_need(config, root), free_bytes(root)
     if needed > free:
         raise StorageError(
-            f"Cannot hold the run's checkpoints on the disk of {run_dir}: they need {needed:,} bytes more, {free:,} "
+            f"Cannot hold the run's checkpoints on the disk of {root}: they need {needed:,} bytes more, {free:,} "
             f"are free, and one takes {size_text(checkpoint_bytes(config))}. Choose one: {MAKE_ROOM}."
         )
 

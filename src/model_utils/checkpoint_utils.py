@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from src.params import MAX_STEPS, ConfigError, from_dict
 from src.utils.errors import StorageError, UserError
-from src.utils.files import fingerprint, free_bytes, lies_in, move, set_aside, sync
+from src.utils.files import fingerprint, free_bytes, lies_in, move, read_json, set_aside, sync
 
 STEP_NAME = re.compile(r"step_(\d{7,})")
 _LEFTOVER = re.compile(r"step_\d{7,}\.(tmp|removed)-\d+")
@@ -88,10 +89,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def read_unverified(path: Path) -> Checkpoint:
     """The checkpoint in `path`, whose tensors may be damaged; raises UserError for a damaged state.json."""
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(path, int(state["step"]), state)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"Cannot read {path / 'state.json'}: {error}.") from None
+        state = read_json(path / "state.json")
+        if problem := _wrong_claim(path, state):
+            raise ValueError(problem)
+        return Checkpoint(path, state["step"], state)
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot use {path / 'state.json'}: {error}. Restore it from a copy.") from None
 
 
 def newest_checkpoint(root: Path, remedy: str = "") -> tuple[Checkpoint | None, list[str]]:
@@ -189,14 +192,15 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
     `from_disk`: as in `fingerprint`.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        step = int(manifest["step"])
+        manifest = read_json(path / "manifest.json")
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if type(step := manifest["step"]) is not int:
+            raise ValueError(f"step = {repr(step)[:80]}")
     except OSError as error:
-        return f"manifest.json: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        return f"manifest.json: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json is damaged ({error})"
-    if (match := STEP_NAME.fullmatch(path.name)) and int(match[1]) != step:
+    if (match := STEP_NAME.fullmatch(path.name)) and match[1] != f"{step:07}":
         return f"it holds step {step}, another than its name says"
     for name in ("state.json", "model.safetensors"):
         if name not in files:
@@ -207,7 +211,7 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
         try:
             actual = fingerprint(path / name, from_disk)
         except OSError as error:
-            return f"{name}: {error.strerror}"
+            return f"{name}: {error.strerror or error}"
         if actual["bytes"] != size:
             return f"{name} has {actual['bytes']} bytes, expected {size}"
         if actual["sha256"] != sha256:
@@ -218,13 +222,43 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
 def _incomplete(path: Path, listed: set[str]) -> str | None:
     """A file that a resume needs but the manifest does not list; an unlisted file would be used unverified."""
     try:
-        n_processes = int(read_unverified(path).state.get("world_size", 0))
-    except (UserError, ValueError, TypeError, OverflowError) as error:
-        return f"state.json is damaged ({error})"
+        n_processes = read_unverified(path).state.get("world_size", 0)
+    except UserError as error:
+        return str(error)
     needed = [f"rank_{rank:05d}.safetensors" for rank in range(min(n_processes, len(listed)))]
     for name in ["optimizer.safetensors", *needed] if n_processes else []:
         if name not in listed:
             return f"manifest.json does not list {name}"
+    return None
+
+
+def _wrong_claim(path: Path, state: dict[str, Any]) -> str | None:
+    """The first entry of a state.json that later code could not use, as after a change by hand."""
+    match, step = STEP_NAME.fullmatch(path.name), state.get("step")
+    if type(step) is not int or not 0 <= step <= MAX_STEPS or (match and match[1] != f"{step:07}"):
+        return f"step = {repr(step)[:80]}, which is not that of the folder's name"
+    processes, progress = state.get("world_size", 1), state.get("progress", {})
+    if type(processes) is not int or not 1 <= processes <= MAX_STEPS:
+        return f"world_size = {repr(processes)[:80]} must be a number of processes"
+    if state.get("precision", "torch.float32") not in ("torch.float32", "torch.bfloat16"):
+        return f"precision = {repr(state['precision'])[:80]} must be torch.float32 or torch.bfloat16"
+    if not isinstance(state.get("dataset_sha256", ""), str):
+        return f"dataset_sha256 = {repr(state['dataset_sha256'])[:80]} must be a string"
+    if not isinstance(progress, dict) or progress.get("step", step) != step:
+        return f"progress = {repr(progress)[:80]} must be that of step {step}"
+    for name, value in progress.items():
+        values = value if name == "recent_losses" and isinstance(value, list) else [value]
+        if not all(isinstance(each, (int, float)) for each in values):
+            return f"progress.{name} = {repr(value)[:80]} must be a number"
+    needed = ("config", "dataset_sha256", "precision", "progress", "world_size")  # by a resume
+    if missing := [name for name in needed if name not in state] if "progress" in state else []:
+        return f"it lacks {missing[0]}"
+    if "config" in state:
+        try:
+            if step > (total := from_dict(state["config"]).total_steps):
+                return f"step = {step} is beyond the {total} of its run"
+        except ConfigError as error:
+            return str(error)
     return None
 
 

@@ -1,6 +1,6 @@
 """Everything a run must remember to resume as if it had never stopped, and the checkpoint it resumes from."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +84,20 @@ class TrainingState:
         names = ["model", "optimizer", *(f"rank_{rank:05d}" for rank in range(state["world_size"]))]
         to_read = names if procs.is_main else []
         parts = procs.together(lambda: {name: checkpoint.tensors(name) for name in to_read})
-        self.progress = Progress(**state["progress"])
+        known = {field.name for field in fields(Progress)}
+        self.progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
         seed_random_state(seed, procs.rank, self.progress.step)
         for name in names:
             tensors = procs.tensors_from_main(parts.get(name, {}))
-            if name == "model":
-                load_weights(self.model, tensors, "the checkpoint")
-            elif name == "optimizer":
-                load_optimizer_tensors(self.model, self.optimizers, tensors)
-            elif name == f"rank_{procs.rank:05d}" and state["world_size"] == procs.world_size:
-                _set_random_state(tensors, procs.device)
+            try:
+                if name == "model":
+                    load_weights(self.model, tensors, "the checkpoint")
+                elif name == "optimizer":
+                    load_optimizer_tensors(self.model, self.optimizers, tensors)
+                elif name == f"rank_{procs.rank:05d}" and state["world_size"] == procs.world_size:
+                    _set_random_state(tensors, procs.device)
+            except (LookupError, TypeError, RuntimeError, ValueError) as error:
+                raise UserError(f"Cannot resume: {checkpoint.path / name}.safetensors does not fit: {error}") from error
 
 
 def seed_random_state(seed: int, rank: int, step: int = 0) -> None:

@@ -6,8 +6,9 @@ import sys
 import time
 import traceback
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILED = 1  # an unexpected error; a restart may help
@@ -68,16 +69,8 @@ class PeerError(RuntimeError):
 
 
 def exit_with(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits with its code. An error that has an `exit_code` is printed without a traceback.
-
-    Output works as to /dev/null where stdout was closed before the start, and escapes what its encoding lacks.
-    """
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-    elif isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    with console_may_fail():  # which replaces a closed stderr
-        pass
+    """Runs `main` and exits with its code. An error that has an `exit_code` is printed without a traceback."""
+    patient_streams()
     code = EXIT_FAILED
     try:
         code = main() or EXIT_DONE
@@ -95,15 +88,51 @@ def exit_with(main: Callable[[], int | None]) -> None:
             rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
             say(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}")
         else:
-            with console_may_fail():
-                traceback.print_exc()
+            traceback.print_exc()
     _leave_exit_code(code)
-    with suppress(OSError):  # its reader may be gone
-        sys.stdout.flush()
+    sys.stdout.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # gloo's threads take Python's lock once more, and abort a process that is shutting down (LOG.md).
         os._exit(code)
     sys.exit(code)
+
+
+def patient_streams() -> None:
+    """Makes stdout and stderr drop what cannot be written and escape what their encoding lacks.
+
+    The disk behind them may be full, their terminal or pipe closed. The result of a program does not depend on that.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and isinstance(stream.buffer, (io.BufferedWriter, io.FileIO)):
+            with suppress(OSError):
+                stream.flush()
+            # Kept alive by the new stream, because closing the old one would close the descriptor.
+            raw = _Patient(stream)
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
+
+
+class _Patient(io.BufferedIOBase):
+    """The descriptor of a stream, unbuffered; a write that fails is forgotten."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        with suppress(OSError):
+            while rest:
+                rest = rest[os.write(self.fileno(), rest) :]
+        return len(data)
 
 
 CHECK_CONNECTION = "Check the connection, or name a mirror in HF_ENDPOINT"
@@ -175,10 +204,9 @@ def harmless(text: str, keep: str = "") -> str:
 
 def say(line: str) -> None:
     """Prints a line on stderr, in place of a progress line if one stands there. Names inside it are made harmless."""
-    with console_may_fail():
-        begin = CLEAR if sys.stderr.isatty() else ""
-        sys.stderr.write(begin + harmless(line, keep="\n\t") + "\n")  # one call: other threads write too
-        sys.stderr.flush()
+    begin = CLEAR if sys.stderr.isatty() else ""
+    sys.stderr.write(begin + harmless(line, keep="\n\t") + "\n")  # one call: other threads write too
+    sys.stderr.flush()
 
 
 def now_and_then(every_seconds: float = 10.0) -> Callable[[str], None]:
@@ -192,18 +220,3 @@ def now_and_then(every_seconds: float = 10.0) -> Callable[[str], None]:
             say(line)
 
     return say_if_due
-
-
-@contextmanager
-def console_may_fail() -> Iterator[None]:
-    """Around output to stderr: once it fails, the program continues and prints nothing more there.
-
-    The disk behind it may be full, its terminal or pipe closed.
-    """
-    if sys.stderr is None:  # closed before the start
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-    try:
-        yield
-    except OSError:
-        # Replaced, because the interpreter would flush it at its end and change the exit code.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)

@@ -48,7 +48,8 @@ def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
     temporary = path.with_name(path.name + ".tmp")
     with storage_errors(path, needed_bytes=expected_bytes):
         # Removed first and then created: opening a leftover link would empty the file that it points to.
-        temporary.unlink(missing_ok=True)
+        with storage_errors(temporary, "remove"):
+            temporary.unlink(missing_ok=True)
         try:
             with open(temporary, "xb") as file:
                 yield file
@@ -91,6 +92,8 @@ def sync(path: Path) -> None:
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> IO[bytes]:
     """Opens a file unbuffered. Raises OSError, and StorageError for a FIFO, folder or device."""
+    if flags & os.O_NOFOLLOW and path.is_symlink():
+        raise StorageError(f"Cannot open {path}: it is a link. Move it away.")
     # Without O_NONBLOCK, opening a FIFO waits for another process.
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -16,8 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src.utils.errors import console_may_fail, harmless, say
-from src.utils.files import storage_errors, sync
+from src.utils.errors import StorageError, UserError, harmless, say
+from src.utils.files import open_regular, read_json, replacing, storage_errors, sync
 
 
 class RunLogger:
@@ -28,16 +28,34 @@ class RunLogger:
         self.is_main = is_main
         self._bar: tqdm | None = None
         self._warned = False
+        self._place: list[tuple[int, int]] | None = None
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with each record of metrics.jsonl after it was written."""
+
+    def hold(self) -> None:
+        """Creates the run's folders and remembers which they are, for `check_place`."""
+        if self.is_main:
+            with storage_errors(self.run_dir / "checkpoints", "make the folder"):
+                (self.run_dir / "checkpoints").mkdir(exist_ok=True)
+            self._place = self._identities()
+
+    def check_place(self) -> None:
+        """Raises StorageError where the paths of the run's folders lead to others than at the start.
+
+        Once a disk is unmounted, they lead nowhere, or to folders below its mount point, which would fill unseen.
+        """
+        if self._is_lost():
+            raise StorageError(
+                f"Cannot write in {self.run_dir}: the folder of the start was moved, removed or unmounted. Put it back "
+                "and rerun to resume."
+            )
 
     def info(self, text: str) -> None:
         """A line for people, on stderr and in log.txt; control characters are escaped."""
         if self.is_main:
             text = harmless(text, keep="\n\t")  # a sample can hold any character
-            with console_may_fail():
-                tqdm.write(text, file=sys.stderr)  # above the progress bar
-                sys.stderr.flush()
+            tqdm.write(text, file=sys.stderr)  # above the progress bar
+            sys.stderr.flush()
             self._append("log.txt", time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + text)
 
     def metric(self, kind: str, step: int, **values: Any) -> None:
@@ -79,11 +97,15 @@ class RunLogger:
         """All whole records of metrics.jsonl. Raises StorageError where the file cannot be read."""
         path, records = self.run_dir / "metrics.jsonl", list[dict[str, Any]]()
         with storage_errors(path, "read"):
-            content = path.read_bytes() if path.exists() else b""
+            content = b""
+            if os.path.lexists(path):
+                with open_regular(path, os.O_RDONLY | os.O_NOFOLLOW) as file:
+                    content = file.read()
             for line in content.splitlines():
                 with suppress(ValueError, RecursionError):  # a line cut off by a kill
                     record = json.loads(line.decode("utf-8", "replace"))
-                    if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+                    named = isinstance(record, dict) and isinstance(record.get("kind"), str)
+                    if named and isinstance(record.get("step"), int):
                         records.append(record)
         return records
 
@@ -99,12 +121,13 @@ class RunLogger:
         path = self.run_dir / "metrics.jsonl"
         records = self.records()
         with storage_errors(path):
-            if self.is_main and path.exists() and path.stat().st_size:
+            if self.is_main and path.exists():
                 lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if record["step"] <= step]
                 self._replace("metrics.jsonl", "".join(lines))
 
-    def sync(self) -> None:
-        """Makes metrics.jsonl survive a power cut, as the checkpoint that follows it will."""
+    def before_save(self) -> None:
+        """Makes metrics.jsonl survive a power cut, as the checkpoint that follows it will. Raises as `check_place`."""
+        self.check_place()
         if self.is_main and (self.run_dir / "metrics.jsonl").exists():
             try:
                 sync(self.run_dir / "metrics.jsonl")
@@ -119,42 +142,49 @@ class RunLogger:
     def advance_bar(self, **shown: str) -> None:
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
-            with console_may_fail():
-                self._bar.update()
+            self._bar.update()
 
     def close_bar(self) -> None:
         if self._bar is not None:
-            with console_may_fail():
-                self._bar.close()
+            self._bar.close()
             self._bar = None
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            content = json.loads((self.run_dir / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            return read_json(self.run_dir / name)
+        except (OSError, UserError):
             return {}
-        return content if isinstance(content, dict) else {}
+
+    def _is_lost(self) -> bool:
+        return self._place is not None and self._place != self._identities()
+
+    def _identities(self) -> list[tuple[int, int]]:
+        with suppress(OSError):
+            entries = [os.stat(folder) for folder in (self.run_dir, self.run_dir / "checkpoints")]
+            return [(entry.st_dev, entry.st_ino) for entry in entries]
+        return []
 
     def _replace(self, name: str, text: str) -> None:
-        temporary = self.run_dir / f"{name}.tmp"
+        if self._is_lost():
+            return
+        path, content = self.run_dir / name, text.encode("utf-8", errors="replace")
         try:
-            temporary.write_text(text, encoding="utf-8", errors="replace")
-            sync(temporary)  # before the rename, so that a power cut leaves the old content or the new
-            os.replace(temporary, self.run_dir / name)
-            sync(self.run_dir)
+            with replacing(path) as file:
+                file.write(content)
         except OSError:
-            with suppress(OSError):
-                temporary.unlink()
             if name == "status.json":  # a full disk has room for it in the old file's place, and it must be told
-                with suppress(OSError), open(self.run_dir / name, "r+", encoding="utf-8") as file:
-                    file.write(text)
-                    file.truncate()
+                with suppress(OSError), open_regular(path, os.O_RDWR | os.O_NOFOLLOW) as file:
+                    file.truncate(file.write(content) or 0)
             raise
 
     def _append(self, name: str, line: str) -> None:
+        if self._is_lost():
+            return
         try:
-            with open(self.run_dir / name, "ab", buffering=0) as file:
-                end, rest = file.tell(), memoryview((line + "\n").encode("utf-8", errors="replace"))
+            # A link could lead to a file of the user's.
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            with open_regular(self.run_dir / name, flags) as file:
+                end, rest = file.seek(0, os.SEEK_END), memoryview((line + "\n").encode("utf-8", errors="replace"))
                 try:
                     while rest:
                         rest = rest[file.write(rest) :]
@@ -167,4 +197,4 @@ class RunLogger:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            say(f"warning: Cannot write the log in {self.run_dir}: {error}. Training continues.")
+            say(f"warning: Cannot write the log in {self.run_dir}: {error.__cause__ or error}. Training continues.")

@@ -24,13 +24,14 @@ from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from src.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, FINAL_CODES, recorded_exit_code, say
+from src.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, FINAL_CODES, patient_streams, recorded_exit_code, say
 
 EXIT_LOST_MACHINE = 69  # the launcher reports it as 1; a restart would wait for that machine again
 _stopped_at: list[float] = []
 
 
 def main() -> int:
+    patient_streams()
     os.chdir(os.environ.get("STARTED_IN") or ".")  # settings may hold relative paths
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # now for the processes to follow this one
     logging.disable(logging.CRITICAL)  # torchrun's own lines; the processes print theirs

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -115,7 +114,7 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
         pytest.param(["--source", "pydocs", "--dataset", "a/b"], 2, "is for --source hub", id="needless dataset"),
         pytest.param(["--source", "pydocs", "--workers", "0"], 2, "0 is below 1", id="no workers"),
-        pytest.param(["--verify", "--out", "absent"], 2, "no dataset at", id="nothing to verify"),
+        pytest.param(["--verify", "--out", "absent"], 2, "find a dataset at", id="nothing to verify"),
     ],
 )
 def test_errors_of_the_command(
@@ -174,10 +173,10 @@ def test_a_damaged_dataset_is_not_called_prepared(tmp_path: Path) -> None:
     manifest = prepare(request(path), tmp_path / "out", 1)
     shard = tmp_path / "out" / manifest.train[0].file
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"cut short; repair it with: .* --repair --out '{tmp_path / 'out'}'"):
+    with pytest.raises(UserError, match=rf"cut short\. Repair it with: .* --repair --out '{tmp_path / 'out'}'"):
         prepare(request(path), tmp_path / "out", 1)
     shard.unlink()
-    with pytest.raises(UserError, match=r"is missing: .*; repair it with"):
+    with pytest.raises(UserError, match=r"is missing: .*\. Repair it with"):
         prepare(request(path), tmp_path / "out", 1)
 
 
@@ -189,14 +188,13 @@ def test_a_trial_has_a_folder_of_its_own(tmp_path: Path, commands: Commands) -> 
     assert json.loads(done.stdout)["tokens"] == manifest.counts["tokens"]
 
 
-def test_too_small_a_disk_is_said_beforehand(tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_too_small_a_disk_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(100))
     monkeypatch.setattr(data_downloader, "free_bytes", lambda _: 1_000)
     with monkeypatch.context() as patch:
         patch.setattr(data_downloader, "free_bytes", lambda _: 15_000)  # more than half: the estimate is a guess
         prepare(request(path), tmp_path / "out", 1)
-    assert re.search(r"warning: some 18\.\d kB of disk needed, 15\.0 kB free at", capfd.readouterr().err)
-    with pytest.raises(StorageError, match=r"kB free at .*; make room, .* or use --max-tokens"):
+    with pytest.raises(StorageError, match=r"some 18\.\d kB of disk needed, 1\.0 kB free\. .* or use --max-tokens"):
         prepare(request(path), tmp_path / "other", 1)
     assert not (tmp_path / "other").exists()
 
@@ -217,7 +215,7 @@ def test_only_the_damaged_shards_are_written_again(tmp_path: Path, limits: dict)
         path.write_bytes(data)
     second.unlink()
     os.truncate(third, 17)
-    with pytest.raises(UserError, match=r"4 of \d+ shards of .* are not as prepared"):
+    with pytest.raises(UserError, match=r"4 of \d+ shards are not as prepared"):
         verify(folder)
     assert repair(folder, 1) == repair(folder, 1) == manifest
     assert contents(folder) == before

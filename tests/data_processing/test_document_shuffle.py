@@ -54,7 +54,7 @@ class Batches(Source):
     """Batches of given texts, in one unit."""
 
     def __init__(self, lists: list[list[str]]) -> None:
-        super().__init__({"name": "batches"}, [1], 0)
+        super().__init__({"name": "batches"}, [1])
         self.lists, self.taken = lists, 0
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
@@ -350,7 +350,7 @@ def test_a_file_that_changes_while_it_is_prepared_is_named(tmp_path: Path, monke
     if change == "is touched":
         prepare(request(path), tmp_path / "out", 1)
         return
-    with pytest.raises(UserError, match=f"{path} changed while it was being prepared"):
+    with pytest.raises(UserError, match=f"{path}: it changed while it was being prepared"):
         prepare(request(path), tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()
 

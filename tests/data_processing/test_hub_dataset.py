@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from src.data_processing import hub_dataset
 from src.data_processing.hub_dataset import choose_files
-from src.data_processing.text_sources import Request, Source
+from src.data_processing.text_sources import SOURCES, Request, Source
 from src.utils.errors import StorageError, UserError
 from src.utils.rand_idx_seq_gen import permutation
 from tests.data_processing.stand_in_hub import REVISION, Fault, Hub, hub, serving
@@ -63,7 +63,7 @@ def request(**fields: Any) -> Request:
 
 
 def opened(downloads: Path, pinned: Any = (), **fields: Any) -> Source:
-    [source] = hub_dataset.open_hub(request(**fields), pinned, downloads)
+    [source] = hub_dataset.open_hub("hub", request(**fields), pinned, downloads)
     return source
 
 
@@ -108,7 +108,7 @@ def test_fineweb_edu_is_a_name_for_one_of_them(tmp_path: Path, reach: Callable[[
     files = {"README.md": b"", "data/CC/000_00000.parquet": b"no", "sample/10BT/000_00000.parquet": FILES[FIRST]}
     with hub("HuggingFaceFW/fineweb-edu", files) as served:
         reach(served.address)
-        [source] = hub_dataset.open_fineweb_edu(request(dataset=None), [], tmp_path)
+        [source] = SOURCES["fineweb-edu"].open(request(dataset=None), [], tmp_path)
         assert read(source) == expected({FIRST: FILES[FIRST]})
     assert list(source.details) == ["name", "config", "repository", "revision", "hub_files"]
     assert (source.details["name"], source.details["config"]) == ("fineweb-edu", "sample-10BT")

@@ -55,8 +55,8 @@ def test_the_figures_are_those_of_the_shards(folder: Path, manifest: Manifest) -
     lengths = np.diff(np.append(starts, ids.size))
     text_bytes = len("".join([*some_texts(20), *some_texts(90, seed=1), *some_texts(50, words=7, seed=2)]).encode())
 
-    inspection = inspect(folder)
-    assert json.loads(json.dumps(inspection.figures)) == {
+    page, figures = inspect(folder)
+    assert json.loads(json.dumps(figures)) == {
         "dataset": str(folder),
         "documents": 160,
         "tokens": ids.size,
@@ -69,11 +69,11 @@ def test_the_figures_are_those_of_the_shards(folder: Path, manifest: Manifest) -
         ].tolist(),
     }
     ratios = ["100.0%", f"{text_bytes / ids.size:.3f}", f"{ids.size / 160:,.1f}"]
-    assert row(inspection.page, "all") == ["3", "160", f"{ids.size:,}", *ratios]
-    assert row(inspection.page, "training")[:3] == ["2", "140", f"{ids.size - shards[0].size:,}"]
-    assert row(inspection.page, "64 to 127")[:2] == [str((lengths >= 64).sum()), f"{(lengths >= 64).mean():.1%}"]
-    assert inspection.page.count("──── document ────") >= 3
-    assert manifest.sha256 in inspection.page
+    assert row(page, "all") == ["3", "160", f"{ids.size:,}", *ratios]
+    assert row(page, "training")[:3] == ["2", "140", f"{ids.size - shards[0].size:,}"]
+    assert row(page, "64 to 127")[:2] == [str((lengths >= 64).sum()), f"{(lengths >= 64).mean():.1%}"]
+    assert page.count("──── document ────") >= 3
+    assert manifest.sha256 in page
 
 
 def test_each_kind_of_source_has_its_line(folder: Path, manifest: Manifest) -> None:
@@ -87,7 +87,7 @@ def test_each_kind_of_source_has_its_line(folder: Path, manifest: Manifest) -> N
         {"name": "new\x1b[2J"},
     ]
     change(folder, manifest, sources=sources)
-    page = inspect(folder).page
+    page = inspect(folder)[0]
     assert "  /data/texts\n" in page
     assert "  owner/name, sample, abc123\n" in page
     assert "  python 3.11.7, numpy 2.2.6\n" in page
@@ -98,7 +98,7 @@ def test_each_kind_of_source_has_its_line(folder: Path, manifest: Manifest) -> N
 def test_what_was_left_out_is_said(folder: Path, manifest: Manifest) -> None:
     left_out = {"skipped_empty": 3, "dropped_duplicates": 1_200, "replaced_invalid": 7}
     change(folder, manifest, counts=manifest.counts | left_out)
-    assert "left out: 3 empty, 1,200 duplicates; invalid UTF-8 replaced in 7\n" in inspect(folder).page
+    assert "left out: 3 empty, 1,200 duplicates; invalid UTF-8 replaced in 7\n" in inspect(folder)[0]
 
 
 def test_a_hundred_shards_of_a_hundred_gigabytes_take_no_time(folder: Path) -> None:
@@ -106,10 +106,10 @@ def test_a_hundred_shards_of_a_hundred_gigabytes_take_no_time(folder: Path) -> N
     holes = make_sparse_dataset(folder, n_shards=100, tokens_per_shard=50_000_000_000)
     change(folder, holes, tokenizer_sha256=Tokenizer.sha256, document_lengths=[0] * 35 + [100])
     start = time.monotonic()
-    inspection = inspect(folder)
+    page, figures = inspect(folder)
     assert time.monotonic() - start < 10
-    assert inspection.figures["tokens"] == 5_000_000_000_000
-    assert inspection.page.count("\n│ !!!!!!!!") >= 3
+    assert figures["tokens"] == 5_000_000_000_000
+    assert page.count("\n│ !!!!!!!!") >= 3
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
@@ -119,13 +119,13 @@ def test_a_damaged_shard_leaves_the_rest(folder: Path, manifest: Manifest, damag
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1])
-    inspection = inspect(folder)
-    faulty, *sound = inspection.page.split("\n\n")[-3:]
-    assert f"cannot be shown: {path}" in faulty
+    page, figures = inspect(folder)
+    faulty, *sound = page.split("\n\n")[-3:]
+    assert f": Cannot use the dataset: {path}" in faulty
     assert damage in faulty
     assert f"--repair --out '{folder}'" in faulty
     assert all("──── document ────" in sample for sample in sound)
-    assert inspection.figures["documents"] == 160
+    assert figures["documents"] == 160
 
 
 def test_the_dataset_is_left_unchanged(folder: Path, manifest: Manifest) -> None:
@@ -138,7 +138,7 @@ def test_the_dataset_is_left_unchanged(folder: Path, manifest: Manifest) -> None
 
 
 def test_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no dataset at"):
+    with pytest.raises(UserError, match="find a dataset at"):
         inspect(tmp_path / "absent")
 
 
@@ -151,7 +151,7 @@ def text_of(lines: list[str]) -> str:
 
 
 def samples(folder: Path) -> list[str]:
-    return inspect(folder).page.split("\n\n")[-3:]
+    return inspect(folder)[0].split("\n\n")[-3:]
 
 
 def piece(folder: Path, manifest: Manifest, shard: int, first: int, n_tokens: int) -> list[str]:
@@ -219,9 +219,7 @@ def test_an_impossible_id_is_named(tmp_path: Path) -> None:
     path = tmp_path / manifest.shards[0].file
     np.save(path, np.array([END, 60_000, 5], "<u2"))
     shown = excerpt(tmp_path, manifest, manifest.shards[0], 0, 3, 99)
-    assert (
-        shown == f"{path.name} cannot be shown: it holds the id 60000; expected ids below 50257: the content changed."
-    )
+    assert shown == f"{path.name}: Cannot show id 60000: expected ids below 50257. Verify the dataset."
 
 
 def test_samples_show_boundaries_of_validation_and_training(tmp_path: Path) -> None:
@@ -287,10 +285,10 @@ def test_each_skipped_step_shows_the_text_of_its_windows(folder: Path, shards: M
         skipped(8, [[1, 0]], "loss 9.5, 12 standard deviations above"),
     ]
     before = contents(folder)
-    inspection = inspect_skipped(folder, write_run(run, shards.sha256, *lines), windows=4)
-    summary, five, first, second, eight, third = inspection.page.split("\n\n")
+    page, figures = inspect_skipped(folder, write_run(run, shards.sha256, *lines))
+    summary, five, first, second, eight, third = page.split("\n\n")
     assert summary == f"{run} skipped 2 step(s)"
-    assert five == "== step 5: loss nan, gradient norm nan\n2 window(s) of 64 tokens"
+    assert five == "== step 5: loss nan, gradient norm nan\n2 of 2 window(s) of 64 tokens:"
     assert first.split("\n")[:2] == [f"{shards.shards[2].file}, from token 0", BOUNDARY]
     assert first.split("\n")[2].startswith("│ Second Document 0. ")
     # documents of 60 words take 64 tokens and a few for their heading, so token 192 lies in number 2
@@ -298,8 +296,8 @@ def test_each_skipped_step_shows_the_text_of_its_windows(folder: Path, shards: M
     assert f"\n{BOUNDARY}\n│ Document 3. " in second
     assert eight.startswith("== step 8: loss 9.5, 12 standard")
     assert "│ Document 0. " in third
-    assert max(map(len, inspection.page.split("\n")[1:])) <= 80
-    assert json.loads(json.dumps(inspection.figures)) == {
+    assert max(map(len, page.split("\n")[1:])) <= 80
+    assert json.loads(json.dumps(figures)) == {
         "run": str(run),
         "dataset": str(folder),
         "skipped_steps": 2,
@@ -312,9 +310,9 @@ def test_a_few_windows_of_each_step_and_a_few_lines_of_each_document(folder: Pat
     long = "\n".join(f"line {i}" for i in range(40))
     shards = write_texts(folder, ["unseen"], [long, "a", "b\nc", "end " * 2_000])
     write_run(run, shards.sha256, skipped(5, [[1, 0]] * 9, n_ctx=200))
-    page = inspect_skipped(folder, run, windows=2).page
-    assert "9 window(s) of 200 tokens; the first 2 follow, --windows 9 shows all" in page
-    assert page.count("from token 0") == 2
+    page, _ = inspect_skipped(folder, run)
+    assert "4 of 9 window(s) of 200 tokens:" in page
+    assert page.count("from token 0") == 4
     expected = [
         BOUNDARY,
         *(f"│ line {i}" for i in range(4)),
@@ -326,13 +324,12 @@ def test_a_few_windows_of_each_step_and_a_few_lines_of_each_document(folder: Pat
         "│ c",
     ]
     assert page.split("\n\n")[-1].split("\n")[1 : len(expected) + 1] == expected
-    assert inspect_skipped(folder, run, windows=9).page.count("from token 0") == 9
 
 
 def test_a_run_that_skipped_nothing(folder: Path, shards: Manifest, run: Path) -> None:
-    inspection = inspect_skipped(folder, write_run(run, shards.sha256, '{"kind": "train", "step": 1}'), windows=4)
-    assert inspection.page == f"{run} skipped no step"
-    assert inspection.figures["skipped_steps"] == 0
+    page, figures = inspect_skipped(folder, write_run(run, shards.sha256, '{"kind": "train", "step": 1}'))
+    assert page == f"{run} skipped no step"
+    assert figures["skipped_steps"] == 0
 
 
 BROKEN_WINDOWS = [
@@ -345,7 +342,7 @@ BROKEN_WINDOWS = [
 def test_a_damaged_event(folder: Path, shards: Manifest, run: Path, damage: dict[str, Any]) -> None:
     event = json.loads(skipped(5, [[1, 0]])) | damage
     with pytest.raises(UserError, match=r"config\.json or metrics\.jsonl is missing or damaged"):
-        inspect_skipped(folder, write_run(run, shards.sha256, json.dumps(event)), windows=4)
+        inspect_skipped(folder, write_run(run, shards.sha256, json.dumps(event)))
 
 
 def test_damaged_lines_are_passed_over(folder: Path, shards: Manifest, run: Path) -> None:
@@ -353,19 +350,19 @@ def test_damaged_lines_are_passed_over(folder: Path, shards: Manifest, run: Path
     write_run(run, shards.sha256, damaged[0], skipped(5, [[1, 0]]), *damaged[1:])
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b"\xff\xfe\x00\n")
-    assert inspect_skipped(folder, run, windows=4).figures["skipped_steps"] == 1
+    assert inspect_skipped(folder, run)[1]["skipped_steps"] == 1
 
 
 def test_a_terminal_gets_no_control_characters_of_a_run(folder: Path, shards: Manifest, run: Path) -> None:
     bad = "\x1b]0;title\x07\r\n== step 6: forged \u202e \ud800"
-    page = inspect_skipped(folder, write_run(run, shards.sha256, skipped(5, [[1, 0]], bad)), windows=4).page
+    page, _ = inspect_skipped(folder, write_run(run, shards.sha256, skipped(5, [[1, 0]], bad)))
     assert r"== step 5: \x1b]0;title\x07\r\n== step 6: forged \u202e \ud800" in page
     assert not set("\x1b\x07\r\u202e\ud800") & set(page)
 
 
 def test_a_damaged_shard_leaves_the_other_windows(folder: Path, shards: Manifest, run: Path) -> None:
     (folder / shards.shards[2].file).unlink()
-    page = inspect_skipped(folder, write_run(run, shards.sha256, skipped(5, [[2, 0], [1, 0]])), windows=4).page
+    page, _ = inspect_skipped(folder, write_run(run, shards.sha256, skipped(5, [[2, 0], [1, 0]])))
     assert f"{folder / shards.shards[2].file} is missing" in page
     assert f"{shards.shards[1].file}, from token 0" in page
 
@@ -373,19 +370,19 @@ def test_a_damaged_shard_leaves_the_other_windows(folder: Path, shards: Manifest
 def test_a_run_on_another_dataset_is_refused(folder: Path, shards: Manifest, run: Path) -> None:
     write_run(run, "5" * 64, skipped(5, [[1, 0]]))
     with pytest.raises(UserError, match="trained on another dataset, texts"):
-        inspect_skipped(folder, run, windows=4)
+        inspect_skipped(folder, run)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"dataset": null}', '{"dataset": {"name": "texts"}}', "[" * 100_000])
 def test_a_run_that_does_not_say_its_dataset(folder: Path, shards: Manifest, run: Path, content: str) -> None:
     (write_run(run, shards.sha256) / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json or metrics\.jsonl is missing or damaged"):
-        inspect_skipped(folder, run, windows=4)
+        inspect_skipped(folder, run)
 
 
 def test_no_such_run(folder: Path, shards: Manifest, run: Path) -> None:
     with pytest.raises(UserError, match=r"is missing or damaged .* Give the folder of a run"):
-        inspect_skipped(folder, run, windows=4)
+        inspect_skipped(folder, run)
 
 
 def test_the_command(commands: Commands) -> None:
@@ -393,8 +390,7 @@ def test_the_command(commands: Commands) -> None:
     sha256 = write_texts(folder, some_texts(3), some_texts(9)).sha256
     look = ["--inspect", "--out", "texts", "--skipped", "spiky"]
     write_run(run, sha256, skipped(5, [[1, 0], [1, 1], [1, 2]]))
-    shown = commands.module(MODULE, *look, "--windows", "2")
+    shown = commands.module(MODULE, *look)
     assert shown.returncode == 0
     assert "from token 64" in shown.stdout
-    assert "from token 128" not in shown.stdout
     assert json.loads(shown.stdout.splitlines()[-1])["windows"] == 3

@@ -123,7 +123,7 @@ def test_an_id_outside_the_vocabulary_is_found(three_shards: Path) -> None:
 
 
 def test_no_dataset_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no dataset at .*data_downloader"):
+    with pytest.raises(UserError, match=r"find a dataset at .*data_downloader"):
         read_manifest(tmp_path / "absent")
     with pytest.raises(UserError, match="did not finish"):
         read_manifest(tmp_path)
@@ -176,7 +176,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(three_shards: Path) -> None:
 )
 def test_a_manifest_of_other_types_is_refused(three_shards: Path, changes: dict[str, Any]) -> None:
     edit_manifest(three_shards, **changes)
-    with pytest.raises(UserError, match=r"manifest.json is damaged"):
+    with pytest.raises(UserError, match=r"manifest.json: it is damaged"):
         read_manifest(three_shards)
 
 
@@ -204,10 +204,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose content is read."""
     names: list[str] = []
 
-    def spy(folder: Path, shard: ShardEntry, n_vocab: int, full: bool, stop: Callable[[], bool], end_of_text: int):
+    def spy(folder: Path, shard: ShardEntry, n_vocab: int, full: bool, stop: Callable[[], bool]):
         assert full
         names.append(shard.file)
-        return shard_fault(folder, shard, n_vocab, full, stop, end_of_text)
+        return shard_fault(folder, shard, n_vocab, full, stop)
 
     monkeypatch.setattr(shards, "shard_fault", spy)
     return names
@@ -280,22 +280,6 @@ def test_every_fault_is_named_and_a_damaged_shard_is_never_stamped(folder: Path,
         assert lines[2] == f"{paths[1]}: expected ids below 300, found 300 as token 699"
         assert lines[3] == f"{paths[2]} is missing: expected a shard of 900 tokens"
         assert len(reads) == 3
-
-
-def test_documents_that_are_not_there_are_found_although_every_byte_is_as_prepared(folder: Path):
-    """The manifest lists 10, 14 and 18 documents; one of them moves from the last shard to the one before."""
-    verified(folder)
-    manifest = folder / "manifest.json"
-    content = json.loads(manifest.read_text())
-    assert [shard["documents"] for shard in content["shards"]] == [10, 14, 18]
-    content["shards"][1]["documents"] += 1
-    content["shards"][2]["documents"] -= 1
-    manifest.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="2 of 3 shards") as caught:
-        verified(folder)
-    lines = [line.strip() for line in str(caught.value).splitlines()]
-    assert lines[1].startswith(f"{folder / content['shards'][1]['file']}: expected 15 documents, found 14: the id 299 ")
-    assert "expected 17 documents, found 18" in lines[2]
 
 
 @pytest.mark.parametrize(

@@ -61,18 +61,6 @@ def test_files_are_sorted_found_once_and_described(tmp_path: Path) -> None:
     }
 
 
-def test_text_files_that_are_named_stand_where_the_first_of_them_does(tmp_path: Path) -> None:
-    folder = tmp_path / "d"
-    folder.mkdir()
-    for name in ("a.txt", "b.txt", "c.txt"):
-        (folder / name).write_text(name)
-    (tmp_path / "e.jsonl").write_text(json_lines({"text": "e"}))
-    assert texts_of(folder / "c.txt", folder) == ["c.txt", "a.txt", "b.txt"]
-    sources = open_files([str(tmp_path / "e.jsonl"), *(f"{folder}/{name}" for name in ("b.txt", "a.txt", ""))], "text")
-    assert [texts_in(source) for source in sources] == [["e"], ["a.txt", "b.txt"], ["c.txt"]]
-    assert sources[1].details["path"] == f"2 text files from {folder}/b.txt on"
-
-
 def test_what_else_lies_there_is_said_and_links_are_followed_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,7 +99,7 @@ def test_links_that_lead_nowhere_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "gone.txt").symlink_to("nothing")
     (tmp_path / "round.txt").symlink_to("round.txt")
-    assert find_files([str(tmp_path)]) == [tmp_path / "a.txt"]
+    assert find_files([str(tmp_path)]) == {str(tmp_path): [tmp_path / "a.txt"]}
 
 
 def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.utils.files import fingerprint
 from tests.conftest import Commands
 from tests.drills.forks import run_forks
 
@@ -124,6 +125,15 @@ def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Replaces a file of a checkpoint, and what the manifest says of it."""
+    path.write_text(text)
+    manifest = path.with_name("manifest.json")
+    content = json.loads(manifest.read_text())
+    content["files"][path.name] = fingerprint(path)
+    manifest.write_text(json.dumps(content))
 
 
 def assert_same_run(one: Path, other: Path, steps: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.drills.pair import fork_pair, program
+from tests.drills.pair import fork_pair, program, run_pair
 from tests.drills.small_run import LONGER, arguments, assert_same_run
 
 KILL = """
@@ -51,3 +51,15 @@ def test_the_launcher_restarts_the_run_to_the_same_bits(
     assert fork_pair(commands, tmp_path, "", data, *LONGER, *sampled, "--run-name", "whole").code == 0
     runs = commands.temp_data / "runs"
     assert_same_run(runs / "whole", runs / "drill", steps=12)
+
+
+def test_one_that_dies_while_the_other_waits_for_it_to_build_the_model(
+    commands: Commands, dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    lines = "if os.environ['RANK'] == '1':\n"
+    lines += "    pretrain.DistributedDataParallel = lambda *_, **__: os.kill(os.getpid(), 9)\n"
+    ended = run_pair(commands, tmp_path, lines, dataset(train_tokens=[700, 900], n_vocab=300))
+    assert ended.code == 1
+    assert "Cannot finish preparing model and optimizer: another process ended or hangs" in ended.stderr
+    assert "process 1 died of SIGKILL" in ended.stderr
+    assert "Traceback" not in ended.stderr

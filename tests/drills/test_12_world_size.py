@@ -60,7 +60,7 @@ def test_the_same_samples_in_the_same_order(commands: Commands, dataset: Callabl
     changed, whole = ([r["loss"] for r in commands.metrics(run, "train")] for run in ("drill", "whole"))
     assert changed == pytest.approx(whole, rel=1e-5)
     details = [record["detail"] for record in commands.metrics("drill", "event") if record["name"] == "resume"]
-    assert ["processes 1 instead of 2" in details[0], "processes 2 instead of 1" in details[1]] == [True, True]
+    assert all("the same samples, but not the same bits" in detail for detail in details)
 
 
 def test_a_batch_that_cannot_be_shared(commands: Commands, dataset: Callable[..., Path], tmp_path: Path) -> None:

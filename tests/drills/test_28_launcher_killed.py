@@ -63,7 +63,13 @@ def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
 
 @pytest.mark.parametrize(
     ("victim", "processes", "training"),
-    [("launcher", 2, True), ("launcher", 1, False), ("torchrun", 2, True), ("torchrun", 2, False)],
+    [
+        ("launcher", 2, True),
+        ("launcher", 2, False),
+        ("launcher", 1, False),
+        ("torchrun", 2, True),
+        ("torchrun", 2, False),
+    ],
 )
 def test_ranks_are_gone_soon_and_nothing_holds_the_run(
     commands: Commands, dataset: Callable[..., Path], victim: str, processes: int, training: bool

@@ -141,7 +141,7 @@ def test_an_export_other_weights_and_multiple_choice(tmp_path: Path, evaluated: 
     ("arguments", "message"),
     [
         (["--checkpoint", "nosuch"], "Cannot load a checkpoint"),
-        (["--checkpoint", "words", "--data", "nosuch"], "no dataset at"),
+        (["--checkpoint", "words", "--data", "nosuch"], "find a dataset at"),
         (["--checkpoint", "words", "--data", "ids", "--val-tokens", "0"], "Cannot measure 0 tokens"),
         (["--checkpoint", "words", "--data", "ids", "--hellaswag", "/nope"], "Cannot read /nope"),
         (["--checkpoint", "words", "small", "--data", "ids"], "the model 97"),

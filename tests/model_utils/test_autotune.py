@@ -171,7 +171,7 @@ def test_a_failed_pass_leaves_no_gradients(config: Config):
     """For example one that runs out of memory in the backward pass."""
     model = LLM(config.model)
     hook = model.embedding.weight.register_hook(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("full. A")))
-    with pytest.raises(UserError, match="out of memory on cpu"):
+    with pytest.raises(torch.OutOfMemoryError):
         autotune._compile_now(model, config, torch.float32, CPU)
     hook.remove()
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -208,7 +208,7 @@ CHANGES: dict[str, tuple[Callable[[Content], Any], str]] = {
     "no hParams": (lambda c: c.pop("hParams"), "hParams"),
     "hParams with more": (lambda c: c.update(hParams=hparams(theta=5.0)), "theta"),
     "hParams a text": (lambda c: c.update(hParams=hparams(n_ctx="16")), "'str'"),
-    "heads": (lambda c: c.update(hParams=hparams(n_head=3)), "n_embd = 16 is not divisible by model.n_head = 3"),
+    "heads": (lambda c: c.update(hParams=hparams(n_head=3)), "n_embd = 16 is not divisible by 2 x model.n_head = 6"),
     "layers": (lambda c: c.update(hParams=hparams(n_layer=10**9)), "n_layer"),
     "fewer layers": (lambda c: c.update(hParams=hparams(n_layer=1)), "missing or unknown: blocks.1"),
     "a weight too many": (change_weight("norm.bias", torch.zeros(16)), "missing or unknown: norm.bias"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from src.utils import logger
+from src.utils import files
 from src.utils.logger import RunLogger
 from src.utils.root import ROOT
 
@@ -31,7 +31,7 @@ def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFix
     log.metric("train", 1, loss=1.0)
     log.write_json("status.json", {})
     log.forget_after(0)
-    log.sync()
+    log.before_save()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err == ""
 
@@ -57,15 +57,16 @@ def test_what_is_kept_is_on_the_disk_before_it_takes_the_place_of_all(tmp_path: 
         done.append(f"replace {new.name}")
         replace(old, new)
 
-    monkeypatch.setattr(logger, "sync", lambda path: done.append(f"sync {path.name}"))
+    monkeypatch.setattr(files, "sync", lambda path: done.append(f"sync {path.name}"))
+    monkeypatch.setattr(os, "fsync", lambda _: done.append("sync the file"))
     monkeypatch.setattr(os, "replace", replacing)
     log.forget_after(1)
-    assert done == ["sync metrics.jsonl.tmp", "replace metrics.jsonl", f"sync {tmp_path.name}"]
+    assert done == ["sync the file", "replace metrics.jsonl", f"sync {tmp_path.name}"]
     assert log.recorded() == {("train", 1)}
 
 
 def test_a_log_without_a_line_yet_is_nothing_to_warn_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    RunLogger(tmp_path, is_main=True).sync()
+    RunLogger(tmp_path, is_main=True).before_save()
     assert capsys.readouterr().err == ""
 
 
