@@ -90,11 +90,11 @@ def read_unverified(path: Path) -> Checkpoint:
     """The checkpoint in `path`, whose tensors may be damaged; raises UserError for a damaged state.json."""
     try:
         state = read_json(path / "state.json")
-        if problem := _wrong_claim(path, state):
-            raise ValueError(problem)
-        return Checkpoint(path, state["step"], state)
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot use {path / 'state.json'}: {error}. Restore it from a copy.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path / 'state.json'}: {error}. Restore it from a copy.") from None
+    if problem := _wrong_claim(path, state):
+        raise UserError(f"Cannot use {path / 'state.json'}: {problem}. Restore it from a copy.")
+    return Checkpoint(path, state["step"], state)
 
 
 def newest_checkpoint(root: Path, remedy: str = "") -> tuple[Checkpoint | None, list[str]]:

@@ -105,10 +105,8 @@ def patient_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and isinstance(stream.buffer, (io.BufferedWriter, io.FileIO)):
-            raw = _Patient(stream.fileno(), "w", closefd=False)
-            setattr(
-                sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", None, True)
-            )
+            buffer = io.BufferedWriter(_Patient(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True))
 
 
 class _Patient(io.FileIO):
@@ -116,9 +114,7 @@ class _Patient(io.FileIO):
         try:
             return super().write(data) or len(data)  # None: a terminal that takes nothing now
         except OSError:
-            return len(
-                data
-            )  # as if written: kept, it would fail again at the interpreter's end and change the exit code
+            return len(data)  # kept, it would fail again at the interpreter's end, and change the exit code
 
 
 CHECK_CONNECTION = "Check the connection, or name a mirror in HF_ENDPOINT"
