@@ -137,6 +137,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
 
         procs.activity = "claiming the run's folder"
         run_dir = RUNS / config.run_name
+        # Before the search for a checkpoint: a killed launcher's run may still be saving one.
         procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
         log = RunLogger(run_dir, procs.is_main)
         procs.activity = "looking for a checkpoint"
@@ -297,12 +298,13 @@ def prepare(
     if procs.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = LLM(config.model)
-    init_weights(model, config.model, config.train.seed)
+    init_weights(model, config.model, config.train.seed)  # on the CPU, so that every device starts from the same bits
     model.to(procs.device).train()
     procs.activity = "choosing the micro-batch and compiling"
     saved = checkpoint.state["config"]["train"] if checkpoint else None
     config, forward, notes = settle(config, saved, model, precision, procs, log.info)
     procs.activity = "preparing model and optimizer"
+    # After `settle`, whose trials need the memory of the moments, and draw random numbers.
     state = TrainingState(model, build_optimizers(model, config.optim), Progress())
     if checkpoint is not None:
         state.restore(checkpoint, config.train.seed, procs)
@@ -312,6 +314,7 @@ def prepare(
         with procs.collective():  # it compares the processes' parameters
             forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     dataset = {"name": config.data.dir, "sources": manifest.origins, **manifest.counts}
+    # Written at every start: it tells a later restart of the same launch that the run has begun.
     settings = run_settings(config, procs, model, precision, {**dataset, "manifest_sha256": manifest.sha256})
     log.write_json("config.json", settings)
     log.info("\n".join([summary(settings, sum(shard.tokens for shard in manifest.train)), *notes]))
@@ -350,13 +353,12 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
         ) as batches,
     ):
         while True:
+            # Before the save: once a checkpoint exists, so do the records of its step, and a resume repeats neither.
             for kind in evaluation.missing(progress.step, recorded):
                 if not stop_cause(run) and evaluate(run, evaluation, kind):
                     recorded.add((kind, progress.step))
             cause = stop_cause(run)
             ending = bool(cause) or progress.step == config.total_steps
-            if cause:
-                log.info(f"stopping after step {progress.step}, requested by {cause}")
             due = progress.step and progress.step % config.checkpoint.every_steps == 0
             # Among skipped steps nothing has changed, and saving would push out the checkpoints before them.
             if ending or (due and not progress.skipped_in_a_row):
@@ -433,9 +435,9 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
         with procs.collective():  # Muon's updates
             for optimizer in optimizers:
                 optimizer.step()
-    run.guard.add(loss_value)
+    run.guard.add(loss_value)  # a spike too: after enough of them, they are the new level
     run.state.model.zero_grad()
-    progress.step += 1
+    progress.step += 1  # a skipped step counts: the next one must see other data
     return StepResult(loss_value, norm_value, lr, skipped)
 
 
@@ -554,7 +556,7 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
     procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
     procs.activity = f"the checkpoint of step {step}"
     procs.main_only(lambda: record_saves(run, run.saver.wait()), for_long=True)
-    done = step == total_steps and not unmeasured
+    done = step == total_steps and not unmeasured  # else the next start measures them
     if done and (skipped := run.state.progress.skipped_in_a_row):
         log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")
     if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():

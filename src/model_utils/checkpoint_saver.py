@@ -118,7 +118,7 @@ class CheckpointSaver:
                 f"{bad[0]}. Earlier ones are untouched. Restart with a lower --optim.max-lr or a longer "
                 "--optim.warmup-steps under another --run-name."
             )
-        self.before()
+        self.before()  # here, in the thread: the loop must not wait for a slow disk
         size = checkpoint_utils.save_checkpoint(self.root, step, self._copies, state)
         self._verified.add(step)
         seconds = held_up + time.perf_counter() - started

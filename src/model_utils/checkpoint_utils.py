@@ -60,8 +60,8 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
         temporary.mkdir(parents=True)
         files = {f"{name}.safetensors": _write_tensors(temporary, name, tensors) for name, tensors in parts.items()}
         files["state.json"] = _write_json(temporary / "state.json", {"step": step, **state})
-        _write_json(temporary / "manifest.json", {"step": step, "files": files})
-        sync(temporary)
+        _write_json(temporary / "manifest.json", {"step": step, "files": files})  # last: without it nothing counts
+        sync(temporary)  # the names of the files, before the folder gets its own
         os.rename(temporary, final)
         sync(root)
     except (OSError, SafetensorError) as error:
@@ -90,11 +90,11 @@ def read_unverified(path: Path) -> Checkpoint:
     """The checkpoint in `path`, whose tensors may be damaged; raises UserError for a damaged state.json."""
     try:
         state = read_json(path / "state.json")
-        if problem := _wrong_claim(path, state):
-            raise ValueError(problem)
-        return Checkpoint(path, state["step"], state)
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot use {path / 'state.json'}: {error}. Restore it from a copy.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path / 'state.json'}: {error}. Restore it from a copy.") from None
+    if problem := _wrong_claim(path, state):
+        raise UserError(f"Cannot use {path / 'state.json'}: {problem}. Restore it from a copy.")
+    return Checkpoint(path, state["step"], state)
 
 
 def newest_checkpoint(root: Path, remedy: str = "") -> tuple[Checkpoint | None, list[str]]:
@@ -206,6 +206,7 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
         if name not in files:
             return f"manifest.json does not list {name}"
     for name, (size, sha256) in files.items():
+        # A file elsewhere may change or vanish without this folder.
         if not lies_in(path, name):
             return f"manifest.json lists {name!r}, which is not in this folder"
         try:
@@ -225,6 +226,7 @@ def _incomplete(path: Path, listed: set[str]) -> str | None:
         n_processes = read_unverified(path).state.get("world_size", 0)
     except UserError as error:
         return str(error)
+    # Bounded by the files listed: a claim of billions of processes must not make a list of them.
     needed = [f"rank_{rank:05d}.safetensors" for rank in range(min(n_processes, len(listed)))]
     for name in ["optimizer.safetensors", *needed] if n_processes else []:
         if name not in listed:

@@ -6,6 +6,7 @@ Shapes: N positions of a micro-batch, D width, F hidden size of the feed-forward
 
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
@@ -33,6 +34,8 @@ class Step:
     """True if gradients exist twice: with accumulation in DDP, whose buckets are filled by the last pass only."""
     is_compiled: bool = False
     has_muon: bool = False
+    logits: Literal["chunked", "full"] = "chunked"
+    """chunked: as in lm_loss.py. full: float32 logits of all positions, as the reference has them."""
 
     @property
     def positions(self) -> int:
@@ -119,6 +122,8 @@ def _loss_bytes(step: Step) -> int:
     config, size, N = step.model, step.itemsize, step.positions
     D, V, is_cast = config.n_embd, config.n_vocab, size != FLOAT32
     hidden = N * D * (FLOAT32 + is_cast * size)
+    if step.logits == "full":  # in the matmul's dtype, in float32, and their log-softmax
+        return hidden + is_cast * V * D * size + N * V * (FLOAT32 + is_cast * (size + FLOAT32))
     rows, piece = min(N, ROWS_GPU if step.kind == "cuda" else ROWS_CPU), min(N, LOGIT_POSITIONS)
     columns = -(-V // VOCAB_MULTIPLE.get(step.kind, 1)) * VOCAB_MULTIPLE.get(step.kind, 1)
     weight = columns * D * size if is_cast or columns != V else 0
@@ -134,6 +139,9 @@ def _loss_backward_bytes(step: Step) -> int:
     """The peak as the loss's gradients are scaled and cast: both as kept, and float32 copies."""
     hidden, weight = step.positions * step.model.n_embd, step.model.n_vocab * step.model.n_embd
     is_cast = step.itemsize != FLOAT32
+    if step.logits == "full":  # the log-softmax, its gradient and that of the float32 logits
+        logits = 3 * step.positions * step.model.n_vocab * FLOAT32
+        return logits + ((hidden + weight) * step.itemsize if is_cast else hidden * FLOAT32)
     weight_size = FLOAT32 if step.positions > LOGIT_POSITIONS else step.itemsize
     scaled_hidden = hidden * FLOAT32 * (1 + is_cast)
     scaled_weight = hidden * FLOAT32 + weight * FLOAT32 * (1 + (weight_size != FLOAT32))

@@ -105,34 +105,16 @@ def patient_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and isinstance(stream.buffer, (io.BufferedWriter, io.FileIO)):
-            with suppress(OSError):
-                stream.flush()
-            # Kept alive by the new stream, because closing the old one would close the descriptor.
-            raw = _Patient(stream)
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
+            buffer = io.BufferedWriter(_Patient(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True))
 
 
-class _Patient(io.BufferedIOBase):
-    """The descriptor of a stream, unbuffered; a write that fails is forgotten."""
-
-    def __init__(self, stream: io.TextIOWrapper) -> None:
-        self._stream = stream
-
-    def writable(self) -> bool:
-        return True
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
+class _Patient(io.FileIO):
     def write(self, data: Any) -> int:
-        rest = memoryview(data)
-        with suppress(OSError):
-            while rest:
-                rest = rest[os.write(self.fileno(), rest) :]
-        return len(data)
+        try:
+            return super().write(data) or len(data)  # None: a terminal that takes nothing now
+        except OSError:
+            return len(data)  # kept, it would fail again at the interpreter's end, and change the exit code
 
 
 CHECK_CONNECTION = "Check the connection, or name a mirror in HF_ENDPOINT"

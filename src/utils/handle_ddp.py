@@ -134,7 +134,7 @@ class Processes:
             error = raised
         failure = None if error is None else (str(error), getattr(error, "exit_code", None))
         failures = self.gather(failure)
-        if error is not None and failure not in failures[: self.rank]:
+        if error is not None and failure not in failures[: self.rank]:  # the same message is printed once
             raise error
         for peer_failure in failures:
             if peer_failure is not None:

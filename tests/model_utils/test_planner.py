@@ -45,6 +45,14 @@ def test_the_step_follows_from_settings_and_processes():
         assert not step_of(replace(config, train=train), 16, 8).is_compiled  # auto is tried uncompiled
 
 
+def test_the_references_step_would_not_have_fitted_twice():
+    """It took 72 of 80 GB. The share that is usable leaves room for what the estimate leaves out."""
+    step = replace(step_of(lf_llm_269m(), 16, 8), logits="full")
+    assert estimate_memory(step).total < usable_bytes(GPUS["a100-80g"])
+    assert estimate_memory(replace(step, micro_batch_size=32)).total > usable_bytes(GPUS["a100-80g"])
+    assert largest_fit(lf_llm_269m(), GPUS["a100-80g"], 8).micro_batch_size == 16
+
+
 def test_the_largest_micro_batch_fits_and_the_next_does_not():
     config, gpu = lf_llm_269m(), GPUS["a100-80g"]
     for count in (1, 2, 8):
