@@ -69,7 +69,8 @@ class HubFile:
         elsewhere = {"", ".", ".."} & set(self.path.split("/"))
         if not (
             re.fullmatch("[0-9a-f]{40}", self.revision)
-            and (re.fullmatch(r".{1,230}\.parquet", self.path) and self.path.isprintable() and not elsewhere)
+            and (self.path.endswith(".parquet") and self.path.isprintable() and not elsewhere)
+            and len(_local_name(self).encode()) < 240  # .partial is appended to it
             and (type(self.bytes) is int and 0 <= self.bytes < 1 << 50)
             and (self.sha256 is None or re.fullmatch("[0-9a-f]{64}", self.sha256))
         ):
@@ -85,6 +86,8 @@ def open_hub(name: str, request: Request, pinned: Sequence[dict[str, Any]], down
     try:
         details = pinned[0] if pinned else _details(name, request)
         files = [HubFile(details["repository"], details["revision"], **file) for file in details["hub_files"]]
+        if len(set(map(_local_name, files))) < len(files):
+            raise ValueError("two of its files would have one name here")
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -117,7 +120,7 @@ class _WholeFiles(Source):
         return read_batches(path, self._text_field, skip)
 
     def _path(self, unit: int) -> Path:
-        return self._folder / self._files[unit].path.replace("/", "--")
+        return self._folder / _local_name(self._files[unit])
 
 
 class _RandomPart(Source):
@@ -147,9 +150,13 @@ class _RandomPart(Source):
             # Without pyarrow's buffer ahead and threads: those can abort a process that exits meanwhile.
             parquet = pq.ParquetFile(_RemoteFile(file), metadata=footer, pre_buffer=False)
             column = parquet.read_row_group(group, columns=[self._text_field], use_threads=False).column(0)
-            return column.cast(pa.large_string()).combine_chunks()
+            return column.cast(pa.large_binary()).combine_chunks()
 
         return _retry(f"row group {group} of {file.path}", file.repository, read)
+
+
+def _local_name(file: HubFile) -> str:
+    return file.path.replace("/", "--")
 
 
 class _RemoteFile(io.RawIOBase):

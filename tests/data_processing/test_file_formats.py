@@ -151,7 +151,7 @@ def test_text_in_other_encodings_is_decoded_or_refused(tmp_path: Path, encoding:
         if is_read:
             assert [list(documents.texts()) for documents, _ in read_batches(file, "text")] == [[text]]
         else:
-            with pytest.raises(UserError, match=rf"Cannot read {file}: it .*UTF-.* Convert it to UTF-8."):
+            with pytest.raises(UserError, match=rf"Cannot read {file}: it .*UTF-.* Convert it to UTF-8: iconv"):
                 list(read_batches(file, "text"))
 
 
