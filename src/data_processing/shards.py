@@ -267,7 +267,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def check_shards(shards: Iterable[Shard]) -> None:
-    """Raise ValueError or TypeError if a shard's file is not named as `write_shard` names it, or a value has another type."""
+    """Raise ValueError or TypeError if a shard's file is not named as `write_shard` names it, or a type is wrong."""
     for number, shard in enumerate(shards):
         check_types((getattr(shard, field.name), field.type, field.name) for field in dataclasses.fields(shard))
         name = SHARD_NAME.fullmatch(shard.file)
