@@ -163,10 +163,11 @@ def claimed_work(folder: Path) -> Iterator[Path]:
     StorageError if the folder cannot be written, and BusyError if another process holds it.
     """
     work = folder / WORK
-    with storage_errors(folder):
+    with storage_errors(work):
         work.mkdir(parents=True, exist_ok=True)
         if work.is_symlink():  # all in this folder may be deleted
             raise StorageError(f"Cannot use {work}: it is a link. Move it away.")
+    with storage_errors(work / _LOCK):
         lock = open_regular(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     with lock:
         if not try_lock(lock) or not os.fstat(lock.fileno()).st_nlink:  # its last holder may have deleted it

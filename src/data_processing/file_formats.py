@@ -21,6 +21,7 @@ from src.utils.errors import UserError
 
 EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
 BATCH_BYTES = 1 << 20
+_ODD_BYTE = re.compile("[\udc80-\udcff]")  # as surrogateescape keeps it
 # The longer marks first: UTF-16's begins UTF-32's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -137,6 +138,10 @@ def _read_text(path: Path, text_field: str) -> Iterator[tuple[Texts, float]]:
         text = data.decode(encoding, "surrogatepass" if encoding != "utf-8-sig" else "surrogateescape")
     except UnicodeDecodeError:  # a mark of UTF-16 by chance: what is not UTF-8 is replaced and counted
         text = data.decode("utf-8", "surrogateescape")
+    # Some odd bytes are replaced and counted. So many are another encoding, unless zeros show that it is not text.
+    odd = 0 if text.isascii() or b"\0" in data else len(_ODD_BYTE.findall(text))
+    if odd >= 100 and odd > len(text) // 10:
+        raise UserError(f"Cannot read {path}: {odd:,} of {len(text):,} characters are not UTF-8. {_CONVERT}")
     yield Texts([text.replace("\r\n", "\n").replace("\r", "\n")], path), 1.0
 
 

@@ -124,8 +124,10 @@ def read_manifest(folder: Path) -> Manifest:
         reason = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
         command = f"{_COMMAND} --source SOURCE --out {shlex.quote(str(folder))}"
         raise UserError(f"Cannot find a dataset at {folder}: {reason}. Prepare it with: {command}") from None
+    except StorageError as error:  # a pipe, device or folder of that name
+        raise UserError(str(error)) from None
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
+        raise UserError(f"Cannot read {path}: {error.strerror}. Fix its permissions, or restore it.") from None
     if content.pop("format", None) != FORMAT_VERSION:
         raise UserError(f"Cannot read {path}: this program reads format {FORMAT_VERSION} only. {_REDO}")
     try:
