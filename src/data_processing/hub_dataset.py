@@ -15,6 +15,7 @@ reaches the hub's host only. Its ready-made calls don't fit: `hf_hub_download` r
 
 import io
 import json
+import os
 import posixpath
 import random
 import re
@@ -39,7 +40,7 @@ from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers, 
 from src.data_processing.file_formats import Column, Documents, check_column, read_batches
 from src.data_processing.text_sources import Request, Source
 from src.utils.errors import StorageError, UserError, hub_errors, hub_failure, hub_reason, say
-from src.utils.files import fingerprint, storage_errors, sync
+from src.utils.files import fingerprint, free_bytes, open_regular, size_text, storage_errors, sync
 from src.utils.rand_idx_seq_gen import permutation
 
 T = TypeVar("T")
@@ -92,8 +93,8 @@ def open_hub(name: str, request: Request, pinned: Sequence[dict[str, Any]], down
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"Cannot use the list of files of {request.dataset}: {type(error).__name__}: {error}. Check the name and "
-            "HF_ENDPOINT, or delete the dataset's folder and prepare it again."
+            f"Cannot use the list of files of {request.dataset}: {type(error).__name__}: {str(error)[:300]}. Check "
+            "the name and HF_ENDPOINT, or delete the dataset's folder and prepare it again."
         ) from None
     keys = ("config", "split", "repository", "revision", "hub_files")  # without the counts of an earlier preparation
     details = {"name": name} | {key: details[key] for key in keys if key in details}
@@ -257,8 +258,14 @@ def _download(file: HubFile, path: Path) -> None:
     """Append the missing bytes to a partial file, verify it and give it its name. One attempt."""
     partial = path.with_name(path.name + ".partial")
     with storage_errors(partial):
-        output = open(partial, "ab", buffering=0)  # noqa: SIM115 (closed below)
+        output = open_regular(partial, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+        output.seek(0, os.SEEK_END)
     with output:
+        if (missing := file.bytes - output.tell()) > free_bytes(path):
+            raise StorageError(
+                f"Cannot download {file.path}: {size_text(missing)} are missing, {size_text(free_bytes(path))} of disk "
+                f"are free at {path.parent}. Make room, or use another disk with --out or TEMP_DATA_DIR."
+            )
         for chunk in _read_range(file, output.tell(), file.bytes):
             # Only writes may become storage errors: the hub's errors are OSErrors too, and are retried.
             with storage_errors(partial, needed_bytes=file.bytes - output.tell()):
