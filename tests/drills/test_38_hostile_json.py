@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import Commands
 from tests.drills.small_run import module
-from tests.drills.trained import trained, trained_once  # noqa: F401 (fixtures)
+from tests.drills.trained import exported_once, trained, trained_once  # noqa: F401 (fixtures)
 
 HOSTILE = {
     "deep": b"[" * 100_000,
@@ -25,11 +25,8 @@ HOSTILE = {
 
 
 @pytest.fixture
-def exported(commands: Commands, trained: Path, tmp_path: Path) -> Path:  # noqa: F811
-    out = tmp_path / "exported"
-    result = module(commands, "src.model_utils.hf_export", "--checkpoint", str(trained), "--out", str(out))
-    assert result.returncode == 0, result.stderr
-    return out
+def exported(exported_once: Path, tmp_path: Path) -> Path:  # noqa: F811
+    return shutil.copytree(exported_once, tmp_path / "exported")
 
 
 def refused(commands: Commands, path: Path, name: str, *options: str) -> None:
@@ -58,13 +55,13 @@ def test_an_export(commands: Commands, exported: Path):
 def test_multiple_choice_items(commands: Commands, trained: Path, tmp_path: Path):  # noqa: F811
     file = tmp_path / "items.jsonl"
     asked = ("src.model_assessment.hellaswag", "--checkpoint", str(trained), "--data", str(file))
-    for content in HOSTILE.values():
-        file.write_bytes(content)
+    for name in ("deep", "many digits", "a lone surrogate", "another type", "no JSON"):
+        file.write_bytes(HOSTILE[name])
         refused(commands, file, *asked)
 
 
 def test_a_report_of_a_run_whose_files_were_changed(commands: Commands, trained: Path, tmp_path: Path):  # noqa: F811
-    for i, content in enumerate(HOSTILE.values()):
+    for i, content in enumerate(HOSTILE[name] for name in ("deep", "infinite", "a lone surrogate", "wrong types")):
         run = shutil.copytree(trained, tmp_path / f"run{i}")
         (run / "config.json").write_bytes(content)
         (run / "status.json").write_bytes(content)

@@ -11,7 +11,7 @@ import pytest
 from src.utils.files import replacing
 from tests.conftest import Commands
 from tests.drills.small_run import module
-from tests.drills.trained import trained, trained_once  # noqa: F401 (fixtures)
+from tests.drills.trained import exported_once, trained, trained_once  # noqa: F401 (fixtures)
 
 KINDS: dict[str, Callable[[Path, Path], object]] = {
     "a FIFO": lambda path, victim: os.mkfifo(path),
@@ -40,12 +40,16 @@ def put(kind: str, path: Path, victim: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_read(commands: Commands, trained: Path, tmp_path: Path, victim: Path, kind: str):  # noqa: F811
-    export = tmp_path / "exported"
-    made = module(commands, "src.model_utils.hf_export", "--checkpoint", str(trained), "--out", str(export))
-    assert made.returncode == 0, made.stderr
+def test_what_is_read(
+    commands: Commands,
+    trained: Path,  # noqa: F811
+    exported_once: Path,  # noqa: F811
+    tmp_path: Path,
+    victim: Path,
+    kind: str,
+):
     for file in ("export.json", "model.safetensors", "config.json"):
-        folder = shutil.copytree(export, tmp_path / file)
+        folder = shutil.copytree(exported_once, tmp_path / file)
         if file != "export.json":
             (folder / "export.json").unlink()
         put(kind, folder / file, victim)
@@ -55,13 +59,13 @@ def test_what_is_read(commands: Commands, trained: Path, tmp_path: Path, victim:
         assert str(folder) in result.stderr
         assert "Traceback" not in result.stderr
         assert time.monotonic() - began < 10
-    for name, option in (("hellaswag", "--data"), ("evaluate", "--hellaswag")):
-        path = tmp_path / "items.jsonl"
-        put(kind, path, victim)
-        command = (f"src.model_assessment.{name}", "--checkpoint", str(trained), option, str(path))
-        result = module(commands, *command, *(("--data", str(trained)) if name == "evaluate" else ()))
-        assert result.returncode == 2, result.stderr
-        assert "Traceback" not in result.stderr
+    path = tmp_path / "items.jsonl"
+    put(kind, path, victim)
+    command = ("src.model_assessment.hellaswag", "--checkpoint", str(trained), "--data", str(path))
+    result = module(commands, *command)
+    assert result.returncode == 2, result.stderr
+    assert str(path) in result.stderr
+    assert "Traceback" not in result.stderr
     path = tmp_path / "reference.pth"
     put(kind, path, victim)
     result = module(commands, "src.model_utils.reference_import", "--checkpoint", str(path), "--run-name", "imported")

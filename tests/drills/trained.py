@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Commands, write_dataset
-from tests.drills.small_run import start
+from tests.drills.small_run import module, start
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +16,16 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = start(Commands(home), data, "--model.n-vocab", "50257")
     assert result.returncode == 0, result.stderr
     return home
+
+
+@pytest.fixture(scope="session")
+def exported_once(trained_once: Path) -> Path:
+    """The run's model as a folder for transformers, to be copied."""
+    out = trained_once / "exported"
+    run = str(trained_once / "runs" / "drill")
+    result = module(Commands(trained_once), "src.model_utils.hf_export", "--checkpoint", run, "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    return out
 
 
 @pytest.fixture
