@@ -7,6 +7,11 @@ A run lives in temp_data/runs/RUN_NAME, and the same command resumes it. `train(
 Python. Shapes: B sequences, T positions.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which Python leaves out where PYTHONSAFEPATH is set
+
 import src  # noqa: F401 (before torch: it sets the environment)
 from src.utils.stop_signals import end_at_once_on_ctrl_c, follow_launcher
 
@@ -20,14 +25,12 @@ import os
 import platform
 import shlex
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -84,12 +84,7 @@ settings=$(module src.launcher_settings "$@") || exit
 preparation=()
 eval "$settings" # the variables above; the arguments of pretrain.py as "$@"; also DATASET, `preparation` and others
 export TEMP_DATA_DIR LAUNCH_ID OMP_NUM_THREADS LAUNCHER_PID=$$
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # seconds in which stopped processes save
-case "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in *[!0-9]*)
-    say "error: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is '$TORCH_ELASTIC_SHUTDOWN_TIMEOUT'; it must be a number of seconds."
-    exit 2
-    ;;
-esac
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT # seconds in which stopped processes save
 # A misspelt setting or a full disk should be found before hours of preparing data.
 export DATA DATA_SOURCE DATA_PATH DATA_DATASET DATA_CONFIG DATA_SPLIT DATA_TEXT_FIELD DATA_MAX_TOKENS NPROC
 code=0

@@ -26,6 +26,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if os.path.expanduser("~") == "~":  # neither HOME nor a known user, as in some containers: matplotlib would not import
     os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.gettempdir()}/matplotlib_{os.getuid()}")
 
+if "ipykernel" not in sys.modules:  # a backend or matplotlibrc that matplotlib cannot load would end the import
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+
 
 def available_cores() -> int:
     """Processors that this process may use."""
@@ -36,7 +39,9 @@ def _is_usable(folder: Path) -> bool:
     if any(map(str.isspace, str(folder))):
         return False
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    return existing.is_dir() and os.access(existing, os.W_OK)
+    # The compiler's programs cannot start from a disk mounted with noexec.
+    may_run = not os.statvfs(existing).f_flag & os.ST_NOEXEC
+    return may_run and existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def _own_temporary_folder() -> str:

@@ -4,6 +4,7 @@ Presets and sources are those of PRESETS and SOURCES. Imports torch only to coun
 """
 
 import os
+import re
 import shlex
 import sys
 import uuid
@@ -17,6 +18,7 @@ from src.utils import root
 from src.utils.errors import UserError, exit_with
 
 SCRIPT = "run_pre_training_e2e.sh"
+MAX_PROCESSES = 1_024  # and machines
 MEETING_MARGIN_S = 120  # another machine may notice a failure only after train.timeout_s
 
 
@@ -26,23 +28,24 @@ def main() -> None:
     sys.argv[0] = SCRIPT
     for name, value in settings(os.environ, overrides).items():
         if isinstance(value, list):  # an array, and "@" for the script's own arguments
-            words = shlex.join(value)
-            print(f"set -- {words}" if name == "@" else f"{name}=({words})")
+            joined = shlex.join(value)
+            print(f"set -- {joined}" if name == "@" else f"{name}=({joined})")
         else:
             print(f"{name}={shlex.quote(str(value))}")
 
 
 def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, str | int | list[str]]:
     """Returns every variable of the launcher by name. Raises UserError or ConfigError for one that cannot work."""
-    debug = _one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
-    preset = _one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
+    debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
+    preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
     default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
-    source = _one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
-    nodes = _number(variables, "NNODES", 1, 1, "a number of machines")
-    node = _number(variables, "NODE_RANK", 0, 0, f"this machine's number, from 0 to {nodes - 1}", nodes - 1)
+    source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
+    nodes = number(variables, "NNODES", 1, 1, "a number of machines", MAX_PROCESSES)
+    node = number(variables, "NODE_RANK", 0, 0, "this machine's number", nodes - 1)
     if nodes > 1 and not variables.get("MASTER_ADDR"):
         raise UserError(f"MASTER_ADDR is not set. With NNODES={nodes}, set it to the machine of NODE_RANK=0 on all.")
-    processes = _number(variables, "NPROC", 0, 1, "a number of processes") or _default_processes(preset)
+    processes = number(variables, "NPROC", 0, 1, "a number of processes", MAX_PROCESSES) or _default_processes(preset)
+    threads = max(1, available_cores() // processes)
     arguments = [argument for argument in overrides if argument != "--dry-run"]
     has_data = any(argument.split("=")[0] == "--data.dir" for argument in arguments)
     data = "ready" if has_data else "prepare" if node == 0 else "wait"
@@ -62,14 +65,17 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
         "DATA_SOURCE": source,
         "DATA_PATH": "\n".join(_paths(variables)),
         "DATASET": str(root.dataset_dir(config.data.dir)),
-        "DATA_WAIT": _number(variables, "DATA_WAIT", 21_600, 0, "a number of seconds"),
+        "DATA_WAIT": number(variables, "DATA_WAIT", 21_600, 0, "a number of seconds"),
         "NPROC": processes,
         "NNODES": nodes,
         "NODE_RANK": node,
-        "MASTER_PORT": _number(variables, "MASTER_PORT", 29_500, 1, "a port from 1 to 65535", 65_535),
-        "MAX_RESTARTS": _number(variables, "MAX_RESTARTS", 3, 0, "a number of restarts"),
+        "MASTER_PORT": number(variables, "MASTER_PORT", 29_500, 1, "a port", 65_535),
+        "MAX_RESTARTS": number(variables, "MAX_RESTARTS", 3, 0, "a number of restarts"),
         "MEETING_SECONDS": int(config.train.timeout_s) + MEETING_MARGIN_S,
-        "OMP_NUM_THREADS": variables.get("OMP_NUM_THREADS") or max(1, available_cores() // processes),
+        "OMP_NUM_THREADS": number(variables, "OMP_NUM_THREADS", threads, 1, "a number of threads", MAX_PROCESSES),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": number(
+            variables, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 120, 0, "a number of seconds", 10**6
+        ),
         "LAUNCH_ID": variables.get("LAUNCH_ID") or uuid.uuid4().hex,
         "DRY_RUN": "yes" if "--dry-run" in overrides else "",
         "preparation": preparation if data == "prepare" else [],
@@ -87,7 +93,7 @@ def _default_processes(preset: str) -> int:
 
 def _preparation(source: str, variables: Mapping[str, str]) -> tuple[list[str], str]:
     """Returns the arguments of data_downloader and the name or path of the dataset's folder."""
-    limit = _number(variables, "DATA_MAX_TOKENS", 0, 1, "a number of tokens, such as 10_000_000")
+    limit = number(variables, "DATA_MAX_TOKENS", 0, 1, "a number of tokens, such as 10_000_000")
     dataset = variables.get("DATA_DATASET", "") if source == "hub" else ""
     if source == "hub" and not dataset:
         raise UserError("DATA_DATASET is not set. DATA_SOURCE=hub needs the name of a dataset, OWNER/NAME.")
@@ -107,20 +113,20 @@ def _paths(variables: Mapping[str, str]) -> list[str]:
     return [os.path.abspath(os.path.expanduser(line)) for line in lines if line]
 
 
-def _one_of(variable: str, value: str, names: Collection[str]) -> str:
+def one_of(variable: str, value: str, names: Collection[str]) -> str:
     if value not in names:
         raise UserError(f"{variable} is {value!r}; it must be one of {', '.join(names)}.")
     return value
 
 
-def _number(
+def number(
     variables: Mapping[str, str], name: str, default: int, at_least: int, meaning: str, at_most: int = 10**15
 ) -> int:
     """Returns the number that the variable holds, or `default` where it is empty or unset."""
     text = variables.get(name) or str(default)
-    value = int(text.replace("_", "")) if text.replace("_", "").isdecimal() and len(text) < 20 else -1
+    value = int(text) if re.fullmatch("[0-9](_?[0-9]){,18}", text) else -1
     if variables.get(name) and not at_least <= value <= at_most:
-        raise UserError(f"{name} is {text!r}; it must be {meaning}.")
+        raise UserError(f"{name} is {text[:40]!r}; it must be {meaning}, from {at_least:,} to {at_most:,}.")
     return value
 
 

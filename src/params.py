@@ -5,7 +5,6 @@ under each field is its help text on the command line.
 """
 
 import dataclasses
-import math
 import re
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -17,6 +16,9 @@ MAX_WIDTH = MAX_VOCAB = 65_536  # token ids are uint16
 MAX_LAYERS = 1_024
 MAX_CONTEXT = 1_048_576
 MAX_COUNT = 10**9
+MAX_SAMPLES = 1_000  # of a prompt: they are one batch
+MAX_NEW_TOKENS = 1_000_000
+MAX_REAL = 1e12
 MAX_TOKENS = 10**15
 Reporter = Literal["tensorboard", "wandb"]
 
@@ -146,10 +148,9 @@ class OptimConfig:
         for name in ("beta1", "beta2", "momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 problems.append(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
-        if not 0.0 <= self.weight_decay < math.inf:
-            problems.append(f"optim.weight_decay = {self.weight_decay} must be finite and not negative")
-        if not 0.0 <= self.spike_z < math.inf:
-            problems.append(f"optim.spike_z = {self.spike_z} must be finite and not negative; 0 turns it off")
+        for name in ("weight_decay", "spike_z"):
+            if not 0.0 <= getattr(self, name) <= MAX_REAL:
+                problems.append(f"optim.{name} = {getattr(self, name)} must be at least 0 and at most {MAX_REAL:g}")
         return problems
 
 
@@ -185,8 +186,8 @@ class TrainConfig:
         problems = _outside(self, "train", limits)
         if self.micro_batch_size != "auto":
             problems += _outside(self, "train", {"micro_batch_size": MAX_COUNT})
-        if not 0 < self.timeout_s <= MAX_COUNT:
-            problems.append(f"train.timeout_s = {self.timeout_s} must be above 0 and at most {MAX_COUNT:,}")
+        if not 1 <= self.timeout_s <= MAX_COUNT:
+            problems.append(f"train.timeout_s = {self.timeout_s} must be at least 1 and at most {MAX_COUNT:,}")
         if self.total_steps is not None and not 1 <= self.total_steps <= MAX_STEPS:
             problems.append(f"train.total_steps = {self.total_steps} must be at least 1 and at most {MAX_STEPS:,}")
         if not 0 <= self.seed < 2**63:
@@ -219,8 +220,9 @@ class EvalConfig:
     """New tokens in each continuation."""
 
     def problems(self) -> list[str]:
-        names = "val_every_steps val_tokens hellaswag_every_steps sample_every_steps samples_per_prompt sample_tokens"
-        problems = _outside(self, "eval", dict.fromkeys(names.split(), MAX_COUNT))
+        names = "val_every_steps val_tokens hellaswag_every_steps sample_every_steps"
+        samples = {"samples_per_prompt": MAX_SAMPLES, "sample_tokens": MAX_NEW_TOKENS}
+        problems = _outside(self, "eval", dict.fromkeys(names.split(), MAX_COUNT) | samples)
         if not 0 <= self.hellaswag_items <= MAX_COUNT:
             problems.append(
                 f"eval.hellaswag_items = {self.hellaswag_items} must be at least 0 and at most {MAX_COUNT:,}; "
@@ -281,7 +283,7 @@ class Config:
             problems.append(f"run_name = {self.run_name!r} must be a plain folder name")
         if (length := len(self.run_name.encode(errors="replace"))) > MAX_NAME_BYTES:
             problems.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; it can have {MAX_NAME_BYTES}")
-        if self.resume not in ("auto", "never") and (not self.resume.isdecimal() or len(self.resume) > 9):
+        if self.resume not in ("auto", "never") and not re.fullmatch("[0-9]{1,9}", self.resume):
             problems.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
         if not 0 <= self.profile <= MAX_COUNT:
             problems.append(f"profile = {self.profile} must be at least 0 and at most {MAX_COUNT:,}; 0 records nothing")
@@ -344,8 +346,7 @@ class Config:
         )
         if sequences % world_size == 0:
             share = sequences // world_size
-            sizes = [size for size in range(1, min(share, MAX_CONTEXT) + 1) if share % size == 0]
-            remedy = f"with {world_size} process(es), micro_batch_size can be {_either(sizes)}"
+            remedy = f"with {world_size} process(es), micro_batch_size can be {_either(sorted(divisors(share)))}"
         else:
             counts = [n for n in range(1, 2 * world_size) if sequences % (micro * n) == 0]
             step_tokens = world_size * micro * self.model.n_ctx
@@ -354,6 +355,12 @@ class Config:
             if counts:
                 remedy += f", or {_either(counts)} process(es)"
         raise ConfigError([f"{what}; {remedy}"])
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a positive integer, the largest first."""
+    small = [each for each in range(1, int(number**0.5) + 1) if number % each == 0]
+    return sorted({number // each for each in small} | set(small), reverse=True)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -417,9 +424,9 @@ def _outside(group: Any, prefix: str, limits: dict[str, int]) -> list[str]:
 
 def _not_positive(group: Any, prefix: str, names: str) -> list[str]:
     return [
-        f"{prefix}.{name} = {getattr(group, name)} must be above 0 and finite"
+        f"{prefix}.{name} = {getattr(group, name)} must be above 0 and at most {MAX_REAL:g}"
         for name in names.split()
-        if not 0 < getattr(group, name) < math.inf
+        if not 0 < getattr(group, name) <= MAX_REAL
     ]
 
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import json
 import os
 import platform
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.text_sources import SOURCES, Request, find_files
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
+from src.launcher_settings import number, one_of
 from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
 from src.model_assessment.trackers import require_packages
 from src.model_configs.my_llm_config import config_from_command_line
@@ -40,7 +42,17 @@ from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, 
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config, ConfigError
 from src.utils import root
-from src.utils.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STORAGE, BusyError, StorageError, UserError, exit_with, say
+from src.utils.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_STORAGE,
+    BusyError,
+    StorageError,
+    UserError,
+    connection_advice,
+    exit_with,
+    say,
+)
 from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
 from src.utils.handle_ddp import device_and_backend, processes_here, world_size
 
@@ -54,6 +66,8 @@ class Start:
     processes_here: int
     request: Request | None = None
     """The dataset that the launcher will prepare; None if it exists."""
+    made_for: Request | None = None
+    """The request that the existing dataset must fulfil; None if any dataset serves."""
     awaited: bool = False
     """True if another machine prepares the dataset."""
 
@@ -81,9 +95,17 @@ def main() -> int:
         "codes: 0 yes, 2 no, 4 no because of storage alone, 5 no because another process holds the run.",
         prog="python -m src.preflight",
     )
-    data = os.environ.get("DATA") if not (root.dataset_dir(config.data.dir) / MANIFEST).exists() else None
+    data = os.environ.get("DATA")
     request = requested(os.environ) if data == "prepare" else None
-    start = Start(config, world_size(), processes_here(), request, awaited=data == "wait")
+    exists = (root.dataset_dir(config.data.dir) / MANIFEST).exists()
+    start = Start(
+        config,
+        world_size(),
+        processes_here(),
+        request=None if exists else request,
+        made_for=request if exists else None,
+        awaited=data == "wait" and not exists,
+    )
     results, code = check_all(start)
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:
@@ -94,14 +116,20 @@ def main() -> int:
 
 def requested(variables: Mapping[str, str]) -> Request:
     """Returns the dataset that the launcher's variables describe."""
-    limit = variables.get("DATA_MAX_TOKENS")
+    source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE", ""), SOURCES)
+    dataset, config, split = (
+        variables.get(name) if source == "hub" else None for name in ("DATA_DATASET", "DATA_CONFIG", "DATA_SPLIT")
+    )
     return Request(
-        sources=[variables["DATA_SOURCE"]],
+        sources=[source],
         paths=[path for path in variables.get("DATA_PATH", "").splitlines() if path],
         text_field=variables.get("DATA_TEXT_FIELD") or "text",
         tokens_per_shard=100_000_000,
         seed=42,
-        max_tokens=int(limit) if limit else None,
+        max_tokens=number(variables, "DATA_MAX_TOKENS", 0, 1, "a number of tokens") or None,
+        dataset=dataset or None,
+        config=config or None,
+        split=split or None,
     )
 
 
@@ -130,8 +158,22 @@ def check_all(start: Start) -> tuple[dict[str, dict[str, str]], int]:
 def settings(start: Start) -> Found:
     steps = start.config.grad_accumulation_steps(start.world_size)
     here = f" ({start.processes_here} on this machine)" if start.processes_here != start.world_size else ""
+    if start.processes_here > 1:
+        _check_loopback()
     size = f"{start.config.train.micro_batch_size} x {start.config.model.n_ctx}"
     return Found(f"{start.world_size} process(es){here}, micro-batch {size}, {steps} accumulation step(s)")
+
+
+def _check_loopback() -> None:
+    """Raises UserError where this machine's processes cannot reach each other, as in a container without a network."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"Cannot connect processes on this machine: 127.0.0.1: {error.strerror}. Run ip link set lo up, or set "
+            "NPROC=1."
+        ) from None
 
 
 def device(start: Start) -> Found:
@@ -155,6 +197,13 @@ def dataset(start: Start) -> Found:
         files = f", {sum(map(len, find_files(request.paths).values())):,} of them" if request.paths else ""
         return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
     manifest = read_manifest(folder)
+    expected = start.made_for.stored() if start.made_for else {}
+    if changed := [name for name in expected if manifest.request.get(name) != expected[name]]:
+        was, now = ({name: each.get(name) for name in changed} for each in (manifest.request, expected))
+        raise UserError(
+            f"Cannot prepare {folder}: it holds another dataset, of {was} instead of {now}. Set DATA_DIR to another "
+            f"name, or train on this one with --data.dir {folder.name}."
+        )
     _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)
     for shards, at_least in ((manifest.train, config.batch_size), (manifest.validation, 1)):
         WindowDataset(folder, shards, config.model.n_ctx, config.model.n_vocab, at_least)
@@ -207,8 +256,8 @@ def hub(start: Start) -> Found:
     offline, evaluation = hub_settings.HF_HUB_OFFLINE, start.config.eval
     if source and SOURCES[source].uses_hub and not offline and not hub_answers(hub_settings.ENDPOINT):
         raise UserError(
-            f"Cannot prepare {source}: {hub_settings.ENDPOINT} does not answer. Set DATA_SOURCE to files or pydocs. If "
-            "everything was downloaded before, set HF_HUB_OFFLINE=1."
+            f"Cannot prepare {source}: {hub_settings.ENDPOINT} does not answer. {connection_advice()}, or set "
+            "DATA_SOURCE to files or pydocs. If everything was downloaded before, set HF_HUB_OFFLINE=1."
         )
     if not evaluation.hellaswag_items or evaluation.hellaswag_data == "held-out":
         return Found("not needed for HellaSwag")

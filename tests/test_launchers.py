@@ -301,7 +301,7 @@ def test_another_machine_waits_for_the_data_only_so_long(tmp_path: Path):
     ("arguments", "variables", "expected"),
     [
         (["--train.total-stps", "5"], {}, "--train.total-steps"),
-        ([], {"PRESET": "lf_llm_269m"}, "http://127.0.0.1:9 does not answer. Set DATA_SOURCE to files or pydocs."),
+        ([], {"PRESET": "lf_llm_269m"}, "or set DATA_SOURCE to files or pydocs."),
         ([], {"PRESET": "foo"}, "run_pre_training_e2e.sh: error: PRESET is 'foo'; it must be one of debug"),
         ([], {"PYTHON": "/nowhere/python"}, "error: Cannot find Python 3.10 to 3.13: PYTHON is '/nowhere/python'."),
     ],

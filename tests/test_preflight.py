@@ -241,3 +241,9 @@ def test_it_takes_seconds(commands: Commands):
     slow = ("torch", "datasets", "matplotlib", "pyarrow", "pandas", "transformers", "torch._dynamo")
     lines = f"import sys, src.preflight; print([name for name in {slow} if name in sys.modules])"
     assert commands.run([sys.executable, "-c", lines]).stdout == "['torch']\n"
+
+
+def test_a_dataset_of_another_request(data: Path):
+    start = replace(start_of(small(debug()), data), made_for=request("pydocs", max_tokens=5))
+    with pytest.raises(UserError, match=r"it holds another dataset, of .*'max_tokens': None.* instead of .*: 5"):
+        preflight.dataset(start)

@@ -153,16 +153,16 @@ def test_a_datasets_manifest_cannot_lead_elsewhere(dataset: Callable[..., Path],
         Journal.read(folder, folder)
 
 
-@pytest.mark.parametrize("name", ["../outside", "{outside}", "link"])
+@pytest.mark.parametrize("name", ["../outside", "{outside}", "00.tokens"])
 def test_a_preparations_journal_cannot_truncate_elsewhere(tmp_path: Path, name: str):
     work, outside = tmp_path / "work", tmp_path / "outside"
     work.mkdir()
     outside.write_bytes(b"documents")
-    (work / "link").symlink_to(outside)
+    (work / "00.tokens").symlink_to(outside)
     journal = Journal(work, is_kept=True)
     journal.files[name.format(outside=outside)] = 2
     journal.write()
-    with pytest.raises(ValueError, match="leads elsewhere"):
+    with pytest.raises(ValueError, match=r"elsewhere|files of a journal"):
         Journal.read(work, tmp_path)
     assert outside.read_bytes() == b"documents"
 

@@ -110,9 +110,9 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
         write_manifest(folder, _manifest(request, details, documents, journal))
     if journal.replaced_in:
         say(
-            f"invalid UTF-8 in {journal.counts['replaced_invalid']} document(s) was replaced by the character U+FFFD: "
-            f"{', '.join(f'{count} in {name}' for name, count in journal.replaced_in.items())}; convert these files to "
-            "UTF-8 if they are in another encoding"
+            f"warning: invalid UTF-8 in {journal.counts['replaced_invalid']} document(s) was replaced by the character "
+            f"U+FFFD: {', '.join(f'{count:,} in {name}' for name, count in journal.replaced_in.items())}. If a file "
+            "is in another encoding, convert it and prepare the dataset again: iconv -f LATIN1 -t UTF-8 FILE > NEW"
         )
     return read_manifest(folder)
 
@@ -145,7 +145,7 @@ def repair(folder: Path, workers: int) -> Manifest:
     damaged = [manifest.shards[number] for number in faults]
     try:
         prepare(Request.from_stored(manifest.request), again, workers, expected=manifest)
-    except (UserError, TypeError, KeyError) as error:  # of a request that another program wrote
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # also of a request that another program wrote
         raise UserError(f"Cannot repair {folder}: {error}. Restore the sources, or the shards from a copy.") from error
     for shard in damaged:
         if fault := shard_fault(again, shard, manifest.n_vocab, full=True):
@@ -329,11 +329,17 @@ def _parser() -> argparse.ArgumentParser:
     out_help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source; "
     parser.add_argument("--out", metavar="DIR", help=f"{out_help}needed for --source files and hub)")
     workers_help = "processes that tokenise; the result is the same for any number (default: one a core, %(default)s)"
-    parser.add_argument("--workers", **number, default=available_cores(), help=workers_help)
+    parser.add_argument(
+        "--workers", type=_number_from(1, 1_024), metavar="N", default=available_cores(), help=workers_help
+    )
     shard_help = "a shard holds at most this many tokens, or one longer document (default: %(default)s)"
     parser.add_argument("--tokens-per-shard", **number, default=100_000_000, help=shard_help)
     parser.add_argument(
-        "--seed", type=_number_from(0), metavar="N", default=42, help="seed of the shuffle (default: %(default)s)"
+        "--seed",
+        type=_number_from(0, 2**63 - 1),
+        metavar="N",
+        default=42,
+        help="seed of the shuffle (default: %(default)s)",
     )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
@@ -345,12 +351,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number_from(minimum: int) -> Callable[[str], int]:
+def _number_from(minimum: int, maximum: int = 10**15) -> Callable[[str], int]:
     def number(text: str) -> int:
-        value = int(text.replace("_", ""))
-        if not minimum <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is {'below ' + str(minimum) if value < minimum else 'too large'}")
-        return value
+        digits = text.replace("_", "")
+        if not (digits.isdecimal() and len(digits) < 20 and minimum <= int(digits) <= maximum):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {minimum} to {maximum:,}")
+        return int(digits)
 
     return number
 

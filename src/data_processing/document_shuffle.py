@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -37,11 +38,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.data_processing.file_formats import Documents
-from src.data_processing.shards import SHARD_NAME, TOKEN_DTYPE, Shard, check_names, shard_fault, write_shard
+from src.data_processing.shards import (
+    SHARD_NAME,
+    TOKEN_DTYPE,
+    Shard,
+    check_shards,
+    check_sources,
+    check_types,
+    shard_fault,
+    write_shard,
+)
 from src.data_processing.text_sources import Request, Source
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer, replace_surrogates
 from src.utils.errors import BusyError, StorageError, UserError, now_and_then, say
-from src.utils.files import bytes_below, lies_in, read_json, replacing, storage_errors, try_lock
+from src.utils.files import bytes_below, lies_in, open_regular, read_json, replacing, storage_errors, try_lock
 
 WORK = ".preparing"
 DOWNLOADS = "downloads"
@@ -53,6 +63,8 @@ _BUCKETS = 256
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE, _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS = 20, 4, 16_384
 _FILES_NAMED = 5
+_MOST_SHARDS = 100_000
+_BUCKET_FILE = re.compile(r"[0-9a-f]{2}\.(records|tokens)")
 
 # NumPy compares byte strings as unsigned bytes, which is the order of the keys. A key's trailing zero bytes are lost
 # when it leaves the array (`_write_shard` restores them), but equal keys stay equal.
@@ -85,7 +97,7 @@ class Journal:
     )
     """Documents that are not empty and their tokens, duplicates included; documents left out; documents mended."""
     replaced_in: dict[str, int] = field(default_factory=dict)
-    """Documents with replaced characters by file; the files beyond the first five together."""
+    """Number of replaced characters by file; of the files beyond the first five together."""
     files: dict[str, int] = field(default_factory=dict)
     """Length in bytes of each bucket file."""
     shards: list[Shard] = field(default_factory=list)
@@ -107,10 +119,15 @@ class Journal:
         if not (work / JOURNAL).exists():
             return cls(work)
         content = read_json(work / JOURNAL)
-        content["position"] = Position(*content["position"])
+        content["position"] = position = Position(*content["position"])
         content["shards"] = [Shard(**entry) for entry in content["shards"]]
-        journal = cls(work, **content)
-        check_names(journal.shards)
+        journal, numbers = cls(work, **content), {**content["counts"], **content["replaced_in"], **content["files"]}
+        check_types([(flag, bool, "journal") for flag in (journal.is_complete, journal.is_kept)])
+        check_types((number, int, "journal") for number in (*numbers.values(), *position[:3]))
+        check_types([(position.share, float, "share")])
+        if journal.counts.keys() != cls(work).counts.keys() or not all(map(_BUCKET_FILE.fullmatch, journal.files)):
+            raise ValueError("these are not the counts and files of a journal")
+        check_shards(journal.shards)
         for name, length in journal.files.items():
             path = work / name
             if journal.shards and not path.exists():
@@ -126,8 +143,11 @@ class Journal:
     def append(self, name: str, content: bytes) -> None:
         """Append to a bucket file, safe from a power cut if the journal is kept. Raises StorageError."""
         length = self.files.get(name, 0)
-        # A file the journal does not know is left by a start that was killed before it wrote one.
-        with storage_errors(self.work / name), open(self.work / name, "ab" if length else "wb") as file:
+        with storage_errors(self.work / name):
+            if not length:  # a file the journal does not know is left by a start that was killed before it wrote one
+                (self.work / name).unlink(missing_ok=True)
+            file = open(self.work / name, "ab" if length else "xb")  # noqa: SIM115 (closed below)
+        with storage_errors(self.work / name), file:
             file.write(content)
             if self.is_kept:
                 file.flush()
@@ -143,9 +163,12 @@ def claimed_work(folder: Path) -> Iterator[Path]:
     StorageError if the folder cannot be written, and BusyError if another process holds it.
     """
     work = folder / WORK
-    with storage_errors(folder):
+    with storage_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / _LOCK, "ab")  # noqa: SIM115 (held open as long as the lock)
+        if work.is_symlink():  # all in this folder may be deleted
+            raise StorageError(f"Cannot use {work}: it is a link. Move it away.")
+    with storage_errors(work / _LOCK):
+        lock = open_regular(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     with lock:
         if not try_lock(lock) or not os.fstat(lock.fileno()).st_nlink:  # its last holder may have deleted it
             raise BusyError(
@@ -167,6 +190,7 @@ def resume(folder: Path, work: Path, request: Request) -> tuple[list[dict[str, A
     if (work / PLAN).exists():
         with suppress(ValueError, KeyError, TypeError):
             plan = read_json(work / PLAN)
+            check_sources(plan["sources"])
             if (plan["version"], plan["request"]) == (PLAN_VERSION, request.stored()):
                 return plan["sources"], Journal.read(work, folder)
         say("starting over: the unfinished work is damaged or of another request")
@@ -218,8 +242,13 @@ def fill_buckets(sources: Sequence[Source], request: Request, journal: Journal, 
         share = max(position.share, counts["documents"] / limits[0], counts["tokens"] / limits[1])
         rate = (counts["tokens"] - tokens_before) / (time.monotonic() - start)
         say_if_due(f"{share:.0%}, {counts['documents']:,} documents, {counts['tokens']:,} tokens, {rate:,.0f} tokens/s")
-    for source in sources:
-        source.check_unchanged()
+    try:
+        for source in sources:
+            source.check_unchanged()
+    except UserError:  # what is in the buckets may be of neither version, and the next start must not resume it
+        with storage_errors(journal.work / JOURNAL, "delete"):
+            (journal.work / JOURNAL).unlink(missing_ok=True)
+        raise
     journal.is_complete = True
     _flush(waiting, journal)
 
@@ -234,6 +263,8 @@ class Document(NamedTuple):
     source: int = 0
     replaced_in: str | None = None
     """Its file, if U+FFFD replaces what is not UTF-8."""
+    replaced: int = 0
+    """Number of these characters."""
 
     @property
     def tokens(self) -> int:
@@ -298,17 +329,18 @@ def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Docum
     mark = TOKEN_DTYPE.type(tokenizer.end_of_text).tobytes()
     encoded = []
     for text in documents.texts():
-        replaced_in = None
+        replaced_in, replaced = None, 0
         if not text or text.isspace():
             encoded.append(Document())
             continue
         try:
             data = text.encode()
         except UnicodeEncodeError:
-            text = replace_surrogates(text)
-            data, replaced_in = text.encode(), str(documents.path)
+            mended = replace_surrogates(text)
+            replaced = mended.count("\ufffd") - text.count("\ufffd")
+            text, data, replaced_in = mended, mended.encode(), str(documents.path)
         ids = mark + tokenizer.encode_to_numpy(text).tobytes()
-        encoded.append(Document(document_key(data, seed), ids, len(data), source, replaced_in))
+        encoded.append(Document(document_key(data, seed), ids, len(data), source, replaced_in, replaced))
     return encoded
 
 
@@ -421,6 +453,11 @@ def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[Ranges]
         pieces = [(first, min(last, begin)), (max(first, begin) + end - begin, last + end - begin)]
         shards.append([(low, high) for low, high in pieces if low < high])
         first = last
+    if len(shards) > _MOST_SHARDS:
+        raise UserError(
+            f"Cannot divide {total:,} tokens into {len(shards):,} shards: {_MOST_SHARDS:,} are the most. Use at least "
+            f"--tokens-per-shard {-(-total // _MOST_SHARDS) * 2}."
+        )
     return shards
 
 
@@ -478,7 +515,7 @@ def _within_limits(batch: list[Document], request: Request, journal: Journal) ->
         if name := document.replaced_in:
             counts["replaced_invalid"] += 1
             name = name if name in journal.replaced_in or len(journal.replaced_in) < _FILES_NAMED else "other files"
-            journal.replaced_in[name] = journal.replaced_in.get(name, 0) + 1
+            journal.replaced_in[name] = journal.replaced_in.get(name, 0) + document.replaced
     return batch[:allowed]
 
 

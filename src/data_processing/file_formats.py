@@ -7,6 +7,8 @@ that are not UTF-8 arrive as lone surrogates (PEP 383): the writer replaces and 
 import codecs
 import gzip
 import json
+import re
+import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +21,7 @@ from src.utils.errors import UserError
 
 EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
 BATCH_BYTES = 1 << 20
+_ODD_BYTE = re.compile("[\udc80-\udcff]")  # as surrogateescape keeps it
 # The longer marks first: UTF-16's begins UTF-32's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -26,7 +29,11 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_LFS_POINTER = re.compile(rb"\s*version https?://\S+\s+(ext-\S+ \S+\s+)*oid \w+:\w+\s+size \d+\s*")
+_ANNEX_POINTER = re.compile(rb"/annex/objects/\S+\s*")
+
+
+_CONVERT = "Convert it to UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW, or from the encoding that it has."
 
 
 @dataclass(frozen=True)
@@ -86,12 +93,21 @@ def read_batches(path: Path, text_field: str, skip: int = 0) -> Iterator[tuple[D
     read = {".txt": _read_text, ".md": _read_text, ".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
         with open(path, "rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise UserError(f"Cannot read {path}: it is a Git LFS pointer. Run git lfs pull to fetch the file.")
+            head = file.read(1_025)  # pointers are shorter
+        if _LFS_POINTER.fullmatch(head):
+            raise UserError(f"Cannot read {path}: it is a Git LFS pointer. Run git lfs pull to fetch the file.")
+        if _ANNEX_POINTER.fullmatch(head):
+            raise UserError(f"Cannot read {path}: it is a git-annex pointer. Run git annex get to fetch the file.")
         yield from islice(read.get(path.suffix.lower(), _read_lines)(path, text_field), skip, None)
     except UserError:
         raise
     except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:  # pyarrow's are among them
+        if path.suffix.lower() == ".zst" and "too much memory" in str(error):  # its window exceeds pyarrow's 128 MiB
+            new = shlex.quote(f"{path.with_suffix('').with_suffix('')}-small-window.jsonl.zst")
+            raise UserError(
+                f"Cannot read {path}: its zstd window is larger than 128 MiB. Compress it again and give that file: "
+                f"zstd -dc --long=31 {shlex.quote(str(path))} | zstd -o {new}"
+            ) from None
         raise UserError(
             f"Cannot read {path}: {error}. If the file is damaged, fetch it again, or leave it out."
         ) from None
@@ -105,23 +121,32 @@ def check_column(schema: Any, text_field: str, where: Path | str) -> None:
         raise _missing_field(str(where), text_field, schema.names)
     kind = schema.field(text_field).type
     values = kind.value_type if pa.types.is_dictionary(kind) else kind  # as pandas writes categories
-    if not any(is_text(values) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
-        raise UserError(f"Cannot read {where}: column {text_field!r} must hold text, found type {kind}.")
+    # Bytes are read as UTF-8. A column of nulls is text that this file happens to lack.
+    names = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"}
+    if str(values) not in names:
+        raise UserError(
+            f"Cannot read {where}: column {text_field!r} must hold text, found type {kind}. Choose one of "
+            f"{', '.join(schema.names)} with --text-field NAME."
+        )
 
 
 def _read_text(path: Path, text_field: str) -> Iterator[tuple[Texts, float]]:
     """Read a file as one text, decoded from UTF-8, or from UTF-16 or UTF-32 with a mark; its line ends become "\\n"."""
     data = path.read_bytes()
-    encoding = _encoding_of(data[:4096], path)
+    encoding = _encoding_of(data, path)
     try:
         text = data.decode(encoding, "surrogatepass" if encoding != "utf-8-sig" else "surrogateescape")
     except UnicodeDecodeError:  # a mark of UTF-16 by chance: what is not UTF-8 is replaced and counted
         text = data.decode("utf-8", "surrogateescape")
+    # Some odd bytes are replaced and counted. So many are another encoding, unless zeros show that it is not text.
+    odd = 0 if text.isascii() or b"\0" in data else len(_ODD_BYTE.findall(text))
+    if odd >= 100 and odd > len(text) // 10:
+        raise UserError(f"Cannot read {path}: {odd:,} of {len(text):,} characters are not UTF-8. {_CONVERT}")
     yield Texts([text.replace("\r\n", "\n").replace("\r", "\n")], path), 1.0
 
 
 def _encoding_of(head: bytes, path: Path) -> str:
-    """Return the encoding of a text that begins with `head`, by its mark. Raises UserError if the mark is missing."""
+    """Return the encoding of a text or its beginning, `head`, by its mark. Raises UserError if the mark is missing."""
     for mark, encoding in _MARKS.items():
         if head.startswith(mark):
             return encoding
@@ -129,7 +154,7 @@ def _encoding_of(head: bytes, path: Path) -> str:
     # Of each two or four bytes, the same ones are zero in most characters of UTF-16 and UTF-32, and others never.
     zeros = max(min(share[first], share[second]) for first, second in ((1, 3), (0, 2), (2, 3), (0, 1)))
     if zeros > 0.02 and min(share) <= 0.1 * zeros:
-        raise UserError(f"Cannot read {path}: it looks like UTF-16 or UTF-32 without a mark. Convert it to UTF-8.")
+        raise UserError(f"Cannot read {path}: it looks like UTF-16 or UTF-32 without a mark. {_CONVERT}")
     return "utf-8-sig"
 
 
@@ -140,7 +165,7 @@ def _read_lines(path: Path, text_field: str) -> Iterator[tuple[Lines, float]]:
         while chunk := stream.read(BATCH_BYTES):
             if line_number == 1 and not chunks:
                 if (encoding := _encoding_of(chunk[:4096], path)) != "utf-8-sig":
-                    raise UserError(f"Cannot read {path}: it is {encoding.upper()} text. Convert it to UTF-8.")
+                    raise UserError(f"Cannot read {path}: it is {encoding.upper()} text. {_CONVERT}")
                 chunk = chunk.removeprefix(codecs.BOM_UTF8)
             head, newline, tail = chunk.rpartition(b"\n")
             if newline:
@@ -174,7 +199,8 @@ def _text_of(line: str, where: str, text_field: str) -> str:
         raise _missing_field(where, text_field, list(row))
     text = "" if row[text_field] is None else row[text_field]
     if not isinstance(text, str):
-        raise UserError(f"Cannot read {where}: field {text_field!r} must hold text, found {json.dumps(text)[:60]}.")
+        shown = type(text).__name__ if isinstance(text, list | dict) else json.dumps(text)[:60]
+        raise UserError(f"Cannot read {where}: field {text_field!r} must hold text, found {shown}.")
     return text
 
 
@@ -196,7 +222,7 @@ def _read_arrow(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
     """Read both forms of Arrow's IPC format: a file, and a stream as the package datasets writes it."""
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as source:
+    with pa.OSFile(str(path)) as source:  # not mapped: a mapped file that shrinks meanwhile kills the process
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)

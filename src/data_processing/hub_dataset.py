@@ -15,6 +15,7 @@ reaches the hub's host only. Its ready-made calls don't fit: `hf_hub_download` r
 
 import io
 import json
+import os
 import posixpath
 import random
 import re
@@ -39,7 +40,7 @@ from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers, 
 from src.data_processing.file_formats import Column, Documents, check_column, read_batches
 from src.data_processing.text_sources import Request, Source
 from src.utils.errors import StorageError, UserError, hub_errors, hub_failure, hub_reason, say
-from src.utils.files import fingerprint, storage_errors, sync
+from src.utils.files import fingerprint, free_bytes, open_regular, size_text, storage_errors, sync
 from src.utils.rand_idx_seq_gen import permutation
 
 T = TypeVar("T")
@@ -69,7 +70,8 @@ class HubFile:
         elsewhere = {"", ".", ".."} & set(self.path.split("/"))
         if not (
             re.fullmatch("[0-9a-f]{40}", self.revision)
-            and (re.fullmatch(r".{1,230}\.parquet", self.path) and self.path.isprintable() and not elsewhere)
+            and (self.path.endswith(".parquet") and self.path.isprintable() and not elsewhere)
+            and len(_local_name(self).encode()) < 240  # .partial is appended to it
             and (type(self.bytes) is int and 0 <= self.bytes < 1 << 50)
             and (self.sha256 is None or re.fullmatch("[0-9a-f]{64}", self.sha256))
         ):
@@ -85,12 +87,14 @@ def open_hub(name: str, request: Request, pinned: Sequence[dict[str, Any]], down
     try:
         details = pinned[0] if pinned else _details(name, request)
         files = [HubFile(details["repository"], details["revision"], **file) for file in details["hub_files"]]
+        if len(set(map(_local_name, files))) < len(files):
+            raise ValueError("two of its files would have one name here")
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"Cannot use the list of files of {request.dataset}: {type(error).__name__}: {error}. Check the name and "
-            "HF_ENDPOINT, or delete the dataset's folder and prepare it again."
+            f"Cannot use the list of files of {request.dataset}: {type(error).__name__}: {str(error)[:300]}. Check "
+            "the name and HF_ENDPOINT, or delete the dataset's folder and prepare it again."
         ) from None
     keys = ("config", "split", "repository", "revision", "hub_files")  # without the counts of an earlier preparation
     details = {"name": name} | {key: details[key] for key in keys if key in details}
@@ -117,7 +121,7 @@ class _WholeFiles(Source):
         return read_batches(path, self._text_field, skip)
 
     def _path(self, unit: int) -> Path:
-        return self._folder / self._files[unit].path.replace("/", "--")
+        return self._folder / _local_name(self._files[unit])
 
 
 class _RandomPart(Source):
@@ -147,9 +151,13 @@ class _RandomPart(Source):
             # Without pyarrow's buffer ahead and threads: those can abort a process that exits meanwhile.
             parquet = pq.ParquetFile(_RemoteFile(file), metadata=footer, pre_buffer=False)
             column = parquet.read_row_group(group, columns=[self._text_field], use_threads=False).column(0)
-            return column.cast(pa.large_string()).combine_chunks()
+            return column.cast(pa.large_binary()).combine_chunks()
 
         return _retry(f"row group {group} of {file.path}", file.repository, read)
+
+
+def _local_name(file: HubFile) -> str:
+    return file.path.replace("/", "--")
 
 
 class _RemoteFile(io.RawIOBase):
@@ -250,8 +258,14 @@ def _download(file: HubFile, path: Path) -> None:
     """Append the missing bytes to a partial file, verify it and give it its name. One attempt."""
     partial = path.with_name(path.name + ".partial")
     with storage_errors(partial):
-        output = open(partial, "ab", buffering=0)  # noqa: SIM115 (closed below)
+        output = open_regular(partial, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+        output.seek(0, os.SEEK_END)
     with output:
+        if (missing := file.bytes - output.tell()) > free_bytes(path):
+            raise StorageError(
+                f"Cannot download {file.path}: {size_text(missing)} are missing, {size_text(free_bytes(path))} of disk "
+                f"are free at {path.parent}. Make room, or use another disk with --out or TEMP_DATA_DIR."
+            )
         for chunk in _read_range(file, output.tell(), file.bytes):
             # Only writes may become storage errors: the hub's errors are OSErrors too, and are retried.
             with storage_errors(partial, needed_bytes=file.bytes - output.tell()):

@@ -124,8 +124,10 @@ def read_manifest(folder: Path) -> Manifest:
         reason = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
         command = f"{_COMMAND} --source SOURCE --out {shlex.quote(str(folder))}"
         raise UserError(f"Cannot find a dataset at {folder}: {reason}. Prepare it with: {command}") from None
+    except StorageError as error:  # a pipe, device or folder of that name
+        raise UserError(str(error)) from None
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
+        raise UserError(f"Cannot read {path}: {error.strerror}. Fix its permissions, or restore it.") from None
     if content.pop("format", None) != FORMAT_VERSION:
         raise UserError(f"Cannot read {path}: this program reads format {FORMAT_VERSION} only. {_REDO}")
     try:
@@ -246,7 +248,7 @@ def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iter
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": TOKEN_DTYPE.str, "fortran_order": False, "shape": (tokens,)})
     digest = hashlib.sha256(header.getvalue())
-    # Hashed as it is written, because a corpus of 20 GB would otherwise be read once more.
+    # Hashed during the write, because a corpus of 20 GB would otherwise be read once more.
     with replacing(folder / name, expected_bytes=tokens * TOKEN_DTYPE.itemsize) as file:
         file.write(header.getvalue())
         for array in arrays:
@@ -266,9 +268,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
-def check_names(shards: Iterable[Shard]) -> None:
-    """Raise ValueError if a shard's file is not named as `write_shard` names it."""
+def check_shards(shards: Iterable[Shard]) -> None:
+    """Raise ValueError or TypeError if a shard's file is not named as `write_shard` names it, or a type is wrong."""
     for number, shard in enumerate(shards):
+        check_types((getattr(shard, field.name), field.type, field.name) for field in dataclasses.fields(shard))
         name = SHARD_NAME.fullmatch(shard.file)
         if name is None or Path(shard.file).name != shard.file or not shard.file.isprintable():
             raise ValueError(f"{shard.file!r} is not the name of a shard")
@@ -279,21 +282,33 @@ def check_names(shards: Iterable[Shard]) -> None:
 def _check_manifest(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for a manifest that no preparation writes."""
     typed = [(getattr(manifest, field.name), field) for field in dataclasses.fields(manifest)]
-    typed += [(getattr(shard, field.name), field) for shard in manifest.shards for field in dataclasses.fields(shard)]
-    _check_types((value, get_origin(field.type) or field.type, field.name) for value, field in typed)
-    _check_types((value, int, name) for name, value in manifest.counts.items())
-    _check_types((value, int, "document_lengths") for value in manifest.document_lengths)
-    _check_types((value, dict, "sources") for value in manifest.sources)
+    check_types((value, get_origin(field.type) or field.type, field.name) for value, field in typed)
+    check_types((value, int, name) for name, value in manifest.counts.items())
+    check_types((value, int, "document_lengths") for value in manifest.document_lengths)
+    check_sources(manifest.sources)
+    if manifest.n_vocab > 1 << 16 or manifest.end_of_text >= manifest.n_vocab or len(manifest.document_lengths) > 64:
+        raise ValueError("n_vocab, end_of_text or document_lengths do not fit uint16 token ids")
+    check_shards(manifest.shards)
     if not manifest.validation or not manifest.train or manifest.shards[0].split != "validation":
         raise ValueError("it needs a validation shard first, then at least one training shard")
-    check_names(manifest.shards)
     for name in ("tokens", "documents", "text_bytes"):
         total = sum(getattr(shard, name) for shard in manifest.shards)
         if manifest.counts[name] != total:
             raise ValueError(f"its shards hold {total} {name}, its total says {manifest.counts[name]}")
 
 
-def _check_types(typed: Iterable[tuple[Any, Any, str]]) -> None:
+def check_sources(sources: Iterable[Any]) -> None:
+    """Raise TypeError or KeyError unless these can be the sources of a manifest."""
+    known = {"name": str, "documents": int, "tokens": int, "text_bytes": int, "files": list, "packages": dict}
+    for source in sources:
+        check_types([(source, dict, "sources"), (source["name"], str, "name")])
+        check_types((source[name], kind, name) for name, kind in known.items() if name in source)
+        for entry in source.get("files", ()):
+            check_types([(entry, dict, "files")])
+            check_types((entry[name], kind, name) for name, kind in (("path", str), ("sha256", str), ("bytes", int)))
+
+
+def check_types(typed: Iterable[tuple[Any, Any, str]]) -> None:
     """Raise TypeError unless each value is of that very type; a bool is not an int, and an int is a size."""
     for value, expected, name in typed:
         if type(value) is not expected or (type(value) is int and not 0 <= value < 2**63):
@@ -339,9 +354,9 @@ def _check_content(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[
 def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Return the stamp's entries, by file name, of the shards that are still the files that were sound."""
     try:
-        content = json.loads((folder / STAMP).read_bytes())
+        content = read_json(folder / STAMP)
         stamped = dict(content["shards"]) if content["format"] == STAMP_FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}  # absent or damaged: everything is read
     entries = {shard.file: _entry(folder, shard, manifest) for shard in manifest.shards}
     return {file: entry for file, entry in entries.items() if entry and stamped.get(file) == entry}

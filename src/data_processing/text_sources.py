@@ -9,6 +9,7 @@ model card ask that table.
 
 import glob
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ _BYTES_PER_TOKEN = 4
 _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
 # Of Python 3.11 with NumPy 2.2 and PyTorch 2.13; other versions differ by some percent.
 _PYDOCS_BYTES, _PYDOCS_TOKENS = 7_300_000, 2_400_000
+_HF_CACHE = re.compile(r"(tmp|cache-).*\.arrow")
 _HUB_FIELDS = ("dataset", "config", "split")
 
 
@@ -156,8 +158,10 @@ def find_files(paths: Sequence[str]) -> dict[str, list[Path]]:
         tops = [Path(match).absolute() for match in matches]
         inside = {path for top in tops for path in (_files_below(top) if top.is_dir() else [top])}
         readable = {path for path in inside if path.name.lower().endswith(EXTENSIONS) and path.is_file()}
+        # The package datasets leaves intermediate results next to its data. Named itself, such a file is read.
+        readable -= {path for path in readable if _HF_CACHE.fullmatch(path.name) and not os.path.isfile(given)}
         if not readable:
-            raise UserError(f"Cannot read --path {given}: expected a file ending in {', '.join(EXTENSIONS)}.")
+            raise UserError(f"Cannot read --path {given}: expected a regular file ending in {', '.join(EXTENSIONS)}.")
         if others := sorted(inside - readable):
             say(f"left out {len(others)} file(s) of {given}, such as {others[0].name}")
         files[given] = []
@@ -196,9 +200,9 @@ class Files(Source):
         return read_batches(self._files[unit], self._text_field, skip)
 
     def check_unchanged(self) -> None:
-        for path, stat, entry in zip(self._files, self._stats, self.details["files"], strict=True):
-            # Setting the times back changes the ctime. A file that was only touched is read again, and passes.
-            if _stat(path) != stat and _describe(path) != entry:
+        for path, stat in zip(self._files, self._stats, strict=True):
+            # Equal content now would not prove that it was the content read: a file may be replaced and put back.
+            if _stat(path) != stat:
                 raise UserError(
                     f"Cannot use {path}: it changed while it was being prepared. Rerun once it no longer changes."
                 )
@@ -281,7 +285,7 @@ def _stat(path: Path) -> tuple[int, ...] | None:
     try:
         stat = path.stat()
     except OSError:
-        return None  # `_describe` says why
+        return None  # gone; `_describe` says why before the first document is read
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 

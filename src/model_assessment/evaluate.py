@@ -22,6 +22,7 @@ from src.model_assessment import hellaswag
 from src.model_assessment.validation import validate
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, convert_weights, load_model
+from src.params import MAX_COUNT
 from src.utils.errors import UserError, exit_with, now_and_then, say
 from src.utils.hardware import autocast, choose_device, describe_machine
 from src.utils.root import dataset_dir
@@ -163,8 +164,8 @@ def _markdown(rows: list[list[str]]) -> str:
 def main() -> int:
     """The command line."""
     args = _parser().parse_args()
-    if args.val_tokens < 1:
-        raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to at least 1.")
+    if not 1 <= args.val_tokens <= MAX_COUNT:
+        raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to between 1 and {MAX_COUNT:,}.")
     folder, manifest = text_for(args.checkpoint, args.data)
     ask = None
     if args.hellaswag != "none":

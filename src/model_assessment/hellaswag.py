@@ -31,6 +31,7 @@ from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
 from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
 from src.model_utils.load_model import load_model
+from src.params import MAX_COUNT
 from src.utils.errors import UserError, exit_with, now_and_then, say
 
 # Recorded with every result. The last one must never be read as the first.
@@ -63,8 +64,8 @@ def choose_items(
     "auto" fetches HellaSwag. "held-out" makes a stand-in from the documents of `validation_shard`, always the same one.
     Anything else is a file. Raises UserError.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"Cannot use {limit} items. Set --limit to at least 1.")
+    if limit is not None and not 1 <= limit <= MAX_COUNT:
+        raise UserError(f"Cannot use {limit} items. Set --limit to between 1 and {MAX_COUNT:,}.")
     if data == "held-out":
         assert validation_shard is not None, "held-out items need held-out text"
         tokens = np.load(validation_shard, mmap_mode="r", allow_pickle=False)

@@ -12,9 +12,11 @@ from typing import Any
 from huggingface_hub import constants as hub
 from huggingface_hub import get_session
 
-from src.utils.errors import UserError, hub_errors
+from src.utils.errors import StorageError, UserError, connection_advice, hub_errors
+from src.utils.files import open_regular, parse_json
 
 HUB_TIMEOUT_SECONDS = 5
+MAX_BYTES = 1_000_000_000  # HellaSwag has 13 MB; a small .gz can hold terabytes
 NEEDED = "Needed: ind (an integer), ctx (text), endings (four texts) and label (0 to 3)"
 INSTEAD = "Give a local copy (.jsonl or .jsonl.gz, original format), or 'held-out' for a stand-in from held-out text"
 
@@ -40,12 +42,17 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
 
     Raises UserError with file and line number for a file that is missing, damaged, empty or of another format.
     """
-    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_text(path, "rt", encoding="utf-8") as file:
-            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()][:limit]
-    except (OSError, EOFError, UnicodeError, zlib.error) as error:
-        raise UserError(f"Cannot read {path}: {error}. {INSTEAD}.") from None
+        with open_regular(path) as file:
+            text = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise UserError(f"Cannot read {path}: it has more than {MAX_BYTES:,} bytes. {INSTEAD}.")
+        lines = [(number, line) for number, line in enumerate(text.split(b"\n"), start=1) if line.strip()][:limit]
+    except StorageError as error:  # a FIFO, folder or device
+        raise UserError(f"{error} {INSTEAD}.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"Cannot read {path}: {cause}. {INSTEAD}.") from None
     if not lines:
         raise UserError(f"{path} is empty. {NEEDED}, one JSON object per line.")
     return [_item(line, f"{path}, line {number}") for number, line in lines]
@@ -64,7 +71,8 @@ def fetch_items(limit: int | None = None) -> list[Item]:
     except Exception as error:  # of any library below: httpx, pyarrow, the hub's client
         raise UserError(f"Cannot fetch HellaSwag from {hub.ENDPOINT}: {error}. {INSTEAD}.") from error
     return [
-        _item(json.dumps(record), f"Rowan/hellaswag, record {i}") for i, record in enumerate(islice(records, limit))
+        _item(json.dumps(record).encode(), f"Rowan/hellaswag, record {i}")
+        for i, record in enumerate(islice(records, limit))
     ]
 
 
@@ -72,7 +80,7 @@ def refuse_silent_hub() -> None:
     """Raises UserError, within seconds, where `fetch_items` would wait for a hub that does not answer."""
     if not hub.HF_HUB_OFFLINE and not hub_answers(hub.ENDPOINT):
         raise UserError(
-            f"Cannot fetch HellaSwag: {hub.ENDPOINT} does not answer. {INSTEAD}. "
+            f"Cannot fetch HellaSwag: {hub.ENDPOINT} does not answer. {connection_advice()}. {INSTEAD}. "
             "If it was fetched before, HF_HUB_OFFLINE=1 uses the cached copy."
         )
 
@@ -92,12 +100,13 @@ def cached_items() -> Path | None:
     return next(cache.glob("Rowan___hellaswag/*/*/*/hellaswag-validation.arrow"), None)
 
 
-def _item(line: str, where: str) -> Item:
+def _item(line: bytes, where: str) -> Item:
     """The item of a JSON object; raises UserError that names the place and its wrong fields."""
     try:
-        record = dict[str, Any](json.loads(line))
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{where}: found {line.strip()[:60]!r}, not a JSON object. {NEEDED}.") from None
+        record = parse_json(line)
+    except ValueError as error:
+        found = line.strip()[:60].decode(errors="replace")
+        raise UserError(f"{where}: found {found!r}, not a JSON object: {error}. {NEEDED}.") from None
     endings, parts = record.get("endings"), [record.get(name) for name in ("activity_label", "ctx_a", "ctx_b")]
     good = {
         "ind": type(record.get("ind")) is int,

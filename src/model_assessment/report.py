@@ -9,11 +9,13 @@ run folder; training regenerates them regularly. The second writes comparison.ht
 
 import argparse
 import base64
+import glob
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,13 @@ from src.model_assessment.report_figures import COLORS, Picture, draw
 from src.model_assessment.run_history import Record, Run, compact, duration, fixed, moment, number, percent
 from src.params import ModelConfig
 from src.utils import root
-from src.utils.errors import UserError, exit_with, harmless
+from src.utils.errors import StorageError, UserError, exit_with, harmless
 from src.utils.files import storage_errors
 
 SHAPE = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "ffn_mult")
 # Groups of config.json that may explain a difference between runs. The others, command and times, always differ.
 COMPARED = ("config", "derived", "versions", "machine", "dataset")
+LONGEST_WRITE_SECONDS = 60.0
 Samples = dict[str, list[list[str]]]  # for each prompt, the texts in each column of a table
 
 
@@ -54,7 +57,7 @@ def write_report(run_dir: Path, background: str | None = None) -> Path:
         event_rows=[(moment(e["time"]), e["step"], e.get("name"), e.get("detail")) for e in run.of_kind("event")],
         settings=_setting_groups(run),
     )
-    with storage_errors(run_dir):
+    with storage_errors(run_dir / "plots"):
         (run_dir / "plots").mkdir(exist_ok=True)
         for picture in pictures:
             _replace(run_dir / "plots" / f"{picture.name}.png", picture.png)
@@ -190,9 +193,20 @@ def _page(now: float, pictures: list[Picture], **sections: Any) -> bytes:
 
 def _replace(path: Path, content: bytes) -> Path:
     """Writes a file so that a reader never sees half of it. The run and a person may do so at the same time."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a report that was killed
+        with suppress(OSError):
+            if time.time() - leftover.lstat().st_mtime > LONGEST_WRITE_SECONDS:
+                leftover.unlink()
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "xb") as file:  # never through a link of that name
+            file.write(content)
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise StorageError(
+            f"Cannot write {path}: {error.strerror}. Move what has that name away, or free some space."
+        ) from error
     return path
 
 

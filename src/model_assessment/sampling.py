@@ -7,7 +7,6 @@ Shapes: B sequences, T positions, D width, V vocabulary, K candidates for the ne
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_utils.load_model import WEIGHT_DTYPES, convert_weights, load_model
 from src.model_utils.packed_linear import pack_linears
+from src.params import MAX_NEW_TOKENS, MAX_REAL, MAX_SAMPLES, MAX_VOCAB
 from src.utils.errors import UserError, exit_with, harmless, say
 from src.utils.hardware import autocast
 
@@ -54,12 +54,15 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            "max_new_tokens": (1 <= self.max_new_tokens <= MAX_NEW_TOKENS, f"between 1 and {MAX_NEW_TOKENS:,}"),
+            "temperature": (0 <= self.temperature <= MAX_REAL, f"between 0 and {MAX_REAL:g}"),
+            "top_k": (0 <= self.top_k <= MAX_VOCAB, f"between 0 and {MAX_VOCAB:,} (0 keeps all tokens)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 turns it off)"),
+            "repetition_penalty": (
+                0.001 <= self.repetition_penalty <= 1_000,
+                "between 0.001 and 1,000 (1 turns it off)",
+            ),
             "seed": (0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
             "stop": (all(self.stop), "without an empty text"),
         }
@@ -258,10 +261,10 @@ def main() -> int:
     """Runs the command line."""
     args = _parser().parse_args()
     prompts = args.prompt or [""]
-    if args.num_samples < 1 or ((args.stream or args.interactive) and len(prompts) * args.num_samples > 1):
-        raise UserError(
-            "Cannot draw these samples. Set --num-samples to 1, or above without --stream and --interactive."
-        )
+    if not 1 <= args.num_samples <= MAX_SAMPLES:
+        raise UserError(f"Cannot draw {args.num_samples} samples. Set --num-samples to between 1 and {MAX_SAMPLES:,}.")
+    if (args.stream or args.interactive) and len(prompts) * args.num_samples > 1:
+        raise UserError("Cannot show several samples at once. Leave out --stream and --interactive.")
     values = {each.name: getattr(args, each.name) for each in fields(SamplingConfig)}
     config = SamplingConfig(**values | {"stop": tuple(args.stop)})
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
@@ -282,7 +285,12 @@ def main() -> int:
     elif args.stream:
         list(show(prompts[0], config))
     else:
-        samples = sample(model, tokenizer, prompts, config, args.num_samples, autocast(loaded.device, precision))
+        try:
+            samples = sample(model, tokenizer, prompts, config, args.num_samples, autocast(loaded.device, precision))
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise UserError(f"Cannot draw {args.num_samples} samples at once: {error}. Lower --num-samples.") from None
         for each in samples:
             _show(f"{each.prompt}{each.text}\n{'-' * 40}\n")
         print(json.dumps({"checkpoint": str(loaded.path), "samples": [asdict(each) for each in samples]}))

@@ -130,7 +130,8 @@ class Watching:
         command = ["nice", "-n", "19", sys.executable, "-m", "src.model_assessment.report"]
         quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         run_dir = str(self._log.run_dir.absolute())
-        hidden = ("EXIT_CODE_FILE", "RANK", "LOCAL_RANK", "WORLD_SIZE")  # its end is not the run's
+        # Its end is not the run's, and it finds its module in the folder it runs in.
+        hidden = ("EXIT_CODE_FILE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONSAFEPATH")
         env = {name: value for name, value in os.environ.items() if name not in hidden} | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen([*command, run_dir], cwd=ROOT, env=env, start_new_session=True, **quiet)
 

@@ -32,7 +32,8 @@ def config_from_command_line(description: str, prog: str = "python pretrain.py")
     """
     import tyro  # only commands need it
 
-    presets = {name: ((preset.make.__doc__ or "").splitlines()[0], preset()) for name, preset in PRESETS.items()}
+    # PYTHONOPTIMIZE=2 strips docstrings.
+    presets = {name: ((preset.make.__doc__ or "").partition("\n")[0], preset()) for name, preset in PRESETS.items()}
     return tyro.extras.overridable_config_cli(presets, prog=prog, description=description)
 
 

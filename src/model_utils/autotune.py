@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from src.lm_loss import compile_softmax, linear_cross_entropy
 from src.model import LLM
 from src.model_utils.debugging import count_parameters
 from src.model_utils.memory_estimate import Step, estimate_memory
-from src.params import Config, ModelConfig
+from src.params import Config, ModelConfig, divisors
 from src.rope import rope_tables
 from src.utils import hardware
 from src.utils.errors import UserError
+from src.utils.files import existing_folder
 from src.utils.handle_ddp import Processes, processes_here
 
 # Shares of memory that a micro-batch "auto" leaves free: on a GPU for what PyTorch does not allocate, such as NCCL's
@@ -104,6 +106,9 @@ def compile_problem(kind: str) -> str:
     folder, headers = os.path.dirname(torch.__file__), sysconfig.get_path("include")
     if kind == "cpu" and any(map(str.isspace, folder)):  # PyTorch does not quote its own path for the compiler
         return f"PyTorch's folder {folder} has a space in its name. Use an environment in another folder"
+    cache = existing_folder(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    if os.statvfs(cache).f_flag & os.ST_NOEXEC:
+        return f"the disk of {cache} forbids programs (noexec). Set TORCHINDUCTOR_CACHE_DIR to a folder on another"
     # Triton starts its kernels through C code.
     compiler = os.environ.get("CC", "gcc") if kind == "cuda" else os.environ.get("CXX", "g++")
     if not os.path.exists(os.path.join(headers, "Python.h")):
@@ -118,7 +123,7 @@ def _micro_batch_size(
 ) -> tuple[int, str]:
     share = config.batch_size // procs.world_size
     before = was["micro_batch_size"] if was else None
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    sizes = divisors(share)
     fits = partial(_fits, model, precision, procs)
     if before in sizes and all(procs.gather(procs.together(lambda: fits(before)))):
         return before, "as in the checkpoint"

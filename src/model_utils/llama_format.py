@@ -5,6 +5,7 @@ biases. Their weights are ours under other names: q, k and v are three matrices 
 gate of the feed-forward network.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from src.model import LLM
-from src.params import ModelConfig, from_dict
-from src.utils.errors import UserError
-from src.utils.files import fingerprint, read_json
+from src.params import Config, ModelConfig, TrainConfig, from_dict
+from src.utils.errors import StorageError, UserError
+from src.utils.files import fingerprint, open_regular, read_json
 
 WEIGHTS = "model.safetensors"
 EXPORT = "export.json"
@@ -105,9 +106,14 @@ def our_tensors(theirs: dict[str, torch.Tensor], names: list[str]) -> dict[str, 
 def is_model_folder(path: Path) -> bool:
     """Returns True if `path` has a config.json of transformers, rather than that of a run."""
     try:
-        return bool({"architectures", "model_type"} & read_json(path / "config.json").keys())
-    except (OSError, UserError):
-        return False
+        settings = read_json(path / "config.json")
+        return bool({"architectures", "model_type"} & settings.keys()) or os.path.lexists(path / WEIGHTS)
+    except (UserError, StorageError):
+        if os.path.lexists(path / WEIGHTS):  # not a run, whose damaged config.json does no harm
+            raise
+    except OSError:
+        pass
+    return False
 
 
 def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
@@ -118,13 +124,18 @@ def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor
     """
     path = folder / WEIGHTS
     try:
-        exported = (folder / EXPORT).exists()
+        exported = os.path.lexists(folder / EXPORT)
         config = (
             from_dict(read_export(folder)["config"]).model if exported else _config_of_llama(folder / "config.json")
         )
+        open_regular(path).close()  # load_file would wait for a FIFO
         theirs = load_file(path)
-    except (AttributeError, TypeError) as error:  # a group of settings that is not an object
+    except (AttributeError, TypeError, ValueError) as error:  # settings of a wrong type
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{folder / EXPORT} is damaged ({error}). Copy the folder again.") from None
+    except StorageError:
+        raise
     except (OSError, SafetensorError) as error:
         raise UserError(f"Cannot read {path}: {error}. Copy the folder again.") from None
     with torch.device("meta"):
@@ -162,11 +173,16 @@ def _config_of_llama(path: Path) -> ModelConfig:
             bias=settings["attention_bias"],
             qk_norm=kind == "qwen3",
         )
+        # Checks types and sizes before anything of an absurd size is built.
+        Config(model=config, train=TrainConfig(batch_tokens=config.n_ctx, total_steps=1))
         _require(settings, {**llama_settings(config), "rope_type": "default", "quantization_config": None}, path)
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(f"Cannot use {path}: {error} is missing. Save the model again.") from None
-    except (AttributeError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"Cannot use {path}: {error!r}. Save the model again.") from None
+    except (AttributeError, TypeError, ZeroDivisionError, ValueError) as error:  # ConfigError is a ValueError
+        reason = "; ".join(getattr(error, "problems", [])) or repr(error)
+        raise UserError(f"Cannot use {path}: {reason}. Save the model again.") from None
     return config
 
 
@@ -181,7 +197,7 @@ def read_origin(folder: Path, *loaded: str) -> Origin | None:
 
     `loaded` names files that must be unchanged since the export. Raises UserError if one is not.
     """
-    if not (folder / EXPORT).exists():
+    if not os.path.lexists(folder / EXPORT):
         return None
     content = read_export(folder)
     for name in loaded:
@@ -204,6 +220,10 @@ def read_export(folder: Path) -> dict[str, Any]:
         content = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{folder} is not an export of ours: it has no {EXPORT}. Name a run or its export.") from None
+    except StorageError:
+        raise
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Copy the folder again.") from None
     if content.get("format") != EXPORT_FORMAT:
         raise UserError(f"Cannot read {path}: its format is not {EXPORT_FORMAT}. Export the model again.")
     if wrong := [name for name, kind in _TYPES.items() if not isinstance(content.get(name), kind)]:

@@ -1,5 +1,6 @@
 """Loads a model for inference from a checkpoint or a Hugging Face folder."""
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
     path = run_dir(str(checkpoint))
     if not path.exists() and Path(checkpoint).exists():
         path = Path(checkpoint).absolute()
-    is_export = is_model_folder(path) or (path / EXPORT).exists()
+    is_export = is_model_folder(path) or os.path.lexists(path / EXPORT)
     config, tensors, path, step, dataset_sha256 = _read_export(path) if is_export else _read_checkpoint(path)
     chosen = choose_device(device)
     with torch.device("meta"):  # no memory, and no initial values to compute

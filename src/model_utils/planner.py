@@ -32,7 +32,7 @@ from src.model_utils.checkpoint_saver import checkpoint_bytes, checkpoints_need
 from src.model_utils.debugging import flops_per_token
 from src.model_utils.memory_estimate import FLOAT32, Memory, Step, estimate_memory, parameter_counts
 from src.model_utils.muon import Muon
-from src.params import Config, ConfigError
+from src.params import Config, ConfigError, divisors
 from src.utils.errors import EXIT_DONE, UserError, exit_with, say
 from src.utils.files import size_text
 from src.utils.hardware import PEAK_BF16_TFLOPS, choose_device, choose_precision
@@ -125,7 +125,7 @@ def largest_fit(config: Config, gpu: GPU, count: int) -> Fit:
     """The largest micro-batch that fits and divides a GPU's share. Raises ConfigError if the GPUs cannot share."""
     step_of(config, 1, count)
     share = config.batch_size // count
-    for size in (size for size in range(share, 0, -1) if share % size == 0):
+    for size in divisors(share):
         memory = estimate_memory(step_of(config, size, count))
         if memory.total <= usable_bytes(gpu):
             return Fit(size, share // size, memory)
@@ -267,10 +267,10 @@ def main() -> int:
 def _parse() -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(prog="planner.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--gpu", type=str.lower, choices=GPUS)
-    parser.add_argument("--gpus", metavar="N", type=_above_zero(int, 10_000))
-    parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_above_zero(float, 1e6))
-    parser.add_argument("--mfu", metavar="SHARE", type=_above_zero(float, 1), default=REFERENCE_MFU)
-    parser.add_argument("--watts", metavar="W", type=_above_zero(float, 1e6), nargs="?", const=0.0)
+    parser.add_argument("--gpus", metavar="N", type=_between(int, 1, 10_000))
+    parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_between(float, 0.001, 1e6))
+    parser.add_argument("--mfu", metavar="SHARE", type=_between(float, 0.001, 1), default=REFERENCE_MFU)
+    parser.add_argument("--watts", metavar="W", type=_between(float, 1, 1e6), nargs="?", const=0.0)
     parser.add_argument("--sweep", action="store_true")
     args, sys.argv[1:] = parser.parse_known_args()
     if not (args.gpu or args.sweep) and (args.gpus or args.price_per_gpu_hour or args.watts is not None):
@@ -285,10 +285,10 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     return args, config
 
 
-def _above_zero(kind: type, at_most: float) -> Callable[[str], float]:
+def _between(kind: type, at_least: float, at_most: float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        if not 0 < (value := kind(text)) <= at_most:  # also false for NaN
-            raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most {at_most:,g}")
+        if not at_least <= (value := kind(text)) <= at_most:  # also false for NaN
+            raise argparse.ArgumentTypeError(f"{text} must be at least {at_least:g} and at most {at_most:,g}")
         return value
 
     return number

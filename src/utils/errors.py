@@ -2,12 +2,14 @@
 
 import io
 import os
+import ssl
 import sys
 import time
 import traceback
 import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 EXIT_DONE = 0
@@ -117,17 +119,31 @@ class _Patient(io.FileIO):
             return len(data)  # kept, it would fail again at the interpreter's end, and change the exit code
 
 
-CHECK_CONNECTION = "Check the connection, or name a mirror in HF_ENDPOINT"
-
-
 def hub_errors() -> tuple[type[Exception], ...]:
     """Return the errors that the Hugging Face hub's client raises, for an `except` clause.
 
-    They mean that the hub is out of reach, refuses, or sends something unexpected.
+    They mean that the hub is out of reach, refuses, or sends something unexpected, or that a proxy needs a package.
     """
     import httpx2  # takes a third of a second, and most commands don't use the hub
 
-    return httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError
+    return httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError, ImportError
+
+
+def connection_advice() -> str:
+    """Return what to do about a hub out of reach. Names the variable of the environment that is the likely cause."""
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if value := os.environ.get(name):
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=value)
+            except OSError as error:  # SSLError is one
+                return f"{name} is {value!r}: {error.strerror}. Unset it, or set it to a file of certificates"
+    for name, value in os.environ.items():
+        if value and name.lower() in ("all_proxy", "https_proxy", "http_proxy"):
+            proxy = f"{name} is {value.rpartition('@')[2]!r}"  # without a password
+            if value.lower().startswith("socks") and not find_spec("socksio"):
+                return f"{proxy}, which needs a package. Run pip install socksio, or unset {name}"
+            return f"{proxy}. Check that this proxy works, or unset {name}"
+    return "Check the connection, or name a mirror in HF_ENDPOINT"
 
 
 def hub_failure(action: str, error: Exception, remedy: str) -> UserError:
@@ -135,7 +151,7 @@ def hub_failure(action: str, error: Exception, remedy: str) -> UserError:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    advice = remedy if isinstance(error, HfHubHTTPError) else CHECK_CONNECTION
+    advice = remedy if isinstance(error, HfHubHTTPError) else connection_advice()
     return UserError(f"Cannot {action} {constants.ENDPOINT}: {hub_reason(error)}. {advice}.")
 
 

@@ -17,6 +17,7 @@ from typing import IO, Any, BinaryIO
 
 from src.utils.errors import BusyError, StoppedError, StorageError, UserError, say
 
+MAX_JSON_BYTES = 200_000_000  # a manifest of 100,000 shards has 30 MB
 PATIENCE_S = 20.0  # with a holder: one whose launcher was killed finishes its step, saves and ends
 
 
@@ -103,20 +104,41 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> IO[bytes]:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The content of a JSON file, whose top level is a `kind`. Raises UserError, or OSError where it cannot be read.
+    """The content of a JSON file, as of `parse_json`. Raises UserError, or OSError where it cannot be read."""
+    with open_regular(path) as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    try:
+        return parse_json(text, kind)
+    except ValueError as error:
+        raise UserError(f"Cannot read {path}: {error}. Restore the file.") from error
+
+
+def parse_json(text: bytes, kind: type = dict) -> Any:
+    """The content of JSON whose top level is a `kind`. Raises ValueError.
 
     Also refuses what Python's parser accepts and later code stumbles over: NaN, numbers that no float can hold, lone
-    surrogates.
+    surrogates, great depth, and a key given twice, of which one value would be lost.
     """
-    with open_regular(path) as file:
-        text = file.read()
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
     try:
-        content = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 40 else float(digits))
+        content = json.loads(text, parse_int=_integer, object_pairs_hook=_without_repeats)
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        if not isinstance(content, kind):
-            raise ValueError(f"expected a JSON {kind.__name__} at its top level")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Restore the file.") from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"expected a JSON {kind.__name__} at its top level")
+    return content
+
+
+def _integer(digits: str) -> int | float:
+    # A float beyond 40 digits: Python refuses to parse, or to print, integers of thousands.
+    return int(digits) if len(digits) <= 40 else float(digits)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError(f"it has a key twice among {str(list(content))[:80]}")
     return content
 
 

@@ -171,6 +171,10 @@ def processes(device: str, timeout_s: float) -> Iterator[Processes]:
     that is missing, LostPeerError where a process does not come.
     """
     rank, local_rank, n_processes = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0), world_size()
+    if n_processes > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(
+            f"Cannot start: WORLD_SIZE is {n_processes}, but this is not torchrun. Unset it, or use torchrun."
+        )
     chosen, backend = device_and_backend(device, local_rank, n_processes)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -217,6 +221,8 @@ def processes_here() -> int:
 
 def _from_environment(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise UserError(f"Cannot use the environment variable {name}: {value!r} is not a number. Unset it.")
+    if not value.isdecimal() or len(value) > 9 or int(value) < min(default, 1):  # at least one process, from rank 0 on
+        raise UserError(
+            f"Cannot use the environment variable {name}: {value[:40]!r} is not a number it can be. Unset it."
+        )
     return int(value)

@@ -113,7 +113,9 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "files", "--path", "{}/one.txt"], 2, "--out DIR is needed", id="no out"),
         pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
         pytest.param(["--source", "pydocs", "--dataset", "a/b"], 2, "is for --source hub", id="needless dataset"),
-        pytest.param(["--source", "pydocs", "--workers", "0"], 2, "0 is below 1", id="no workers"),
+        pytest.param(
+            ["--source", "pydocs", "--workers", "0"], 2, "'0' is not a whole number from 1 to 1,024", id="no workers"
+        ),
         pytest.param(["--verify", "--out", "absent"], 2, "find a dataset at", id="nothing to verify"),
     ],
 )

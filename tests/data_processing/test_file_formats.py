@@ -1,6 +1,7 @@
 """Every kind of file gives its documents in batches, and any batch can be the first."""
 
 import gzip
+import os
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_text_in_other_encodings_is_decoded_or_refused(tmp_path: Path, encoding:
         if is_read:
             assert [list(documents.texts()) for documents, _ in read_batches(file, "text")] == [[text]]
         else:
-            with pytest.raises(UserError, match=rf"Cannot read {file}: it .*UTF-.* Convert it to UTF-8."):
+            with pytest.raises(UserError, match=rf"Cannot read {file}: it .*UTF-.* Convert it to UTF-8: iconv"):
                 list(read_batches(file, "text"))
 
 
@@ -166,3 +167,34 @@ def test_a_git_lfs_pointer_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(UserError, match=rf"Cannot read {tmp_path / name}: it is a Git LFS pointer. Run git lfs pull"):
         list(read_batches(tmp_path / name, "text"))
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_columns_of_bytes_and_of_nulls_are_text(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = pa.array(["one", None, "caf\xe9"]).dictionary_encode() if pa.types.is_dictionary(kind) else None
+    column = texts if texts is not None else pa.array(["one", None, "caf\xe9"]).cast(kind)
+    for name, values, expected in (("a", column, ["one", "", "caf\xe9"]), ("b", pa.nulls(2), ["", ""])):
+        pq.write_table(pa.table({"text": values}), tmp_path / f"{name}.parquet")
+        batches = read_batches(tmp_path / f"{name}.parquet", "text")
+        assert [text for documents, _ in batches for text in documents.texts()] == expected
+
+
+def test_a_column_of_numbers_names_the_others(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1, 2], "body": ["a", "b"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"found type int64. Choose one of text, body with --text-field NAME\."):
+        list(read_batches(tmp_path / "a.parquet", "text"))
+
+
+def test_an_arrow_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """A mapped one would kill the process."""
+    path = tmp_path / "a.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, pa.schema({"text": pa.string()})) as writer:
+        for _ in range(100):
+            writer.write_batch(pa.record_batch({"text": ["x" * 100_000] * 20}))
+    batches = read_batches(path, "text")
+    next(batches)
+    os.truncate(path, 5_000_000)
+    with pytest.raises(UserError, match=f"Cannot read {path}: "):
+        list(batches)

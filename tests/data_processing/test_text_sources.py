@@ -102,6 +102,15 @@ def test_links_that_lead_nowhere_are_left_out(tmp_path: Path) -> None:
     assert find_files([str(tmp_path)]) == {str(tmp_path): [tmp_path / "a.txt"]}
 
 
+def test_intermediate_results_of_datasets_are_left_out_unless_named(tmp_path: Path) -> None:
+    for name in ("data-00000-of-00001.arrow", "cache-1a2b.arrow", "cache-1a2b_00001_of_00002.arrow", "tmpx1.arrow"):
+        (tmp_path / name).touch()
+    for given in (tmp_path, tmp_path / "*.arrow"):
+        assert find_files([str(given)]) == {str(given): [tmp_path / "data-00000-of-00001.arrow"]}
+    named = tmp_path / "cache-1a2b.arrow"
+    assert find_files([str(named)]) == {str(named): [named]}
+
+
 def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("brackets")
     (tmp_path / "a1.txt").write_text("one")
@@ -116,9 +125,9 @@ def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
         ("*.jsonl", r"\*.jsonl, seen from .*: it does not exist"),
         (
             "picture.png",
-            "picture.png: expected a file ending in .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow",
+            "picture.png: expected a regular file ending in .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow",
         ),
-        ("empty", "empty: expected a file ending in"),
+        ("empty", "empty: expected a regular file ending in"),
     ],
 )
 def test_a_path_that_leads_nowhere(tmp_path: Path, path: str, message: str) -> None:

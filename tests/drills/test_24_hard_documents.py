@@ -51,6 +51,7 @@ def test_the_same_bytes_with_any_number_of_workers(tmp_path: Path, commands: Com
     assert manifest.counts["skipped_empty"] == 3
     assert manifest.counts["replaced_invalid"] == 4
     assert "invalid UTF-8 in 4 document(s) was replaced" in done.stderr
+    assert f"3 in {tmp_path / 'texts' / 'b.txt'}" in done.stderr
     documents = set(all_decoded(tmp_path / "datasets" / "1"))
     assert {text for text in HARD.values() if text.strip()} < documents
     assert {"caf\ufffd \ufffd\ufffd", "half a pair \ufffd here"} < documents
