@@ -214,6 +214,14 @@ def h():
     assert list(python_docs._module_text(tmp_path / "broken.py", tmp_path, set())) == []
 
 
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))
+    path.write_text("One.")
+    for given in (path, tmp_path):
+        with pytest.raises(UserError, match="its name is not UTF-8. Rename it"):
+            find_files([str(given)])
+
+
 def test_another_field(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json_lines({"body": "one", "text": "no"}))
     pq.write_table(pa.table({"body": pa.array(["two"], pa.large_string())}), tmp_path / "b.parquet")
