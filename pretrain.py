@@ -159,6 +159,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
                 log.info(f"warning: {note}")
         procs.main_only(lambda: refuse_full_disk(config, run_dir))
         procs.main_only(log.hold)
+        stack.callback(log.release)
 
         with out_of_memory_explained(procs):
             run = prepare(config, procs, manifest, checkpoint, precision, log, stop)
@@ -361,6 +362,8 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
                 if not stop_cause(run) and evaluate(run, evaluation, kind):
                     recorded.add((kind, progress.step))
             cause = stop_cause(run)
+            if cause:  # before the save, which may take long
+                log.info(f"stopping after step {progress.step}, requested by {cause}")
             ending = bool(cause) or progress.step == config.total_steps
             due = progress.step and progress.step % config.checkpoint.every_steps == 0
             # Among skipped steps nothing has changed, and saving would push out the checkpoints before them.
@@ -588,7 +591,8 @@ def already_done(config: Config, procs: Processes, log: RunLogger) -> Outcome:
 def end_done(log: RunLogger, step: int) -> Outcome:
     message = f"all {step} steps are done"
     log.info(f"{message}; everything is in {log.run_dir}")
-    log.write_status("done", step, step, EXIT_DONE, message)
+    if log.status().get("state") != "done":  # its time is the end of the run
+        log.write_status("done", step, step, EXIT_DONE, message)
     return Outcome(log.run_dir, step, EXIT_DONE)
 
 

@@ -26,9 +26,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if os.path.expanduser("~") == "~":  # neither HOME nor a known user, as in some containers: matplotlib would not import
     os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.gettempdir()}/matplotlib_{os.getuid()}")
 
-if "ipykernel" not in sys.modules:  # a backend or matplotlibrc that matplotlib cannot load would end the import
-    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
-
 
 def available_cores() -> int:
     """Processors that this process may use."""

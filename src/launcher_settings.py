@@ -46,6 +46,8 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
         raise UserError(f"MASTER_ADDR is not set. With NNODES={nodes}, set it to the machine of NODE_RANK=0 on all.")
     processes = number(variables, "NPROC", 0, 1, "a number of processes", MAX_PROCESSES) or _default_processes(preset)
     threads = max(1, available_cores() // processes)
+    # OpenMP takes a list, one number for each level of nested loops.
+    omp = {"OMP_NUM_THREADS": variables.get("OMP_NUM_THREADS", "").partition(",")[0]}
     arguments = [argument for argument in overrides if argument != "--dry-run"]
     has_data = any(argument.split("=")[0] == "--data.dir" for argument in arguments)
     data = "ready" if has_data else "prepare" if node == 0 else "wait"
@@ -72,7 +74,7 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
         "MASTER_PORT": number(variables, "MASTER_PORT", 29_500, 1, "a port", 65_535),
         "MAX_RESTARTS": number(variables, "MAX_RESTARTS", 3, 0, "a number of restarts"),
         "MEETING_SECONDS": int(config.train.timeout_s) + MEETING_MARGIN_S,
-        "OMP_NUM_THREADS": number(variables, "OMP_NUM_THREADS", threads, 1, "a number of threads", MAX_PROCESSES),
+        "OMP_NUM_THREADS": number(omp, "OMP_NUM_THREADS", threads, 1, "a number of threads", MAX_PROCESSES),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": number(
             variables, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 120, 0, "a number of seconds", 10**6
         ),

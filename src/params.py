@@ -395,11 +395,13 @@ def _wrong_types(config: Any, prefix: str = "") -> list[str]:
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             problems += _wrong_types(value, f"{name}.") if isinstance(value, kind) else [f"{name} is not a group"]
         elif not _has_type(value, kind):
-            text = re.sub(r"typing\.|<class '(.*)'>", r"\1", str(kind))
-            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be {text}")
-        elif re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, tuple) else str(value)):
+            allowed = re.sub(r"typing\.|<class '(.*)'>", r"\1", str(kind))
+            if get_origin(kind) is Literal:
+                allowed = _either(get_args(kind))
+            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be {allowed}")
+        elif re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, (list, tuple)) else str(value)):
             # Python's stand-ins for bytes of the command line; no file of the run could hold them.
-            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be UTF-8 text; use such a locale, as C.UTF-8")
+            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be UTF-8 text; set LC_ALL=C.UTF-8")
     return problems
 
 
@@ -410,7 +412,7 @@ def _has_type(value: object, kind: Any) -> bool:
     if origin is Literal:
         return value in kinds
     if origin is tuple:
-        return isinstance(value, tuple) and all(_has_type(each, kinds[0]) for each in value)
+        return isinstance(value, (list, tuple)) and all(_has_type(each, kinds[0]) for each in value)
     return any(_has_type(value, each) for each in kinds) if kinds else type(value) is kind
 
 

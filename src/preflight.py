@@ -33,7 +33,7 @@ from src.data_processing.text_sources import SOURCES, Request, find_files
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.launcher_settings import number, one_of
-from src.model_assessment.hellaswag_items import cached_items, hub_answers, load_items, refuse_silent_hub
+from src.model_assessment.hellaswag_items import cached_items, load_items, refuse_silent_hub
 from src.model_assessment.trackers import require_packages
 from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.autotune import compile_problem
@@ -51,6 +51,7 @@ from src.utils.errors import (
     UserError,
     connection_advice,
     exit_with,
+    hub_answers,
     say,
 )
 from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
@@ -171,8 +172,8 @@ def _check_loopback() -> None:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
         raise UserError(
-            f"Cannot connect processes on this machine: 127.0.0.1: {error.strerror}. Run ip link set lo up, or set "
-            "NPROC=1."
+            f"Cannot connect processes on this machine: 127.0.0.1: {error.strerror or error}. Run "
+            "ip link set lo up, or set NPROC=1."
         ) from None
 
 
@@ -194,7 +195,7 @@ def dataset(start: Start) -> Found:
         _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
         if request is None:
             return Found(f"{folder}, which node 0 prepares")
-        files = f", {sum(map(len, find_files(request.paths).values())):,} of them" if request.paths else ""
+        files = f", {sum(map(len, find_files(request.paths, quiet=True).values())):,} of them" if request.paths else ""
         return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
     manifest = read_manifest(folder)
     expected = start.made_for.stored() if start.made_for else {}
@@ -254,7 +255,7 @@ def hub(start: Start) -> Found:
     """Checks the source of HellaSwag's items, and the hub if the dataset comes from it."""
     source = start.request.sources[0] if start.request else ""
     offline, evaluation = hub_settings.HF_HUB_OFFLINE, start.config.eval
-    if source and SOURCES[source].uses_hub and not offline and not hub_answers(hub_settings.ENDPOINT):
+    if source and SOURCES[source].uses_hub and not offline and not hub_answers():
         raise UserError(
             f"Cannot prepare {source}: {hub_settings.ENDPOINT} does not answer. {connection_advice()}, or set "
             "DATA_SOURCE to files or pydocs. If everything was downloaded before, set HF_HUB_OFFLINE=1."

@@ -135,9 +135,9 @@ def test_a_run_name_that_no_file_system_takes_is_refused():
     [
         ("model", "n_embd", "256", "model.n_embd = '256' must be int"),
         ("train", "seed", True, "train.seed = True must be int"),
-        ("train", "precision", "fp8", "train.precision = 'fp8' must be Literal['auto', 'bf16', 'float32']"),
+        ("train", "precision", "fp8", "train.precision = 'fp8' must be auto, bf16 or float32"),
         ("eval", "sample_prompts", [1], "eval.sample_prompts = (1,) must be tuple[str, ...]"),
-        ("data", "dir", "\udcff", "data.dir = '\\udcff' must be UTF-8 text; use such a locale, as C.UTF-8"),
+        ("data", "dir", "\udcff", "data.dir = '\\udcff' must be UTF-8 text; set LC_ALL=C.UTF-8"),
         ("optim", "warmup_steps", 1.5, "optim.warmup_steps = 1.5 must be int | None"),
     ],
 )

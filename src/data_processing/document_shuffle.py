@@ -31,6 +31,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,15 +144,15 @@ class Journal:
     def append(self, name: str, content: bytes) -> None:
         """Append to a bucket file, safe from a power cut if the journal is kept. Raises StorageError."""
         length = self.files.get(name, 0)
-        with storage_errors(self.work / name):
+        path = self.work / name
+        with storage_errors(path):
             if not length:  # a file the journal does not know is left by a start that was killed before it wrote one
-                (self.work / name).unlink(missing_ok=True)
-            file = open(self.work / name, "ab" if length else "xb")  # noqa: SIM115 (closed below)
-        with storage_errors(self.work / name), file:
-            file.write(content)
-            if self.is_kept:
-                file.flush()
-                os.fsync(file.fileno())
+                path.unlink(missing_ok=True)
+            with open(path, "ab" if length else "xb") as file:
+                file.write(content)
+                if self.is_kept:
+                    file.flush()
+                    os.fsync(file.fileno())
         self.files[name] = length + len(content)
 
 
@@ -282,10 +283,12 @@ def encode_all(
     # tiktoken releases Python's lock, but two threads reach only three quarters of two processes' rate. Spawned ones
     # inherit no locks from the threads that download or read parquet.
     pool: Executor = ThreadPoolExecutor(1)
-    if workers > 1:
+    batches = _batches(sources, start)
+    head = list(islice(batches, 2))
+    if workers > 1 and len(head) > 1:  # starting processes takes longer than a single batch
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
     try:
-        for position, documents in _batches(sources, start):
+        for position, documents in chain(head, batches):
             with _without_ctrl_c():  # which the worker that this may start inherits: it ends with its parent instead
                 pending.append((position, pool.submit(encode_batch, documents, seed, position.source)))
             while pending and (len(pending) >= ahead or pending[0][1].done()):
@@ -295,8 +298,8 @@ def encode_all(
             yield position, job.result()
     except BrokenProcessPool:
         raise UserError(
-            f"Cannot tokenise: one of {workers} worker processes was killed. If memory is short, use fewer with "
-            "--workers, and rerun to resume."
+            f"Cannot tokenise: one of {workers} worker processes was killed or could not start. If memory is short, "
+            "use fewer with --workers, and rerun to resume."
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -33,7 +33,7 @@ _LFS_POINTER = re.compile(rb"\s*version https?://\S+\s+(ext-\S+ \S+\s+)*oid \w+:
 _ANNEX_POINTER = re.compile(rb"/annex/objects/\S+\s*")
 
 
-_CONVERT = "Convert it to UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW, or from the encoding that it has."
+_CONVERT = "Convert it to UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW."
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,18 @@ def _read_text(path: Path, text_field: str) -> Iterator[tuple[Texts, float]]:
     encoding = _encoding_of(data, path)
     try:
         text = data.decode(encoding, "surrogatepass" if encoding != "utf-8-sig" else "surrogateescape")
-    except UnicodeDecodeError:  # a mark of UTF-16 by chance: what is not UTF-8 is replaced and counted
-        text = data.decode("utf-8", "surrogateescape")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"Cannot read {path}: it begins with the mark of {encoding.upper()} and is damaged: {error.reason} at "
+            f"byte {error.start:,}. Fetch it again, or convert it to UTF-8."
+        ) from None
     # Some odd bytes are replaced and counted. So many are another encoding, unless zeros show that it is not text.
     odd = 0 if text.isascii() or b"\0" in data else len(_ODD_BYTE.findall(text))
     if odd >= 100 and odd > len(text) // 10:
-        raise UserError(f"Cannot read {path}: {odd:,} of {len(text):,} characters are not UTF-8. {_CONVERT}")
+        raise UserError(
+            f"Cannot read {path}: {odd:,} of {len(text):,} characters are not UTF-8. "
+            "Convert it from its encoding: iconv -f LATIN1 -t UTF-8 FILE > NEW (iconv -l lists encodings)."
+        )
     yield Texts([text.replace("\r\n", "\n").replace("\r", "\n")], path), 1.0
 
 

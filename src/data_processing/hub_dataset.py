@@ -307,7 +307,10 @@ def _stream(path: str, headers: dict[str, str] | None = None) -> Iterator[httpx2
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     headers = (headers or {}) | ({"Authorization": f"Bearer {token}"} if token else {})
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-        hf_raise_for_status(response)
+        try:
+            hf_raise_for_status(response)
+        except UnicodeDecodeError as error:  # of a page that explains a refusal, in another encoding
+            raise HfHubHTTPError(f"HTTP {response.status_code}", response=response) from error
         yield response
 
 

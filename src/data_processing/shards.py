@@ -41,7 +41,7 @@ STAMP = ".verified.json"
 FORMAT_VERSION = 2
 STAMP_FORMAT = 1
 TOKEN_DTYPE = np.dtype("<u2")
-SHARD_NAME = re.compile(r".+_i_(\d{6})_t_(\d+)\.npy")
+SHARD_NAME = re.compile(r".+_i_([0-9]{6})_t_([0-9]+)\.npy")
 MAX_THREADS = 8  # a core hashes more than 1 GB/s, so these are faster than most disks
 
 _COMMAND = "python -m src.data_processing.data_downloader"

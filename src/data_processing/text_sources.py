@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from src import available_cores
 from src.data_processing import python_docs
@@ -30,7 +30,7 @@ _BYTES_PER_TOKEN = 4
 _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
 # Of Python 3.11 with NumPy 2.2 and PyTorch 2.13; other versions differ by some percent.
 _PYDOCS_BYTES, _PYDOCS_TOKENS = 7_300_000, 2_400_000
-_HF_CACHE = re.compile(r"(tmp|cache-).*\.arrow")
+_HF_CACHE = re.compile(r"cache-.*\.arrow")
 _HUB_FIELDS = ("dataset", "config", "split")
 
 
@@ -137,8 +137,8 @@ def open_files(paths: Sequence[str], text_field: str) -> list["Files"]:
     return [Files(path, files, text_field) for path, files in find_files(paths).items() if files]
 
 
-def find_files(paths: Sequence[str]) -> dict[str, list[Path]]:
-    """Return the files that each of `paths` adds, sorted; files of other kinds are left out with a line on stderr.
+def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path]]:
+    """Return the files that each of `paths` adds, sorted. Others are left out, with a line on stderr unless `quiet`.
 
     A file that several paths or names lead to counts for the first.
 
@@ -162,7 +162,12 @@ def find_files(paths: Sequence[str]) -> dict[str, list[Path]]:
         readable -= {path for path in readable if _HF_CACHE.fullmatch(path.name) and not os.path.isfile(given)}
         if not readable:
             raise UserError(f"Cannot read --path {given}: expected a regular file ending in {', '.join(EXTENSIONS)}.")
-        if others := sorted(inside - readable):
+        for path in readable:
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:  # the manifest could not hold it
+                raise UserError(f"Cannot use {str(path)!r}: its name is not UTF-8. Rename it.") from None
+        if not quiet and (others := sorted(inside - readable)):
             say(f"left out {len(others)} file(s) of {given}, such as {others[0].name}")
         files[given] = []
         for path in sorted(readable):
@@ -197,15 +202,26 @@ class Files(Source):
         super().__init__(details, [entry["bytes"] for entry in described])
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
-        return read_batches(self._files[unit], self._text_field, skip)
+        # Around the reading, because a file that is replaced and put back has its old content at the end.
+        self._check_unchanged(unit)
+        yield from read_batches(self._files[unit], self._text_field, skip)
+        self._check_unchanged(unit)
 
     def check_unchanged(self) -> None:
-        for path, stat in zip(self._files, self._stats, strict=True):
-            # Equal content now would not prove that it was the content read: a file may be replaced and put back.
-            if _stat(path) != stat:
-                raise UserError(
-                    f"Cannot use {path}: it changed while it was being prepared. Rerun once it no longer changes."
-                )
+        for unit in range(len(self._files)):
+            self._check_unchanged(unit)
+
+    def _check_unchanged(self, unit: int) -> None:
+        path, before, now = self._files[unit], self._stats[unit], _stat(self._files[unit])
+        if now == before:
+            return
+        # A backup's hard link, chmod or touch changes times. Only then is the content worth reading again.
+        is_same_file = now and before and (now.st_size, now.st_ino) == (before.st_size, before.st_ino)
+        if not is_same_file or _describe(path) != self.details["files"][unit]:
+            raise UserError(
+                f"Cannot use {path}: it changed while it was being prepared. Rerun once it no longer changes."
+            )
+        self._stats[unit] = now
 
 
 def _open_hub(name: str, request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
@@ -246,7 +262,7 @@ SOURCES: dict[str, SourceKind] = {
         needs_paths=True,
         help="local files",
         open=lambda request, pinned, downloads: [*open_files(request.paths, request.text_field)],
-        tokens=lambda request: sum(map(_estimated_tokens, chain(*find_files(request.paths).values()))),
+        tokens=lambda request: sum(map(_estimated_tokens, chain(*find_files(request.paths, quiet=True).values()))),
     ),
     "pydocs": SourceKind(
         dataset_name="pydocs",
@@ -281,12 +297,19 @@ def _files_below(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
-def _stat(path: Path) -> tuple[int, ...] | None:
+class _Stat(NamedTuple):
+    st_size: int
+    st_ino: int
+    st_mtime_ns: int
+    st_ctime_ns: int
+
+
+def _stat(path: Path) -> _Stat | None:
     try:
         stat = path.stat()
     except OSError:
         return None  # gone; `_describe` says why before the first document is read
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    return _Stat(*(getattr(stat, name) for name in _Stat._fields))
 
 
 def _describe(path: Path) -> dict[str, Any]:

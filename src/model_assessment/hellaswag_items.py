@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants as hub
-from huggingface_hub import get_session
 
-from src.utils.errors import StorageError, UserError, connection_advice, hub_errors
+from src.utils.errors import StorageError, UserError, connection_advice, hub_answers
 from src.utils.files import open_regular, parse_json
 
-HUB_TIMEOUT_SECONDS = 5
 MAX_BYTES = 1_000_000_000  # HellaSwag has 13 MB; a small .gz can hold terabytes
 NEEDED = "Needed: ind (an integer), ctx (text), endings (four texts) and label (0 to 3)"
 INSTEAD = "Give a local copy (.jsonl or .jsonl.gz, original format), or 'held-out' for a stand-in from held-out text"
@@ -78,20 +76,11 @@ def fetch_items(limit: int | None = None) -> list[Item]:
 
 def refuse_silent_hub() -> None:
     """Raises UserError, within seconds, where `fetch_items` would wait for a hub that does not answer."""
-    if not hub.HF_HUB_OFFLINE and not hub_answers(hub.ENDPOINT):
+    if not hub.HF_HUB_OFFLINE and not hub_answers():
         raise UserError(
             f"Cannot fetch HellaSwag: {hub.ENDPOINT} does not answer. {connection_advice()}. {INSTEAD}. "
             "If it was fetched before, HF_HUB_OFFLINE=1 uses the cached copy."
         )
-
-
-def hub_answers(endpoint: str) -> bool:
-    """True where an HTTP server answers at that address."""
-    try:
-        get_session().head(endpoint, timeout=HUB_TIMEOUT_SECONDS)
-    except hub_errors():
-        return False
-    return True
 
 
 def cached_items() -> Path | None:

@@ -199,11 +199,13 @@ def _replace(path: Path, content: bytes) -> Path:
                 leftover.unlink()
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        unfinished.unlink(missing_ok=True)
         with open(unfinished, "xb") as file:  # never through a link of that name
             file.write(content)
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         raise StorageError(
             f"Cannot write {path}: {error.strerror}. Move what has that name away, or free some space."
         ) from error

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+# First, because it imports matplotlib without the user's settings.
+from src.utils.plot_style import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE, STYLE, as_png, new_figure
+
+# isort: split
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,7 +21,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
 from src.model_assessment.run_history import CHANCE, Run, Series, number, protocols, spikes
-from src.utils.plot_style import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE, STYLE, as_png, new_figure
 
 MANY_POINTS = 300  # a longer curve is drawn faintly under its running median
 BACKGROUND_BEYOND = 1.1  # the background is drawn up to this multiple of the run's own length

@@ -55,7 +55,10 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         rules = {
             "max_new_tokens": (1 <= self.max_new_tokens <= MAX_NEW_TOKENS, f"between 1 and {MAX_NEW_TOKENS:,}"),
-            "temperature": (0 <= self.temperature <= MAX_REAL, f"between 0 and {MAX_REAL:g}"),
+            "temperature": (
+                self.temperature == 0 or 1e-6 <= self.temperature <= MAX_REAL,
+                f"0, or between 1e-06 and {MAX_REAL:g}",
+            ),
             "top_k": (0 <= self.top_k <= MAX_VOCAB, f"between 0 and {MAX_VOCAB:,} (0 keeps all tokens)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
@@ -264,7 +267,7 @@ def main() -> int:
     if not 1 <= args.num_samples <= MAX_SAMPLES:
         raise UserError(f"Cannot draw {args.num_samples} samples. Set --num-samples to between 1 and {MAX_SAMPLES:,}.")
     if (args.stream or args.interactive) and len(prompts) * args.num_samples > 1:
-        raise UserError("Cannot show several samples at once. Leave out --stream and --interactive.")
+        raise UserError("Cannot draw several samples: --stream and --interactive show one. Leave them out.")
     values = {each.name: getattr(args, each.name) for each in fields(SamplingConfig)}
     config = SamplingConfig(**values | {"stop": tuple(args.stop)})
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()

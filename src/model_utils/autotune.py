@@ -97,7 +97,8 @@ def out_of_memory_explained(procs: Processes) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"Cannot finish {procs.activity}: out of memory on {procs.device}, {str(error).splitlines()[0]} Rerun with "
-            "--train.micro-batch-size auto or a smaller one to resume; accumulation keeps the steps the same."
+            "--train.micro-batch-size auto or a smaller one to resume; accumulation keeps the steps the same. For "
+            "samples lower --eval.samples-per-prompt, for HellaSwag set --eval.hellaswag-items 0."
         ) from error
 
 

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from src.params import MAX_STEPS, ConfigError, from_dict
 from src.utils.errors import StorageError, UserError
-from src.utils.files import fingerprint, free_bytes, lies_in, move, read_json, set_aside, sync
+from src.utils.files import fingerprint, free_bytes, lies_in, move, read_json, set_aside, storage_errors, sync
 
-STEP_NAME = re.compile(r"step_(\d{7,})")
-_LEFTOVER = re.compile(r"step_\d{7,}\.(tmp|removed)-\d+")
+STEP_NAME = re.compile(r"step_([0-9]{7,})")
+_LEFTOVER = re.compile(r"step_[0-9]{7,}\.(tmp|removed)-[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ def checkpoint_steps(root: Path) -> list[int]:
     """The steps that have a directory under `root`, whole or not, in order."""
     if not root.is_dir():
         return []
-    return sorted(int(match[1]) for entry in root.iterdir() if (match := STEP_NAME.fullmatch(entry.name)))
+    with storage_errors(root, "read"):
+        return sorted(int(match[1]) for entry in root.iterdir() if (match := STEP_NAME.fullmatch(entry.name)))
 
 
 def prune(root: Path, keep_last: int, keep_every_steps: int, verified: set[int]) -> None:
@@ -189,13 +190,15 @@ def set_aside_after(root: Path, step: int) -> list[str]:
 def damage(path: Path, from_disk: bool = False) -> str | None:
     """The first problem of the checkpoint directory `path`, or None if every file verifies.
 
-    `from_disk`: as in `fingerprint`.
+    `from_disk`: as in `fingerprint`. Raises StorageError for a file that may not be read, which is not damage.
     """
     try:
         manifest = read_json(path / "manifest.json")
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         if type(step := manifest["step"]) is not int:
             raise ValueError(f"step = {repr(step)[:80]}")
+    except PermissionError as error:
+        raise _denied(path / "manifest.json") from error
     except OSError as error:
         return f"manifest.json: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -211,6 +214,8 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
             return f"manifest.json lists {name!r}, which is not in this folder"
         try:
             actual = fingerprint(path / name, from_disk)
+        except PermissionError as error:
+            raise _denied(path / name) from error
         except OSError as error:
             return f"{name}: {error.strerror or error}"
         if actual["bytes"] != size:
@@ -218,6 +223,10 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
         if actual["sha256"] != sha256:
             return f"{name} has sha256 {actual['sha256']}, expected {sha256}: its content changed"
     return _incomplete(path, set(files))
+
+
+def _denied(path: Path) -> StorageError:
+    return StorageError(f"Cannot read {path}: Permission denied. Fix the permissions of it and its folder, then rerun.")
 
 
 def _incomplete(path: Path, listed: set[str]) -> str | None:
@@ -257,10 +266,12 @@ def _wrong_claim(path: Path, state: dict[str, Any]) -> str | None:
         return f"it lacks {missing[0]}"
     if "config" in state:
         try:
-            if step > (total := from_dict(state["config"]).total_steps):
+            # Only what decides the run's length: limits of other settings may be narrower than when it was saved.
+            deciding = {name: state["config"][name] for name in ("model", "train") if name in state["config"]}
+            if step > (total := from_dict(deciding).total_steps):
                 return f"step = {step} is beyond the {total} of its run"
-        except ConfigError as error:
-            return str(error)
+        except (ConfigError, TypeError) as error:
+            return "; ".join(getattr(error, "problems", [f"config is {type(state['config']).__name__}"]))
     return None
 
 

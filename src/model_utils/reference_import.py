@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from src.model import LLM
 from src.model_configs.my_llm_config import lf_llm_269m
 from src.model_utils.checkpoint_utils import save_checkpoint, step_dir
 from src.params import Config, DataConfig, ModelConfig, to_dict
-from src.utils.errors import UserError, exit_with, hub_errors, hub_failure, say
+from src.utils.errors import UserError, connection_advice, exit_with, hub_answers, hub_errors, hub_failure, say
 from src.utils.files import fingerprint, new_folder
 from src.utils.logger import RunLogger
 from src.utils.root import run_dir
@@ -178,6 +178,10 @@ def main() -> int:
     path = args.checkpoint
     if args.hub:
         repository, file = args.hub
+        if not constants.HF_HUB_OFFLINE and not hub_answers():  # the download itself would retry for half a minute
+            raise UserError(
+                f"Cannot get {file} of {repository}: {constants.ENDPOINT} does not answer. {connection_advice()}."
+            )
         try:
             path = Path(hf_hub_download(repository, file))
         except hub_errors() as error:

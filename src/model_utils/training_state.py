@@ -96,8 +96,13 @@ class TrainingState:
                     load_optimizer_tensors(self.model, self.optimizers, tensors)
                 elif name == f"rank_{procs.rank:05d}" and state["world_size"] == procs.world_size:
                     _set_random_state(tensors, procs.device)
+            except (UserError, torch.OutOfMemoryError):
+                raise
             except (LookupError, TypeError, RuntimeError, ValueError) as error:
-                raise UserError(f"Cannot resume: {checkpoint.path / name}.safetensors does not fit: {error}") from error
+                raise UserError(
+                    f"Cannot resume: {checkpoint.path / name}.safetensors does not fit: {error}. Restore it from a "
+                    "copy, or resume from an earlier step with --resume STEP."
+                ) from error
 
 
 def seed_random_state(seed: int, rank: int, step: int = 0) -> None:

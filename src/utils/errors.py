@@ -12,6 +12,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
+HUB_TIMEOUT_SECONDS = 5
 EXIT_DONE = 0
 EXIT_FAILED = 1  # an unexpected error; a restart may help
 EXIT_BAD_INPUT = 2
@@ -129,16 +130,29 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError, ImportError
 
 
+def hub_answers() -> bool:
+    """Return True if an HTTP server answers at the hub's address, within seconds."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
+    except hub_errors():
+        return False
+    return True
+
+
 def connection_advice() -> str:
     """Return what to do about a hub out of reach. Names the variable of the environment that is the likely cause."""
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         if value := os.environ.get(name):
             try:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=value)
+                kind = "capath" if os.path.isdir(value) else "cafile"
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(**{kind: value})
             except OSError as error:  # SSLError is one
                 return f"{name} is {value!r}: {error.strerror}. Unset it, or set it to a file of certificates"
+    scheme = os.environ.get("HF_ENDPOINT", "https:").partition(":")[0]
     for name, value in os.environ.items():
-        if value and name.lower() in ("all_proxy", "https_proxy", "http_proxy"):
+        if value and name.lower() in ("all_proxy", f"{scheme}_proxy"):
             proxy = f"{name} is {value.rpartition('@')[2]!r}"  # without a password
             if value.lower().startswith("socks") and not find_spec("socksio"):
                 return f"{proxy}, which needs a package. Run pip install socksio, or unset {name}"

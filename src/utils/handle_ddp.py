@@ -223,6 +223,6 @@ def _from_environment(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdecimal() or len(value) > 9 or int(value) < min(default, 1):  # at least one process, from rank 0 on
         raise UserError(
-            f"Cannot use the environment variable {name}: {value[:40]!r} is not a number it can be. Unset it."
+            f"Cannot use the environment variable {name}: {value[:40]!r} is not a number of processes. Unset it."
         )
     return int(value)

@@ -28,16 +28,22 @@ class RunLogger:
         self.is_main = is_main
         self._bar: tqdm | None = None
         self._warned = False
-        self._place: list[tuple[int, int]] | None = None
+        self._held: dict[Path, int] = {}
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with each record of metrics.jsonl after it was written."""
 
     def hold(self) -> None:
-        """Creates the run's folders and remembers which they are, for `check_place`."""
+        """Creates the run's folders and keeps them open, for `check_place`."""
         if self.is_main:
             with storage_errors(self.run_dir / "checkpoints", "make the folder"):
                 (self.run_dir / "checkpoints").mkdir(exist_ok=True)
-            self._place = self._identities()
+                for folder in (self.run_dir, self.run_dir / "checkpoints"):
+                    self._held[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+    def release(self) -> None:
+        """Closes what `hold` opened."""
+        while self._held:
+            os.close(self._held.popitem()[1])
 
     def check_place(self) -> None:
         """Raises StorageError where the paths of the run's folders lead to others than at the start.
@@ -156,13 +162,11 @@ class RunLogger:
             return {}
 
     def _is_lost(self) -> bool:
-        return self._place is not None and self._place != self._identities()
-
-    def _identities(self) -> list[tuple[int, int]]:
-        with suppress(OSError):
-            entries = [os.stat(folder) for folder in (self.run_dir, self.run_dir / "checkpoints")]
-            return [(entry.st_dev, entry.st_ino) for entry in entries]
-        return []
+        try:
+            # With the open folder, because some network file systems renumber theirs.
+            return not all(os.path.samestat(os.fstat(held), os.stat(folder)) for folder, held in self._held.items())
+        except OSError:
+            return True
 
     def _replace(self, name: str, text: str) -> None:
         if self._is_lost():

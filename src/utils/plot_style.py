@@ -9,8 +9,19 @@ Only matplotlib's objects are used, not pyplot, so neither a display nor a noteb
 """
 
 import io
+import os
+import sys
 from typing import Any
 
+if "matplotlib" not in sys.modules:  # a user's backend or matplotlibrc that it cannot load would end the import
+    _users = {name: os.environ.get(name) for name in ("MPLBACKEND", "MATPLOTLIBRC")}
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+    import matplotlib
+
+    for _name, _value in _users.items():
+        os.environ.pop(_name)
+        if _value is not None:
+            os.environ[_name] = _value
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure

@@ -347,6 +347,9 @@ def test_a_file_that_changes_while_it_is_prepared_is_named(tmp_path: Path, monke
         return real(*arguments)
 
     monkeypatch.setattr(document_shuffle, "encode_batch", changing)
+    if change == "is touched":  # as by a backup
+        prepare(request(path), tmp_path / "out", 1)
+        return
     with pytest.raises(UserError, match=f"{path}: it changed while it was being prepared"):
         prepare(request(path), tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()

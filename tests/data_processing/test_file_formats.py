@@ -156,12 +156,6 @@ def test_text_in_other_encodings_is_decoded_or_refused(tmp_path: Path, encoding:
                 list(read_batches(file, "text"))
 
 
-def test_a_mark_of_utf16_before_other_bytes_changes_nothing(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfeodd")
-    [(documents, _)] = read_batches(tmp_path / "a.txt", "text")
-    assert list(documents.texts()) == ["\udcff\udcfeodd"]
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"])
 def test_a_git_lfs_pointer_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")

@@ -103,7 +103,7 @@ def test_links_that_lead_nowhere_are_left_out(tmp_path: Path) -> None:
 
 
 def test_intermediate_results_of_datasets_are_left_out_unless_named(tmp_path: Path) -> None:
-    for name in ("data-00000-of-00001.arrow", "cache-1a2b.arrow", "cache-1a2b_00001_of_00002.arrow", "tmpx1.arrow"):
+    for name in ("data-00000-of-00001.arrow", "cache-1a2b.arrow", "cache-1a2b_00001_of_00002.arrow"):
         (tmp_path / name).touch()
     for given in (tmp_path, tmp_path / "*.arrow"):
         assert find_files([str(given)]) == {str(given): [tmp_path / "data-00000-of-00001.arrow"]}
@@ -212,6 +212,14 @@ def h():
     assert list(python_docs._module_text(tmp_path / "mod.py", tmp_path, set())) == [text + "\n"]
     (tmp_path / "broken.py").write_text("def (")
     assert list(python_docs._module_text(tmp_path / "broken.py", tmp_path, set())) == []
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))
+    path.write_text("One.")
+    for given in (path, tmp_path):
+        with pytest.raises(UserError, match=r"its name is not UTF-8\. Rename it"):
+            find_files([str(given)])
 
 
 def test_another_field(tmp_path: Path) -> None:

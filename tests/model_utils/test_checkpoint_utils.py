@@ -1,5 +1,6 @@
 """Checkpoints on disk: whole or not at all."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -78,6 +79,24 @@ def test_a_missing_file_a_short_file_and_no_manifest(root: Path):
     with pytest.raises(UserError) as caught:
         ck.newest_checkpoint(root)
     assert all(f"step_000000{step}" in str(caught.value) for step in (1, 2, 3))
+
+
+def test_what_may_not_be_read_is_not_damaged(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """The superuser may read everything, so permissions are simulated."""
+
+    def denied(path: Path, _: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    ck.save_checkpoint(root, 1, PARTS, {})
+    monkeypatch.setattr(ck, "fingerprint", denied)
+    with pytest.raises(StorageError, match=r"Cannot read .*: Permission denied\. Fix the permissions"):
+        ck.newest_checkpoint(root)
+
+
+def test_a_name_in_other_digits_is_not_a_checkpoint(root: Path):
+    ck.save_checkpoint(root, 1, PARTS, {})
+    (root / "step_٠٠٠٠٠٠٩").mkdir()
+    assert ck.checkpoint_steps(root) == [1]
 
 
 def test_an_empty_root_is_a_fresh_start(root: Path):
