@@ -44,7 +44,7 @@ from src.model import LLM
 from src.model_assessment.periodic_evaluation import Assessment
 from src.model_assessment.trackers import Watching, require_packages
 from src.model_configs.my_llm_config import config_from_command_line
-from src.model_utils.adamw_opt import build_adamw, learning_rate
+from src.model_utils.adamw_opt import build_optimizers, set_learning_rate
 from src.model_utils.autotune import out_of_memory_explained, settle
 from src.model_utils.checkpoint_saver import CheckpointSaver, Saved, refuse_full_disk
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps, prune
@@ -309,7 +309,7 @@ def prepare(
     config, forward, notes = settle(config, saved, model, precision, procs, log.info)
     procs.activity = "preparing model and optimizer"
     # After `settle`, whose trials need the memory of the moments, and draw random numbers.
-    state = TrainingState(model, build_adamw(model, config.optim), Progress())
+    state = TrainingState(model, build_optimizers(model, config.optim), Progress())
     if checkpoint is not None:
         state.restore(checkpoint, config.train.seed, procs)
     else:
@@ -409,11 +409,9 @@ def local_stop_cause(run: Run) -> str:
 
 def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> StepResult:
     """One optimizer step. It changes nothing if its loss or gradient is not finite, or its loss is a spike."""
-    config, procs, optimizer, progress = run.config, run.procs, run.state.optimizer, run.state.progress
+    config, procs, optimizers, progress = run.config, run.procs, run.state.optimizers, run.state.progress
     procs.activity = f"step {progress.step + 1}"
-    lr = learning_rate(progress.step, config.total_steps, config.warmup_steps, config.optim)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    lr = set_learning_rate(optimizers, progress.step, config.total_steps, config.warmup_steps, config.optim)
     accumulation = config.grad_accumulation_steps(procs.world_size)
     micro_losses = []
     for micro_step in range(accumulation):
@@ -440,9 +438,11 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
         skipped = f"a spike: loss {loss_value}, gradient norm {norm_value}"
     else:
         nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad_norm, grad_norm)
-        optimizer.step()
+        with procs.collective():  # Muon's updates
+            for optimizer in optimizers:
+                optimizer.step()
     run.guard.add(loss_value)  # a spike too: after enough of them, they are the new level
-    optimizer.zero_grad()
+    run.state.model.zero_grad()
     progress.step += 1  # a skipped step counts: the next one must see other data
     return StepResult(loss_value, norm_value, lr, skipped)
 

@@ -23,7 +23,7 @@ import torch
 
 from src.model import LLM
 from src.model_configs.my_llm_config import PRESETS
-from src.model_utils.adamw_opt import build_adamw
+from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.checkpoint_saver import CheckpointSaver
 from src.model_utils.checkpoint_utils import save_checkpoint
 from src.model_utils.training_state import Progress, TrainingState
@@ -50,7 +50,7 @@ def main() -> None:
         model = LLM(config.model)
         init_weights(model, config.model, seed=0)
         model.to(procs.device).train()
-        state = TrainingState(model, build_adamw(model, config.optim), Progress())
+        state = TrainingState(model, build_optimizers(model, config.optim), Progress())
         precision = choose_precision(config.train.precision, procs.device)
         step = make_step(config, state, procs.device, precision)
         step()
@@ -94,8 +94,9 @@ def make_step(config: Config, state: TrainingState, device: torch.device, precis
         with autocast(device, precision):
             loss = state.model(inputs_BT, targets_BT)
         loss.backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad()
+        for optimizer in state.optimizers:
+            optimizer.step()
+        state.model.zero_grad()
         loss.item()
 
     return step

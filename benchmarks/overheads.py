@@ -34,7 +34,7 @@ from src.model_assessment import hellaswag, validation
 from src.model_assessment.hellaswag_items import load_items
 from src.model_assessment.sampling import SamplingConfig, sample
 from src.model_configs.my_llm_config import PRESETS
-from src.model_utils.adamw_opt import build_adamw
+from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.autotune import CompiledForward
 from src.model_utils.checkpoint_saver import CheckpointSaver
 from src.model_utils.training_state import Progress, TrainingState
@@ -115,12 +115,13 @@ def measure(args: argparse.Namespace, config: Config, device: torch.device) -> d
 
 def checkpoint_wait_s(config: Config, model: LLM, device: torch.device, folder: Path) -> float:
     """Return the loop's wait for the start of a save: the copy of all tensors to memory."""
-    optimizer = build_adamw(model, config.optim)
+    optimizers = build_optimizers(model, config.optim)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    state = TrainingState(model, optimizer, Progress())
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad()
+    state = TrainingState(model, optimizers, Progress())
     procs = Processes(rank=0, local_rank=0, world_size=1, device=device)
     parts, plain = state.parts(procs), state.plain(config, "", torch.float32, 1)
     saver, waits = CheckpointSaver(folder, config.checkpoint), []

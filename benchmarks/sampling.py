@@ -97,9 +97,9 @@ def stored(new: LLM, kind: str, device: torch.device) -> LLM:
 
 
 def transformers_model(new: LLM, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**llama_settings(new.config)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**llama_settings(new.config)))
     model.load_state_dict(llama_tensors(dict(new.named_parameters())))
     model.generation_config.eos_token_id = None
     return model.to(device, dtype).eval()

@@ -8,7 +8,7 @@ the same, and dropout is off. The benchmark fails if the losses differ. The vari
 ours                   `pretrain.train_step` with --train.compile on
 ours_eager             the same with --train.compile off
 ours_float32_logits    ours with the plain loss, from float32 logits of all positions
-llama                  transformers' LlamaForCausalLM of the same shape with fused AdamW
+llama                  transformers' Llama or Qwen3 of the same shape with fused AdamW
 llama_compiled         the same in torch.compile
 reference              the reference implementation: full float32 logits, and rotary tables made on the CPU and moved to
                        the device in every layer. On a GPU it has torch.compile and fused AdamW, on a CPU neither.
@@ -41,7 +41,7 @@ from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.model import LLM
 from src.model_configs.my_llm_config import PRESETS
-from src.model_utils.adamw_opt import build_adamw, learning_rate
+from src.model_utils.adamw_opt import build_optimizers, set_learning_rate
 from src.model_utils.debugging import count_parameters, flops_per_token
 from src.model_utils.llama_format import llama_settings, llama_tensors
 from src.model_utils.weight_init import init_weights
@@ -197,7 +197,9 @@ def plain_cross_entropy(
 def llama(config: Config, precision: torch.dtype, device: torch.device, compiled: bool = False) -> Step:
     import transformers
 
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_settings(config.model)))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**llama_settings(config.model))
+    )
     model.load_state_dict(llama_tensors(dict(first_weights(config).named_parameters())))
     model.to(device).train()
     forward = torch.compile(model) if compiled else model
@@ -206,17 +208,17 @@ def llama(config: Config, precision: torch.dtype, device: torch.device, compiled
         inputs_BT, targets_BT = batch
         return forward(input_ids=inputs_BT, labels=targets_BT, shift_labels=targets_BT, use_cache=False).loss
 
-    return plain_step(model, build_adamw(model, config.optim), loss_of, config, precision, device)
+    return plain_step(model, build_optimizers(model, config.optim), loss_of, config, precision, device)
 
 
 def reference(config: Config, precision: torch.dtype, device: torch.device) -> Step:
     model = first_weights(config).to(device).train()
     fast = device.type == "cuda"
-    both = build_adamw(model, config.optim).param_groups
+    both = build_optimizers(model, config.optim)[0].param_groups
     groups = [{key: group[key] for key in ("params", "weight_decay")} for group in both]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.optim.beta1, config.optim.beta2), fused=fast or None)
     forward = torch.compile(reference_loss) if fast else reference_loss
-    return plain_step(model, optimizer, lambda batch: forward(model, batch), config, precision, device)
+    return plain_step(model, [optimizer], lambda batch: forward(model, batch), config, precision, device)
 
 
 def reference_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -259,7 +261,7 @@ def first_weights(config: Config) -> LLM:
 
 def plain_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     loss_of: Callable[[Batch], torch.Tensor],
     config: Config,
     precision: torch.dtype,
@@ -269,15 +271,14 @@ def plain_step(
     steps = iter(range(config.total_steps))
 
     def step(batch: Batch) -> float:
-        lr = learning_rate(next(steps), config.total_steps, config.warmup_steps, config.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizers, next(steps), config.total_steps, config.warmup_steps, config.optim)
         with hardware.autocast(device, precision):
             loss = loss_of(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
         return loss.item()
 
     return step

@@ -17,8 +17,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        if config.qk_norm:  # Henry et al. 2020, https://arxiv.org/abs/2010.04245: keeps large rates stable
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
         """Attends to the positions in `cache` and those of `x_BTD`, which are added to it. Returns (B, T, D)."""
@@ -27,6 +30,9 @@ class Attention(nn.Module):
             part.view(B, T, self.config.n_head, self.config.head_dim).transpose(1, 2)
             for part in self.qkv_proj(x_BTD).split(D, dim=-1)
         )
+        if self.config.qk_norm:
+            # In float32, because a bf16 input with a float32 gain would not reach the fused kernel.
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         past = cache.length if cache else 0
         cos, sin = rope_tables(self.config.n_ctx, self.config.head_dim, self.config.rope_theta, x_BTD.device)
         cos, sin = cos[past : past + T], sin[past : past + T]

@@ -12,8 +12,8 @@ class FFN(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(config.n_embd, 2 * config.ffn_hidden)
-        self.out_proj = nn.Linear(config.ffn_hidden, config.n_embd)
+        self.in_proj = nn.Linear(config.n_embd, 2 * config.ffn_hidden, bias=config.bias)
+        self.out_proj = nn.Linear(config.ffn_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,12 @@ class ModelConfig:
     """Dropout after attention, on the way into the residual stream."""
     ffn_dropout: float = 0.15
     """Dropout after the activation of the feed-forward network."""
+    bias: bool = True
+    """Biases in the linear layers of the blocks."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys, with a gain for each dimension, as in Qwen3."""
+    zero_init: bool = False
+    """Start the projections into the residual stream at zero, so that a new block changes nothing."""
 
     @property
     def head_dim(self) -> int:
@@ -97,12 +103,22 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning-rate schedule: linear warm-up, then cosine."""
+    """The optimizer and its learning-rate schedule: linear warm-up, perhaps constant for a while, then decay."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for all parameters. muon: Muon for the matrices in blocks, AdamW for the others."""
     max_lr: float = 2.1e-3
     """Learning rate at the end of warm-up."""
+    embedding_lr: float | None = None
+    """With muon: the same for AdamW's parameters, which are the embedding, biases and gains; None takes max_lr."""
+    momentum: float = 0.95
+    """Decay of Muon's running mean of gradients."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Form of the decay."""
+    decay_ratio: float = 1.0
+    """Share of the steps after warm-up over which the learning rate decays, at the end of the run."""
     min_lr_ratio: float = 0.1
-    """Final learning rate of the cosine, as a share of max_lr."""
+    """Final learning rate of the decay, as a share of max_lr."""
     warmup_ratio: float = 0.0119
     """Share of all tokens over which the learning rate rises linearly."""
     warmup_steps: int | None = None
@@ -122,12 +138,14 @@ class OptimConfig:
 
     def problems(self) -> list[str]:
         problems = _not_positive(self, "optim", "max_lr eps clip_grad_norm")
+        if self.embedding_lr is not None:
+            problems += _not_positive(self, "optim", "embedding_lr")
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= MAX_STEPS:
             problems.append(f"optim.warmup_steps = {self.warmup_steps} must be at least 0 and at most {MAX_STEPS:,}")
-        for name in ("min_lr_ratio", "warmup_ratio"):
+        for name in ("min_lr_ratio", "warmup_ratio", "decay_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 problems.append(f"optim.{name} = {getattr(self, name)} must be between 0 and 1")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 problems.append(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
         for name in ("weight_decay", "spike_z"):

@@ -77,16 +77,19 @@ def test_layers_share_their_code_and_only_training_is_compiled(model: LLM, tiny_
 
 
 @needs_compiler
+@pytest.mark.parametrize("is_fast", [False, True], ids=["faithful", "fast"])
 def test_machine_code_gives_the_same_losses_and_gradients(
-    tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fast: bool
 ):
     """In float32 and under bf16 autocast."""
+    if is_fast:
+        tiny_config = replace(tiny_config, bias=False, qk_norm=True)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     model = LLM(tiny_config)
     init_weights(model, tiny_config, seed=0)
     inputs, targets = windows(model, 2)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         results = []
         for forward in (model, CompiledForward(model)):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

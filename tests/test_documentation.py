@@ -74,14 +74,14 @@ def test_links_lead_somewhere(page: Path):
 
 
 def setting_options() -> set[str]:
-    """Of the command line that a Config has."""
+    """Of the command line that a Config has. A setting that is true or false has two."""
     options = set()
     for field in dataclasses.fields(Config):
         value = getattr(Config(), field.name)
-        inner = (
-            [f"{field.name}.{f.name}" for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else None
-        )
-        options |= {f"--{option.replace('_', '-')}" for option in inner or [field.name]}
+        is_group = dataclasses.is_dataclass(value)
+        for name, default in vars(value).items() if is_group else [(field.name, value)]:
+            option, prefix = name.replace("_", "-"), f"--{field.name}." if is_group else "--"
+            options |= {f"{prefix}{option}"} | ({f"{prefix}no-{option}"} if isinstance(default, bool) else set())
     return options
 
 

@@ -67,7 +67,7 @@ def test_another_machine_waits_for_the_data():
     ("variables", "expected"),
     [
         ({"DEBUG_MODE": "1"}, "DEBUG_MODE is '1'; it must be one of True, False."),
-        ({"PRESET": "foo"}, "PRESET is 'foo'; it must be one of debug, laptop, lf_llm_269m."),
+        ({"PRESET": "foo"}, "PRESET is 'foo'; it must be one of debug, laptop, lf_llm_269m, lf_llm_269m_fast."),
         ({"NPROC": "0"}, "NPROC is '0'; it must be a number of processes, from 1 to 1,024."),
         ({"NPROC": "9" * 400}, "it must be a number of processes, from 1 to 1,024."),
         ({"NPROC": "-1"}, "NPROC is '-1'; it must be"),

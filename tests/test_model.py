@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from src import global_cache
 from src.model import LLM
 from src.model_configs.my_llm_config import lf_llm_269m
-from src.model_utils.adamw_opt import build_adamw, learning_rate
+from src.model_utils.adamw_opt import build_optimizers, learning_rate
 from src.model_utils.llama_format import llama_settings, llama_tensors
 from src.model_utils.load_model import load_weights
 from src.model_utils.weight_init import init_weights
@@ -39,7 +39,7 @@ def test_training_follows_the_references_trajectory(shared: Path, one_thread: No
     recipe = trajectory["training"]
     config = OptimConfig(max_lr=recipe["max_lr"], warmup_steps=recipe["warmup_steps"])
     model = reference_model(shared / "reference")
-    optimizer = build_adamw(model, config)
+    (optimizer,) = build_optimizers(model, config)
     for step, expected in enumerate(trajectory["steps"]):
         lr = learning_rate(step, recipe["total_steps"], recipe["warmup_steps"], config)
         for group in optimizer.param_groups:
@@ -63,14 +63,16 @@ def test_training_follows_the_references_trajectory(shared: Path, one_thread: No
             assert (parameters[ours(name)] - final).abs().max() < 1e-4, name
 
 
-def test_logits_equal_transformers_llama():
+@pytest.mark.parametrize("change", [{}, {"bias": False}, {"bias": False, "qk_norm": True}], ids=str)
+def test_logits_equal_transformers_llama_or_qwen3(change: dict[str, bool]):
     transformers = pytest.importorskip("transformers")
-    config = ModelConfig(n_vocab=211, n_ctx=32, n_embd=48, n_head=4, n_layer=3)
+    config = ModelConfig(n_vocab=211, n_ctx=32, n_embd=48, n_head=4, n_layer=3, **change)
     torch.manual_seed(0)
     model = LLM(config).eval()
     for parameter in model.parameters():  # biases and gains too, so that a dropped one shows
         torch.nn.init.normal_(parameter, std=0.2)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_settings(config))).eval()
+    settings = transformers.AutoConfig.for_model(**llama_settings(config))
+    llama = transformers.AutoModelForCausalLM.from_config(settings).eval()
     llama.load_state_dict(llama_tensors(dict(model.named_parameters())))
     inputs = torch.randint(config.n_vocab, (3, config.n_ctx))
     with torch.no_grad():
@@ -100,7 +102,7 @@ def test_initial_loss_of_the_references_small_shape(shared: Path):
 def test_overfits_one_batch(tiny_config: ModelConfig):
     model = LLM(tiny_config)
     init_weights(model, tiny_config, seed=0)
-    optimizer = build_adamw(model, OptimConfig(weight_decay=0.0))
+    (optimizer,) = build_optimizers(model, OptimConfig(weight_decay=0.0))
     windows = torch.randint(tiny_config.n_vocab, (4, 17), generator=torch.Generator().manual_seed(0))
     for group in optimizer.param_groups:
         group["lr"] = 1e-2

@@ -1,59 +1,105 @@
-"""AdamW's parameter groups and the learning-rate schedule."""
+"""The optimizers' parameter groups and the learning-rate schedule."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from src.model_utils.muon import Muon
 from src.params import OptimConfig
 
+# Blocks of rows of a projection that computes several things at once: each is a matrix by itself for Muon.
+_BLOCKS_OF_ROWS = {"qkv_proj": 3, "in_proj": 2}
 
-def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101) over every parameter exactly once.
 
-    Matrices and the embedding decay, vectors (biases and norm gains) don't. The learning rate is 0
-    until the caller sets it for a step.
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """Return AdamW, and Muon if it is configured; every parameter belongs to exactly one of their groups.
+
+    Matrices and the embedding decay, vectors (biases and norm gains) don't. A group has its peak rate as "max_lr"; its
+    rate is 0 until the caller sets it for a step.
     """
-    parameters = list(model.parameters())
+    hidden = {}
+    if config.optimizer == "muon":
+        for name, parameter in model.named_parameters():
+            if is_hidden_matrix(name):
+                hidden[parameter] = _BLOCKS_OF_ROWS.get(name.split(".")[-2], 1)
+    others = [parameter for parameter in model.parameters() if parameter not in hidden]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # fused: one kernel for all parameters, several times as fast as one by one
-    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    # AdamW (Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101). fused: one kernel for all parameters, several
+    # times as fast as one by one
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if hidden:
+        optimizers.append(Muon(hidden, config.momentum, config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            is_embedding = optimizer is adamw and hidden and config.embedding_lr
+            group["max_lr"] = config.embedding_lr if is_embedding else config.max_lr
+    return optimizers
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, config: OptimConfig) -> float:
-    """The rate for the step after `step` completed ones, 0 <= step < total_steps.
+def is_hidden_matrix(name: str) -> bool:
+    """Return True for the name of a parameter that Muon serves: a matrix of a block."""
+    return name.startswith("blocks.") and name.endswith("_proj.weight")
 
-    Linear warm-up, max_lr * (step + 1) / warmup_steps, then half a cosine from max_lr towards
-    min_lr_ratio * max_lr (Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983).
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, config: OptimConfig, max_lr: float = 0.0) -> float:
+    """Return the rate for the step after `step` completed ones, 0 <= step < total_steps, with the peak `max_lr`.
+
+    Linear warm-up, max_lr * (step + 1) / warmup_steps. Then max_lr, and over the last `decay_ratio` of the remaining
+    steps half a cosine (Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983) or a line towards
+    min_lr_ratio * max_lr. Without `max_lr` the peak is the configured one.
     """
+    max_lr = max_lr or config.max_lr
     if step < warmup_steps:
-        return config.max_lr * (step + 1) / warmup_steps
+        return max_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    min_lr = config.max_lr * config.min_lr_ratio
-    return min_lr + 0.5 * (config.max_lr - min_lr) * (1 + math.cos(math.pi * progress))
+    if config.decay_ratio < 1:
+        progress = max(0.0, 1 - (1 - progress) / config.decay_ratio) if config.decay_ratio else 0.0
+    min_lr = max_lr * config.min_lr_ratio
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return min_lr + share * (max_lr - min_lr)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as "exp_avg.blocks.0..." and so on, empty before the first step."""
+def set_learning_rate(
+    optimizers: Sequence[torch.optim.Optimizer], step: int, total_steps: int, warmup_steps: int, config: OptimConfig
+) -> float:
+    """Set the rates of all groups for the step after `step` completed ones; return that of the hidden matrices."""
+    rate = 0.0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate = group["lr"] = learning_rate(step, total_steps, warmup_steps, config, group["max_lr"])
+    return rate
+
+
+def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Return the optimizers' state as "exp_avg.blocks.0..." and so on, empty before the first step."""
     return {
         f"{kind}.{name}": tensor
         for name, parameter in model.named_parameters()
-        for kind, tensor in optimizer.state.get(parameter, {}).items()
+        for optimizer in optimizers
+        if parameter in optimizer.state  # which would create it
+        for kind, tensor in optimizer.state[parameter].items()
     }
 
 
 def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Puts back what `optimizer_tensors` returned, on the parameters' devices."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    """Put back what `optimizer_tensors` returned, on the parameters' devices.
+
+    Raises KeyError for an unknown name, and ValueError for a shape that is not its parameter's.
+    """
+    parameters = dict(model.named_parameters())
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for key, tensor in tensors.items():
         kind, name = key.split(".", 1)
+        parameter = parameters[name]
+        if tensor.shape != (() if kind == "step" else parameter.shape):
+            raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, {name} {tuple(parameter.shape)}")
         # cloned, because a tensor read from a file on a CPU is a mapping of it, which may be pruned or changed
-        state.setdefault(ordered.index(name), {})[kind] = tensor.clone()
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        owner[parameter].state[parameter][kind] = tensor.clone().to(parameter.device)

@@ -14,6 +14,7 @@ import torch
 
 from src.model import LLM
 from src.model_utils import checkpoint_utils
+from src.model_utils.adamw_opt import is_hidden_matrix
 from src.model_utils.checkpoint_utils import checkpoint_steps, step_dir
 from src.params import CheckpointConfig, Config
 from src.utils.errors import NonFiniteError, StorageError
@@ -126,11 +127,13 @@ class CheckpointSaver:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Roughly the bytes of one checkpoint: float32 weights, AdamW's two moments of each, and small files."""
+    """Roughly the bytes of one checkpoint: float32 weights, the optimizer's moments of each, and small files."""
     with torch.device("meta"):
-        weights = list(LLM(config.model).parameters())
-    tensors = 4 * len(weights)  # weight, two moments, and a count of steps
-    return 3 * sum(w.numel() * w.element_size() for w in weights) + tensors * _HEADER_BYTES + _SMALL_FILES_BYTES
+        weights = dict(LLM(config.model).named_parameters())
+    has_muon = config.optim.optimizer == "muon"
+    tensors = sum(w.nbytes * (2 if has_muon and is_hidden_matrix(name) else 3) for name, w in weights.items())
+    # a header for each weight, two moments and a count of steps
+    return tensors + 4 * len(weights) * _HEADER_BYTES + _SMALL_FILES_BYTES
 
 
 def checkpoints_need(config: Config, root: Path) -> int:

@@ -48,7 +48,7 @@ def write_gguf(
     merges: list[str],
     dtype: str,
 ) -> None:
-    """Writes our named parameters `weights` to `path` as a Llama called `name`, and compares what it reads back.
+    """Writes our named parameters `weights` to `path` as the model `name`, and compares what it reads back.
 
     `dtype` is that of matrices; vectors are float32, as llama.cpp requires. `tokens` end with the end-of-text token.
     Raises OSError, and StorageError if the file does not hold the model.
@@ -58,7 +58,7 @@ def write_gguf(
     matrix_type = gguf.GGMLQuantizationType[_TYPES[dtype][0]]
     metadata = {"general.name": name, **_metadata(config, tokens, merges, dtype)}
     tensors = _tensors(weights, config)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
     add: dict[type, Any] = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
     add |= {float: writer.add_float32, list: writer.add_array}
     for key, value in metadata.items():
@@ -82,18 +82,22 @@ def _metadata(config: ModelConfig, tokens: list[str], merges: list[str], dtype: 
     # Ids of the model that the tokenizer never uses get names that no text contains.
     unused = [f"<|unused_{i}|>" for i in range(len(tokens), config.n_vocab)]
     kinds = [gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL]
+    kind = "qwen3" if config.qk_norm else "llama"
     return {
         "general.file_type": int(gguf.LlamaFileType[_TYPES[dtype][1]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        "llama.vocab_size": config.n_vocab,
-        "llama.context_length": config.n_ctx,
-        "llama.embedding_length": config.n_embd,
-        "llama.feed_forward_length": config.ffn_hidden,
-        "llama.block_count": config.n_layer,
-        "llama.attention.head_count": config.n_head,
-        "llama.attention.layer_norm_rms_epsilon": config.norm_eps,
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": config.rope_theta,
+        f"{kind}.vocab_size": config.n_vocab,
+        f"{kind}.context_length": config.n_ctx,
+        f"{kind}.embedding_length": config.n_embd,
+        f"{kind}.feed_forward_length": config.ffn_hidden,
+        f"{kind}.block_count": config.n_layer,
+        f"{kind}.attention.head_count": config.n_head,
+        f"{kind}.attention.head_count_kv": config.n_head,
+        f"{kind}.attention.key_length": config.head_dim,
+        f"{kind}.attention.value_length": config.head_dim,
+        f"{kind}.attention.layer_norm_rms_epsilon": config.norm_eps,
+        f"{kind}.rope.dimension_count": config.head_dim,
+        f"{kind}.rope.freq_base": config.rope_theta,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": [*tokens, *unused],
@@ -110,14 +114,14 @@ def _tensors(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str,
     """Returns the weights by their names in GGUF. Without a head, llama.cpp takes the embedding."""
     import gguf
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH["QWEN3" if config.qk_norm else "LLAMA"], config.n_layer)
     tensors: dict[str, np.ndarray] = {}
     for llama_name, tensor in llama_tensors(weights).items():
         if llama_name == HEAD:
             continue
-        if ".q_proj." in llama_name or ".k_proj." in llama_name:
-            # llama.cpp rotates dimension 2i with 2i + 1, we rotate i with i + K/2 of a head's K. Interleaving the
-            # rows of both projections maps one to the other and leaves every product of query and key as it was.
+        if not config.qk_norm and (".q_proj." in llama_name or ".k_proj." in llama_name):
+            # In a Llama, llama.cpp rotates dimension 2i with 2i + 1, and we i with i + K/2 of a head's K. Interleaving
+            # the rows of both projections maps one to the other and leaves every product of query and key as it was.
             halves = tensor.unflatten(0, (config.n_head, 2, config.head_dim // 2))
             tensor = halves.transpose(1, 2).flatten(0, 2)
         tensors[str(names.get_name(llama_name, try_suffixes=(".weight", ".bias")))] = tensor.numpy()

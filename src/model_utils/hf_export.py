@@ -25,7 +25,6 @@ from src.model import LLM
 from src.model_utils.debugging import count_parameters
 from src.model_utils.gguf_export import check_gguf, write_gguf
 from src.model_utils.llama_format import (
-    ARCHITECTURE,
     EXPORT,
     EXPORT_FORMAT,
     HEAD,
@@ -58,6 +57,7 @@ def export(checkpoint: str | Path, out: Path, form: str, dtype: str) -> None:
     with new_folder(out) as folder:
         loaded, tokenizer = load_model(checkpoint, "cpu"), load_tokenizer()
         model, config, name = loaded.model, loaded.config.model, loaded.config.run_name
+        llama_settings(config)  # refuses a model that transformers and llama.cpp have no class for
         has_tokenizer = config.n_vocab >= tokenizer.n_vocab
         if form == "gguf":
             check_gguf(config, dtype, tokenizer.n_vocab)
@@ -133,7 +133,7 @@ def _write_folder(
     """Writes the files that transformers needs. Without a vocabulary there are none of the tokenizer."""
     special_ids = {name: vocabulary.get(_END_OF_TEXT) for name in ("bos_token_id", "eos_token_id")}
     dtype = str(weights["embedding.weight"].dtype).removeprefix("torch.")
-    settings = {**ARCHITECTURE, **llama_settings(config), **special_ids, "torch_dtype": dtype}
+    settings = {**llama_settings(config), **special_ids, "torch_dtype": dtype}
     # The padding token is not in config.json, where it would keep the end-of-text embedding from learning.
     generation = {**special_ids, "pad_token_id": vocabulary.get(_END_OF_TEXT)}
     files = {"config.json": settings, "generation_config.json": generation}

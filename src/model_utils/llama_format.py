@@ -1,7 +1,8 @@
-"""Our model as transformers' Llama: names of weights, settings, and reading a model folder.
+"""Our model as transformers' Llama or Qwen3: names of weights, settings, and reading a model folder.
 
-With biases turned on, a Llama computes what our model computes. Its weights are ours under other names:
-q, k and v are three matrices there and one here, as are value and gate of the feed-forward network.
+A Llama computes what our model computes, with or without biases, and a Qwen3 what it computes with QK-norm and without
+biases. Their weights are ours under other names: q, k and v are three matrices there and one here, as are value and
+gate of the feed-forward network.
 """
 
 import os
@@ -22,13 +23,14 @@ from src.utils.files import fingerprint, open_regular, read_json
 WEIGHTS = "model.safetensors"
 EXPORT = "export.json"
 EXPORT_FORMAT = 1
-ARCHITECTURE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 HEAD = "lm_head.weight"
 
-# For each part of a block the Llama's parts whose weights, one below the other, are ours.
+# For each part of a block the other model's parts whose weights, one below the other, are ours.
 _BLOCK_PARTS = {
     "attn_norm": ("input_layernorm",),
     "attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.q_norm": ("self_attn.q_norm",),
+    "attn.k_norm": ("self_attn.k_norm",),
     "attn.out_proj": ("self_attn.o_proj",),
     "ffn_norm": ("post_attention_layernorm",),
     "ffn.in_proj": ("mlp.up_proj", "mlp.gate_proj"),  # value, then gate
@@ -53,8 +55,19 @@ class Origin:
 
 
 def llama_settings(config: ModelConfig) -> dict[str, Any]:
-    """Fields of a transformers.LlamaConfig of this shape. Dropout has no counterpart there."""
+    """Return config.json of a Llama or Qwen3 of this shape. Dropout has no counterpart there.
+
+    Raises UserError for biases with QK-norm, which neither has.
+    """
+    if config.qk_norm and config.bias:
+        raise UserError(
+            "Cannot describe the model to transformers: no class has both model.bias and model.qk_norm. Train with "
+            "--model.no-bias."
+        )
+    name = "Qwen3" if config.qk_norm else "Llama"
     return {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
         "vocab_size": config.n_vocab,
         "hidden_size": config.n_embd,
         "intermediate_size": config.ffn_hidden,
@@ -66,14 +79,14 @@ def llama_settings(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.n_ctx,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "attention_bias": True,
-        "mlp_bias": True,
+        "attention_bias": config.bias,
+        **({} if config.qk_norm else {"mlp_bias": config.bias}),
         "tie_word_embeddings": True,
     }
 
 
 def llama_tensors(ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our named parameters as the state dict of a LlamaForCausalLM; the tensors are views of ours."""
+    """Our named parameters as the state dict of transformers' class; the tensors are views of ours."""
     theirs = {HEAD: ours["embedding.weight"]}
     for name, tensor in ours.items():
         names = _llama_names(name)
@@ -94,7 +107,7 @@ def is_model_folder(path: Path) -> bool:
     """Returns True if `path` has a config.json of transformers, rather than that of a run."""
     try:
         settings = read_json(path / "config.json")
-        return bool(ARCHITECTURE.keys() & settings.keys()) or os.path.lexists(path / WEIGHTS)
+        return bool({"architectures", "model_type"} & settings.keys()) or os.path.lexists(path / WEIGHTS)
     except (UserError, StorageError):
         if os.path.lexists(path / WEIGHTS):  # not a run, whose damaged config.json does no harm
             raise
@@ -138,12 +151,14 @@ def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor
 
 def _config_of_llama(path: Path) -> ModelConfig:
     """Returns the shape in another program's config.json. Raises UserError naming the first field that is not ours."""
-    settings = read_json(path)
-    _require(settings, ARCHITECTURE, path)
+    settings = {"attention_bias": False, "mlp_bias": False, **read_json(path)}  # as transformers leaves them out
+    kind = settings.get("model_type")
+    if kind not in ("llama", "qwen3"):
+        raise UserError(f"Cannot use {path}: model_type is {kind!r}; our model needs 'llama' or 'qwen3'.")
     try:
         rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # of transformers 5 and 4
-        kind, theta = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta")
-        settings |= {"rope_type": kind, "rope_theta": theta or settings.get("rope_theta")}
+        settings |= {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+        settings |= {"rope_theta": rope.get("rope_theta") or settings.get("rope_theta")}
         config = ModelConfig(
             n_vocab=settings["vocab_size"],
             n_ctx=settings["max_position_embeddings"],
@@ -155,13 +170,17 @@ def _config_of_llama(path: Path) -> ModelConfig:
             rope_theta=settings["rope_theta"],
             residual_dropout=0.0,
             ffn_dropout=0.0,
+            bias=settings["attention_bias"],
+            qk_norm=kind == "qwen3",
         )
         # Checks types and sizes before anything of an absurd size is built.
         Config(model=config, train=TrainConfig(batch_tokens=config.n_ctx, total_steps=1))
         _require(settings, {**llama_settings(config), "rope_type": "default", "quantization_config": None}, path)
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError, ValueError) as error:  # ConfigError is a ValueError
+    except KeyError as error:
+        raise UserError(f"Cannot use {path}: {error} is missing. Save the model again.") from None
+    except (AttributeError, TypeError, ZeroDivisionError, ValueError) as error:  # ConfigError is a ValueError
         reason = "; ".join(getattr(error, "problems", [])) or repr(error)
         raise UserError(f"Cannot use {path}: {reason}. Save the model again.") from None
     return config

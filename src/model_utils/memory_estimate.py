@@ -33,6 +33,7 @@ class Step:
     beside_buckets: bool = False
     """True if gradients exist twice: with accumulation in DDP, whose buckets are filled by the last pass only."""
     is_compiled: bool = False
+    has_muon: bool = False
     logits: Literal["chunked", "full"] = "chunked"
     """chunked: as in lm_loss.py. full: float32 logits of all positions, as the reference has them."""
 
@@ -48,7 +49,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    """AdamW's two moments."""
+    """AdamW's two moments, Muon's one."""
     weight_copies: int
     """bf16 copies that autocast makes of the blocks' matrices and biases."""
     activations: int
@@ -81,7 +82,8 @@ def estimate_memory(step: Step) -> Memory:
         peak -= held
     copies = in_layers * step.itemsize if step.itemsize != FLOAT32 else 0
     backward = max(0, peak - activations - loss)
-    return Memory(FLOAT32 * parameters, held, 2 * FLOAT32 * parameters, copies, activations, loss, backward)
+    moments = FLOAT32 * (2 * parameters - (in_layers if step.has_muon else 0))
+    return Memory(FLOAT32 * parameters, held, moments, copies, activations, loss, backward)
 
 
 @lru_cache(maxsize=16)
@@ -101,6 +103,9 @@ def activation_bytes(step: Step) -> int:
     norm = N * (D + 1) * FLOAT32 + (0 if on_gpu else N * D * FLOAT32)  # input and root mean square; a CPU's quotient
     attention = N * (D + 3 * D + 2 * D) * size  # input, its projection, rotated queries and keys
     attention += N * 2 * D * size + N * config.n_head * FLOAT32  # result by head and side by side, log-sum-exp
+    if config.qk_norm:  # root mean squares by head; where needed, float32 copies of queries and keys; a CPU's quotients
+        attention += N * 2 * config.n_head * FLOAT32 + (0 if on_gpu else N * 2 * D * FLOAT32)
+        attention += N * 2 * D * FLOAT32 if size != FLOAT32 and not step.is_compiled else 0
     ffn = N * (D + 2 * F + F + F) * size  # input, value and gate, silu(gate), dropped-out product
     if step.is_compiled:
         # Inductor computes silu(gate) a second time in the backward pass, and keeps one form of attention's result.

@@ -22,11 +22,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.model_configs.my_llm_config import config_from_command_line
+import torch
+
+from src.model import LLM
+from src.model_configs.my_llm_config import config_from_command_line, lf_llm_269m
+from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.autotune import SPARE_GPU
 from src.model_utils.checkpoint_saver import checkpoint_bytes, checkpoints_need
 from src.model_utils.debugging import flops_per_token
 from src.model_utils.memory_estimate import FLOAT32, Memory, Step, estimate_memory, parameter_counts
+from src.model_utils.muon import Muon
 from src.params import Config, ConfigError, divisors
 from src.utils.errors import EXIT_DONE, UserError, exit_with, say
 from src.utils.files import size_text
@@ -105,7 +110,14 @@ def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = 
     # A micro-batch "auto" is tried uncompiled (autotune.py), which takes more memory.
     is_compiled = kind == "cuda" and config.train.compile != "off" and config.train.micro_batch_size != "auto"
     return Step(
-        config.model, micro_batch_size, itemsize, kind, accumulates or has_ddp, accumulates and has_ddp, is_compiled
+        config.model,
+        micro_batch_size,
+        itemsize,
+        kind,
+        gradients_stay=accumulates or has_ddp,
+        beside_buckets=accumulates and has_ddp,
+        is_compiled=is_compiled,
+        has_muon=config.optim.optimizer == "muon",
     )
 
 
@@ -126,13 +138,22 @@ def usable_bytes(gpu: GPU) -> int:
 
 
 def cost(config: Config, gpu: GPU, count: int, given: Assumptions) -> Cost:
-    """Tokens per second = GPUs x peak x MFU / FLOPs per token, and what follows from it."""
+    """Tokens per second = GPUs x peak x MFU / FLOPs per token, with Muon's share, and what follows from it."""
     peak = gpu.tflops / 2 if config.train.precision == "float32" else gpu.tflops  # TF32, as in hardware.peak_tflops
-    speed = count * peak * 1e12 * given.mfu / flops_per_token(config.model, parameter_counts(config.model)[0])
+    per_token = flops_per_token(config.model, parameter_counts(config.model)[0])
+    flops = per_token + optimizer_flops(config) / config.train.batch_tokens
+    speed = count * peak * 1e12 * given.mfu / flops
     gpu_hours = count * config.total_steps * config.train.batch_tokens / speed / 3600
     dollars = None if given.price is None else gpu_hours * given.price
     kwh = None if given.watts is None else gpu_hours * (given.watts or gpu.watts) / 1000
     return Cost(speed, gpu_hours / count, dollars, kwh)
+
+
+def optimizer_flops(config: Config) -> int:
+    """Return the work of Muon in a step, over all processes, which share it. AdamW's is only memory traffic."""
+    with torch.device("meta"):
+        optimizers = build_optimizers(LLM(config.model), config.optim)
+    return sum(optimizer.flops() for optimizer in optimizers if isinstance(optimizer, Muon))
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -144,6 +165,7 @@ def describe(config: Config) -> dict[str, Any]:
         "parameters": parameters,
         "parameters_without_embedding": parameters - config.model.n_vocab * config.model.n_embd,
         "flops_per_token": flops,
+        "optimizer_flops_per_step": optimizer_flops(config),
         "steps": config.total_steps,
         "tokens": tokens,
         "tokens_per_parameter": tokens / parameters,
@@ -185,7 +207,21 @@ def plan_gpus(config: Config, name: str, count: int, given: Assumptions) -> dict
         "largest_micro_batch_size": largest.micro_batch_size,
         **given.source(),
         **cost(config, gpu, count, given)._asdict(),
+        **({"published_recipe": _published(gpu, count, given)} if _has_its_size(config) else {}),
     }
+
+
+def _has_its_size(config: Config) -> bool:
+    """Return True for another recipe for a model of the published one's size, to 1%."""
+    ours, published = (parameter_counts(c.model)[0] for c in (config, lf_llm_269m()))
+    return abs(ours / published - 1) < 0.01 and config.optim != lf_llm_269m().optim
+
+
+def _published(gpu: GPU, count: int, given: Assumptions) -> dict[str, Any]:
+    """Return what the published recipe takes on the same GPUs."""
+    published = lf_llm_269m()
+    tokens = published.total_steps * published.train.batch_tokens
+    return {"tokens": tokens, **cost(published, gpu, count, given)._asdict()}
 
 
 def _step_numbers(fit: Fit, itemsize: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class TrainingState:
     """Everything that changes during training."""
 
     model: LLM
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     progress: Progress
 
     def parts(self, procs: Processes) -> dict[str, dict[str, torch.Tensor]]:
@@ -60,7 +60,7 @@ class TrainingState:
         random_states = procs.gather(_random_state(procs.device))
         return {
             "model": {name: p.detach() for name, p in self.model.named_parameters()},  # a shared weight once
-            "optimizer": optimizer_tensors(self.model, self.optimizer),
+            "optimizer": optimizer_tensors(self.model, self.optimizers),
             **{f"rank_{rank:05d}": tensors for rank, tensors in enumerate(random_states)},
         }
 
@@ -93,7 +93,7 @@ class TrainingState:
                 if name == "model":
                     load_weights(self.model, tensors, "the checkpoint")
                 elif name == "optimizer":
-                    load_optimizer_tensors(self.model, self.optimizer, tensors)
+                    load_optimizer_tensors(self.model, self.optimizers, tensors)
                 elif name == f"rank_{procs.rank:05d}" and state["world_size"] == procs.world_size:
                     _set_random_state(tensors, procs.device)
             except (UserError, torch.OutOfMemoryError):

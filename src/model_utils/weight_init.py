@@ -13,7 +13,8 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
     Embedding and input projections: N(0, 2 / (5 D)) ("small init", Nguyen & Salazar 2019,
     https://arxiv.org/abs/1910.05895). The two projections into the residual stream of each block:
-    N(0, (1 / (sqrt(D) L))^2), so that the stream's variance doesn't grow with depth. Biases 0, gains 1.
+    N(0, (1 / (sqrt(D) L))^2), so that the stream's variance doesn't grow with depth, or 0 with `zero_init`. Biases 0,
+    gains 1.
     """
     generator = torch.Generator().manual_seed(seed)
     std = math.sqrt(2 / (5 * config.n_embd))
@@ -22,7 +23,7 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            elif name.endswith("bias"):
+            elif name.endswith("bias") or (config.zero_init and name.endswith("out_proj.weight")):
                 parameter.zero_()
             else:
                 into_residual = name.endswith("out_proj.weight")

@@ -44,7 +44,7 @@ from src.model_utils.adamw_opt import optimizer_tensors
 train_step, changed = pretrain.train_step, []
 
 def tensors(run):
-    state = dict(run.state.model.named_parameters()) | optimizer_tensors(run.state.model, run.state.optimizer)
+    state = dict(run.state.model.named_parameters()) | optimizer_tensors(run.state.model, run.state.optimizers)
     return {name: tensor.clone() for name, tensor in state.items()}
 
 def watched(run, batches):

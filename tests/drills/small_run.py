@@ -30,6 +30,11 @@ LONGER = (
     *("--train.total-steps", "12", "--checkpoint.every-steps", "4"),
     *("--eval.val-every-steps", "3", "--model.ffn-dropout", "0.2"),
 )
+# the model and the optimizer of the fast recipe
+FAST = (
+    *("--model.no-bias", "--model.qk-norm", "--model.zero-init"),
+    *("--optim.optimizer", "muon", "--optim.embedding-lr", "3e-3", "--optim.schedule", "linear"),
+)
 
 
 # The real program behind a few lines of a drill's own.

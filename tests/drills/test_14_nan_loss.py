@@ -5,18 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.conftest import Commands
 from tests.drills.bad_numbers import BAD_LOSS, WATCHED, assert_given_up, changed_steps
 from tests.drills.pair import fork_pair
-from tests.drills.small_run import LONGER, module, shard_paths
+from tests.drills.small_run import FAST, LONGER, module, shard_paths
 
 
+@pytest.mark.parametrize("recipe", [(), FAST], ids=["adamw", "muon"])
 def test_both_skip_the_step_and_its_samples_are_recorded(
-    commands: Commands, dataset: Callable[..., Path], tmp_path: Path
+    commands: Commands, dataset: Callable[..., Path], tmp_path: Path, recipe: tuple[str, ...]
 ) -> None:
     data = dataset(train_tokens=[700, 900], n_vocab=300)
-    ended = fork_pair(commands, tmp_path, BAD_LOSS.format(first=5, last=5) + WATCHED, data, *LONGER)
+    ended = fork_pair(commands, tmp_path, BAD_LOSS.format(first=5, last=5) + WATCHED, data, *LONGER, *recipe)
     assert ended.code == 0, ended.stderr
     assert changed_steps(tmp_path) == [[step for step in range(12) if step != 5]] * 2
     (event,) = [record for record in commands.metrics("drill", "event") if record["name"] == "skipped step"]

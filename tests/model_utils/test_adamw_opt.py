@@ -4,13 +4,13 @@ import torch
 
 from src.model import LLM
 from src.model_configs.my_llm_config import lf_llm_269m
-from src.model_utils.adamw_opt import build_adamw, learning_rate, load_optimizer_tensors, optimizer_tensors
+from src.model_utils.adamw_opt import build_optimizers, learning_rate, load_optimizer_tensors, optimizer_tensors
 from src.params import ModelConfig, OptimConfig
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(tiny_config: ModelConfig):
     model = LLM(tiny_config)
-    decayed, plain = build_adamw(model, OptimConfig(weight_decay=0.3)).param_groups
+    decayed, plain = build_optimizers(model, OptimConfig(weight_decay=0.3))[0].param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     grouped = [names[id(p)] for group in (decayed, plain) for p in group["params"]]
@@ -23,7 +23,7 @@ def test_a_step_is_adamws_formula():
     """Algorithm 2 of the AdamW paper for two steps, in numpy."""
     model = torch.nn.Linear(3, 2, bias=False)
     config = OptimConfig(beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
-    optimizer = build_adamw(model, config)
+    (optimizer,) = build_optimizers(model, config)
     weight = model.weight.detach().double().numpy().copy()
     mean, square = np.zeros_like(weight), np.zeros_like(weight)
     rng = np.random.default_rng(0)
@@ -77,13 +77,13 @@ def test_state_survives_the_way_through_tensors(tiny_config: ModelConfig):
 
     torch.manual_seed(0)
     model = LLM(tiny_config)
-    optimizer = build_adamw(model, OptimConfig())
-    assert optimizer_tensors(model, optimizer) == {}
+    (optimizer,) = build_optimizers(model, OptimConfig())
+    assert optimizer_tensors(model, [optimizer]) == {}
     steps(model, optimizer, 3)
     copy = LLM(tiny_config)
     copy.load_state_dict(model.state_dict())
-    copied = build_adamw(copy, OptimConfig())
-    load_optimizer_tensors(copy, copied, {k: v.clone() for k, v in optimizer_tensors(model, optimizer).items()})
+    (copied,) = build_optimizers(copy, OptimConfig())
+    load_optimizer_tensors(copy, [copied], {k: v.clone() for k, v in optimizer_tensors(model, [optimizer]).items()})
     steps(model, optimizer, 2)
     steps(copy, copied, 2)
     for ours, theirs in zip(model.parameters(), copy.parameters(), strict=True):

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_queries_and_keys_that_turn_as_neighbours_give_our_products(tmp_path: Pa
     )
     products = np.einsum("thk,shk->hts", q, k.conj()).real
     assert np.abs(products - expected.numpy()).max() < 1e-4
+
+
+def test_qwen3_keeps_the_order_of_dimensions(tmp_path: Path):
+    """llama.cpp rotates i with i + K/2 there, as we do."""
+    shape = replace(SMALL, bias=False, qk_norm=True)
+    ours, reader = few_tokens(shape, tmp_path / "few.gguf", "float32")
+    theirs = numbers(reader)
+    for name, expected in (
+        ("blk.1.attn_q", ours["blocks.1.attn.qkv_proj.weight"][: SMALL.n_embd]),
+        ("blk.1.attn_k", ours["blocks.1.attn.qkv_proj.weight"][SMALL.n_embd : 2 * SMALL.n_embd]),
+        ("blk.1.attn_q_norm", ours["blocks.1.attn.q_norm.weight"]),
+        ("blk.1.attn_k_norm", ours["blocks.1.attn.k_norm.weight"]),
+    ):
+        assert np.array_equal(theirs[f"{name}.weight"], expected.numpy()), name
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "qwen3"
+    assert fields["qwen3.attention.key_length"] == fields["qwen3.attention.value_length"] == 32
+    assert not [name for name in theirs if name.endswith("bias")]
 
 
 def test_wrong_numbers_in_the_file_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

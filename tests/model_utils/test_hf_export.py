@@ -5,6 +5,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,6 +48,30 @@ def test_logits_equal_ours(llama: Any):
         assert (llama(ids_BT).logits - small_model()(ids_BT)).abs().max() < 1e-4
     # Every embedding can be trained on: a padding token in config.json would leave out the end-of-text token's.
     assert llama.get_input_embeddings().padding_idx is None
+
+
+def test_qk_norm_becomes_a_qwen3(tmp_path: Path):
+    """Logits and greedy text are ours, and our own reader takes the folder."""
+    shape = replace(SHAPE, bias=False, qk_norm=True)
+    model = small_model(shape)
+    export(make_run(tmp_path / "fast", model), tmp_path / "out", "hf", "float32")
+    qwen = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(qwen) is transformers.Qwen3ForCausalLM
+    ids_BT = torch.randint(shape.n_vocab, (3, shape.n_ctx))
+    with torch.no_grad():
+        assert (qwen(ids_BT).logits - model(ids_BT)).abs().max() < 1e-4
+        assert torch.equal(load_model(tmp_path / "out", "cpu").model(ids_BT), model(ids_BT))
+    prompt = [464, 1660, 6772]
+    ours = [tokens[0] for tokens, _ in generate(model, [prompt], SamplingConfig(30, temperature=0), [0])]
+    theirs = qwen.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0].tolist()
+    assert theirs == prompt + ours
+
+
+def test_biases_with_qk_norm_are_refused(tmp_path: Path):
+    run = make_run(tmp_path / "odd", small_model(replace(SHAPE, qk_norm=True)))
+    with pytest.raises(UserError, match=r"no class has both model\.bias and model\.qk_norm"):
+        export(run, tmp_path / "out", "hf", "float32")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bf16_weights_are_the_rounded_ones(tiny_run: Path, tiny_export: Path, tmp_path: Path):

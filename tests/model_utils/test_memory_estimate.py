@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from src.model import LLM
-from src.model_configs.my_llm_config import lf_llm_269m
-from src.model_utils.adamw_opt import build_adamw
+from src.model_configs.my_llm_config import FAST_OPTIM, fast_model, lf_llm_269m
+from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.memory_estimate import Step, activation_bytes, estimate_memory, parameter_counts
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig, OptimConfig
@@ -24,9 +24,9 @@ def small(dropout: float = 0.1, n_vocab: int = 2003) -> ModelConfig:
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_activations_are_what_autograd_keeps(precision: str, dropout: float):
-    config, dtype, kept = small(dropout), DTYPES[precision], {}
+@pytest.mark.parametrize("config", [small(0.0), small(0.1), fast_model(small())])
+def test_activations_are_what_autograd_keeps(precision: str, config: ModelConfig):
+    dtype, kept = DTYPES[precision], {}
     model = LLM(config).train()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,11 +46,18 @@ def test_activations_are_what_autograd_keeps(precision: str, dropout: float):
     assert estimate == pytest.approx(sum(kept.values()) - copies, rel=0.01)
 
 
-def allocated_at_most(config: ModelConfig, size: int, dtype: torch.dtype, accumulation: int, logits: str) -> int:
+def allocated_at_most(
+    config: ModelConfig,
+    size: int,
+    dtype: torch.dtype,
+    accumulation: int,
+    logits: str,
+    optim: OptimConfig | None = None,
+) -> int:
     """The most bytes of tensors that a step holds, as the allocator counts them, AdamW's moments being there."""
     model = LLM(config).train()
     init_weights(model, config, seed=0)  # with softmaxes that are not all but 0, for which a CPU takes long
-    optimizer = build_adamw(model, OptimConfig())
+    optimizers = build_optimizers(model, optim or OptimConfig())
     inputs_BT = torch.zeros(size, config.n_ctx, dtype=torch.int64)
 
     def step() -> None:
@@ -61,8 +68,9 @@ def allocated_at_most(config: ModelConfig, size: int, dtype: torch.dtype, accumu
                 else:
                     loss = model(inputs_BT, inputs_BT)
             loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
 
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
@@ -72,7 +80,8 @@ def allocated_at_most(config: ModelConfig, size: int, dtype: torch.dtype, accumu
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    return 3 * sum(parameter.nbytes for parameter in model.parameters()) + most
+    moments = sum(t.nbytes for optimizer in optimizers for state in optimizer.state.values() for t in state.values())
+    return sum(parameter.nbytes for parameter in model.parameters()) + moments + most
 
 
 @pytest.mark.parametrize(
@@ -88,6 +97,13 @@ def test_a_step_takes_the_memory_that_was_estimated(size: int, precision: str, a
     config, dtype = small(), DTYPES[precision]
     step = Step(config, size, dtype.itemsize, "cpu", accumulation > 1, logits=logits)  # type: ignore[arg-type]
     most = allocated_at_most(config, size, dtype, accumulation, logits)
+    assert estimate_memory(step).total == pytest.approx(most, rel=0.02)
+
+
+def test_so_does_a_step_of_the_fast_recipe():
+    config = fast_model(small())
+    most = allocated_at_most(config, 8, torch.bfloat16, 1, "chunked", FAST_OPTIM)
+    step = Step(config, 8, 2, "cpu", gradients_stay=False, has_muon=True)
     assert estimate_memory(step).total == pytest.approx(most, rel=0.02)
 
 

@@ -8,11 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from src.model_configs.my_llm_config import debug, laptop, lf_llm_269m
+from src.model_configs.my_llm_config import debug, laptop, lf_llm_269m, lf_llm_269m_fast
 from src.model_utils import planner
 from src.model_utils.memory_estimate import Step, estimate_memory
-from src.model_utils.planner import GPUS, Assumptions, cost, largest_fit, plan_gpus, step_of, sweep, usable_bytes
-from src.params import ConfigError, ModelConfig
+from src.model_utils.planner import (
+    GPUS,
+    Assumptions,
+    cost,
+    describe,
+    largest_fit,
+    plan_gpus,
+    step_of,
+    sweep,
+    usable_bytes,
+)
+from src.params import Config, ConfigError, ModelConfig
 from src.utils.errors import UserError
 
 
@@ -64,6 +74,27 @@ def test_cost_by_hand():
     assert (found.hours, found.dollars, found.kwh) == pytest.approx((hours, 8 * hours, 16 * 0.072 * hours))
     exact = replace(config, train=replace(config.train, precision="float32"))  # at half the rate
     assert cost(exact, GPUS["l4"], 16, Assumptions(mfu=0.25)).hours == pytest.approx(2 * hours)
+
+
+def test_the_fast_recipe_is_shown_next_to_the_published_one():
+    """Muon's work by hand: five polynomials, each three products, of four square and three wide matrices a block."""
+    config, D = lf_llm_269m_fast(), 1024
+    square, wide = 3 * 2 * D**3, 2 * (D * D * 4 * D) * 2 + 2 * D**3
+    muon = 16 * 5 * (4 * square + 3 * wide)
+    assert describe(config)["optimizer_flops_per_step"] == muon
+    plan = plan_gpus(config, "a100-80g", 8, Assumptions(mfu=0.5, price=1.0))
+    per_token = 6 * plan_parameters(config) + 12 * 16 * D * 2048 + muon / 524_288
+    assert plan["tokens_per_second"] == pytest.approx(8 * 312e12 * 0.5 / per_token)
+    assert plan["memory_bytes"]["optimizer"] == 4 * (2 * plan_parameters(config) - 16 * 16 * D * D)
+    published = plan_gpus(lf_llm_269m(), "a100-80g", 8, Assumptions(mfu=0.5, price=1.0))
+    assert plan["published_recipe"]["hours"] == published["hours"]
+    assert "published_recipe" not in published
+
+
+def plan_parameters(config: Config) -> int:
+    """The table, and in each of 16 blocks sixteen square matrices and gains; the final norm's gain."""
+    D = config.model.n_embd
+    return 50_257 * D + 16 * (16 * D * D + 2 * D + 2 * 64) + D
 
 
 def test_sweep_leaves_out_counts_that_cannot_share_and_says_what_does_not_fit():

@@ -8,7 +8,7 @@ import torch
 
 from src.model import LLM
 from src.model_configs.my_llm_config import debug
-from src.model_utils.adamw_opt import build_adamw
+from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.checkpoint_utils import save_checkpoint
 from src.model_utils.training_state import Progress, TrainingState, resume_point
 from src.params import to_dict
@@ -37,7 +37,7 @@ def test_dropout_has_a_seed_of_the_run_on_a_device_whose_state_was_not_saved(
     config = replace(debug(), model=replace(debug().model, n_vocab=50, n_embd=8, n_head=2, n_layer=1, n_ctx=8))
     procs = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     model = LLM(config.model)
-    state = TrainingState(model, build_adamw(model, config.optim), Progress(step=7))
+    state = TrainingState(model, build_optimizers(model, config.optim), Progress(step=7))
     torch.manual_seed(123)
     torch.rand(5)
     save_checkpoint(tmp_path, 7, state.parts(procs), state.plain(config, "abc", torch.float32, 1))

@@ -45,7 +45,12 @@ def test_the_logged_loss_is_the_mean_since_the_last_line(config: Config):
 
 
 @pytest.mark.parametrize("k", [1, 7])  # before the first checkpoint, and between two and between log lines
-def test_stopped_and_started_again_equals_uninterrupted(config: Config, k: int):
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_stopped_and_started_again_equals_uninterrupted(config: Config, k: int, is_fast: bool):
+    if is_fast:
+        model = replace(config.model, bias=False, qk_norm=True, zero_init=True)
+        optim = replace(config.optim, optimizer="muon", embedding_lr=3e-3, schedule="linear", decay_ratio=0.5)
+        config = replace(config, model=model, optim=optim)
     whole = train(config)
     halved = replace(config, run_name="halved")
     outcome = train(halved, stop_after(k))

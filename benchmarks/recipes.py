@@ -1,0 +1,217 @@
+"""Compare training recipes: the validation loss that each reaches from a number of tokens. Resumable, hours on a CPU.
+
+python -m benchmarks.recipes --path TEXT ... [--size 17m 33m] [--only NAME ...] [--results FILE] [--table]
+
+TEXT are files for data_downloader; their dataset lies in temp_data/datasets/recipes. Every run is `pretrain.py` in a
+process of its own, named recipes-NAME, so a stopped benchmark resumes inside a run. All runs of a size and seed see the
+same windows in the same order, and each schedule is planned for its own length. Losses are measured on the same
+validation windows, so their differences have paired standard errors. Each line of --results is a finished run, which is
+not repeated.
+
+--table prints the comparison from --results alone.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.data_processing.shards import read_manifest
+from src.data_processing.training_data_loader import WindowDataset
+from src.model_assessment.validation import validate
+from src.model_utils.load_model import load_model
+from src.utils import hardware
+from src.utils.errors import exit_with, say
+from src.utils.root import ROOT, RUNS, dataset_dir
+
+DATASET = "recipes"
+VALIDATION_WINDOWS = 400
+RESULTS = ROOT / "benchmarks" / "recipes.jsonl"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and the length of its full run."""
+
+    settings: str
+    batch_tokens: int
+    steps: int
+
+
+SIZES = {
+    "17m": Size("--model.n-embd 256 --model.n-head 4 --model.n-layer 4", 4_096, 300),
+    "33m": Size("--model.n-embd 384 --model.n-head 6 --model.n-layer 6", 8_192, 126),
+}
+COMMON = "--model.n-ctx 256 --train.micro-batch-size 8 --train.precision float32 --eval.hellaswag-items 0"
+# The published recipe: AdamW, dropout, cosine to a tenth.
+FAITHFUL = "--model.residual-dropout 0.1 --model.ffn-dropout 0.15"
+FAST = (
+    "--model.residual-dropout 0 --model.ffn-dropout 0 --model.no-bias --model.qk-norm --model.zero-init "
+    "--optim.optimizer muon --optim.max-lr 4e-3 --optim.embedding-lr 3e-3 --optim.schedule linear "
+    "--optim.decay-ratio 0.85 --optim.min-lr-ratio 0 --optim.warmup-ratio 0.05"
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of the comparison."""
+
+    size: str
+    recipe: str
+    share: float = 1.0
+    """Of the size's steps."""
+    seed: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}-{self.recipe}-{self.share:.3g}-{self.seed}"
+
+    @property
+    def steps(self) -> int:
+        return round(SIZES[self.size].steps * self.share)
+
+
+# One ingredient of the fast recipe taken away, or another in its place.
+LADDER = {
+    "fast-dropout": "--model.residual-dropout 0.1 --model.ffn-dropout 0.15",
+    "fast-bias": "--model.bias",
+    "fast-no-qk-norm": "--model.no-qk-norm",
+    "fast-no-zero-init": "--model.no-zero-init",
+    "fast-cosine": "--optim.schedule cosine --optim.decay-ratio 1 --optim.min-lr-ratio 0.1",
+    "fast-one-rate": "--optim.embedding-lr None",
+    "fast-adamw": "--optim.optimizer adamw",
+}
+RECIPES = {
+    **{f"faithful-{rate}": f"{FAITHFUL} --optim.max-lr {rate}" for rate in ("1e-3", "2e-3", "4e-3")},
+    "fast": FAST,
+    **{name: f"{FAST} {change}" for name, change in LADDER.items()},
+}
+SHARES = (1.0, 0.5, 0.4, 1 / 3)
+
+
+def planned(best: dict[str, str]) -> list[Training]:
+    """Return all runs; `best` is the faithful recipe with the best rate by size, as far as it is known."""
+    runs = []
+    for size, seeds in (("17m", (1, 2, 3)), ("33m", (1,))):
+        runs += [Training(size, recipe) for recipe in RECIPES if recipe.startswith("faithful")]
+        for seed in seeds:
+            if size in best:
+                runs.append(Training(size, best[size], seed=seed))
+            runs += [Training(size, "fast", share, seed) for share in SHARES]
+        runs += [Training(size, recipe, 0.4) for recipe in LADDER]
+    return list(dict.fromkeys(runs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=__doc__)
+    parser.add_argument("--path", nargs="+", default=[], help="files of text")
+    parser.add_argument("--only", nargs="+", default=[""], help="runs whose names contain one of these")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the table from --results, and train nothing")
+    args = parser.parse_args()
+    results = read_results(args.results)
+    if not args.table:
+        if not (dataset_dir(DATASET) / "manifest.json").exists():
+            command = [
+                sys.executable,
+                "-m",
+                "src.data_processing.data_downloader",
+                "--source",
+                "files",
+                "--out",
+                DATASET,
+            ]
+            subprocess.run([*command, "--path", *args.path], cwd=ROOT, check=True)
+        # The best rate is known only once the first runs are done, and adds others.
+        while todo := [
+            run
+            for run in planned(best_rates(results))
+            if run.name not in results and any(part in run.name for part in args.only)
+        ]:
+            say(f"{len(todo)} runs to do; now {todo[0].name}")
+            results[todo[0].name] = measure(todo[0])
+            with open(args.results, "a") as file:
+                file.write(json.dumps(results[todo[0].name]) + "\n")
+    print(json.dumps({"runs": summary(results), "machine": hardware.describe_machine(torch.device("cpu"))}))
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {entry["name"]: entry for entry in map(json.loads, lines)}
+
+
+def best_rates(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the faithful recipe with the lowest loss by size, where all of its rates were tried."""
+    best = {}
+    for size in SIZES:
+        tried = [Training(size, recipe) for recipe in RECIPES if recipe.startswith("faithful")]
+        if all(run.name in results for run in tried):
+            best[size] = min(tried, key=lambda run: results[run.name]["loss"]).recipe
+    return best
+
+
+def measure(run: Training) -> dict[str, Any]:
+    """Train, and return the loss on each validation window."""
+    size = SIZES[run.size]
+    options = f"{COMMON} {size.settings} {RECIPES[run.recipe]} --train.batch-tokens {size.batch_tokens}"
+    options += f" --train.total-steps {run.steps} --train.seed {run.seed} --data.dir {DATASET}"
+    options += f" --run-name recipes-{run.name} --eval.val-every-steps 1000000 --eval.val-tokens 8192"
+    command = [sys.executable, "pretrain.py", "laptop", *options.split(), "--eval.sample-prompts"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    loaded = load_model(f"recipes-{run.name}", "cpu")
+    folder = dataset_dir(DATASET)
+    manifest = read_manifest(folder)
+    shard = manifest.validation[0]
+    losses: list[float] = []
+    result = validate(
+        loaded.model.eval(),
+        WindowDataset(folder, manifest.validation, loaded.config.model.n_ctx, manifest.n_vocab, at_least=1),
+        n_windows=VALIDATION_WINDOWS,
+        batch_size=1,
+        bytes_per_token=shard.text_bytes / shard.tokens,
+        batch_losses=losses,
+    )
+    lines = [json.loads(line) for line in (RUNS / f"recipes-{run.name}" / "metrics.jsonl").read_text().splitlines()]
+    step_ms = statistics.median(line["step_ms"] for line in lines if line["kind"] == "train")
+    return {
+        "name": run.name,
+        "size": run.size,
+        "recipe": run.recipe,
+        "seed": run.seed,
+        "tokens": run.steps * size.batch_tokens,
+        "steps": run.steps,
+        "step_ms": step_ms,
+        "loss": result.loss,
+        "bits_per_byte": result.bits_per_byte,
+        "dataset": manifest.sha256,
+        "settings": RECIPES[run.recipe],
+        "date": time.strftime("%Y-%m-%d"),
+        "window_losses": [round(loss, 4) for loss in losses],
+    }
+
+
+def summary(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return each run with its difference to the best faithful run of its size and seed, with the paired error."""
+    best, rows = best_rates(results), []
+    for entry in results.values():
+        row = {key: value for key, value in entry.items() if key != "window_losses"}
+        base = results.get(Training(entry["size"], best.get(entry["size"], ""), seed=entry["seed"]).name)
+        if base and base is not entry:
+            pairs = zip(entry["window_losses"], base["window_losses"], strict=True)
+            differences = [ours - theirs for ours, theirs in pairs]
+            row["difference"] = statistics.mean(differences)
+            row["stderr"] = statistics.stdev(differences) / math.sqrt(len(differences))
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    exit_with(main)

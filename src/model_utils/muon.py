@@ -1,0 +1,111 @@
+"""Muon: momentum with orthogonalised updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+
+Shapes: N matrices of one shape, R rows, C columns, R <= C.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+# Each triple is an odd polynomial a s + b s^3 + c s^5 of the singular values; all in turn bring those between 0.001 and
+# 1 near 1 (Polar Express, Amsel et al. 2025, https://arxiv.org/abs/2505.16932).
+_POLYNOMIALS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+_SAFETY = 1.02  # rounding in bf16 must not lift a singular value above 1, where the polynomials diverge
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, with decoupled weight decay. For hidden matrices only.
+
+    An update is scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is AdamW's and both can share
+    rates (Liu et al. 2025, https://arxiv.org/abs/2502.16982). Each of several processes orthogonalises its share of the
+    matrices and receives the others; all must call `step` together, with the same gradients.
+    """
+
+    def __init__(self, parameters: Mapping[nn.Parameter, int], momentum: float, weight_decay: float) -> None:
+        """`parameters` gives the number of equal blocks of rows of each one; each block is a matrix by itself.
+
+        A projection that computes queries, keys and values together has three. Raises ValueError for a parameter that
+        is not a matrix or does not divide into its blocks.
+        """
+        for parameter, blocks in parameters.items():
+            if parameter.dim() != 2 or len(parameter) % blocks:
+                raise ValueError(f"Muon cannot serve a parameter of shape {tuple(parameter.shape)} in {blocks} blocks.")
+        super().__init__(list(parameters), {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
+        self._blocks = dict(parameters)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for shape, matrices in self._updates(group["params"], group["momentum"]).items():
+                scale = group["lr"] * 0.2 * math.sqrt(max(shape))
+                stacked_NRC = torch.stack([update for _, update in matrices])
+                for (weight, _), update in zip(matrices, _orthogonalize_shared(stacked_NRC), strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+
+    def flops(self) -> int:
+        """Return the floating-point operations of orthogonalising all matrices once."""
+        total = 0
+        for parameter, blocks in self._blocks.items():
+            R, C = sorted((len(parameter) // blocks, parameter.shape[1]))
+            total += blocks * len(_POLYNOMIALS) * (2 * R * C * R + 2 * R**3 + 2 * R * R * C)  # X X^T, A A, B X
+        return total
+
+    def _updates(
+        self, parameters: list[nn.Parameter], momentum: float
+    ) -> dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Update the running means. Return weights and updates, views with no more rows than columns, by shape."""
+        by_shape = defaultdict(list)
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].lerp_(parameter.grad, 1 - momentum)
+            update = parameter.grad.lerp(state["momentum"], momentum)
+            for weight, part in zip(*(self._matrices(t, parameter) for t in (parameter, update)), strict=True):
+                by_shape[tuple(weight.shape)].append((weight, part))
+        return by_shape
+
+    def _matrices(self, tensor: torch.Tensor, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+        for block in tensor.chunk(self._blocks[parameter]):
+            yield block if block.shape[0] <= block.shape[1] else block.T
+
+
+def orthogonalize(updates_NRC: torch.Tensor) -> torch.Tensor:
+    """Return U V^T of each matrix U S V^T, nearly: singular values above 0.001 of the norm become 0.9 to 1.1.
+
+    bf16 on CUDA, where it is fast, else in the given dtype; R <= C. A matrix of zeros stays one.
+    """
+    X = updates_NRC.bfloat16() if updates_NRC.is_cuda else updates_NRC
+    # The norm is at least the largest singular value. The minimum keeps a matrix of zeros, and is far below any other.
+    X = X / (torch.linalg.matrix_norm(X, keepdim=True) * _SAFETY).clamp(min=1e-30)
+    for a, b, c in _POLYNOMIALS:
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X
+
+
+def _orthogonalize_shared(updates_NRC: torch.Tensor) -> torch.Tensor:
+    """`orthogonalize`, the matrices shared among the processes of a group if there is one."""
+    if not dist.is_initialized() or (world_size := dist.get_world_size()) == 1:
+        return orthogonalize(updates_NRC)
+    count = len(updates_NRC)
+    share = -(-count // world_size)
+    missing = share * world_size - count
+    padded = torch.cat([updates_NRC, updates_NRC.new_zeros(missing, *updates_NRC.shape[1:])])
+    own = orthogonalize(padded[dist.get_rank() * share :][:share])
+    result = own.new_empty(padded.shape)
+    dist.all_gather_into_tensor(result, own)
+    return result[:count]
