@@ -33,6 +33,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 # Fill and edge of a box: learned matrices, learned gains, no parameters.
 LEARNED, NORM, PLAIN = ("#e7effb", BLUE), ("#e6f3ea", GREEN), (PAPER, "#8b919a")
 WHOLE = ("embedding", "blocks", "norm")
+QK_NORMS = ("attn.q_norm", "attn.k_norm")
 BLOCK = ("attn_norm", "attn.qkv_proj", "attn.out_proj", "ffn_norm", "ffn.in_proj", "ffn.out_proj")
 Point = tuple[float, float]
 Kind = tuple[str, str]
@@ -149,7 +150,8 @@ def draw(preset: str) -> str:
 def parts(model: LLM) -> tuple[dict[str, int], dict[str, int]]:
     """Count the parameters of the model's parts and of one block's, by module name."""
     whole = {name: count_parameters(model.get_submodule(name)) for name in WHOLE}
-    block = {name: count_parameters(model.blocks[0].get_submodule(name)) for name in BLOCK}
+    names = (*BLOCK, *QK_NORMS) if model.config.qk_norm else BLOCK
+    block = {name: count_parameters(model.blocks[0].get_submodule(name)) for name in names}
     for sizes, module in ((whole, model), (block, model.blocks[0])):
         assert sum(sizes.values()) == count_parameters(module), "the picture shows every parameter exactly once"
     return whole, block
@@ -206,7 +208,8 @@ def _draw_block(drawing: Drawing, config: ModelConfig, sizes: dict[str, int]) ->
 def _draw_attention(drawing: Drawing, sizes: dict[str, int]) -> None:
     """Draw the upper right panel."""
     counts = {name: sizes[f"attn.{name}"] for name in ("qkv_proj", "out_proj")}
-    drawing.panel(712, TOP, 372, MIDDLE - 12 - TOP, "Attention", sum(counts.values()))
+    norms = sum(sizes.get(name, 0) for name in QK_NORMS)
+    drawing.panel(712, TOP, 372, MIDDLE - 12 - TOP, "Attention", sum(counts.values()) + norms)
     x, width, middle = 740, 316, 898
     query, key, value = 794, 898, 1002
     drawing.arrow((middle, 118), (middle, 146))
@@ -214,7 +217,7 @@ def _draw_attention(drawing: Drawing, sizes: dict[str, int]) -> None:
     for place, name, end in ((query, "q", 222), (key, "k", 222), (value, "v", 278)):
         drawing.arrow((place, 194), (place, end))
         drawing.text(place + 11, 213, name, size=14, anchor="start", colour=GREY)
-    drawing.box(x, 222, 212, 32, PLAIN, "RoPE")
+    drawing.box(x, 222, 212, 32, PLAIN, f"RMSNorm {norms:,}, RoPE" if norms else "RoPE")
     drawing.text(value + 11, 246, "B H T K", size=14, anchor="start", colour=GREY)
     for place in (query, key):
         drawing.arrow((place, 254), (place, 278))

@@ -89,14 +89,16 @@ def test_machine_code_gives_the_same_losses_and_gradients(
     model = LLM(tiny_config)
     init_weights(model, tiny_config, seed=0)
     inputs, targets = windows(model, 2)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         results = []
         for forward in (model, CompiledForward(model)):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = forward(inputs, targets)
             results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
         for eager, fast in zip(*results, strict=True):
-            assert torch.linalg.vector_norm(fast - eager) <= tolerance * torch.linalg.vector_norm(eager)
+            # The few numbers of a gain are sums over all positions, which cancel: rounding weighs more.
+            limit = tolerance * (4 if eager.dim() == 1 else 1)
+            assert torch.linalg.vector_norm(fast - eager) <= limit * torch.linalg.vector_norm(eager)
 
 
 @needs_compiler

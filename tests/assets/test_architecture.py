@@ -39,12 +39,14 @@ def test_the_picture_in_the_repository_is_the_present_one():
 def test_its_numbers_are_those_of_the_formulas(preset: str):
     """A matrix of n x m and its bias have n m + m numbers; 3 D of q, k and v, 2 F of value and gate."""
     config = PRESETS[preset]().model
-    D, F, V = config.n_embd, config.n_embd * config.ffn_mult, config.n_vocab
-    attention, ffn = [D * 3 * D + 3 * D, D * D + D], [D * 2 * F + 2 * F, F * D + D]
-    block = sum(attention) + sum(ffn) + 2 * D
+    D, F, V, bias = config.n_embd, config.n_embd * config.ffn_mult, config.n_vocab, config.bias
+    attention, ffn = [D * 3 * D + bias * 3 * D, D * D + bias * D], [D * 2 * F + bias * 2 * F, F * D + bias * D]
+    qk_norms = config.qk_norm * 2 * D // config.n_head
+    block = sum(attention) + qk_norms + sum(ffn) + 2 * D
     shown = [text.text for text in texts(architecture.draw(preset))]
-    for number in (V * D, D, block, *attention, sum(attention), *ffn, sum(ffn)):
+    for number in (V * D, D, block, *attention, sum(attention) + qk_norms, *ffn, sum(ffn)):
         assert f"{number:,}" in shown
+    assert (f"RMSNorm {qk_norms:,}, RoPE" if qk_norms else "RoPE") in shown
     total = V * D + config.n_layer * block + D
     assert f"{total:,} parameters, {total - V * D:,} without the embedding" in shown
 

@@ -19,7 +19,7 @@ ABSURD = (0, -1, 2**53 + 1, 2**63, 10**30, 1e308, float("nan"), float("inf"), -1
 
 ZERO_IS_FINE = {
     *("residual_dropout", "ffn_dropout", "min_lr_ratio", "warmup_ratio", "beta1", "beta2", "weight_decay", "spike_z"),
-    *("seed", "hellaswag_items", "keep_every_steps"),
+    *("seed", "hellaswag_items", "keep_every_steps", "momentum", "decay_ratio"),
 }
 
 
