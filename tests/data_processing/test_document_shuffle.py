@@ -387,7 +387,8 @@ def test_ctrl_c_ends_soon_and_leaves_nothing_behind(tmp_path: Path, commands: Co
 def test_workers_end_with_a_killed_parent(tmp_path: Path, commands: Commands) -> None:
     with preparing(tmp_path, commands) as (process, _):
         process.kill()
-        process.communicate(timeout=10)
+        process.communicate(timeout=10)  # ends once no worker holds stderr
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_killed_worker_is_named(tmp_path: Path, commands: Commands) -> None:

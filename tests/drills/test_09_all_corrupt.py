@@ -1,4 +1,4 @@
-"""Drill 9: no checkpoint of a run can be used, each for a reason of its own, or none is there any more."""
+"""Drill 9: no checkpoint of a run can be used, each for another reason, or none is left."""
 
 import shutil
 from collections.abc import Callable
@@ -31,8 +31,8 @@ def test_nothing_starts_from_scratch_in_silence(commands: Commands, dataset: Cal
         assert f"\n  - {reason}" in message
     assert "Restore one from a copy, or use --resume never" in message
 
-    anew = start(commands, data, *every_step, "--resume", "never")
-    assert anew.returncode == 0, anew.stderr
+    restarted = start(commands, data, *every_step, "--resume", "never")
+    assert restarted.returncode == 0, restarted.stderr
     assert (commands.temp_data / "runs/drill.set-aside-1/checkpoints" / flipped.name).is_dir()
 
 
