@@ -47,8 +47,8 @@ class Size:
 
 
 SIZES = {
-    "17m": Size("--model.n-embd 256 --model.n-head 4 --model.n-layer 4", 4_096, 300),
-    "33m": Size("--model.n-embd 384 --model.n-head 6 --model.n-layer 6", 8_192, 126),
+    "17m": Size("--model.n-embd 256 --model.n-head 4 --model.n-layer 4", 2_048, 300),
+    "33m": Size("--model.n-embd 384 --model.n-head 6 --model.n-layer 6", 4_096, 160),
 }
 COMMON = "--model.n-ctx 256 --train.micro-batch-size 8 --train.precision float32 --eval.hellaswag-items 0"
 # The published recipe: AdamW, dropout, cosine to a tenth.

@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
     def flops(self) -> int:
-        """Return the floating-point operations of orthogonalising all matrices once."""
+        """Return the floating-point operations of orthogonalising all matrices once, as bf16 does it."""
         total = 0
         for parameter, blocks in self._blocks.items():
             R, C = sorted((len(parameter) // blocks, parameter.shape[1]))
@@ -90,11 +90,26 @@ def orthogonalize(updates_NRC: torch.Tensor) -> torch.Tensor:
     X = updates_NRC.bfloat16() if updates_NRC.is_cuda else updates_NRC
     # The norm is at least the largest singular value. The minimum keeps a matrix of zeros, and is far below any other.
     X = X / (torch.linalg.matrix_norm(X, keepdim=True) * _SAFETY).clamp(min=1e-30)
+    if _by_gram_matrix(X.shape[1], X.shape[2], X.dtype):
+        # Q X for a symmetric Q that commutes with X X^T, so that only two products have C columns.
+        G = X @ X.mT
+        Q = torch.eye(X.shape[1], dtype=X.dtype, device=X.device).expand_as(G)
+        for a, b, c in _POLYNOMIALS:
+            P = torch.baddbmm(G, G, G, beta=b, alpha=c)
+            P.diagonal(dim1=-2, dim2=-1).add_(a)
+            Q = P @ Q
+            G = P @ G @ P
+        return Q @ X
     for a, b, c in _POLYNOMIALS:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
     return X
+
+
+def _by_gram_matrix(R: int, C: int, dtype: torch.dtype) -> bool:
+    """True where that saves work and keeps small singular values: bf16 loses their squares."""
+    return C >= 2 * R and dtype != torch.bfloat16
 
 
 def _orthogonalize_shared(updates_NRC: torch.Tensor) -> torch.Tensor:
