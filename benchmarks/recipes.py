@@ -8,7 +8,7 @@ same windows in the same order, and each schedule is planned for its own length.
 validation windows, so their differences have paired standard errors. Each line of --results is a finished run, which is
 not repeated.
 
---table prints the comparison from --results alone.
+--table prints the comparison from --results alone; --picture FILE draws it.
 """
 
 import argparse
@@ -22,14 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
 import torch
 
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import WindowDataset
+from src.model_assessment.report_figures import draw_level
 from src.model_assessment.validation import validate
 from src.model_utils.load_model import load_model
 from src.utils import hardware
 from src.utils.errors import exit_with, say
+from src.utils.plot_style import BLUE, GREY, STYLE, as_png, new_figure
 from src.utils.root import ROOT, RUNS, dataset_dir
 
 DATASET = "recipes"
@@ -51,8 +55,12 @@ SIZES = {
     "33m": Size("--model.n-embd 384 --model.n-head 6 --model.n-layer 6", 4_096, 160),
 }
 COMMON = "--model.n-ctx 256 --train.micro-batch-size 8 --train.precision float32 --eval.hellaswag-items 0"
-# The published recipe: AdamW, dropout, cosine to a tenth.
-FAITHFUL = "--model.residual-dropout 0.1 --model.ffn-dropout 0.15"
+# The published recipe. Both recipes warm up for as long here, which in a few hundred steps helps the published one.
+FAITHFUL = (
+    "--model.residual-dropout 0.1 --model.ffn-dropout 0.15 --model.bias --model.no-qk-norm --model.no-zero-init "
+    "--optim.optimizer adamw --optim.embedding-lr None --optim.schedule cosine "
+    "--optim.decay-ratio 1 --optim.min-lr-ratio 0.1 --optim.warmup-ratio 0.05"
+)
 FAST = (
     "--model.residual-dropout 0 --model.ffn-dropout 0 --model.no-bias --model.qk-norm --model.zero-init "
     "--optim.optimizer muon --optim.max-lr 4e-3 --optim.embedding-lr 3e-3 --optim.schedule linear "
@@ -116,9 +124,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose names contain one of these")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the table from --results, and train nothing")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw losses over tokens, from --results alone")
     args = parser.parse_args()
     results = read_results(args.results)
-    if not args.table:
+    if args.picture:
+        args.picture.write_bytes(picture(results))
+    elif not args.table:
         if not (dataset_dir(DATASET) / "manifest.json").exists():
             command = [
                 sys.executable,
@@ -140,7 +151,15 @@ def main() -> None:
             results[todo[0].name] = measure(todo[0])
             with open(args.results, "a") as file:
                 file.write(json.dumps(results[todo[0].name]) + "\n")
-    print(json.dumps({"runs": summary(results), "machine": hardware.describe_machine(torch.device("cpu"))}))
+    print(
+        json.dumps(
+            {
+                "shares": shares(results),
+                "runs": summary(results),
+                "machine": hardware.describe_machine(torch.device("cpu")),
+            }
+        )
+    )
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
@@ -211,6 +230,52 @@ def summary(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             row["stderr"] = statistics.stdev(differences) / math.sqrt(len(differences))
         rows.append(row)
     return rows
+
+
+def shares(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return by size and seed the share of its tokens from which the fast recipe reaches the best faithful loss.
+
+    Between two measured shares, loss is taken to be linear in the logarithm of tokens. NaN outside of all of them.
+    """
+    found = {}
+    for size, recipe in best_rates(results).items():
+        for seed in (1, 2, 3):
+            target = results.get(Training(size, recipe, seed=seed).name)
+            runs = [results.get(Training(size, "fast", share, seed).name) for share in SHARES]
+            if target is None or None in runs:
+                continue
+            losses = [run["loss"] for run in runs if run]  # falling with tokens, so rising here
+            logs = [math.log(share) for share in SHARES]
+            found[f"{size} seed {seed}"] = math.exp(
+                float(np.interp(target["loss"], losses, logs, left=math.nan, right=math.nan))
+            )
+    return found
+
+
+def picture(results: dict[str, dict[str, Any]]) -> bytes:
+    """Return a PNG with a panel for each size: validation loss over tokens of both recipes, one mark a seed."""
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure()
+        best = best_rates(results)
+        for axes, size in zip(np.atleast_1d(figure.subplots(1, len(best))), best, strict=True):
+            for recipe, color, label in ((best[size], GREY, "faithful"), ("fast", BLUE, "fast")):
+                runs = [r for r in results.values() if (r["size"], r["recipe"]) == (size, recipe)]
+                by_tokens: dict[int, list[float]] = {}
+                for run in runs:
+                    by_tokens.setdefault(run["tokens"], []).append(run["loss"])
+                tokens = sorted(by_tokens)
+                axes.plot(tokens, [statistics.mean(by_tokens[t]) for t in tokens], color=color, label=label)
+                axes.plot([r["tokens"] for r in runs], [r["loss"] for r in runs], "o", color=color, markersize=4)
+            level = statistics.mean(
+                by["loss"] for by in results.values() if (by["size"], by["recipe"]) == (size, best[size])
+            )
+            draw_level(axes, level, "")
+            axes.set_title(f"{size[:-1]}M parameters")
+            axes.set_xlabel("tokens")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
+            axes.legend()
+        figure.axes[0].set_ylabel("validation loss, nats per token")
+        return as_png(figure)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Commands
-from tests.drills.small_run import FAST, arguments, start, start_with
+from tests.drills.small_run import PUBLISHED, arguments, start, start_with
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def losses(commands: Commands, run: str, kind: str = "train") -> list[float]:
     return [record["loss"] for record in commands.metrics(run, kind)]
 
 
-@pytest.mark.parametrize("recipe", [(), FAST], ids=["adamw", "muon"])
+@pytest.mark.parametrize("recipe", [PUBLISHED, ()], ids=["adamw", "muon"])
 def test_two_processes_train_as_one_does(commands: Commands, data: Path, recipe: tuple[str, ...]):
     for run, processes in (("one", 1), ("two", 2)):
         more = ("--train.total-steps", "20", "--run-name", run, *recipe)

@@ -48,49 +48,55 @@ FAST_OPTIM = OptimConfig(
 )
 
 
+def fast_model(shape: ModelConfig) -> ModelConfig:
+    """Return `shape` as the class of transformers' Qwen3, with no dropout and projections that start at zero."""
+    return replace(shape, bias=False, qk_norm=True, zero_init=True, residual_dropout=0.0, ffn_dropout=0.0)
+
+
 def debug() -> Config:
     """The whole pipeline in minutes on two cores, on the documentation that comes with Python."""
     return Config(
         run_name="debug",
-        model=ModelConfig(n_ctx=128, n_embd=256, n_head=4, n_layer=4, residual_dropout=0.0, ffn_dropout=0.0),
+        model=fast_model(ModelConfig(n_ctx=128, n_embd=192, n_head=3, n_layer=4)),
         data=DataConfig(dir="pydocs"),
-        optim=OptimConfig(max_lr=3e-3, warmup_ratio=0.05),
-        train=TrainConfig(total_tokens=491_520, batch_tokens=2_048, micro_batch_size=16, log_every_steps=10),
+        optim=FAST_OPTIM,
+        # In minutes, many small batches reach a lower loss than few large ones (LOG.md).
+        train=TrainConfig(total_tokens=256_000, batch_tokens=512, micro_batch_size=4, log_every_steps=20),
         eval=EvalConfig(
-            val_every_steps=40,
+            val_every_steps=100,
             val_tokens=16_384,
-            hellaswag_every_steps=120,
+            hellaswag_every_steps=250,
             hellaswag_data="held-out",
             hellaswag_items=100,
-            sample_every_steps=120,
+            sample_every_steps=100,
             sample_prompts=("The function returns", "If the argument is", "This module provides"),
             samples_per_prompt=1,
             sample_tokens=40,
         ),
-        checkpoint=CheckpointConfig(every_steps=40),
+        checkpoint=CheckpointConfig(every_steps=100),
     )
 
 
 def laptop() -> Config:
-    """A 30M-parameter model on your own text, in hours on a CPU and sooner on a small GPU."""
+    """A small model on your own text, in an hour or two on a CPU and sooner on a small GPU."""
     return Config(
         run_name="laptop",
-        model=ModelConfig(n_ctx=256, n_embd=384, n_head=6, n_layer=6, residual_dropout=0.1, ffn_dropout=0.15),
+        model=fast_model(ModelConfig(n_ctx=256, n_embd=256, n_head=4, n_layer=6)),
         data=DataConfig(dir="my_text"),
-        optim=OptimConfig(max_lr=2e-3, warmup_ratio=0.02),
-        train=TrainConfig(total_tokens=20_000_000, batch_tokens=8_192, micro_batch_size=8, log_every_steps=10),
+        optim=FAST_OPTIM,
+        train=TrainConfig(total_tokens=5_000_000, batch_tokens=1_024, micro_batch_size=4, log_every_steps=20),
         eval=EvalConfig(
-            val_every_steps=100,
+            val_every_steps=250,
             val_tokens=65_536,
-            hellaswag_every_steps=500,
+            hellaswag_every_steps=1_000,
             hellaswag_data="held-out",
             hellaswag_items=200,
-            sample_every_steps=250,
+            sample_every_steps=500,
             sample_prompts=("The", "It is well known that", "In the beginning"),
             samples_per_prompt=2,
             sample_tokens=40,
         ),
-        checkpoint=CheckpointConfig(every_steps=100),
+        checkpoint=CheckpointConfig(every_steps=250),
     )
 
 
@@ -128,11 +134,6 @@ def lf_llm_269m_fast() -> Config:
         train=replace(published.train, total_tokens=4_000_000_000),
         checkpoint=CheckpointConfig(every_steps=500, keep_every_steps=2_000),
     )
-
-
-def fast_model(shape: ModelConfig) -> ModelConfig:
-    """Return `shape` as the class of transformers' Qwen3, with no dropout and projections that start at zero."""
-    return replace(shape, bias=False, qk_norm=True, zero_init=True, residual_dropout=0.0, ffn_dropout=0.0)
 
 
 # The batches of debug and laptop are too small to share between many GPUs.

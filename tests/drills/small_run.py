@@ -30,10 +30,10 @@ LONGER = (
     *("--train.total-steps", "12", "--checkpoint.every-steps", "4"),
     *("--eval.val-every-steps", "3", "--model.ffn-dropout", "0.2"),
 )
-# the model and the optimizer of the fast recipe
-FAST = (
-    *("--model.no-bias", "--model.qk-norm", "--model.zero-init"),
-    *("--optim.optimizer", "muon", "--optim.embedding-lr", "3e-3", "--optim.schedule", "linear"),
+# the published recipe instead of the preset's
+PUBLISHED = (
+    *("--model.bias", "--model.no-qk-norm", "--model.no-zero-init"),
+    *("--optim.optimizer", "adamw", "--optim.embedding-lr", "None", "--optim.schedule", "cosine"),
 )
 
 
