@@ -214,7 +214,9 @@ def rows(page: Path, first_column: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table[1].splitlines()]
 
 
-@pytest.mark.parametrize(("column", "preset"), [(-3, "debug"), (-2, "laptop"), (-1, "lf_llm_269m")])
+@pytest.mark.parametrize(
+    ("column", "preset"), [(-4, "debug"), (-3, "laptop"), (-2, "lf_llm_269m"), (-1, "lf_llm_269m_fast")]
+)
 def test_tables_of_the_presets_are_the_codes(column: int, preset: str):
     page, config = ROOT / "docs" / "architecture.md", PRESETS[preset]().model
     with torch.device("meta"):

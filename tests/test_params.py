@@ -86,7 +86,7 @@ def test_a_batch_that_cannot_be_shared_names_what_works(world_size: int):
 
 
 def test_a_micro_batch_that_does_not_fit_names_those_that_do():
-    config = replace(debug(), train=replace(debug().train, micro_batch_size=24))
+    config = replace(debug(), train=replace(debug().train, batch_tokens=2_048, micro_batch_size=24))
     with pytest.raises(ConfigError, match="micro_batch_size can be 1, 2, 4 or 8"):
         config.grad_accumulation_steps(2)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from src.model_configs.my_llm_config import debug, laptop, lf_llm_269m, lf_llm_269m_fast
+from src.model_configs.my_llm_config import debug, lf_llm_269m, lf_llm_269m_fast
 from src.model_utils import planner
 from src.model_utils.memory_estimate import Step, estimate_memory
 from src.model_utils.planner import (
@@ -22,7 +22,7 @@ from src.model_utils.planner import (
     sweep,
     usable_bytes,
 )
-from src.params import Config, ConfigError, ModelConfig
+from src.params import Config, ConfigError, ModelConfig, OptimConfig, TrainConfig
 from src.utils.errors import UserError
 
 
@@ -66,7 +66,12 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
 
 def test_cost_by_hand():
     """6 N + 12 L D T operations a token; 16 L4s of 121 TFLOP/s at a quarter of the peak, at $0.50 and 72 W each."""
-    config = laptop()
+    config = replace(
+        debug(),
+        model=ModelConfig(n_ctx=256, n_embd=384, n_head=6, n_layer=6),
+        optim=OptimConfig(),
+        train=TrainConfig(total_tokens=20_000_000, batch_tokens=8_192, micro_batch_size=8),
+    )
     tokens_per_second = 16 * 121e12 / 4 / (6 * 33_489_408 + 12 * 6 * 384 * 256)
     hours = 2441 * 8192 / tokens_per_second / 3600
     found = cost(config, GPUS["l4"], 16, Assumptions(mfu=0.25, price=0.5, watts=0.0))
@@ -136,7 +141,9 @@ def test_without_a_gpu_it_is_about_this_machine(monkeypatch: pytest.MonkeyPatch,
     run(monkeypatch, "debug", "--train.device", "cpu", "--train.precision", "float32")
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (plan["device"], plan["matmuls_in"]) == ("cpu", "float32")
-    assert plan["memory_bytes"]["total"] == estimate_memory(Step(debug().model, 16, 4, "cpu", False)).total
+    assert (
+        plan["memory_bytes"]["total"] == estimate_memory(Step(debug().model, 4, 4, "cpu", False, has_muon=True)).total
+    )
     assert "hours" not in plan
 
 
