@@ -290,7 +290,7 @@ def test_streams_that_take_nothing_change_no_exit_code(streams: str, stand_in, t
 
 def test_another_machine_waits_for_the_data_only_so_long(tmp_path: Path):
     variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "DATA_WAIT": "1", "PRESET": "debug"}
-    script, batch = ROOT / "run_pre_training_e2e.sh", ("--train.micro-batch-size", "8")
+    script, batch = ROOT / "run_pre_training_e2e.sh", ("--train.micro-batch-size", "2")
     result = launch(script, *batch, cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path), **variables)
     assert result.returncode == 2
     manifest = tmp_path / "datasets" / "pydocs" / "manifest.json"
