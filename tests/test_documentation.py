@@ -142,7 +142,7 @@ def test_files_and_tests_that_are_named_exist(page: Path):
 
 def tree() -> set[str]:
     """Patterns of files and folders in the README's tree, as paths; folders end with a slash."""
-    section = markdown(ROOT / "README.md").split("## What is where")[1]
+    section = markdown(ROOT / "docs" / "layout.md")
     (_, drawing), *_ = re.findall(r"^```(\w*)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     file = r"[\w*-]+(?:/[\w*-]+)*\.(?:py|sh|md|txt|html|ipynb|sbatch|svg)"
     found, folders = set(), {0: ""}
@@ -150,7 +150,7 @@ def tree() -> set[str]:
         depth = len(line) - len(line.lstrip())
         begin = folders[max(level for level in folders if level <= depth)]
         first = re.match(rf"\s*((?:(?:{file}|[\w-]+/)\s+)+|(?:{file}|[\w-]+/)$)", line + " ")
-        assert first, f"README's tree: {line!r} names nothing"
+        assert first, f"layout.md: {line!r} names nothing"
         names = first[1].split()
         names += re.findall(rf"; ({file}):", line)  # described on the same line
         for entry in names:
@@ -163,18 +163,18 @@ def tree() -> set[str]:
     return found
 
 
-def test_what_stands_in_the_readmes_tree_is_there():
+def test_what_stands_in_the_layout_is_there():
     assert len(tree()) > 50
     for pattern in tree():
         assert list(ROOT.glob(pattern.rstrip("/"))), f"there is no {pattern}"
 
 
-def test_every_source_file_stands_in_the_readmes_tree():
+def test_every_source_file_stands_in_the_layout():
     files = [path for path in [*ROOT.glob("src/**/*.*"), *ROOT.glob("*.py"), *ROOT.glob("*.sh")] if path.is_file()]
     sources = {name(path) for path in files if path.suffix in (".py", ".sh", ".html") and path.name != "__init__.py"}
     patterns = tree()
     missing = sorted(path for path in sources if not any(fnmatch(path, pattern) for pattern in patterns))
-    assert not missing, "give each a place in README's tree"
+    assert not missing, "give each a place in docs/layout.md"
 
 
 def messages() -> list[str]:
