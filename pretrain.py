@@ -119,6 +119,8 @@ class StepResult:
     loss: float
     """Mean over all processes, nats."""
     grad_norm: float
+    layer_grad_norms: list[float]
+    """Of the embedding and each block; empty for a step that is not logged."""
     lr: float
     skipped: str
     """The reason why the step changed nothing, or ""."""
@@ -384,7 +386,7 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
                 progress.add_loss(result.loss, time.perf_counter() - step_started)
             if recording:
                 recording.step()
-            if progress.step % config.train.log_every_steps == 0 or progress.step == config.total_steps:
+            if is_logged(config, progress.step):
                 pace = (time.perf_counter() - started) / (progress.step - first_step)
                 log_training(run, result, seconds_left=pace * (config.total_steps - progress.step))
 
@@ -429,8 +431,12 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     mean_loss = procs.mean(torch.stack(micro_losses).sum())
     parameters = list(run.state.model.parameters())
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    layers = [run.state.model.embedding, *run.state.model.blocks] if is_logged(config, progress.step + 1) else []
+    layer_norms = [
+        nn.utils.get_total_norm([p.grad for p in layer.parameters() if p.grad is not None]) for layer in layers
+    ]
     # The step's only wait for the device. Loss and gradients are the same in all processes, so all decide alike.
-    loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
+    loss_value, norm_value, *layer_values = torch.stack([mean_loss, grad_norm, *layer_norms]).tolist()
     skipped = ""
     if not math.isfinite(loss_value + norm_value):
         skipped = f"not finite: loss {loss_value}, gradient norm {norm_value}"
@@ -444,7 +450,11 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     run.guard.add(loss_value)  # a spike too: after enough of them, they are the new level
     run.state.model.zero_grad()
     progress.step += 1  # a skipped step counts: the next one must see other data
-    return StepResult(loss_value, norm_value, lr, skipped)
+    return StepResult(loss_value, norm_value, layer_values, lr, skipped)
+
+
+def is_logged(config: Config, step: int) -> bool:
+    return step % config.train.log_every_steps == 0 or step == config.total_steps
 
 
 def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
@@ -465,6 +475,7 @@ def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
         progress.step,
         lr=result.lr,
         grad_norm=result.grad_norm,
+        layer_grad_norms=[float(f"{norm:.4g}") for norm in result.layer_grad_norms],
         loss=loss,
         tokens_per_second=rate,
         step_ms=step_seconds * 1e3,

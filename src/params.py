@@ -266,6 +266,8 @@ class Config:
     """Steps to record with PyTorch's profiler, near the start; the trace opens at ui.perfetto.dev."""
     report_to: tuple[Reporter, ...] = ()
     """Trackers to report to: tensorboard, wandb or both; they must be installed. Affects no result."""
+    price_per_gpu_hour: float | None = None
+    """Dollars. With it, preflight and the report say what the run costs; affects nothing else."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -287,6 +289,8 @@ class Config:
             problems.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
         if not 0 <= self.profile <= MAX_COUNT:
             problems.append(f"profile = {self.profile} must be at least 0 and at most {MAX_COUNT:,}; 0 records nothing")
+        if self.price_per_gpu_hour is not None and not 0 < self.price_per_gpu_hour <= MAX_REAL:
+            problems.append(f"price_per_gpu_hour = {self.price_per_gpu_hour} must be above 0 and at most {MAX_REAL:g}")
         if not problems and self.train.batch_tokens % self.model.n_ctx:
             multiple = max(1, round(self.train.batch_tokens / self.model.n_ctx)) * self.model.n_ctx
             problems.append(
