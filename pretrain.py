@@ -46,7 +46,7 @@ from src.model_assessment.trackers import Watching, require_packages
 from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.adamw_opt import build_optimizers, set_learning_rate
 from src.model_utils.autotune import out_of_memory_explained, settle
-from src.model_utils.checkpoint_saver import CheckpointSaver, Saved, refuse_full_disk
+from src.model_utils.checkpoint_saver import AfterSave, CheckpointSaver, Saved, refuse_full_disk
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps, prune
 from src.model_utils.debugging import count_parameters, flops_per_token, profiler
 from src.model_utils.spike_guard import SpikeGuard
@@ -104,6 +104,7 @@ class Run:
     guard: SpikeGuard
     saver: CheckpointSaver
     """Used by the main process only."""
+    after_save: AfterSave
     forward: nn.Module
     """The model as training calls it: perhaps compiled, gradients averaged over the processes."""
     precision: torch.dtype
@@ -180,6 +181,8 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             log.close_bar()
         procs.activity = "the last report"  # after the run's status is final: a failure here changes nothing of it
         procs.together_for_long(run.watching.close)
+        procs.activity = "the command after the last save"
+        procs.together_for_long(run.after_save.close)
         return outcome
 
 
@@ -333,6 +336,7 @@ def prepare(
         state=state,
         guard=SpikeGuard(config.optim.spike_z, state.progress.recent_losses),
         saver=CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.before_save),
+        after_save=AfterSave(config.checkpoint.after_save, log.run_dir, log.info),
         forward=forward,
         precision=precision,
         stop=stop,
@@ -563,6 +567,7 @@ def record_saves(run: Run, saves: list[Saved]) -> None:
             f"saved {path.name}: {saved.bytes / 1e6:.0f} MB in {saved.seconds:.1f} s, "
             f"of which training waited {saved.held_up_seconds:.1f} s"
         )
+    run.after_save.add(saves)
 
 
 def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:

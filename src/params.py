@@ -243,6 +243,9 @@ class CheckpointConfig:
     """Newest checkpoints to keep; at least 2, so that a damaged one has a predecessor."""
     keep_every_steps: int = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 turns it off."""
+    after_save: str = ""
+    """Shell command to run in the run's folder after each save, such as a copy to another machine. Variables for it:
+    CHECKPOINT (checkpoints/step_0000500), STEP, RUN_NAME. Training does not wait; a failure is a warning."""
 
     def problems(self) -> list[str]:
         problems = _outside(self, "checkpoint", {"every_steps": MAX_COUNT})
@@ -250,6 +253,8 @@ class CheckpointConfig:
             problems.append(f"checkpoint.keep_last = {self.keep_last} must be at least 2 and at most {MAX_COUNT:,}")
         if not 0 <= self.keep_every_steps <= MAX_COUNT:
             problems.append(f"checkpoint.keep_every_steps = {self.keep_every_steps} must be at least 0; 0 turns it off")
+        if "\0" in self.after_save:
+            problems.append("checkpoint.after_save holds a zero byte; give a shell command")
         return problems
 
 

@@ -25,7 +25,7 @@ from src.model_assessment.run_history import CHANCE, Run, Series, choice_name, c
 from src.utils.errors import harmless
 
 SIZE_INCHES = (5.6, 3.7)  # its text is readable in half the width of a desktop and on a phone
-MOST_POINTS = 1_000  # of a drawn curve
+MOST_POINTS = 600  # of a drawn curve
 MOST_VALUES = 90  # places along the x axis that show their values
 MANY_POINTS = 300  # a longer curve is drawn faintly under its running median
 BACKGROUND_BEYOND = 1.1  # the background is drawn up to this multiple of the run's own length
