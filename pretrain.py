@@ -179,6 +179,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             raise
         finally:
             log.close_bar()
+        run.after_save.poll()  # a copy now has the final status, and need not wait for the report
         procs.activity = "the last report"  # after the run's status is final: a failure here changes nothing of it
         procs.together_for_long(run.watching.close)
         procs.activity = "the command after the last save"
@@ -376,6 +377,7 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
             if ending or (due and not progress.skipped_in_a_row):
                 save(run)
             record_saves(run, run.saver.finished())
+            run.after_save.poll()
             if ending:
                 return finish(run, cause, evaluation.missing(progress.step, recorded))
             if progress.step == first_step:

@@ -141,11 +141,12 @@ class AfterSave:
         self._next: Saved | None = None
 
     def add(self, saves: list[Saved]) -> None:
-        """Takes note of new saves, reports a command that failed, and starts one if it is time. Does not wait."""
-        if not self.command:
-            return
-        if saves:
+        """Takes note of new saves, which `poll` serves."""
+        if saves and self.command:
             self._next = saves[-1]
+
+    def poll(self) -> None:
+        """Reports a command that failed, and starts one if it is time. Does not wait."""
         if self._running and (code := self._running.poll()) is not None:
             self._running = None
             if code:
@@ -171,7 +172,7 @@ class AfterSave:
     def close(self) -> None:
         """Waits for the commands of all saves, at most AFTER_SAVE_SECONDS."""
         deadline = time.monotonic() + AFTER_SAVE_SECONDS
-        self.add([])
+        self.poll()
         if self._running and self._running.poll() is None:
             self.warn(f"waiting at most {AFTER_SAVE_SECONDS} s for the command after the save")
         while self._running:
@@ -179,7 +180,7 @@ class AfterSave:
                 self.warn("warning: the command after the save still runs; it is left alone")
                 return
             time.sleep(0.05)
-            self.add([])
+            self.poll()
 
 
 def checkpoint_bytes(config: Config) -> int:

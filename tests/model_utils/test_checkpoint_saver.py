@@ -97,7 +97,7 @@ def test_a_command_runs_after_each_save_for_the_newest_checkpoint(tmp_path: Path
     after = AfterSave(command, run, warnings.append)
     for step in (1, 2, 3):
         after.add([Saved(checkpoint_utils.step_dir(run / "checkpoints", step), step, 0, 0.0, 0.0)])
-        after.add([])  # as in every step of training
+        after.poll()
     go_ahead.touch()
     after.close()
     assert (run / "log").read_text() == "run 1 checkpoints/step_0000001\nrun 3 checkpoints/step_0000003\n"
@@ -109,6 +109,7 @@ def test_a_command_that_hangs_does_not_hold_a_run_for_ever(tmp_path: Path, monke
     warnings = list[str]()
     after = AfterSave("exec sleep 20", tmp_path, warnings.append)
     after.add([Saved(tmp_path, 1, 0, 0.0, 0.0)])
+    after.poll()
     after.close()
     assert warnings[-1] == "warning: the command after the save still runs; it is left alone"
     assert after._running
