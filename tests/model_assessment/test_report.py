@@ -251,7 +251,7 @@ def test_the_index_lists_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     page = Page(write_index())
     assert page.html.count("<tr>") == 3  # the heading, and two runs with a step
     assert [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")] == ["./new/report.html"]
-    assert "new running 250 of 1,000 1.02M" in page.text
+    assert "new running 250 of 1,000" in page.text
     assert "<b>old 50% done 250 of 250" in page.text
     assert page.text.index("new running") < page.text.index("<b>old")
     monkeypatch.setattr(root, "RUNS", tmp_path / "empty")
