@@ -46,7 +46,7 @@ from src.model_assessment.trackers import Watching, require_packages
 from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.adamw_opt import build_optimizers, set_learning_rate
 from src.model_utils.autotune import out_of_memory_explained, settle
-from src.model_utils.checkpoint_saver import CheckpointSaver, Saved, refuse_full_disk
+from src.model_utils.checkpoint_saver import AfterSave, CheckpointSaver, Saved, refuse_full_disk
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps, prune
 from src.model_utils.debugging import count_parameters, flops_per_token, profiler
 from src.model_utils.spike_guard import SpikeGuard
@@ -104,6 +104,7 @@ class Run:
     guard: SpikeGuard
     saver: CheckpointSaver
     """Used by the main process only."""
+    after_save: AfterSave
     forward: nn.Module
     """The model as training calls it: perhaps compiled, gradients averaged over the processes."""
     precision: torch.dtype
@@ -119,6 +120,8 @@ class StepResult:
     loss: float
     """Mean over all processes, nats."""
     grad_norm: float
+    layer_grad_norms: list[float]
+    """Of the embedding and each block; empty for a step that is not logged."""
     lr: float
     skipped: str
     """The reason why the step changed nothing, or ""."""
@@ -176,8 +179,11 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             raise
         finally:
             log.close_bar()
+        run.after_save.poll()  # a copy now has the final status, and need not wait for the report
         procs.activity = "the last report"  # after the run's status is final: a failure here changes nothing of it
         procs.together_for_long(run.watching.close)
+        procs.activity = "the command after the last save"
+        procs.together_for_long(run.after_save.close)
         return outcome
 
 
@@ -331,6 +337,7 @@ def prepare(
         state=state,
         guard=SpikeGuard(config.optim.spike_z, state.progress.recent_losses),
         saver=CheckpointSaver(log.run_dir / "checkpoints", config.checkpoint, before=log.before_save),
+        after_save=AfterSave(config.checkpoint.after_save, log.run_dir, log.info),
         forward=forward,
         precision=precision,
         stop=stop,
@@ -370,6 +377,7 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
             if ending or (due and not progress.skipped_in_a_row):
                 save(run)
             record_saves(run, run.saver.finished())
+            run.after_save.poll()
             if ending:
                 return finish(run, cause, evaluation.missing(progress.step, recorded))
             if progress.step == first_step:
@@ -384,7 +392,7 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
                 progress.add_loss(result.loss, time.perf_counter() - step_started)
             if recording:
                 recording.step()
-            if progress.step % config.train.log_every_steps == 0 or progress.step == config.total_steps:
+            if is_logged(config, progress.step):
                 pace = (time.perf_counter() - started) / (progress.step - first_step)
                 log_training(run, result, seconds_left=pace * (config.total_steps - progress.step))
 
@@ -429,8 +437,12 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     mean_loss = procs.mean(torch.stack(micro_losses).sum())
     parameters = list(run.state.model.parameters())
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    layers = [run.state.model.embedding, *run.state.model.blocks] if is_logged(config, progress.step + 1) else []
+    layer_norms = [
+        nn.utils.get_total_norm([p.grad for p in layer.parameters() if p.grad is not None]) for layer in layers
+    ]
     # The step's only wait for the device. Loss and gradients are the same in all processes, so all decide alike.
-    loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
+    loss_value, norm_value, *layer_values = torch.stack([mean_loss, grad_norm, *layer_norms]).tolist()
     skipped = ""
     if not math.isfinite(loss_value + norm_value):
         skipped = f"not finite: loss {loss_value}, gradient norm {norm_value}"
@@ -444,7 +456,11 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     run.guard.add(loss_value)  # a spike too: after enough of them, they are the new level
     run.state.model.zero_grad()
     progress.step += 1  # a skipped step counts: the next one must see other data
-    return StepResult(loss_value, norm_value, lr, skipped)
+    return StepResult(loss_value, norm_value, layer_values, lr, skipped)
+
+
+def is_logged(config: Config, step: int) -> bool:
+    return step % config.train.log_every_steps == 0 or step == config.total_steps
 
 
 def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
@@ -465,6 +481,7 @@ def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
         progress.step,
         lr=result.lr,
         grad_norm=result.grad_norm,
+        layer_grad_norms=[float(f"{norm:.4g}") for norm in result.layer_grad_norms],
         loss=loss,
         tokens_per_second=rate,
         step_ms=step_seconds * 1e3,
@@ -552,6 +569,7 @@ def record_saves(run: Run, saves: list[Saved]) -> None:
             f"saved {path.name}: {saved.bytes / 1e6:.0f} MB in {saved.seconds:.1f} s, "
             f"of which training waited {saved.held_up_seconds:.1f} s"
         )
+    run.after_save.add(saves)
 
 
 def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:

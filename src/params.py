@@ -243,6 +243,9 @@ class CheckpointConfig:
     """Newest checkpoints to keep; at least 2, so that a damaged one has a predecessor."""
     keep_every_steps: int = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 turns it off."""
+    after_save: str = ""
+    """Shell command to run in the run's folder after each save, such as a copy to another machine. Variables for it:
+    CHECKPOINT (checkpoints/step_0000500), STEP, RUN_NAME. Training does not wait; a failure is a warning."""
 
     def problems(self) -> list[str]:
         problems = _outside(self, "checkpoint", {"every_steps": MAX_COUNT})
@@ -250,6 +253,8 @@ class CheckpointConfig:
             problems.append(f"checkpoint.keep_last = {self.keep_last} must be at least 2 and at most {MAX_COUNT:,}")
         if not 0 <= self.keep_every_steps <= MAX_COUNT:
             problems.append(f"checkpoint.keep_every_steps = {self.keep_every_steps} must be at least 0; 0 turns it off")
+        if "\0" in self.after_save:
+            problems.append("checkpoint.after_save holds a zero byte; give a shell command")
         return problems
 
 
@@ -266,6 +271,8 @@ class Config:
     """Steps to record with PyTorch's profiler, near the start; the trace opens at ui.perfetto.dev."""
     report_to: tuple[Reporter, ...] = ()
     """Trackers to report to: tensorboard, wandb or both; they must be installed. Affects no result."""
+    price_per_gpu_hour: float | None = None
+    """Dollars. With it, preflight and the report say what the run costs; affects nothing else."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -287,6 +294,8 @@ class Config:
             problems.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
         if not 0 <= self.profile <= MAX_COUNT:
             problems.append(f"profile = {self.profile} must be at least 0 and at most {MAX_COUNT:,}; 0 records nothing")
+        if self.price_per_gpu_hour is not None and not 0 < self.price_per_gpu_hour <= MAX_REAL:
+            problems.append(f"price_per_gpu_hour = {self.price_per_gpu_hour} must be above 0 and at most {MAX_REAL:g}")
         if not problems and self.train.batch_tokens % self.model.n_ctx:
             multiple = max(1, round(self.train.batch_tokens / self.model.n_ctx)) * self.model.n_ctx
             problems.append(

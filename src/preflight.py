@@ -34,14 +34,16 @@ from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.launcher_settings import number, one_of
 from src.model_assessment.hellaswag_items import cached_items, load_items, refuse_silent_hub
+from src.model_assessment.run_history import duration
 from src.model_assessment.trackers import require_packages
 from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.autotune import compile_problem
 from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoints_need
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
+from src.model_utils.planner import GPU, Assumptions, cost
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config, ConfigError
-from src.utils import root
+from src.utils import hardware, root
 from src.utils.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -56,6 +58,8 @@ from src.utils.errors import (
 )
 from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
 from src.utils.handle_ddp import device_and_backend, processes_here, world_size
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,23 @@ def device(start: Start) -> Found:
     problem = compile_problem(kind) if compile == "on" or (compile == "auto" and kind == "cuda") else ""
     if problem and compile == "on":
         raise UserError(f"Cannot compile the model: {problem}, or leave out --train.compile on.")
+    if kind == "cpu" and start.config.train.device == "auto" and NVIDIA_DRIVER.exists():
+        driver = f"PyTorch {torch.__version__} cannot use this machine's NVIDIA driver, so training runs on the CPU"
+        return Found(f"{text}; {driver}. Install a newer driver, or a PyTorch built for CUDA", True)
+    if peak := hardware.peak_tflops(torch.device(kind), torch.bfloat16):
+        text += f"\n{expected_cost(start.config, start.world_size, peak)}"
     return Found(f"{text}; {problem}; until then nothing is compiled" if problem else text, bool(problem))
+
+
+def expected_cost(config: Config, gpus: int, peak_tflops: float) -> str:
+    """Hours and dollars of all steps on GPUs of this dense bf16 peak, at the reference's share of it."""
+    given = Assumptions(price=config.price_per_gpu_hour)
+    estimate = cost(config, GPU(0, peak_tflops, 0, ""), gpus, given)
+    price = "; --price-per-gpu-hour DOLLARS shows the cost"
+    if estimate.dollars is not None:
+        price = f", {estimate.dollars:,.2f} dollars at {given.price:,.2f} per GPU-hour"
+    steps = f"{config.total_steps:,} steps take about {duration(3600 * estimate.hours)}{price}"
+    return f"{steps}. Assumes {given.mfu:.0%} of the GPU's peak, as the reference had on A100, and no evaluation"
 
 
 def dataset(start: Start) -> Found:

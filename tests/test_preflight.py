@@ -190,10 +190,23 @@ def test_multiple_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    config = on("cuda", debug(), compile="off", precision="bf16")
-    assert preflight.device(start_of(config, processes=2)).text.startswith("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    config = on("cuda", replace(lf_llm_269m(), price_per_gpu_hour=1.5), compile="off", precision="bf16")
+    text = preflight.device(start_of(config, processes=2)).text
+    assert text.startswith("cuda")
+    hours = 19_073 * 524_288 * 2_323_525_632 / (2 * 312e12 * 0.32) / 3600  # 32.3
+    assert f"take about 1 d {int(hours) - 24} h, {2 * 1.5 * hours:.2f} dollars at 1.50 per GPU-hour" in text
     with pytest.raises(UserError, match=r"Cannot use CUDA device 3 for process 3 of this machine"):
         preflight.device(start_of(config, processes=4))
+
+
+def test_a_driver_that_pytorch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(preflight, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = preflight.device(start_of(debug()))
+    assert found.doubtful
+    assert "so training runs on the CPU" in found.text
+    assert not preflight.device(start_of(on("cpu", debug()))).doubtful  # as requested
 
 
 def test_processes_that_cannot_share_a_batch():

@@ -130,7 +130,7 @@ class Assessment:
     def _multiple_choice(self, model: LLM, _: int, shared: Shared) -> list[Record]:
         result = hellaswag.evaluate(model, self.items, self.encode, self.protocol, **shared)
         is_hellaswag = self.protocol == hellaswag.HELLASWAG_PROTOCOL
-        name = "HellaSwag" if is_hellaswag else "multiple choice from held-out text (not HellaSwag)"
+        name = "HellaSwag" if is_hellaswag else "held-out choice (not HellaSwag)"
         right = f"{result['correct']:,} of {result['total']:,} right"
         words = f"{name}: {right}, {result['acc_norm']:.2%} +- {result['stderr']:.2%}"
         return [Record("hellaswag", result, words)]

@@ -2,15 +2,18 @@
 
     python -m src.model_assessment.report RUN [--background RUN|published|none]
     python -m src.model_assessment.report RUN --compare RUN [RUN ...]
+    python -m src.model_assessment.report --all
 
 RUN is a path, or the name of a run under temp_data/runs. The first form writes report.html and plots/*.png into the
-run folder; training regenerates them regularly. The second writes comparison.html into the folder of the first run.
+run folder; training regenerates them regularly. The second writes comparison.html into the folder of the first run, the
+third temp_data/runs/index.html, a table of all runs.
 """
 
 import argparse
 import base64
 import glob
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -19,13 +22,26 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
 from src.model_assessment import run_history
 from src.model_assessment.report_figures import COLORS, Picture, draw
-from src.model_assessment.run_history import Record, Run, compact, duration, fixed, moment, number, percent
-from src.params import ModelConfig
+from src.model_assessment.run_history import (
+    KeyFigure,
+    Record,
+    Run,
+    choice_name,
+    compact,
+    duration,
+    fixed,
+    moment,
+    number,
+    percent,
+)
+from src.model_configs.my_llm_config import PRESETS
+from src.params import ModelConfig, to_dict
 from src.utils import root
 from src.utils.errors import StorageError, UserError, exit_with, harmless
 from src.utils.files import storage_errors
@@ -52,8 +68,11 @@ def write_report(run_dir: Path, background: str | None = None) -> Path:
         is_running=is_running,
         state="silent" if state == "running" and not is_running else state,
         key_figures=run_history.key_figures(run),
+        choice=choice_name(run),
         pictures=pictures,
         samples=_samples(run),
+        preset=_preset(run),
+        changed=_changed(run),
         event_rows=[(moment(e["time"]), e["step"], e.get("name"), e.get("detail")) for e in run.of_kind("event")],
         settings=_setting_groups(run),
     )
@@ -71,13 +90,15 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
     runs = [run_history.read_run(run_dir) for run_dir in run_dirs]
     count = Counter(run.name for run in runs)
     runs = [replace(run, name=f"{run.name} ({i})") if count[run.name] > 1 else run for i, run in enumerate(runs, 1)]
-    figures = [{figure.label: figure.value for figure in run_history.key_figures(run)} for run in runs]
+    figures = [{figure.label: figure for figure in run_history.key_figures(run)} for run in runs]
     labels = dict.fromkeys(label for each in figures for label in each)
     page = _page(
         time.time(),
         runs=list(zip(runs, COLORS, strict=False)),
         differences=_differences(runs),
-        figure_rows=[(label, *(each.get(label, "—") for each in figures)) for label in labels],
+        figure_rows=[
+            (label, *(_compared(each.get(label), figures[0].get(label)) for each in figures)) for label in labels
+        ],
         pictures=draw(runs),
         samples=[([run.name for run in runs], _side_by_side([_samples_by_step(run)[-1][1] for run in runs]))],
     )
@@ -85,11 +106,32 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
         return _replace(run_dirs[0] / "comparison.html", page)
 
 
+def write_index() -> Path:
+    """Writes index.html into temp_data/runs and returns its path. Raises UserError if there is no run."""
+    now, rows = time.time(), []
+    folders = sorted(path for path in root.RUNS.glob("*") if path.is_dir() and not path.name.startswith("."))
+    for folder in folders:
+        try:
+            run = run_history.read_run(folder)
+        except UserError:
+            continue  # a folder without a step
+        figures = {figure.label: figure.value for figure in run_history.key_figures(run)}
+        state = run.status.get("state")
+        state = "silent" if state == "running" and not run.is_running(now) else state
+        page = next((name for name in ("report.html", "comparison.html") if (folder / name).is_file()), "")
+        rows.append((run, state, f"./{quote(folder.name)}/{page}" if page else "", figures))
+    if not rows:
+        raise UserError(f"Cannot list the runs in {root.RUNS}: none has made a step. Train one first.")
+    rows.sort(key=lambda row: number(row[0].first_and_last_time[1]), reverse=True)
+    with storage_errors(root.RUNS):
+        return _replace(root.RUNS / "index.html", _page(now, index=rows, folder=str(root.RUNS)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.report", description="Write the report on a run, report.html and plots/."
     )
-    parser.add_argument("run_dir", metavar="RUN", help="a path, or the name of a run under temp_data/runs")
+    parser.add_argument("run_dir", metavar="RUN", nargs="?", help="a path, or the name of a run under temp_data/runs")
     options = parser.add_mutually_exclusive_group()
     options.add_argument("--compare", metavar="RUN", nargs="+", help="write comparison.html about RUN and these runs")
     options.add_argument(
@@ -97,7 +139,13 @@ def main() -> None:
         metavar="RUN|published|none",
         help="run to draw in grey behind the losses; default: the published run, if it has the same shape",
     )
+    options.add_argument("--all", action="store_true", help="write temp_data/runs/index.html, a table of all runs")
     arguments = parser.parse_args()
+    if arguments.all == bool(arguments.run_dir):
+        parser.error("name one RUN, or use --all for a table of all runs")
+    if arguments.all:
+        print(json.dumps({"index": str(write_index())}))
+        return
     run_dirs = [root.run_dir(name) for name in (arguments.run_dir, *(arguments.compare or []))]
     page = write_comparison(run_dirs) if arguments.compare else write_report(run_dirs[0], arguments.background)
     print(json.dumps({"report": str(page), "plots": page.read_text(encoding="utf-8").count('<figure id="')}))
@@ -112,8 +160,8 @@ def _background(run: Run, requested: str | None) -> Run | None:
 
 
 def _samples(run: Run) -> list[tuple[list[str], Samples]]:
-    """Tables of samples with their titles: the first and the last step side by side, then each step between."""
-    columns = _samples_by_step(run)
+    """Tables of samples with their titles, newest first: the last step next to the first, then each step between."""
+    columns = _samples_by_step(run)[::-1]
     groups = [[columns[0], columns[-1]][: len(columns)], *([column] for column in columns[1:-1])]
     return [([title for title, _ in group], _side_by_side([samples for _, samples in group])) for group in groups]
 
@@ -134,6 +182,35 @@ def _side_by_side(columns: list[list[Record]]) -> Samples:
             texts = rows.setdefault(prompt, [[] for _ in columns])[i]
             texts.append(str(sample.get("text", "")).removeprefix(prompt).strip())
     return rows
+
+
+def _preset(run: Run) -> str:
+    """The name of the preset that the run's command names, or ""."""
+    return next((word for word in str(run.settings.get("command")).split() if word in PRESETS), "")
+
+
+def _changed(run: Run) -> list[tuple[str, Any, Any]]:
+    """Settings that differ from the preset's: name, the run's value, the preset's."""
+    config, preset = run.settings.get("config"), _preset(run)
+    if not preset or not isinstance(config, dict):
+        return []
+    usual, ours = _flat(to_dict(PRESETS[preset]())), _flat(config)
+    usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}  # as in JSON
+    names = (name for name in ours if name in usual and name != "run_name")
+    return [(name, ours[name], usual[name]) for name in names if ours[name] != usual[name]]
+
+
+def _compared(figure: KeyFigure | None, first: KeyFigure | None) -> str:
+    """The figure with its unit and, except in the first run, its difference from the first."""
+    if figure is None:
+        return "—"
+    text = f"{figure.value} {figure.unit}".rstrip()
+    if first is None or first is figure or not math.isfinite(change := figure.number - first.number):
+        return text
+    if figure.decimals is not None:
+        points = " points" if text.endswith("%") else ""  # a difference of shares is not a share
+        return f"{text} ({change:+,.{figure.decimals}f}{points})"
+    return f"{text} ({change / first.number:+.1%})" if first.number else text
 
 
 def _setting_groups(run: Run) -> dict[str, dict[str, Any]]:
@@ -177,7 +254,7 @@ def _text(value: Any) -> str:
     return text if text.isprintable() else harmless(text, keep="\n\t")
 
 
-def _page(now: float, pictures: list[Picture], **sections: Any) -> bytes:
+def _page(now: float, pictures: Sequence[Picture] = (), **sections: Any) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # nothing in a run's files becomes markup
@@ -186,7 +263,8 @@ def _page(now: float, pictures: list[Picture], **sections: Any) -> bytes:
         lstrip_blocks=True,
     )
     environment.filters |= {each.__name__: each for each in (moment, duration, fixed, percent, compact, number)}
-    images = [(picture, base64.b64encode(picture.png).decode("ascii")) for picture in pictures]
+    # As images they can neither run nor fetch anything, whatever a name in them says.
+    images = [(picture, base64.b64encode(picture.svg).decode("ascii")) for picture in pictures]
     page = environment.get_template("report_template.html").render(now=now, images=images, **sections)
     return page.encode("utf-8")
 

@@ -4,13 +4,14 @@ for picture in draw([read_run(folder)]):
     (plots / f"{picture.name}.png").write_bytes(picture.png)
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 # First, because it imports matplotlib without the user's settings.
-from src.utils.plot_style import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE, STYLE, as_png, new_figure
+from src.utils.plot_style import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE, STYLE, as_png, as_svg, new_figure
 
 # isort: split
 import matplotlib
@@ -20,13 +21,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from src.model_assessment.run_history import CHANCE, Run, Series, number, protocols, spikes
+from src.model_assessment.run_history import CHANCE, Run, Series, choice_name, compact, number, protocols, spikes
+from src.utils.errors import harmless
 
+SIZE_INCHES = (5.6, 3.7)  # its text is readable in half the width of a desktop and on a phone
+MOST_POINTS = 600  # of a drawn curve
+MOST_VALUES = 90  # places along the x axis that show their values
 MANY_POINTS = 300  # a longer curve is drawn faintly under its running median
 BACKGROUND_BEYOND = 1.1  # the background is drawn up to this multiple of the run's own length
 # Okabe and Ito's palette for the colour-blind (https://jfly.uni-koeln.de/color/), without yellow.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
 RED, PURPLE = "#a3341a", "#7a3b8f"  # skipped steps and spikes
+
+
+class Values(NamedTuple):
+    """The text for one place along the x axis: a strip of the picture, in percent of its width."""
+
+    left: float
+    width: float
+    text: str
 
 
 class Picture(NamedTuple):
@@ -35,6 +48,8 @@ class Picture(NamedTuple):
     name: str
     title: str
     png: bytes
+    svg: bytes
+    values: list[Values]
     caption: str
 
 
@@ -93,9 +108,15 @@ class FigureSpec(NamedTuple):
 
 
 def draw(runs: list[Run], background: Run | None = None) -> list[Picture]:
-    """The figures of FIGURES that the first run has data for. Only the losses have a background."""
+    """The figures of FIGURES that the first run has data for. Only the losses have a background.
+
+    A run alone also has its gradient norms by layer.
+    """
+    specs = [spec for spec in FIGURES if spec.curves != (ACCURACY,) or any(map(choice_name, runs))]
+    if len(runs) == 1 and (layers := _layer_norms(runs[0])):
+        specs.insert(1 + [spec.name for spec in specs].index("gradient_norm"), layers)
     with matplotlib.rc_context(STYLE):
-        pictures = (_draw_figure(spec, Shown(runs, background if spec.name == "loss" else None)) for spec in FIGURES)
+        pictures = (_draw_figure(spec, Shown(runs, background if spec.name == "loss" else None)) for spec in specs)
         return [picture for picture in pictures if picture]
 
 
@@ -132,11 +153,26 @@ def running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
 
 
+def thinned(points: Series) -> Series:
+    """At most MOST_POINTS of the points: the smallest and the largest of each part, so that no spike is lost."""
+    if points.steps.size <= MOST_POINTS:
+        return points
+    kept = set[int]()
+    for part in np.array_split(np.arange(points.steps.size), MOST_POINTS // 2):
+        kept |= {int(part[points.values[part].argmin()]), int(part[points.values[part].argmax()])}
+    places = sorted(kept)
+    return Series(points.steps[places], points.values[places])
+
+
 def _draw_figure(spec: FigureSpec, shown: Shown) -> Picture | None:
     if not any(shown.points(shown.runs[0], curve).values.any() for curve in spec.curves):
         return None
     units = list(dict.fromkeys(curve.unit for curve in spec.curves))
     figure, panels = figure_of(spec.title, units, shown.by_tokens)
+    figure.set_size_inches(SIZE_INCHES)
+    if len(shown.runs) == 1 and (tokens := shown.runs[0].tokens_per_step) and not shown.by_tokens:
+        panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,g}\n{compact(step * tokens)}"))
+        panels[-1].set_xlabel("step, and tokens seen")
     for curve in spec.curves:
         for run in shown.all:
             _draw_curve(panels[units.index(curve.unit)], shown, run, curve)
@@ -144,7 +180,59 @@ def _draw_figure(spec: FigureSpec, shown: Shown) -> Picture | None:
     # After the limits: the best place for a legend depends on them.
     if len(panels[0].get_legend_handles_labels()[1]) > 1:
         panels[0].legend(loc="best", reverse=len(shown.runs) > 1)  # the first run is drawn last
-    return Picture(spec.name, spec.title, as_png(figure), " ".join(caption))
+    png, svg = as_png(figure), as_svg(figure)
+    return Picture(
+        spec.name, panels[0].get_title("left"), png, svg, _values(figure, panels[-1], spec, shown), " ".join(caption)
+    )
+
+
+def _values(figure: Figure, axes: Axes, spec: FigureSpec, shown: Shown) -> list[Values]:
+    """Strips from left to right that cover the plot. `axes` has its final limits and place."""
+    runs = [*shown.runs, *([shown.background] if shown.background else [])]
+    drawn = [(curve, run, shown.points(run, curve)) for run in runs for curve in spec.curves]
+    every = np.unique(np.concatenate([points.steps for _, _, points in drawn]))
+    low, high = axes.get_xlim()
+    last_in_part = {int((x - low) / (high - low) * MOST_VALUES): float(x) for x in every if low <= x <= high}
+    places = list(last_in_part.values())
+    edges = [low, *((left + right) / 2 for left, right in itertools.pairwise(places)), high]
+    in_figure = axes.transData + figure.transFigure.inverted()
+    at = [100 * float(in_figure.transform((x, 0))[0]) for x in edges]
+    strips = []
+    for place, left, right in zip(places, at[:-1], at[1:], strict=True):
+        lines = [_place_text(place, shown)]
+        for curve, run, points in drawn:
+            # The latest value that was known there.
+            if (i := int(np.searchsorted(points.steps, place, side="right")) - 1) >= 0:
+                older = "" if points.steps[i] == place else f" at {points.steps[i]:,.6g}"
+                value = _value_text(points.values[i], curve.unit)
+                lines.append(f"{_name(spec, curve, run, shown)} {value}{older}")
+        strips.append(Values(left, right - left, "\n".join(lines)))
+    return strips
+
+
+def _place_text(place: float, shown: Shown) -> str:
+    if shown.by_tokens:
+        return f"{place:,.6g} million tokens"
+    tokens = shown.runs[0].tokens_per_step
+    return f"step {place:,.0f}" + (f", {compact(place * tokens)} tokens" if tokens and len(shown.runs) == 1 else "")
+
+
+def _name(spec: FigureSpec, curve: Curve, run: Run, shown: Shown) -> str:
+    label = curve.label or spec.title.lower()
+    if len(shown.all) == 1:
+        return label
+    return f"{_short(run)}{f', {label}' if len(spec.curves) > 1 else ''}:"
+
+
+def _short(run: Run) -> str:
+    """The run's name as a label; SVG has no place for a control character."""
+    return harmless(run.name[:24])
+
+
+def _value_text(value: float, unit: str) -> str:
+    if unit == ACCURACY.unit:
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"
 
 
 def _draw_curve(axes: Axes, shown: Shown, run: Run, curve: Curve) -> None:
@@ -153,9 +241,9 @@ def _draw_curve(axes: Axes, shown: Shown, run: Run, curve: Curve) -> None:
         return
     style: dict[str, Any] = {"color": curve.color, "linewidth": 1.6, "label": curve.label, "marker": marker_for(points)}
     if run is shown.background:
-        style |= {"color": LIGHT_GREY if curve.kind == "train" else GREY, "label": f"{curve.label}, {run.name[:24]}"}
+        style |= {"color": LIGHT_GREY if curve.kind == "train" else GREY, "label": f"{curve.label}, {_short(run)}"}
     elif len(shown.runs) > 1:
-        style |= {"color": COLORS[shown.runs.index(run)], "label": run.name[:24]}
+        style |= {"color": COLORS[shown.runs.index(run)], "label": _short(run)}
         if curve.kind == "validation":  # one entry of the legend for both losses
             style |= {"label": None, "linestyle": (0, (4, 2)), "linewidth": 1.2}
     if curve.kind == "hellaswag":
@@ -163,10 +251,11 @@ def _draw_curve(axes: Axes, shown: Shown, run: Run, curve: Curve) -> None:
         errors = np.nan_to_num(run.series(curve.kind, "stderr").values[known]).clip(min=0)
         axes.errorbar(*points, errors, **style | {"marker": "o", "markersize": 4, "capsize": 2.5, "elinewidth": 1})
     elif curve.kind == "train" and curve.key != "lr" and points.steps.size >= MANY_POINTS:
-        axes.plot(*points, color=style["color"], linewidth=0.6, alpha=0.3)
-        axes.plot(points.steps, running_median(points.values), **style)
+        if "." not in curve.key:  # of many layers only the median
+            axes.plot(*thinned(points), color=style["color"], linewidth=0.6, alpha=0.3)
+        axes.plot(*thinned(Series(points.steps, running_median(points.values))), **style)
     else:
-        axes.plot(*points, **style, zorder=3 if curve.kind == "validation" else 2)
+        axes.plot(*thinned(points), **style, zorder=3 if curve.kind == "validation" else 2)
 
 
 def _finish_loss(panels: list[Axes], shown: Shown) -> list[str]:
@@ -216,7 +305,12 @@ def _finish_multiple_choice(panels: list[Axes], shown: Shown) -> list[str]:
     panels[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     panels[0].margins(y=0.12)
     used = dict.fromkeys(protocol for run in shown.runs for protocol in protocols(run))
+    names = {name for name in map(choice_name, shown.runs) if name}
     caption = [f"Protocol: {'; '.join(used)}.", "Bars: one standard error either way."]
+    if len(names) == 1:
+        panels[0].set_title("".join(names))
+    if "Held-out choice" in names:
+        caption.insert(0, HELD_OUT_CHOICE)
     if len(used) > 1:
         caption.append("Do not compare accuracies of different protocols.")
     return caption
@@ -228,6 +322,28 @@ def _finish_gradient_norm(panels: list[Axes], shown: Shown) -> list[str]:
     return _from_zero(panels, shown)
 
 
+def _layer_norms(run: Run) -> FigureSpec | None:
+    """The gradient norm of the embedding and of each block, as far as the run has recorded them."""
+    norms = run.last("train").get("layer_grad_norms")
+    count = min(len(norms), MOST_LAYERS) if isinstance(norms, list) else 0
+    curves = []
+    for i in range(count):
+        shade = matplotlib.colormaps["viridis"](0.9 * i / max(1, count - 1))
+        color = matplotlib.colors.to_hex(shade) if i else GREY
+        curves.append(
+            Curve("train", f"layer_grad_norms.{i}", f"block {i}" if i else "embedding", "L2 norm of the layer", color)
+        )
+    return (
+        FigureSpec("layer_gradient_norms", "Gradient norm by layer", tuple(curves), _finish_layers) if curves else None
+    )
+
+
+def _finish_layers(panels: list[Axes], shown: Shown) -> list[str]:
+    for line in panels[0].lines[2:-1]:  # first, second and last are enough
+        line.set_label(None)
+    return _from_zero(panels, shown)
+
+
 def _from_zero(panels: list[Axes], shown: Shown) -> list[str]:
     for axes in panels:
         values = np.concatenate([np.zeros(1), *(np.asarray(line.get_ydata(), np.float64) for line in axes.lines)])
@@ -236,6 +352,11 @@ def _from_zero(panels: list[Axes], shown: Shown) -> list[str]:
     return []
 
 
+MOST_LAYERS = 256
+HELD_OUT_CHOICE = (
+    "Held-out choice: the model picks the ending of a passage of validation text among four, three of which are from "
+    "other documents."
+)
 LOSSES = (
     Curve("train", "loss", "training", "nats per token"),
     Curve("validation", "loss", "validation", "nats per token", ORANGE),

@@ -73,8 +73,8 @@ class Run:
         return next(reversed(self.of_kind(kind)), {})
 
     def series(self, kind: str, key: str) -> Series:
-        """The quantity `key` of all records of one kind."""
-        pairs = [(record["step"], number(record.get(key))) for record in self.of_kind(kind)]
+        """The quantity `key` of all records of one kind. A key such as "layer_grad_norms.3" is an element of a list."""
+        pairs = [(record["step"], number(_element(record, key))) for record in self.of_kind(kind)]
         return Series(*np.array(pairs, dtype=np.float64).reshape(-1, 2).T)
 
     def setting(self, *path: str) -> Any:
@@ -133,6 +133,12 @@ class KeyFigure(NamedTuple):
     label: str
     value: str
     note: str
+    unit: str = ""
+    """Follows the value in a table of several runs."""
+    number: float = math.nan
+    """The value itself where runs can be compared by it."""
+    decimals: int | None = None
+    """Of a difference between two runs; None: a difference is a percentage of the first."""
 
 
 def read_run(folder: Path) -> Run:
@@ -173,6 +179,18 @@ def protocols(run: Run) -> list[str]:
     return list(dict.fromkeys(str(record.get("protocol") or "not recorded") for record in run.of_kind("hellaswag")))
 
 
+def choice_name(run: Run) -> str:
+    """The name of the run's multiple-choice evaluation; empty where it says nothing.
+
+    That is a stand-in for HellaSwag whose every accuracy is within two standard errors of chance.
+    """
+    used = protocols(run)
+    if not used or not all("not HellaSwag" in protocol for protocol in used):
+        return "HellaSwag" if used else ""
+    accuracies, errors = (run.series("hellaswag", key).values for key in ("acc_norm", "stderr"))
+    return "Held-out choice" if np.any(np.abs(accuracies - CHANCE) >= 2 * errors) else ""
+
+
 def spikes(run: Run) -> Series:
     """Training records whose loss is 8 standard deviations, and 2%, above the median of the 19 before.
 
@@ -191,30 +209,58 @@ def spikes(run: Run) -> Series:
 
 def key_figures(run: Run) -> list[KeyFigure]:
     """The figures that the run has, in the order of a page."""
-    validation, choice = run.last("validation"), run.last("hellaswag")
-    note = f"± {error}; " if (error := fixed(validation.get("stderr"))) else ""
+    training, validation, choice = run.last("train"), run.last("validation"), run.last("hellaswag")
+    error = fixed(validation.get("stderr"))
+    loss_note = f"± {error}; " if error else ""
     at, losses = run.series("validation", "loss").finite()
     if losses.size:
         best = losses.argmin()
-        note += "the lowest" if best == losses.size - 1 else f"lowest: {losses[best]:.3f} at step {at[best]:,.0f}"
+        loss_note += "the lowest" if best == losses.size - 1 else f"lowest: {losses[best]:.3f} at step {at[best]:,.0f}"
     steps = f"of {run.total_steps:,} steps" if run.total_steps else "steps"
-    tokens, accuracy, seconds = run.last("train").get("tokens_seen"), choice.get("acc_norm"), run.active_seconds
+    tokens, seconds = number(training.get("tokens_seen")), run.active_seconds
     # Medians, because the first steps compile and a machine has slow moments.
     speed, mfu = (run.series("train", key).median() for key in ("tokens_per_second", "mfu"))
     memory = max(run.series("train", "memory_gb").finite().values, default=0.0)
+
+    def of(label: str, record: Record, key: str, note: str, unit: str = "", decimals: int = 3) -> KeyFigure:
+        return KeyFigure(label, fixed(record.get(key), decimals), note, unit, number(record.get(key)), decimals)
+
+    accuracy, name = number(choice.get("acc_norm")), choice_name(run)
+    choice_note = f"± {percent(choice.get('stderr'))}; chance is {CHANCE:.0%}"
     figures = (
-        KeyFigure("Validation loss", fixed(validation.get("loss")), note),
-        KeyFigure("Perplexity", fixed(validation.get("perplexity"), 1), "on validation text"),
-        KeyFigure("Bits per byte", fixed(validation.get("bits_per_byte")), "on validation text"),
-        KeyFigure("Multiple choice", percent(accuracy), f"± {percent(choice.get('stderr'))}; chance is {CHANCE:.0%}"),
-        KeyFigure("Progress", f"{run.last_step:,}", steps),
-        KeyFigure("Tokens seen", compact(tokens), f"{compact(run.tokens_per_step)} per step"),
-        KeyFigure("Time", duration(seconds) if seconds else "", "without pauses"),
-        KeyFigure("Throughput", fixed(speed, 0), "tokens/s, median"),
-        KeyFigure("Utilisation", percent(mfu), "of the hardware's peak, median"),
-        KeyFigure("Peak memory", f"{memory:.1f} GB" if memory > 0 else "", "of one process"),
+        of("Validation loss", validation, "loss", loss_note, "nats/token"),
+        _training_loss(run),
+        of("Perplexity", validation, "perplexity", "on validation text", decimals=1),
+        of("Bits per byte", validation, "bits_per_byte", "on validation text"),
+        KeyFigure(name, percent(accuracy) if name else "", choice_note, "", 100 * accuracy, 1),
+        KeyFigure("Progress", f"{run.last_step:,}", steps, "steps", run.last_step, 0),
+        KeyFigure("Tokens seen", compact(tokens), f"{compact(run.tokens_per_step)} per step", "", tokens),
+        KeyFigure("Time", duration(seconds) if seconds else "", "without pauses", "", seconds),
+        _cost(run),
+        KeyFigure("Throughput", fixed(speed, 0), "tokens/s, median", "tokens/s", speed),
+        KeyFigure("Utilisation", percent(mfu), "of the hardware's peak, median", "", 100 * mfu, 1),
+        KeyFigure("Peak memory", f"{memory:.1f} GB" if memory > 0 else "", "of one process", "", memory),
     )
     return [figure for figure in figures if figure.value]
+
+
+def _training_loss(run: Run) -> KeyFigure:
+    """The mean of the last twentieth of the steps: a single step's loss says little."""
+    steps, losses = run.series("train", "loss").finite()
+    before = steps[steps <= 0.95 * steps[-1]] if steps.size else steps
+    since = before[-1] if before.size else 0.0
+    loss = float(losses[steps > since].mean()) if steps.size else math.nan
+    note = f"mean of the last {steps[-1] - since:,.0f} steps" if steps.size else ""
+    return KeyFigure("Training loss", fixed(loss), note, "nats/token", loss, 3)
+
+
+def _cost(run: Run) -> KeyFigure:
+    """Dollars so far, without pauses, where the run knows its price."""
+    price = number(run.setting("config", "price_per_gpu_hour"))
+    per_second = price * number(run.setting("derived", "world_size")) / 3600
+    cost, left = per_second * run.active_seconds, per_second * run.seconds_left()
+    note = f"at {price:,.2f} per GPU-hour" + (f"; about {cost + left:,.2f} for all steps" if left > 0 else "")
+    return KeyFigure("Cost", f"${cost:,.2f}" if math.isfinite(cost) else "", note, "", cost)
 
 
 def number(value: Any) -> float:
@@ -259,6 +305,14 @@ def moment(seconds: Any) -> str:
         return datetime.fromtimestamp(number(seconds), timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (ValueError, OverflowError, OSError):
         return ""
+
+
+def _element(record: Record, key: str) -> Any:
+    name, _, place = key.partition(".")
+    value = record.get(name)
+    if not place:
+        return value
+    return value[int(place)] if isinstance(value, list) and int(place) < len(value) else None
 
 
 def _silences(records: list[Record]) -> list[float]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from src.model_assessment.run_history import Record, number
 from src.utils.errors import UserError
+from src.utils.handle_ddp import outside_environment
 from src.utils.logger import RunLogger
 from src.utils.root import ROOT
 
@@ -130,9 +131,8 @@ class Watching:
         command = ["nice", "-n", "19", sys.executable, "-m", "src.model_assessment.report"]
         quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         run_dir = str(self._log.run_dir.absolute())
-        # Its end is not the run's, and it finds its module in the folder it runs in.
-        hidden = ("EXIT_CODE_FILE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONSAFEPATH")
-        env = {name: value for name, value in os.environ.items() if name not in hidden} | {"OMP_NUM_THREADS": "1"}
+        env = outside_environment() | {"OMP_NUM_THREADS": "1"}
+        env.pop("PYTHONSAFEPATH", None)  # it finds its module in the folder it runs in
         return subprocess.Popen([*command, run_dir], cwd=ROOT, env=env, start_new_session=True, **quiet)
 
 

@@ -3,6 +3,7 @@
 The training loop waits for a copy of the tensors; a thread writes and verifies them.
 """
 
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +20,11 @@ from src.model_utils.checkpoint_utils import checkpoint_steps, step_dir
 from src.params import CheckpointConfig, Config
 from src.utils.errors import NonFiniteError, StorageError
 from src.utils.files import bytes_below, free_bytes, size_text
+from src.utils.handle_ddp import outside_environment
 
 Parts = dict[str, dict[str, torch.Tensor]]
 
+AFTER_SAVE_SECONDS = 600  # how long the end of a run waits for the command after the last save
 _HEADER_BYTES = 140  # of a tensor in a safetensors file: name, type, shape and place
 _SMALL_FILES_BYTES = 12_000  # a process's random states, state.json and manifest.json
 MAKE_ROOM = (
@@ -124,6 +127,60 @@ class CheckpointSaver:
         seconds = held_up + time.perf_counter() - started
         checkpoint_utils.prune(self.root, self.settings.keep_last, self.settings.keep_every_steps, self._verified)
         return Saved(step_dir(self.root, step), step, size, seconds, held_up)
+
+
+class AfterSave:
+    """Runs the user's command after each save, one at a time; training waits for it only at the end.
+
+    A save that ends while the command runs is served after that; of several, only the newest.
+    """
+
+    def __init__(self, command: str, run_dir: Path, warn: Callable[[str], None]) -> None:
+        self.command, self.run_dir, self.warn = command, run_dir, warn
+        self._running: subprocess.Popen[bytes] | None = None
+        self._next: Saved | None = None
+
+    def add(self, saves: list[Saved]) -> None:
+        """Takes note of new saves, which `poll` serves."""
+        if saves and self.command:
+            self._next = saves[-1]
+
+    def poll(self) -> None:
+        """Reports a command that failed, and starts one if it is time. Does not wait."""
+        if self._running and (code := self._running.poll()) is not None:
+            self._running = None
+            if code:
+                end = f"exit code {code}" if code > 0 else f"signal {-code}"
+                self.warn(f"warning: the command after the save failed with {end}: {self.command}")
+        if self._next and not self._running:
+            saved, self._next = self._next, None
+            names = {"CHECKPOINT": f"checkpoints/{saved.path.name}", "STEP": str(saved.step)}
+            env = outside_environment() | names | {"RUN_NAME": self.run_dir.name}
+            try:
+                # A separate session: Ctrl-C and a stop of the run's processes do not cut a copy short.
+                self._running = subprocess.Popen(
+                    ["sh", "-c", self.command],
+                    cwd=self.run_dir,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # stderr; stdout is for results
+                    start_new_session=True,
+                )
+            except (OSError, ValueError) as error:
+                self.warn(f"warning: Cannot start the command after the save: {error}. Training continues.")
+
+    def close(self) -> None:
+        """Waits for the commands of all saves, at most AFTER_SAVE_SECONDS."""
+        deadline = time.monotonic() + AFTER_SAVE_SECONDS
+        self.poll()
+        if self._running and self._running.poll() is None:
+            self.warn(f"waiting at most {AFTER_SAVE_SECONDS} s for the command after the save")
+        while self._running:
+            if time.monotonic() > deadline:
+                self.warn("warning: the command after the save still runs; it is left alone")
+                return
+            time.sleep(0.05)
+            self.poll()
 
 
 def checkpoint_bytes(config: Config) -> int:

@@ -1,6 +1,7 @@
 """Estimates of a run before it costs money: parameters, work, memory, time, dollars, energy, disk.
 
     python -m src.model_utils.planner PRESET [--gpu a100-80g --gpus 8 --price-per-gpu-hour 1.8] [overrides]
+    python -m src.model_utils.planner PRESET --sweep --gpus 8 --price-per-gpu-hour a100-80g=1.8,h100-80g=2.9
 
 Stderr gets a line per number, and one JSON object is the last line of stdout. Time follows from an assumed share of
 the GPU's peak rate (MFU), memory from src/model_utils/memory_estimate.py.
@@ -17,7 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,8 @@ REFERENCE_MFU = 0.32  # from its log: 43.3k tokens/s per A100 with 8 of them
 # Memory that estimates leave out, as a share of them: CUDA context, NCCL, fragmentation. From the only measurement: the
 # reference's step took 72 GB (LOG.md).
 UNCOUNTED = 0.2
-COUNTS = (1, 2, 4, 8, 16)
+COUNTS = (1, 2, 4, 8, 16)  # of GPUs, in a sweep of one kind
+NODE = 8  # GPUs, in a sweep of all kinds
 TOKEN_BYTES = 2
 
 
@@ -76,9 +78,15 @@ class Assumptions:
 
     mfu: float = REFERENCE_MFU
     price: float | None = None
-    """Dollars per GPU-hour."""
+    """Dollars per GPU-hour, of a kind that is not in `prices`."""
+    prices: dict[str, float] = field(default_factory=dict)
+    """The same by the name of the GPU."""
     watts: float | None = None
     """Of one GPU; 0 stands for its board power, None for no estimate of energy."""
+
+    def at(self, gpu: str) -> "Assumptions":
+        """The same, with the price of this GPU."""
+        return replace(self, price=self.prices.get(gpu, self.price))
 
     def source(self) -> dict[str, Any]:
         """The share of the peak and its origin, for the result."""
@@ -197,6 +205,7 @@ def plan_gpus(config: Config, name: str, count: int, given: Assumptions) -> dict
             f"{size_text(largest.memory.total)} of {size_text(usable_bytes(gpu))}. Choose a GPU with more memory, a "
             "smaller model, or a smaller --model.n-ctx."
         )
+    given = given.at(name)
     fit = largest if size == "auto" else Fit(size, accumulation, estimate_memory(step_of(config, size, count)))
     return {
         "gpu": {"name": name} | asdict(gpu),
@@ -233,27 +242,39 @@ def _step_numbers(fit: Fit, itemsize: int) -> dict[str, Any]:
     }
 
 
-def sweep(config: Config, names: Sequence[str], given: Assumptions) -> list[dict[str, Any]]:
+def sweep(
+    config: Config, names: Sequence[str], given: Assumptions, counts: Sequence[int] = COUNTS
+) -> list[dict[str, Any]]:
     """One row per GPU and count: the largest micro-batch and the cost; 0 and None where nothing fits."""
     rows = []
-    for name, count in product(names, COUNTS):
+    for name, count in product(names, counts):
         try:
             fit = largest_fit(config, GPUS[name], count)
         except ConfigError:
             continue  # so many GPUs cannot share the batch
         row = {"gpu": name, "gpus": count, "fits": fit.micro_batch_size > 0}
         row |= {"micro_batch_size": fit.micro_batch_size, "accumulation_steps": fit.accumulation_steps}
-        numbers = cost(config, GPUS[name], count, given)._asdict()
+        numbers = cost(config, GPUS[name], count, given.at(name))._asdict()
         rows.append(row | (numbers if row["fits"] else dict.fromkeys(numbers)))
     return rows
 
 
+def _counts(config: Config, args: argparse.Namespace) -> list[int]:
+    """The numbers of GPUs to sweep: one line a kind, unless one kind is named. Raises ConfigError if none can work."""
+    if args.gpus:
+        step_of(config, 1, args.gpus)
+        return [args.gpus]
+    possible = [count for count in COUNTS if config.batch_size % count == 0]
+    return possible if args.gpu else [count for count in possible if count <= NODE][-1:]
+
+
 def main() -> int:
     args, config = _parse()
-    given = Assumptions(args.mfu, args.price_per_gpu_hour, args.watts)
+    price, prices = args.price_per_gpu_hour or (config.price_per_gpu_hour, {})
+    given = Assumptions(args.mfu, price, prices, args.watts)
     result: dict[str, Any] = {"run_name": config.run_name, **describe(config)}
     if args.sweep:
-        rows = sweep(config, [args.gpu] if args.gpu else list(GPUS), given)
+        rows = sweep(config, [args.gpu] if args.gpu else list(GPUS), given, _counts(config, args))
         result |= {**given.source(), "sweep": rows}
     elif args.gpu:
         result |= plan_gpus(config, args.gpu, args.gpus or 1, given)
@@ -268,7 +289,7 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(prog="planner.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--gpu", type=str.lower, choices=GPUS)
     parser.add_argument("--gpus", metavar="N", type=_between(int, 1, 10_000))
-    parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_between(float, 0.001, 1e6))
+    parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_prices)
     parser.add_argument("--mfu", metavar="SHARE", type=_between(float, 0.001, 1), default=REFERENCE_MFU)
     parser.add_argument("--watts", metavar="W", type=_between(float, 1, 1e6), nargs="?", const=0.0)
     parser.add_argument("--sweep", action="store_true")
@@ -277,12 +298,31 @@ def _parse() -> tuple[argparse.Namespace, Config]:
         parser.error("no GPU to plan for; name one with --gpu, or compare all with --sweep")
     config = config_from_command_line(
         "Estimate what a run takes. Options in addition to the overrides: --gpu NAME and --gpus N, where to train "
-        f"({', '.join(GPUS)}); --price-per-gpu-hour DOLLARS; --mfu SHARE of the GPU's peak, by default the "
-        f"reference's {REFERENCE_MFU}; --watts [W] for the energy, by default the board power; --sweep, a table of "
-        "GPUs and their numbers. Exit codes: 0 done, 2 the run cannot work.",
+        f"({', '.join(GPUS)}); --price-per-gpu-hour DOLLARS, or by kind, like l4=0.7,h200=3; --mfu SHARE of the GPU's "
+        f"peak, by default the reference's {REFERENCE_MFU}; --watts [W] for the energy, by default the board power; "
+        "--sweep, a line for each kind of GPU, or with --gpu for each number of them. Exit codes: 0 done, 2 the run "
+        "cannot work.",
         prog="python -m src.model_utils.planner",
     )
     return args, config
+
+
+def _prices(text: str) -> tuple[float | None, dict[str, float]]:
+    """Dollars per GPU-hour, from "1.8" or "a100-80g=1.8,h100-80g=2.9": a price for all kinds, and prices by kind."""
+    price, prices = None, {}
+    for part in text.split(","):
+        name, equals, value = part.strip().lower().rpartition("=")
+        if equals and name not in GPUS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a GPU of the table: {', '.join(GPUS)}")
+        try:
+            dollars = _between(float, 0.001, 1e6)(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{value!r} is not a number of dollars") from None
+        if equals:
+            prices[name] = dollars
+        else:
+            price = dollars
+    return price, prices
 
 
 def _between(kind: type, at_least: float, at_most: float) -> Callable[[str], float]:

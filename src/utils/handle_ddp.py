@@ -219,6 +219,12 @@ def processes_here() -> int:
     return _from_environment("LOCAL_WORLD_SIZE", _from_environment("NPROC", world_size()))
 
 
+def outside_environment() -> dict[str, str]:
+    """The environment for a program that a process of the run starts: without what makes it one of them."""
+    hidden = ("EXIT_CODE_FILE", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
 def _from_environment(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdecimal() or len(value) > 9 or int(value) < min(default, 1):  # at least one process, from rank 0 on

@@ -3,7 +3,7 @@
     with matplotlib.rc_context(STYLE):
         figure = new_figure()
         ...
-        png = as_png(figure)
+        png, svg = as_png(figure), as_svg(figure)
 
 Only matplotlib's objects are used, not pyplot, so neither a display nor a notebook's backend is involved.
 """
@@ -64,3 +64,14 @@ def as_png(figure: Figure) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
     return png.getvalue()
+
+
+def as_svg(figure: Figure) -> bytes:
+    """The figure as an SVG file without a background. Its words are text, in a font of the reader's."""
+    svg = io.BytesIO()
+    unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    # The salt makes the same figure the same bytes. DejaVu Sans, which sets the sizes here, comes first.
+    fonts = {"svg.fonttype": "none", "svg.hashsalt": "figure", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
+    with matplotlib.rc_context(fonts):
+        figure.savefig(svg, format="svg", transparent=True, metadata=unnamed)
+    return svg.getvalue()

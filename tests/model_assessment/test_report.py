@@ -1,5 +1,6 @@
 """The report says what the run's files say, whatever state they are in, and can do no harm."""
 
+import base64
 import itertools
 import json
 import math
@@ -14,15 +15,17 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from src.model_assessment import report_figures
-from src.model_assessment.report import write_comparison, write_report
-from src.model_assessment.run_history import read_run
+from src.model_assessment.report import write_comparison, write_index, write_report
+from src.model_assessment.run_history import Series, read_run
 from src.model_configs.my_llm_config import lf_llm_269m
 from src.params import to_dict
-from src.utils import plot_style
+from src.utils import plot_style, root
 from src.utils.errors import StorageError, UserError
 from src.utils.root import ROOT
 from tests.model_assessment.reported_runs import PLOTS, START, STEPS, Page, append, make_run, metrics, rewrite
@@ -53,6 +56,7 @@ def _coarse_pictures() -> Iterator[None]:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longest."""
     monkeypatch.setattr(report_figures, "as_png", lambda figure: b"")
+    monkeypatch.setattr(report_figures, "as_svg", lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,7 @@ def test_the_page_says_what_the_metrics_say(finished: Path) -> None:
     page = Page(finished / "report.html")
     raw = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in raw if line["kind"] == "validation"][-1]
+    *_, before, final = [line["loss"] for line in raw if line["kind"] == "train"]
     speeds = sorted(line["tokens_per_second"] for line in raw if line["kind"] == "train")
     for expected in (
         "with 17.1M parameters, trained from scratch on pydocs",
@@ -76,8 +81,12 @@ def test_the_page_says_what_the_metrics_say(finished: Path) -> None:
         f"Perplexity {math.exp(last['loss']):.1f}",
         f"Bits per byte {last['loss'] / math.log(2) / 3.1:.3f}",
         f"nats per token, {6.482 - last['loss']:.3f} below the unigram entropy",
-        "accuracy is 34.0% ± 4.7%; guessing gives 25%, a difference within two standard errors.",
+        f"Training loss {(before + final) / 2:.3f} mean of the last 20 steps",
+        "Held-out choice accuracy is 49.0% ± 5.0%; guessing gives 25%.",
         "stand-in items made from held-out validation documents; not HellaSwag",
+        "Settings that differ from the preset debug setting this run debug",
+        "optim.max_lr 0.002 0.003",
+        "step 200, 819,200 tokens",
         f"{speeds[len(speeds) // 2]:,.0f} tokens/s, median",
         "Intel Xeon 2.80GHz",
         "optim",
@@ -101,9 +110,9 @@ def test_a_model_no_better_than_token_frequencies_is_called_so(tmp_path: Path) -
 
 def test_samples_of_the_first_and_the_last_step_stand_side_by_side(finished: Path) -> None:
     page = Page(finished / "report.html")
-    row = "The function returns gob lamps Vern 88 a new list of the items"  # the prompt once, not in each text
+    row = "The function returns a new list of the items gob lamps Vern 88"  # the prompt once, not in each text
     assert row in page.text
-    assert "step 0 step 250" in page.text
+    assert "prompt step 250 step 0" in page.text
     assert "steps between: 1 step 125 prompt step 125 The function returns a new list of the items" in page.text
 
 
@@ -111,7 +120,7 @@ def test_the_page_refers_to_nothing_outside(finished: Path) -> None:
     page = Page(finished / "report.html")
     addresses = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
     assert addresses
-    assert all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in addresses)
     assert not re.search(r"url\(|@import|https?://", page.html)
     assert "script" not in page.tags
     assert "link" not in page.tags
@@ -188,7 +197,8 @@ def test_runs_compared(finished: Path, tmp_path: Path) -> None:
     page = Page(write_comparison([finished, other, finished]))
     assert page.text.startswith("3 runs compared Pretraining, several runs")
     mine = [line["loss"] for line in metrics() if line["kind"] == "validation"][-1]
-    assert f"Validation loss {mine:.3f} {mine - 1:.3f} {mine:.3f}" in page.text
+    other_value = f"{mine - 1:.3f} nats/token (-1.000)"
+    assert f"Validation loss {mine:.3f} nats/token {other_value} {mine:.3f} nats/token (+0.000)" in page.text
     assert "setting debug (1) other $x^{$ debug (3) optim.max_lr 0.002 0.001 0.002 Key figures" in page.text
     assert "Do not compare accuracies of different protocols." in page.text
     assert len(page.images()) == len(PLOTS)
@@ -197,6 +207,56 @@ def test_runs_compared(finished: Path, tmp_path: Path) -> None:
     assert not (other / "report.html").exists()
     with pytest.raises(UserError, match="more than 7 look alike"):
         write_comparison([finished] * 8)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_stand_in_within_its_error_of_chance_is_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rewrite(folder, [line | {"acc_norm": 0.33} if line["kind"] == "hellaswag" else line for line in metrics()])
+    text = Page(write_report(folder)).text
+    assert "choice" not in text
+    assert drawn(folder) == PLOTS - {"multiple_choice"}
+
+
+def test_norms_by_layer_cost_and_values_at_each_place(tmp_path: Path) -> None:
+    config = {"price_per_gpu_hour": 18.0}
+    folder = make_run(tmp_path / "run \x1b\udcff", config=config, derived={"total_steps": 2 * STEPS, "world_size": 2})
+    norms = {"layer_grad_norms": [0.25, 0.125, 7.5]}
+    rewrite(folder, [line | norms if line["kind"] == "train" else line for line in metrics()])
+    page = Page(write_report(folder, background="published"))
+    assert drawn(folder) == PLOTS | {"layer_gradient_norms"}
+    assert "step 250, 1.02M tokens embedding 0.25 block 1 0.125 block 2 7.5" in page.text
+    # 201 s of 2 GPUs, and as much again for the other half
+    assert re.search(r"Cost \$2\.01 at 18\.00 per GPU-hour; about 4\.0\d for all steps", page.text)
+    for _, name, value in page.attributes:
+        if name == "src":
+            ElementTree.fromstring(base64.b64decode(value.partition(",")[2]))  # or no browser shows it
+
+
+def test_a_long_curve_keeps_its_spikes() -> None:
+    steps: Any = np.arange(20_000.0)
+    values: Any = np.sin(steps / 3_000)
+    values[[777, 15_001]] = 9.0, -9.0
+    points = report_figures.thinned(Series(steps, values))
+    assert points.steps.size <= report_figures.MOST_POINTS
+    assert {777.0, 15_001.0} <= set(points.steps)
+    assert (np.diff(points.steps) > 0).all()
+
+
+def test_the_index_lists_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(root, "RUNS", tmp_path)
+    make_run(tmp_path / "<b>old 50%")
+    write_report(running(tmp_path / "new", silent=5.0))
+    (tmp_path / "empty").mkdir()
+    page = Page(write_index())
+    assert page.html.count("<tr>") == 3  # the heading, and two runs with a step
+    assert [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")] == ["./new/report.html"]
+    assert "new running 250 of 1,000" in page.text
+    assert "<b>old 50% done 250 of 250" in page.text
+    assert page.text.index("new running") < page.text.index("<b>old")
+    monkeypatch.setattr(root, "RUNS", tmp_path / "empty")
+    with pytest.raises(UserError, match="none has made a step"):
+        write_index()
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -281,20 +341,11 @@ def test_wrong_values_anywhere_do_not_crash_it(tmp_path: Path, seed: int) -> Non
 
 
 # As for a user id without a name, of which containers have some.
-NOBODY = """
-import pwd, runpy, sys
-def unknown(uid): raise KeyError(uid)
-pwd.getpwuid = unknown
-runpy.run_module("src.model_assessment.report", run_name="__main__")
-"""
-
-
-# As for a user id without a name, of which containers have some.
 COMMAND = """
 import pwd, runpy, sys
 def unknown(uid): raise KeyError(uid)
 pwd.getpwuid = unknown
-from src.utils import plot_style
+from src.utils import plot_style, root
 plot_style._DOTS_PER_INCH = 40
 sys.argv = ["report", *sys.argv[1:]]
 runpy.run_module("src.model_assessment.report", run_name="report")["main"]()

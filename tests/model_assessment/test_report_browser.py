@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -114,7 +115,7 @@ class Browser:
     def fetched(self) -> list[str]:
         """Every address that the page asked for, but its own and what it holds itself."""
         asked = [event["params"]["request"]["url"] for event in self.events if _is_request(event)]
-        return [url for url in asked if not url.startswith(("file:///", "data:image/png"))]
+        return [url for url in asked if not url.startswith(("file:///", "data:image/svg+xml;base64,"))]
 
     def picture(self) -> np.ndarray:
         """What is to be seen: height, width, red-green-blue, each 0 to 1."""
@@ -210,6 +211,20 @@ def test_a_page_is_whole_and_fits(
         assert plot.shape[1] > 300
         assert abs(np.median(plot) - paper) < 0.1  # it lies on the page's colour,
         assert plot.max() - plot.min() > 0.6  # and stands out from it
+
+
+def test_values_show_under_the_pointer(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["running"], DESK, whole=True)
+    shown = "[...document.querySelectorAll('.plot b')].filter(b => b.offsetParent).map(b => b.innerText)"
+    assert browser.js(shown) == []
+    box = "const box = document.querySelector('#gradient_norm img').getBoundingClientRect();"
+    x, y = browser.js(f"(() => {{{box} return [box.left + box.width / 2, box.top + box.height / 2]}})()")
+    browser("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    (text,) = browser.js(shown)
+    ((step, norm),) = re.findall(r"^step (\d+), [\d,]+ tokens\ngradient norm ([\d.]+)$", text)
+    (expected,) = (line["grad_norm"] for line in metrics() if line["kind"] == "train" and line["step"] == int(step))
+    assert float(norm) == pytest.approx(expected, rel=1e-3)
+    assert 90 < int(step) < 160  # in the middle
 
 
 def test_hostile_text_does_something_where_it_is_not_made_safe(browser: Browser, tmp_path: Path) -> None:

@@ -137,6 +137,17 @@ def test_the_command_prints_tables_and_one_object(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_has_a_line_a_kind_with_its_price(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    run(monkeypatch, "lf_llm_269m", "--sweep", "--price-per-gpu-hour", "2,h200=3.5")
+    rows = {row["gpu"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]}
+    assert set(rows) == set(GPUS)
+    assert {row["gpus"] for row in rows.values()} == {8}
+    for kind, price in (("a100-80g", 2), ("h200", 3.5)):
+        assert rows[kind]["dollars"] == pytest.approx(price * 8 * rows[kind]["hours"])
+    run(monkeypatch, "lf_llm_269m", "--sweep", "--gpu", "l4")
+    assert [row["gpus"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]] == [1, 2, 4, 8, 16]
+
+
 def test_without_a_gpu_it_is_about_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     run(monkeypatch, "debug", "--train.device", "cpu", "--train.precision", "float32")
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -166,6 +177,7 @@ def test_what_cannot_work_is_said(
     [
         (["--gpu=t4"], "rtx-3090"),
         (["--gpus=8"], "name one with --gpu"),
+        (["--gpu=l4", "--price-per-gpu-hour=t4=1"], "'t4' is not a GPU of the table"),
         *(
             (["--gpu=l4", f"{option}={value}"], f"argument {option}: {value} must be at least ")
             for option, value in [

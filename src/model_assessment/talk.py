@@ -1,0 +1,205 @@
+"""A page in the browser where a model continues what people write.
+
+    python -m src.model_assessment.talk --checkpoint RUN [--port 8000]
+
+It listens on 127.0.0.1 and answers only to that address and localhost. So neither another website nor a name that its
+owner points to this machine (DNS rebinding) can use the model or read the page. It fetches nothing from elsewhere.
+
+POST /continue with {"prompt": ..., "temperature": ..., ...} is answered by one JSON object a line: {"text": ...} for
+each piece, then {"done": {"tokens": ..., "seconds": ...}} or {"error": ...}. A client that hangs up stops the model.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import jinja2
+
+from src.data_processing.tokenizer import load_tokenizer
+from src.model_assessment.run_history import compact
+from src.model_assessment.sampling import SamplingConfig, stream
+from src.model_utils.debugging import count_parameters
+from src.model_utils.load_model import convert_weights, load_model
+from src.model_utils.packed_linear import pack_linears
+from src.utils.errors import UserError, exit_with, say
+from src.utils.hardware import autocast
+
+ADDRESS, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
+SETTINGS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
+MOST_BYTES = 1_000_000  # of a request
+SILENT_SECONDS = 60.0  # a client that neither reads nor writes is dropped
+BUSY_SECONDS = 30.0  # how long a request waits for the one before
+
+Continues = Callable[[str, SamplingConfig], Iterator[str]]
+
+
+class Server(ThreadingHTTPServer):
+    """The page of a model on this machine's loopback, ready for `serve_forever`. Port 0 takes a free one.
+
+    model: its name, facts (a line about it) and a first prompt. continues: yields the continuation in pieces.
+    """
+
+    daemon_threads = True  # Ctrl-C does not wait for a text
+
+    def __init__(self, model: dict[str, str], continues: Continues, port: int) -> None:
+        environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+        self.html = environment.get_template("talk_template.html").render(model)
+        (script,) = re.findall("<script>(.*?)</script>", self.html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        self.policy = (  # the browser runs this script and no other, and only this page gets answers
+            f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        self.continues, self.busy = continues, threading.Lock()
+        try:
+            super().__init__((ADDRESS, port), _Handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"Cannot listen on {ADDRESS}:{port}: {reason}. Choose another --port.") from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints the error that ended an answer, unless the client hung up, which stops the model like this."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
+class _Refused(Exception):
+    """HTTP status and message."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+    timeout = SILENT_SECONDS
+
+    def do_GET(self) -> None:
+        try:
+            self._check_host()
+            if self.path != "/":
+                raise _Refused(404, "The page is at /.")
+            self._head(200, "text/html")
+            self.wfile.write(self.server.html.encode())
+        except _Refused as refused:
+            self._refuse(*refused.args)
+
+    def do_POST(self) -> None:
+        try:
+            self._check_host()
+            prompt, config = self._request()
+            # One text at a time; the one before may not have noticed yet that its client hung up.
+            if not self.server.busy.acquire(timeout=BUSY_SECONDS):
+                raise _Refused(503, "The model is busy with another text. Try again later.")
+            try:
+                self._stream(prompt, config)
+            finally:
+                self.server.busy.release()
+        except _Refused as refused:
+            self._refuse(*refused.args)
+        except UserError as error:
+            self._refuse(400, str(error))
+
+    def _check_host(self) -> None:
+        """Refuses a request to another name, as of a site whose name leads to this machine."""
+        hosts = self.headers.get_all("Host") or []
+        try:
+            if len(hosts) == 1 and urlsplit(f"//{hosts[0]}").hostname in NAMES:
+                return
+        except ValueError:
+            pass
+        raise _Refused(403, f"The page is only at http://{NAMES[0]} and http://{NAMES[1]}.")
+
+    def _request(self) -> tuple[str, SamplingConfig]:
+        # A browser names the site that asks, and a site cannot make it leave that out.
+        if self.path != "/continue" or self.headers.get("Origin") != f"http://{self.headers['Host']}":
+            raise _Refused(403, "Only the page itself may ask: the header Origin names another site, or none.")
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MOST_BYTES:
+            raise _Refused(413, f"Send at most {MOST_BYTES:,} bytes, and their number in Content-Length.")
+        try:
+            values = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError):
+            raise _Refused(400, "The request is not JSON.") from None
+        if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+            raise _Refused(400, "The request needs a text named prompt.")
+        chosen = {name: values[name] for name in SETTINGS if name in values}
+        for name, value in chosen.items():
+            if type(value) not in (int, SETTINGS[name]):
+                kind = "a whole number" if SETTINGS[name] is int else "a number"
+                raise _Refused(400, f"{name} = {repr(value)[:40]} must be {kind}.")
+        prompt = values["prompt"].encode(errors="replace").decode()  # JSON can hold half of a character
+        return prompt, SamplingConfig(**chosen)
+
+    def _stream(self, prompt: str, config: SamplingConfig) -> None:
+        started, tokens = time.perf_counter(), -1  # the last piece is a rest without a token
+        self._head(200, "application/x-ndjson")
+        try:
+            for piece in self.server.continues(prompt, config):
+                tokens += 1
+                self._line(text=piece)
+            self._line(done={"tokens": tokens, "seconds": round(time.perf_counter() - started, 3)})
+        except (UserError, RuntimeError) as error:  # such as too little memory
+            self._line(error=str(error))
+
+    def _line(self, **values: Any) -> None:
+        self.wfile.write(json.dumps(values).encode() + b"\n")
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._head(status, "application/json")
+        self._line(error=message)
+
+    def _head(self, status: int, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Security-Policy", self.server.policy)
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Prints nothing."""
+
+
+def main() -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m src.model_assessment.talk",
+        description="Show a page on this machine where a model continues what people write. Ctrl-C ends it. To see the "
+        "page of another machine: ssh -L 8000:127.0.0.1:8000 HOST.",
+    )
+    parser.add_argument("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = parser.parse_args()
+    loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
+    model, device = loaded.model, loaded.device
+    precision = convert_weights(model, "auto", loaded.precision)
+    if precision.itemsize == 2:
+        pack_linears(model)
+    facts = f"{compact(count_parameters(model))} parameters, {loaded.config.model.n_ctx:,} tokens of context"
+    facts += f", after {loaded.step:,} steps" if loaded.step else ""
+    name = loaded.config.run_name if loaded.step else loaded.path.name
+    prompt = next(iter(loaded.config.eval.sample_prompts), "Once upon a time")
+
+    def continues(prompt: str, config: SamplingConfig) -> Iterator[str]:
+        return stream(model, tokenizer, prompt, config, autocast(device, precision))
+
+    with Server({"name": name, "facts": facts, "prompt": prompt}, continues, args.port) as server:
+        address = f"http://{ADDRESS}:{server.server_port}/"
+        say(f"Open {address} in a browser on this machine. Ctrl-C ends it.")
+        print(json.dumps({"address": address, "checkpoint": str(loaded.path)}), flush=True)
+        server.serve_forever()
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)
