@@ -23,7 +23,7 @@ import pytest
 from src.model_assessment import report_figures
 from src.model_assessment.report import write_comparison, write_index, write_report
 from src.model_assessment.run_history import Series, read_run
-from src.model_configs.my_llm_config import lf_llm_269m
+from src.model_configs.my_llm_config import debug, lf_llm_269m
 from src.params import to_dict
 from src.utils import plot_style, root
 from src.utils.errors import StorageError, UserError
@@ -85,7 +85,7 @@ def test_the_page_says_what_the_metrics_say(finished: Path) -> None:
         "Held-out choice accuracy is 49.0% ± 5.0%; guessing gives 25%.",
         "stand-in items made from held-out validation documents; not HellaSwag",
         "Settings that differ from the preset debug setting this run debug",
-        "optim.max_lr 0.002 0.003",
+        f"optim.max_lr 0.002 {debug().optim.max_lr}",
         "step 200, 819,200 tokens",
         f"{speeds[len(speeds) // 2]:,.0f} tokens/s, median",
         "Intel Xeon 2.80GHz",
