@@ -17,7 +17,7 @@ from tests.conftest import Commands
     [
         (["debgu"], "debug, laptop, lf_llm_269m"),
         (["debug", "--train.total-step", "5"], "--train.total-steps"),
-        (["debug", "--model.n-embd", "32"], "the nearest width that is: 30"),
+        (["debug", "--model.n-embd", "30"], "the nearest width that is: 32"),
         (["debug", "--model.n-embd", "12", "--model.n-head", "4"], "the nearest width that is: 16"),
         (["debug", "--train.batch-tokens", "1000"], "the nearest multiple is 1024"),
         (["debug", "--train.micro-batch-size", "3"], "micro_batch_size can be 1, 2 or 4"),

@@ -57,18 +57,18 @@ def debug() -> Config:
     """The whole pipeline in minutes on two cores, on the documentation that comes with Python."""
     return Config(
         run_name="debug",
-        model=fast_model(ModelConfig(n_ctx=128, n_embd=192, n_head=3, n_layer=4)),
+        model=fast_model(ModelConfig(n_ctx=128, n_embd=128, n_head=2, n_layer=4)),
         data=DataConfig(dir="pydocs"),
         optim=FAST_OPTIM,
         # In minutes, many small batches reach a lower loss than few large ones (LOG.md).
-        train=TrainConfig(total_tokens=256_000, batch_tokens=512, micro_batch_size=4, log_every_steps=20),
+        train=TrainConfig(total_tokens=409_600, batch_tokens=512, micro_batch_size=4, log_every_steps=20),
         eval=EvalConfig(
             val_every_steps=100,
             val_tokens=16_384,
-            hellaswag_every_steps=250,
+            hellaswag_every_steps=400,
             hellaswag_data="held-out",
             hellaswag_items=100,
-            sample_every_steps=100,
+            sample_every_steps=200,
             sample_prompts=("The function returns", "If the argument is", "This module provides"),
             samples_per_prompt=1,
             sample_tokens=40,
