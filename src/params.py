@@ -395,14 +395,21 @@ def _wrong_types(config: Any, prefix: str = "") -> list[str]:
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             problems += _wrong_types(value, f"{name}.") if isinstance(value, kind) else [f"{name} is not a group"]
         elif not _has_type(value, kind):
-            allowed = re.sub(r"typing\.|<class '(.*)'>", r"\1", str(kind))
-            if get_origin(kind) is Literal:
-                allowed = _either(get_args(kind))
-            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be {allowed}")
+            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be {kind_text(kind)}")
         elif re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, (list, tuple)) else str(value)):
             # Python's stand-ins for bytes of the command line; no file of the run could hold them.
             problems.append(f"{prefix}{name} = {repr(value)[:80]} must be UTF-8 text; set LC_ALL=C.UTF-8")
     return problems
+
+
+def kind_text(kind: Any) -> str:
+    """The values that a field of this type takes, for people."""
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
+    if kind in names:
+        return names[kind]
+    if get_origin(kind) is tuple:
+        return f"a list, each of it {kind_text(get_args(kind)[0])}"
+    return _either([each if isinstance(each, str) else kind_text(each) for each in get_args(kind)])
 
 
 def _has_type(value: object, kind: Any) -> bool:

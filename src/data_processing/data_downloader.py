@@ -45,7 +45,7 @@ from src.data_processing.shards import (
 )
 from src.data_processing.text_sources import SOURCES, Request, find_files, open_sources
 from src.data_processing.tokenizer import Tokenizer
-from src.utils.errors import StorageError, UserError, exit_with, say
+from src.utils.errors import StorageError, UserError, cause_of, exit_with, say
 from src.utils.files import fingerprint, free_bytes, size_text, storage_errors, sync
 from src.utils.root import dataset_dir, run_dir
 
@@ -146,7 +146,9 @@ def repair(folder: Path, workers: int) -> Manifest:
     try:
         prepare(Request.from_stored(manifest.request), again, workers, expected=manifest)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # also of a request that another program wrote
-        raise UserError(f"Cannot repair {folder}: {error}. Restore the sources, or the shards from a copy.") from error
+        raise UserError(
+            f"Cannot repair {folder}: {cause_of(error)}. Restore the sources, or the shards from a copy."
+        ) from error
     for shard in damaged:
         if fault := shard_fault(again, shard, manifest.n_vocab, full=True):
             raise UserError(

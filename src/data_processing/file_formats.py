@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from src.utils.errors import UserError
+from src.utils.errors import UserError, cause_of
 
 EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
 BATCH_BYTES = 1 << 20
@@ -109,7 +109,7 @@ def read_batches(path: Path, text_field: str, skip: int = 0) -> Iterator[tuple[D
                 f"zstd -dc --long=31 {shlex.quote(str(path))} | zstd -o {new}"
             ) from None
         raise UserError(
-            f"Cannot read {path}: {error}. If the file is damaged, fetch it again, or leave it out."
+            f"Cannot read {path}: {cause_of(error)}. If the file is damaged, fetch it again, or leave it out."
         ) from None
 
 

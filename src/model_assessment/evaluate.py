@@ -172,7 +172,9 @@ def main() -> int:
         tokenizer, held_out = load_tokenizer(), manifest.validation[0]
         check_shard(folder, held_out, tokenizer.n_vocab)
         limit = HELD_OUT_ITEMS if args.limit is None and args.hellaswag == "held-out" else args.limit
-        protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
+        protocol, items = hellaswag.choose_items(
+            args.hellaswag, limit, folder / held_out.file, tokenizer, "--hellaswag"
+        )
         ask = partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol)
     results: list[dict[str, Any]] = []
     for checkpoint in args.checkpoint:

@@ -13,7 +13,7 @@ from src.model_utils.adamw_opt import load_optimizer_tensors, optimizer_tensors
 from src.model_utils.checkpoint_utils import Checkpoint
 from src.model_utils.load_model import load_weights
 from src.params import Config, from_dict, to_dict
-from src.utils.errors import UserError
+from src.utils.errors import UserError, cause_of
 from src.utils.handle_ddp import Processes
 from src.utils.logger import RunLogger
 
@@ -100,8 +100,8 @@ class TrainingState:
                 raise
             except (LookupError, TypeError, RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"Cannot resume: {checkpoint.path / name}.safetensors does not fit: {error}. Restore it from a "
-                    "copy, or resume from an earlier step with --resume STEP."
+                    f"Cannot resume: {checkpoint.path / name}.safetensors does not fit: {cause_of(error)}. Restore it "
+                    "from a copy, or resume from an earlier step with --resume STEP."
                 ) from error
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import ssl
 import sys
 import time
@@ -118,6 +119,21 @@ class _Patient(io.FileIO):
             return super().write(data) or len(data)  # None: a terminal that takes nothing now
         except OSError:
             return len(data)  # kept, it would fail again at the interpreter's end, and change the exit code
+
+
+def cause_of(error: BaseException) -> str:
+    """The cause of an error that a library or Python raised, in words for people."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, KeyError):
+        return f"{error.args[0] if error.args else 'a field'} is missing"
+    if match := re.search(r"unexpected keyword argument '(\w+)'|required positional arguments?: (.*)", str(error)):
+        return f"the field {match[1]} is unknown" if match[1] else f"fields are missing: {match[2]}"
+    if isinstance(error, (TypeError, AttributeError, IndexError)):  # in a file's fields
+        return "a field is missing or of a wrong type"
+    return str(error)
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
