@@ -2,18 +2,22 @@
 # The whole pipeline: environment -> preflight -> data -> training (with validation, HellaSwag, samples and checkpoints)
 # -> a sample from the saved model -> report. Run it again to resume.
 #
-#   ./run_pre_training_e2e.sh [overrides for pretrain.py, such as --train.micro-batch-size 8] [--dry-run]
+#   ./run_pre_training_e2e.sh [PRESET [TEXT ...]] [overrides for pretrain.py, such as --train.seed 7] [--dry-run]
+#   ./run_pre_training_e2e.sh laptop book.txt more_texts/
 #
-# --dry-run only checks whether the start can work. Variables, with their defaults:
+# --dry-run only checks whether the start can work. Variables, with their defaults; PRESET and DATA_PATH may also be
+# given as the first arguments, like above:
 #   PRESET=lf_llm_269m    a preset; python pretrain.py --help lists them. DEBUG_MODE=True means PRESET=debug
-#   RUN_NAME=$PRESET      folder of the run under temp_data/runs
+#   RUN_NAME              folder of the run under temp_data/runs; by default the preset's name, for your own text
+#                         followed by the dataset's
 #   DATA_SOURCE           a source of text, of those that data_downloader --help lists; by default files where DATA_PATH
 #                         is set, hub where DATA_DATASET is set, else the preset's
-#   DATA_PATH             for files: a file, folder or glob, or several, one a line
+#   DATA_PATH             for files: a file, folder or glob, or several with colons between them
 #   DATA_DATASET          for hub: OWNER/NAME; with DATA_CONFIG and DATA_SPLIT if the dataset has several
 #   DATA_TEXT_FIELD=text  for files and hub: the field or column that holds the text
 #   DATA_MAX_TOKENS       at most this many tokens of data, in a dataset folder for that size; default: all
-#   DATA_DIR              name or path of the dataset folder; by source
+#   DATA_DIR              name or path of the dataset folder; by default after the source, with a number where a
+#                         dataset of that name holds other text
 #   NPROC                 processes on this machine; by preset one, or one per GPU
 #   MAX_RESTARTS=3        restarts of a run that died of an unexpected error or was killed; 0: none
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     for several machines, on each of them; they share this folder.

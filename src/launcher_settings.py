@@ -9,16 +9,25 @@ import shlex
 import sys
 import uuid
 from collections.abc import Collection, Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from itertools import count, takewhile
+from pathlib import Path
 
 from src import available_cores
-from src.data_processing.text_sources import SOURCES
+from src.data_processing.data_downloader import differences
+from src.data_processing.document_shuffle import PLAN, WORK
+from src.data_processing.file_formats import EXTENSIONS
+from src.data_processing.shards import MANIFEST, read_manifest
+from src.data_processing.text_sources import SOURCES, Request
+from src.model_configs.arguments import whole_number
 from src.model_configs.my_llm_config import PRESETS, config_from_command_line
 from src.utils import root
-from src.utils.errors import UserError, exit_with
+from src.utils.errors import UserError, exit_with, say
+from src.utils.files import read_json
 
 SCRIPT = "run_pre_training_e2e.sh"
 MAX_PROCESSES = 1_024  # and machines
+OLD_DATASET = "my_text"  # of files, before names followed from DATA_PATH
 MEETING_MARGIN_S = 120  # another machine may notice a failure only after train.timeout_s
 
 
@@ -36,6 +45,7 @@ def main() -> None:
 
 def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, str | int | list[str]]:
     """Returns every variable of the launcher by name. Raises UserError or ConfigError for one that cannot work."""
+    variables, overrides = with_plain_arguments(variables, overrides)
     debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
     preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
     default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
@@ -53,11 +63,16 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
     data = "ready" if has_data else "prepare" if node == 0 else "wait"
     if data == "prepare" and SOURCES[source].needs_paths and not variables.get("DATA_PATH"):
         raise UserError("DATA_PATH is not set. Set it to your text: a file, folder or pattern, or several, one a line.")
-    preparation, folder = _preparation(source, variables)
-    arguments = arguments if has_data else ["--data.dir", folder, *arguments]
-    sys.argv[1:] = arguments = [preset, "--run-name", variables.get("RUN_NAME") or preset, *arguments]
+    run_name, preparation = preset, list[str]()
+    if not has_data:
+        request = requested({**variables, "DATA_SOURCE": source})
+        folder = dataset_name(request, variables)
+        preparation = _preparation(request, folder)
+        arguments = ["--data.dir", folder, *arguments]
+        run_name = _run_name(preset, request, folder)
+    sys.argv[1:] = arguments = [preset, "--run-name", variables.get("RUN_NAME") or run_name, *arguments]
     with redirect_stdout(sys.stderr):  # the shell evaluates stdout
-        config = config_from_command_line("")
+        config = config_from_command_line("", f"./{SCRIPT}")
     return {
         "PRESET": preset,
         "RUN_NAME": config.run_name,
@@ -93,26 +108,125 @@ def _default_processes(preset: str) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _preparation(source: str, variables: Mapping[str, str]) -> tuple[list[str], str]:
-    """Returns the arguments of data_downloader and the name or path of the dataset's folder."""
-    limit = number(variables, "DATA_MAX_TOKENS", 0, 1, "a number of tokens, such as 10_000_000")
-    dataset = variables.get("DATA_DATASET", "") if source == "hub" else ""
+def with_plain_arguments(variables: Mapping[str, str], arguments: list[str]) -> tuple[Mapping[str, str], list[str]]:
+    """Returns both with the arguments before the first option, a preset and paths of text, moved to the variables."""
+    plain = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if not plain:
+        return variables, arguments
+    preset, *paths = plain
+    if preset not in PRESETS:
+        raise UserError(
+            f"Cannot find the preset {preset!r}. The first argument is one of {', '.join(PRESETS)}; files and folders "
+            "of text come after it, then settings."
+        )
+    moved = {"PRESET": preset, "DEBUG_MODE": ""} | ({"DATA_PATH": "\n".join(paths)} if paths else {})
+    return {**variables, **moved}, arguments[len(plain) :]
+
+
+def requested(variables: Mapping[str, str]) -> Request:
+    """Returns the dataset that the variables describe."""
+    source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE", ""), SOURCES)
+    dataset, config, split = (
+        variables.get(name) or None if source == "hub" else None
+        for name in ("DATA_DATASET", "DATA_CONFIG", "DATA_SPLIT")
+    )
     if source == "hub" and not dataset:
         raise UserError("DATA_DATASET is not set. DATA_SOURCE=hub needs the name of a dataset, OWNER/NAME.")
-    name = SOURCES[source].dataset_name or dataset.replace("/", "_") or "my_text"
-    folder = variables.get("DATA_DIR") or name + (f"-max-{limit}-tokens" if limit else "")
-    arguments = ["--source", source, "--out", str(root.dataset_dir(folder))]
-    arguments += ["--path", *_paths(variables)] if SOURCES[source].needs_paths else []
-    options = {"--dataset": "DATA_DATASET", "--config": "DATA_CONFIG", "--split": "DATA_SPLIT"} if dataset else {}
-    options |= {"--text-field": "DATA_TEXT_FIELD", "--max-tokens": "DATA_MAX_TOKENS"}
-    for option, variable in options.items():
-        arguments += [option, variables[variable]] if variables.get(variable) else []
-    return arguments, folder
+    return Request(
+        sources=[source],
+        paths=_paths(variables) if SOURCES[source].needs_paths else [],
+        text_field=variables.get("DATA_TEXT_FIELD") or "text",
+        tokens_per_shard=100_000_000,
+        seed=42,
+        max_tokens=number(variables, "DATA_MAX_TOKENS", 0, 1, "a number of tokens, such as 10_000_000 or 1e7") or None,
+        dataset=dataset,
+        config=config,
+        split=split,
+    )
+
+
+def dataset_name(request: Request, variables: Mapping[str, str]) -> str:
+    """Returns the name or path of the folder of the dataset that `request` describes, prepared or not.
+
+    The name follows from the source. Where a dataset of that name holds other text, a number is added.
+    """
+    if given := variables.get("DATA_DIR"):
+        return given
+    kind = SOURCES[request.sources[0]]
+    limit = f"-max-{request.max_tokens}-tokens" if request.max_tokens else ""
+    name = (kind.dataset_name or (request.dataset or "").replace("/", "_") or _name_of(request.paths)) + limit
+    if kind.dataset_name:
+        return name
+    if request.paths and not _other_text(request, OLD_DATASET + limit, ready=True):
+        return OLD_DATASET + limit
+    different = ""
+    for number in count(1):
+        attempt = name if number == 1 else f"{name}-{number}"
+        if not (other := _other_text(request, attempt)):
+            if different:
+                say(f"note: the dataset is {attempt}, because {different}")
+            return attempt
+        different = different or f"{root.DATASETS / attempt} {other}. To train on that, use --data.dir {attempt}"
+    raise AssertionError("count() does not end")
+
+
+def _name_of(paths: list[str]) -> str:
+    """Returns a name for the text in files, folders and patterns."""
+    names = []
+    for path in map(Path, paths):
+        while re.search(r"[*?\[]", str(path)) and not path.exists():
+            path = path.parent
+        extension = next((each for each in EXTENSIONS if path.name.lower().endswith(each)), "")
+        name = path.name[: -len(extension)] if extension else path.name
+        names.append(re.sub(r"[^\w.-]+", "_", name).strip("._-"))
+    first, *rest = dict.fromkeys(name[:60] for name in names if name) or [OLD_DATASET]
+    return "+".join([first, *rest]) if len(rest) < 3 else f"{first}+{len(rest)}-more"
+
+
+def _other_text(request: Request, name: str, ready: bool = False) -> str:
+    """Says that the dataset `name` holds other text than `request` describes, and which; "" for one that does not.
+
+    A dataset that is not prepared holds no other text, unless another preparation of it is unfinished; with `ready` it
+    counts as another.
+    """
+    folder = root.dataset_dir(name)
+    if os.path.exists(folder / MANIFEST):
+        changes = differences(request, folder, read_manifest(folder))
+        return f"holds other text: {changes}" if changes else ""
+    with suppress(OSError, UserError, LookupError, TypeError):
+        if read_json(folder / WORK / PLAN)["request"] != request.stored():
+            return "is being prepared from other text"
+    return "is not prepared" if ready else ""
+
+
+def _run_name(preset: str, request: Request, folder: str) -> str:
+    """Returns the preset's name, with the dataset's where that is the user's own."""
+    if SOURCES[request.sources[0]].dataset_name:
+        return preset
+    with suppress(OSError, UserError, LookupError, TypeError):  # a run from before names followed from the dataset
+        trained_on = read_json(root.RUNS / preset / "config.json")["config"]["data"]["dir"]
+        if root.dataset_dir(trained_on) == root.dataset_dir(folder):
+            return preset
+    return f"{preset}-{Path(folder).name}"
+
+
+def _preparation(request: Request, folder: str) -> list[str]:
+    """Returns the arguments of data_downloader that prepare `request` in `folder`."""
+    arguments = ["--source", *request.sources, "--out", str(root.dataset_dir(folder))]
+    arguments += ["--path", *request.paths] if request.paths else []
+    given: dict[str, str | int | None] = {"dataset": request.dataset, "config": request.config, "split": request.split}
+    given |= {"text-field": request.text_field if request.text_field != "text" else None}
+    given |= {"max-tokens": request.max_tokens}
+    for option, value in given.items():
+        arguments += [f"--{option}", str(value)] if value else []
+    return arguments
 
 
 def _paths(variables: Mapping[str, str]) -> list[str]:
-    lines = variables.get("DATA_PATH", "").splitlines()
-    return [os.path.abspath(os.path.expanduser(line)) for line in lines if line]
+    """Returns the paths in DATA_PATH, one a line or between colons, except a path that holds a colon itself."""
+    lines = [os.path.expanduser(line) for line in variables.get("DATA_PATH", "").splitlines()]
+    parts = [[line] if os.path.exists(line) else line.split(":") for line in lines]
+    return [os.path.abspath(os.path.expanduser(part)) for line in parts for part in line if part]
 
 
 def one_of(variable: str, value: str, names: Collection[str]) -> str:
@@ -126,8 +240,8 @@ def number(
 ) -> int:
     """Returns the number that the variable holds, or `default` where it is empty or unset."""
     text = variables.get(name) or str(default)
-    value = int(text) if re.fullmatch("[0-9](_?[0-9]){,18}", text) else -1
-    if variables.get(name) and not at_least <= value <= at_most:
+    value = whole_number(text)
+    if value is None or (variables.get(name) and not at_least <= value <= at_most):
         raise UserError(f"{name} is {text[:40]!r}; it must be {meaning}, from {at_least:,} to {at_most:,}.")
     return value
 

@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,13 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import constants as hub_settings
 
+from src.data_processing.data_downloader import differences
 from src.data_processing.document_shuffle import disk_needed
 from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.text_sources import SOURCES, Request, find_files
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
-from src.launcher_settings import number, one_of
+from src.launcher_settings import requested
 from src.model_assessment.hellaswag_items import cached_items, load_items, refuse_silent_hub
 from src.model_assessment.trackers import require_packages
 from src.model_configs.my_llm_config import config_from_command_line
@@ -115,25 +116,6 @@ def main() -> int:
     return code
 
 
-def requested(variables: Mapping[str, str]) -> Request:
-    """Returns the dataset that the launcher's variables describe."""
-    source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE", ""), SOURCES)
-    dataset, config, split = (
-        variables.get(name) if source == "hub" else None for name in ("DATA_DATASET", "DATA_CONFIG", "DATA_SPLIT")
-    )
-    return Request(
-        sources=[source],
-        paths=[path for path in variables.get("DATA_PATH", "").splitlines() if path],
-        text_field=variables.get("DATA_TEXT_FIELD") or "text",
-        tokens_per_shard=100_000_000,
-        seed=42,
-        max_tokens=number(variables, "DATA_MAX_TOKENS", 0, 1, "a number of tokens") or None,
-        dataset=dataset or None,
-        config=config or None,
-        split=split or None,
-    )
-
-
 def check_all(start: Start) -> tuple[dict[str, dict[str, str]], int]:
     """Makes and prints all checks. Returns status and text of each, and the exit code.
 
@@ -198,11 +180,9 @@ def dataset(start: Start) -> Found:
         files = f", {sum(map(len, find_files(request.paths, quiet=True).values())):,} of them" if request.paths else ""
         return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
     manifest = read_manifest(folder)
-    expected = start.made_for.stored() if start.made_for else {}
-    if changed := [name for name in expected if manifest.request.get(name) != expected[name]]:
-        was, now = ({name: each.get(name) for name in changed} for each in (manifest.request, expected))
+    if start.made_for and (changes := differences(start.made_for, folder, manifest)):
         raise UserError(
-            f"Cannot prepare {folder}: it holds another dataset, of {was} instead of {now}. Set DATA_DIR to another "
+            f"Cannot prepare {folder}: it holds another dataset: {changes}. Leave out DATA_DIR or set it to another "
             f"name, or train on this one with --data.dir {folder.name}."
         )
     _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)

@@ -45,6 +45,7 @@ from src.data_processing.shards import (
 )
 from src.data_processing.text_sources import SOURCES, Request, find_files, open_sources
 from src.data_processing.tokenizer import Tokenizer
+from src.model_configs.arguments import whole_number
 from src.utils.errors import StorageError, UserError, cause_of, exit_with, say
 from src.utils.files import fingerprint, free_bytes, size_text, storage_errors, sync
 from src.utils.root import dataset_dir, run_dir
@@ -167,10 +168,7 @@ def repair(folder: Path, workers: int) -> Manifest:
 def _existing(request: Request, folder: Path) -> Manifest:
     """Return the manifest of `folder`. Raises UserError for another request, changed files, or a damaged shard."""
     manifest = read_manifest(folder)
-    changes = _changes(manifest.request, request.stored())
-    if not changes and "files" in request.sources:
-        changes = _changed_files(manifest, request.paths, (folder / MANIFEST).stat().st_mtime)
-    if changes:
+    if changes := differences(request, folder, manifest):
         raise UserError(
             f"Cannot prepare {folder}: it holds another dataset: {changes}. Choose another --out (DATA_DIR for the "
             "launcher), or delete that folder to prepare it again."
@@ -181,6 +179,17 @@ def _existing(request: Request, folder: Path) -> Manifest:
     shutil.rmtree(folder / WORK, ignore_errors=True)
     say(f"already prepared: {folder}")
     return manifest
+
+
+def differences(request: Request, folder: Path, manifest: Manifest) -> str:
+    """Describe how the dataset in `folder` differs from the one that `request` describes; empty for no difference.
+
+    Files of the user's are compared by content where they were written to since.
+    """
+    changes = _changes(manifest.request, request.stored())
+    if not changes and "files" in request.sources:
+        changes = _changed_files(manifest, request.paths, (folder / MANIFEST).stat().st_mtime)
+    return changes
 
 
 def _changed_files(manifest: Manifest, paths: list[str], prepared: float) -> str:
@@ -212,7 +221,13 @@ def _content(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Describe the differences; empty for none."""
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {then.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in changed)
+    more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return "; ".join(f"{name} was {_shown(then, name)}, is {_shown(now, name)}" for name in changed[:5]) + more
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name, "absent")
+    return ", ".join(value) or "none" if isinstance(value, list) else "none" if value is None else str(value)
 
 
 def _manifest(
@@ -356,9 +371,10 @@ def _parser() -> argparse.ArgumentParser:
 def _number_from(minimum: int, maximum: int = 10**15) -> Callable[[str], int]:
     def number(text: str) -> int:
         digits = text.replace("_", "")
-        if not (digits.isdecimal() and len(digits) < 20 and minimum <= int(digits) <= maximum):
+        value = int(digits) if digits.isdecimal() and len(digits) < 20 else whole_number(text)
+        if value is None or not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {minimum} to {maximum:,}")
-        return int(digits)
+        return value
 
     return number
 

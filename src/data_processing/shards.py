@@ -124,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         reason = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
         command = f"{_COMMAND} --source SOURCE --out {shlex.quote(str(folder))}"
-        # On a line of its own, because the command is there to be copied.
+        # On a separate line, so that the command can be copied.
         message = f"Cannot find a dataset at {folder}: {reason}. Prepare it with: {command}\n{instead_of(folder)[1:]}"
         raise UserError(message.rstrip()) from None
     except StorageError as error:  # a pipe, device or folder of that name

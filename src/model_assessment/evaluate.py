@@ -20,6 +20,7 @@ from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
 from src.model_assessment import hellaswag
 from src.model_assessment.validation import validate
+from src.model_configs.arguments import whole
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, convert_weights, load_model
 from src.params import MAX_COUNT
@@ -204,10 +205,10 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint = "runs (folders or names), step_* folders or exports; the others are compared with the first"
     add("--checkpoint", required=True, nargs="+", metavar="CHECKPOINT", help=checkpoint)
     add("--data", help="a dataset's name or folder (default: the first model's dataset)")
-    add("--val-tokens", type=int, default=2_097_152, help="held-out tokens, at most (default: 2,097,152)")
+    add("--val-tokens", type=whole, default=2_097_152, help="held-out tokens, at most (default: 2,097,152)")
     items = "HellaSwag as .jsonl or .jsonl.gz; auto fetches it; held-out: a stand-in from the held-out text"
     add("--hellaswag", default="none", metavar="{FILE,auto,held-out,none}", help=f"{items} (default: none)")
-    add("--limit", type=int, help=f"use the first N items (default: all; held-out: {HELD_OUT_ITEMS})")
+    add("--limit", type=whole, help=f"use the first N items (default: all; held-out: {HELD_OUT_ITEMS})")
     weights = "dtypes to hold the weights in, one after the other (default: float32; matmuls as in training)"
     add("--weights", nargs="+", default=["float32"], choices=WEIGHT_DTYPES[1:], help=weights)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))

@@ -30,6 +30,7 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
 from src.model_assessment.hellaswag_items import OPTION, Item, fetch_items, load_items
+from src.model_configs.arguments import whole
 from src.model_utils.load_model import load_model
 from src.params import MAX_COUNT
 from src.utils.errors import UserError, exit_with, now_and_then, say
@@ -242,7 +243,7 @@ def main() -> int:
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
     add("--data", default="auto", help="HellaSwag as .jsonl or .jsonl.gz (default: fetch it from the hub)")
-    add("--limit", type=int, help="use the first N items (default: all)")
+    add("--limit", type=whole, help="use the first N items (default: all)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     if args.data == "held-out":

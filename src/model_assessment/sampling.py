@@ -20,6 +20,7 @@ import torch
 from src.attention import KVCache
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
+from src.model_configs.arguments import whole
 from src.model_utils.load_model import WEIGHT_DTYPES, convert_weights, load_model
 from src.model_utils.packed_linear import pack_linears
 from src.params import MAX_NEW_TOKENS, MAX_REAL, MAX_SAMPLES, MAX_VOCAB
@@ -334,17 +335,17 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
     add("--prompt", action="append", help="text to continue; may be repeated")
-    add("--num-samples", type=int, default=1, help="continuations of each prompt (default: 1)")
+    add("--num-samples", type=whole, default=1, help="continuations of each prompt (default: 1)")
     add("--stream", action="store_true", help="print the continuation while it is generated")
     add("--interactive", action="store_true", help="read one prompt after the other")
-    add("--max-new-tokens", type=int, default=50, help="length of a continuation (default: 50)")
+    add("--max-new-tokens", type=whole, default=50, help="length of a continuation (default: 50)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
-    add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all (default)")
+    add("--top-k", type=whole, default=0, help="keep the k likeliest tokens; 0 keeps all (default)")
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
     add("--min-p", type=float, default=0.0, help="keep tokens this share as likely as the likeliest")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repetitions")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    add("--seed", type=whole, default=0, help="the same seed gives the same text (default: 0)")
     weights = "dtype of the weights; bf16 takes half of the memory (default: bf16 where the device computes with it)"
     add("--weights", default="auto", choices=WEIGHT_DTYPES, help=weights)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))

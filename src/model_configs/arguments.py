@@ -1,5 +1,6 @@
 """The commonest mistakes in a command line of settings, each in one line, before its parser sees them."""
 
+import argparse
 import difflib
 import re
 from collections.abc import Collection, Iterator
@@ -50,6 +51,21 @@ def checked(arguments: list[str], presets: Collection[str], command: str) -> lis
     return result
 
 
+def whole_number(text: str) -> int | None:
+    """The whole number that `text` gives, as 1000, 1_000 or 1e3; None for anything else and beyond 10^15."""
+    if not _REAL.fullmatch(text) or not abs(value := float(text)) <= MAX_TOKENS or not value.is_integer():
+        return None
+    return int(value)
+
+
+def whole(text: str) -> int:
+    """The same for argparse, and digits of any number. Raises ArgumentTypeError."""
+    value = int(text) if re.fullmatch("[-+]?[0-9]{1,400}", text) else whole_number(text)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number")
+    return value
+
+
 def _options(kind: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
     """The options of a dataclass of settings, each with its type."""
     for name, each in get_type_hints(kind).items():
@@ -83,8 +99,6 @@ def _value(name: str, text: str, kind: Any) -> str:
     if _REAL.fullmatch(text):
         if float in kinds:
             return text
-        if int in kinds and "." not in text and text.lower().lstrip("+-").isdecimal():
-            return text
-        if int in kinds and abs(value := float(text)) <= MAX_TOKENS and value.is_integer():
-            return str(int(value))  # 1e9, 5_000
+        if int in kinds and (text.lstrip("+-").isdecimal() or (number := whole_number(text)) is not None):
+            return text if text.lstrip("+-").isdecimal() else str(number)
     raise UserError(f"Cannot use {name} {text!r}: it must be {kind_text(kind)}.")

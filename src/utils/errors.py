@@ -122,7 +122,7 @@ class _Patient(io.FileIO):
 
 
 def cause_of(error: BaseException) -> str:
-    """The cause of an error that a library or Python raised, in words for people."""
+    """The cause of an error that a library or Python raised, without Python's own words."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from src import launcher_settings
-from src.data_processing import data_downloader
+from src.data_processing import data_downloader, text_sources
 from src.data_processing.data_downloader import prepare, repair, verify
 from src.data_processing.shards import check_shard, read_manifest
 from src.utils import root
@@ -239,6 +239,26 @@ def test_a_shard_around_the_validation_documents(tmp_path: Path) -> None:
         (out / manifest.train[0].file).unlink()
         repair(out, 1)
         assert contents(out) == before
+
+
+def test_a_dataset_from_before_long_texts_were_divided_is_repaired_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(f"line {number}\n" * 10_000)
+    files = sorted(tmp_path.glob("*.txt"))
+    folder, divided = tmp_path / "out", prepare(request(tmp_path), tmp_path / "divided", 1)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(
+            text_sources, "open_files", lambda *_: [text_sources.Files(str(tmp_path), files, "text", False)]
+        )
+        whole = prepare(request(tmp_path), folder, 1)
+    assert (whole.counts["documents"], divided.counts["documents"]) == (2, 8)
+    before = contents(folder)
+    (folder / whole.train[0].file).unlink()
+    repair(folder, 1)
+    assert contents(folder) == before
+    assert prepare(request(tmp_path), folder, 1) == whole  # and is still taken for what the request describes
 
 
 def test_a_source_that_has_changed_cannot_mend(tmp_path: Path) -> None:
