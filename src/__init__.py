@@ -15,8 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from src.utils.root import COMPILE_CACHE, ROOT
+
+if TYPE_CHECKING:
+    from src.model_assessment.sampling import TextModel
 
 for number, name in enumerate(("stdin", "stdout", "stderr")):
     try:
@@ -49,6 +53,23 @@ def _name_the_right_python(kind: type[BaseException], error: BaseException, trac
 
 
 sys.excepthook = _name_the_right_python
+
+
+def load(checkpoint: str | Path, device: str = "auto", weights: str = "auto") -> TextModel:
+    """Loads a trained model: a run's name, its folder, one of its step_* folders, or an export.
+
+        from src import load
+        model = load("mine")
+        print(model.generate("The", n=3, temperature=0.8)[0])
+        for piece in model.stream("The"): print(piece, end="")
+        model.loss("Some text."), model.logits("Some text.")
+
+    `device`: auto, cpu, cuda or mps. `weights`: float32, bf16, or auto: bf16 where the device computes in it. Raises
+    UserError.
+    """
+    from src.model_assessment.sampling import TextModel  # imports torch, which takes seconds
+
+    return TextModel(checkpoint, device, weights)
 
 
 def available_cores() -> int:
