@@ -49,6 +49,7 @@ from src.model_utils.autotune import out_of_memory_explained, settle
 from src.model_utils.checkpoint_saver import CheckpointSaver, Saved, refuse_full_disk
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps, prune
 from src.model_utils.debugging import count_parameters, flops_per_token, profiler
+from src.model_utils.load_model import load_weights, read_initial
 from src.model_utils.spike_guard import SpikeGuard
 from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
 from src.model_utils.weight_init import init_weights
@@ -303,6 +304,10 @@ def prepare(
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)  # on the CPU, so that every device starts from the same bits
+    origin = log.settings().get("init_from") if checkpoint else None
+    if config.init_from and checkpoint is None:
+        procs.activity = "loading the initial weights"
+        origin = start_from(model, config, procs, log)
     model.to(procs.device).train()
     procs.activity = "choosing the micro-batch and compiling"
     saved = checkpoint.state["config"]["train"] if checkpoint else None
@@ -320,6 +325,7 @@ def prepare(
     dataset = {"name": config.data.dir, "sources": manifest.origins, **manifest.counts}
     # Written at every start: it tells a later restart of the same launch that the run has begun.
     settings = run_settings(config, procs, model, precision, {**dataset, "manifest_sha256": manifest.sha256})
+    settings |= {"init_from": origin} if origin else {}
     log.write_json("config.json", settings)
     log.info("\n".join([summary(settings, sum(shard.tokens for shard in manifest.train)), *notes]))
     return Run(
@@ -335,6 +341,17 @@ def prepare(
         precision=precision,
         stop=stop,
     )
+
+
+def start_from(model: LLM, config: Config, procs: Processes, log: RunLogger) -> dict[str, Any]:
+    """Copies the weights that config.init_from names into `model`; only the main process reads them.
+
+    Returns their origin for config.json. Raises UserError.
+    """
+    tensors, path, step = procs.together_for_long(lambda: read_initial(config) if procs.is_main else ({}, Path(), 0))
+    load_weights(model, procs.tensors_from_main(tensors), path)
+    log.event("init", 0, f"weights of {path}, step {step}")
+    return {"path": str(path), "step": step}
 
 
 def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outcome:

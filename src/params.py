@@ -262,6 +262,8 @@ class Config:
     resume: str = "auto"
     """auto: resume from the newest good checkpoint. never: start from scratch and set an old run aside. Or a step:
     resume from its checkpoint and set later ones aside."""
+    init_from: str = ""
+    """Start with the weights of this run, step_* folder or export, at step 0 of a new run. Random ones without it."""
     profile: int = 0
     """Steps to record with PyTorch's profiler, near the start; the trace opens at ui.perfetto.dev."""
     report_to: tuple[Reporter, ...] = ()
@@ -283,6 +285,8 @@ class Config:
             problems.append(f"run_name = {self.run_name!r} must be a plain folder name")
         if (length := len(self.run_name.encode(errors="replace"))) > MAX_NAME_BYTES:
             problems.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; it can have {MAX_NAME_BYTES}")
+        if self.init_from == self.run_name:
+            problems.append(f"init_from = {self.init_from!r} is the run itself; give the new run another run_name")
         if self.resume not in ("auto", "never") and not re.fullmatch("[0-9]{1,9}", self.resume):
             problems.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
         if not 0 <= self.profile <= MAX_COUNT:

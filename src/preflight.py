@@ -40,6 +40,7 @@ from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.autotune import compile_problem
 from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoints_need
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
+from src.model_utils.load_model import read_initial
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config, ConfigError
 from src.utils import root
@@ -263,11 +264,11 @@ def checkpoint(start: Start) -> Found:
     """Checks the checkpoint to resume from, except its bytes, which training verifies."""
     folder, resume = start.run_dir / "checkpoints", start.config.resume
     if resume == "never":
-        return Found("none; an existing run is set aside")
+        return _beginning(start, "; an existing run is set aside")
     steps = [int(resume)] if resume.isdecimal() else checkpoint_steps(folder)
     if not steps:
         refuse_lost(folder)
-        return Found("none; training starts at step 0")
+        return _beginning(start)
     try:
         saved = read_unverified(step_dir(folder, steps[-1]))
     except UserError as error:
@@ -276,6 +277,13 @@ def checkpoint(start: Start) -> Found:
         return Found(f"an earlier one than step {steps[-1]}, because: {error}", True)
     check_settings(saved, start.config)
     return Found(f"step {saved.step} of {start.config.total_steps}, if its files verify")
+
+
+def _beginning(start: Start, rest: str = "; training starts at step 0") -> Found:
+    if not start.config.init_from:
+        return Found(f"none{rest}")
+    _, path, step = read_initial(start.config)
+    return Found(f"the weights of {path}, step {step}{rest}")
 
 
 CHECKS: dict[str, Callable[[Start], Found]] = {

@@ -71,7 +71,7 @@ def test_from_python(words: Path):
     (one,) = model.generate("Once", max_new_tokens=2)
     assert str(one) == "Once" + one.text
     assert len(repr(one)) < 100
-    with pytest.raises(UserError, match="Cannot sample with tempreature. The settings are max_new_tokens"):
+    with pytest.raises(UserError, match=r"Cannot sample with tempreature\. The settings are max_new_tokens"):
         model.generate("Once", tempreature=1)
 
 
