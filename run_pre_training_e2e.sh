@@ -50,11 +50,14 @@ stage() { say "" && say "== $*"; }
 module() { cd "$ROOT" && exec "$PYTHON" -m "$@"; } # the folder it runs in must not hold another package named src
 
 # Runs a command so that a signal to this shell reaches it, once and as SIGTERM: bash starts commands in the background
-# deaf to Ctrl-C. Returns the command's exit code, or 143 if the signal ended it. `stopped` says that one came.
+# deaf to Ctrl-C. Returns the command's exit code, or 143 if the signal ended it. `stopped` is the second in which one
+# came. A Ctrl-C after that ends the command without saving: then the code is 130.
 child() {
-    local code=0 pid=
+    local code=0 pid= quit=
     stopped=
-    trap '[ -n "$stopped" ] || kill -TERM $pid || true; stopped=yes' TERM INT USR1 HUP
+    trap '[ -n "$stopped" ] || kill -TERM $pid || true; stopped=${stopped:-$SECONDS}' TERM USR1 HUP
+    trap 'if [ -z "$stopped" ]; then kill -TERM $pid || true; stopped=$SECONDS
+          elif [ "$SECONDS" -gt "$stopped" ]; then quit=yes; kill -USR2 $pid || true; fi' INT
     "$@" 2>&3 3>&- &
     pid=$!
     [ -z "$stopped" ] || kill -TERM "$pid" || true # it came before there was a process
@@ -65,6 +68,7 @@ child() {
     done
     trap 'exit 143' TERM INT USR1 HUP
     [ -z "$stopped" ] || [ "$code" -le 5 ] || code=143
+    [ -z "$quit" ] || code=130
     return "$code"
 } 3>&2 2>/dev/null # bash's own lines about a process that was killed are not for the user
 trap 'exit 143' TERM INT USR1 HUP # between commands
@@ -131,6 +135,11 @@ while :; do
     say "restart $restarts of $MAX_RESTARTS"
 done
 [ "$NODE_RANK" = 0 ] || exit "$code"
+resume() { # as the last line
+    case "$code" in 130 | 143) say "" && say "to resume: $RESUME" ;; esac
+    exit "$code"
+}
+[ "$code" != 130 ] || { say "quit without saving" && resume; }
 
 if [ "$code" = 0 ]; then
     stage "4/5 a text from the saved model"
@@ -147,4 +156,4 @@ if [ -s "$RUN_DIR/metrics.jsonl" ]; then
     stage "5/5 report"
     child module src.model_assessment.report "$RUN_DIR" || [ -z "$stopped" ] || exit
 fi
-exit "$code"
+resume

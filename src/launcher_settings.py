@@ -26,6 +26,11 @@ from src.utils.errors import UserError, exit_with, say
 from src.utils.files import read_json
 
 SCRIPT = "run_pre_training_e2e.sh"
+VARIABLES = (
+    *("DEBUG_MODE", "PRESET", "RUN_NAME", "TEMP_DATA_DIR", "PYTHON", "NPROC", "MAX_RESTARTS"),
+    *("DATA_SOURCE", "DATA_PATH", "DATA_DATASET", "DATA_CONFIG", "DATA_SPLIT", "DATA_TEXT_FIELD", "DATA_MAX_TOKENS"),
+    *("DATA_DIR", "DATA_WAIT", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+)
 MAX_PROCESSES = 1_024  # and machines
 OLD_DATASET = "my_text"  # of files, before names followed from DATA_PATH
 MEETING_MARGIN_S = 120  # another machine may notice a failure only after train.timeout_s
@@ -45,6 +50,7 @@ def main() -> None:
 
 def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, str | int | list[str]]:
     """Returns every variable of the launcher by name. Raises UserError or ConfigError for one that cannot work."""
+    as_typed, typed = variables, overrides
     variables, overrides = with_plain_arguments(variables, overrides)
     debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
     preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
@@ -94,6 +100,7 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
             variables, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 120, 0, "a number of seconds", 10**6
         ),
         "LAUNCH_ID": variables.get("LAUNCH_ID") or uuid.uuid4().hex,
+        "RESUME": _command(as_typed, typed),
         "DRY_RUN": "yes" if "--dry-run" in overrides else "",
         "preparation": preparation if data == "prepare" else [],
         "@": arguments,
@@ -227,6 +234,14 @@ def _paths(variables: Mapping[str, str]) -> list[str]:
     lines = [os.path.expanduser(line) for line in variables.get("DATA_PATH", "").splitlines()]
     parts = [[line] if os.path.exists(line) else line.split(":") for line in lines]
     return [os.path.abspath(os.path.expanduser(part)) for line in parts for part in line if part]
+
+
+def _command(variables: Mapping[str, str], arguments: list[str]) -> str:
+    """Returns the launcher's command as it was typed, for a shell in the same folder."""
+    values = [f"{name}={shlex.quote(variables[name])}" for name in VARIABLES if variables.get(name)]
+    script = root.ROOT / SCRIPT
+    here = Path(variables.get("STARTED_IN") or ".").resolve() == root.ROOT
+    return " ".join([*values, f"./{SCRIPT}" if here else shlex.quote(str(script)), shlex.join(arguments)]).strip()
 
 
 def one_of(variable: str, value: str, names: Collection[str]) -> str:

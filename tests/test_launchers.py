@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -175,7 +176,7 @@ os.rename = slow_rename
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, "1"), (signal.SIGTERM, "2")])
 def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str, texts: Path, tmp_path: Path, started):
-    """And again during the save, which changes nothing. The same command then resumes."""
+    """And SIGTERM again during the save, which changes nothing. The same command then resumes."""
     variables = {
         "PRESET": "laptop",
         "DATA_PATH": "my texts",  # relative to where it is started
@@ -193,9 +194,16 @@ def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str,
     wait_for_steps(process, run, 1)
     os.killpg(process.pid, number)
     wait_for(process, (tmp_path / "saving").exists)
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     messages = (tmp_path / "stderr").read_text()
+    assert re.search("stopping: finishing step [0-9]+, then saving, in about [0-9]+ s", messages)
+    assert messages.splitlines()[-1] == (
+        f"to resume: PRESET=laptop RUN_NAME=first TEMP_DATA_DIR='{tmp_path}/big disk' PYTHON={sys.executable} "
+        f"NPROC={processes} DATA_PATH='my texts' DATA_DIR=mine {ROOT}/run_pre_training_e2e.sh "
+        f"--train.total-steps 40 {' '.join(settings)}"
+    )
+    assert logged_steps(run)  # the steps before the first regular line count too
     assert "stopped on request after step" in messages
     assert "Traceback" not in messages
     assert "SignalException" not in messages
@@ -210,6 +218,26 @@ def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str,
         )
         assert result.returncode == 0, result.stderr
         assert f"resume: from step_{status['step']:07d} of 40 steps" in result.stderr
+
+
+def test_a_second_ctrl_c_quits_without_saving(texts: Path, tmp_path: Path, started):
+    """Here during the save that the first one asked for, which the next start takes for none."""
+    variables = {"DATA_PATH": str(texts), "RUN_NAME": "first", "TEMP_DATA_DIR": str(tmp_path / "data"), "NPROC": "2"}
+    (tmp_path / "hook").mkdir()
+    slow = SLOW_SAVES.format(saving=str(tmp_path / "saving")).replace("sleep(2)", "sleep(60)")
+    (tmp_path / "hook" / "sitecustomize.py").write_text(slow)
+    settings = [*SMALL, "--train.micro-batch-size", "4", "--train.total-steps", "400"]
+    run = tmp_path / "data" / "runs" / "first"
+    process = started("laptop", *settings, **variables, PYTHONPATH=str(tmp_path / "hook"))
+    wait_for_steps(process, run, 1)
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for(process, (tmp_path / "saving").exists)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert left_over(process.pid) == []
+    assert "quit without saving\n\nto resume: " in (tmp_path / "stderr").read_text()
+    assert [path.name for path in (run / "checkpoints").iterdir() if ".tmp-" not in path.name] == []
 
 
 # Stands in for Python where torch would be imported: training ends with the codes that the file `ends` lists.
