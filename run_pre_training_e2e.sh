@@ -97,7 +97,11 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT # seconds in which stopped processes save
 export DATA DATA_SOURCE DATA_PATH DATA_DATASET DATA_CONFIG DATA_SPLIT DATA_TEXT_FIELD DATA_MAX_TOKENS NPROC
 code=0
 summary=$(WORLD_SIZE=$((NPROC * NNODES)) module src.preflight "$@") || code=$?
-[ -z "$DRY_RUN" ] || printf '%s\n' "$summary" || true # nobody may read it
+if [ -n "$DRY_RUN" ] && [ ! -t 1 ]; then
+    printf '%s\n' "$summary" || true # nobody may read it
+elif [ "$DRY_RUN$code" = yes0 ]; then
+    say "" && say "all checks passed: this start can work"
+fi
 [ "$code$DRY_RUN" = 0 ] || exit "$code"
 
 case "$DATA" in

@@ -4,7 +4,6 @@ Presets and sources are those of PRESETS and SOURCES. Imports torch only to coun
 """
 
 import os
-import re
 import shlex
 import sys
 import uuid
@@ -16,9 +15,8 @@ from pathlib import Path
 from src import available_cores
 from src.data_processing.data_downloader import differences
 from src.data_processing.document_shuffle import PLAN, WORK
-from src.data_processing.file_formats import EXTENSIONS
 from src.data_processing.shards import MANIFEST, read_manifest
-from src.data_processing.text_sources import SOURCES, Request
+from src.data_processing.text_sources import SOURCES, Request, name_of
 from src.model_configs.arguments import whole_number
 from src.model_configs.my_llm_config import PRESETS, config_from_command_line
 from src.utils import root
@@ -161,7 +159,7 @@ def dataset_name(request: Request, variables: Mapping[str, str]) -> str:
         return given
     kind = SOURCES[request.sources[0]]
     limit = f"-max-{request.max_tokens}-tokens" if request.max_tokens else ""
-    name = (kind.dataset_name or (request.dataset or "").replace("/", "_") or _name_of(request.paths)) + limit
+    name = (kind.dataset_name or (request.dataset or "").replace("/", "_") or name_of(request.paths)) + limit
     if kind.dataset_name:
         return name
     if request.paths and not _other_text(request, OLD_DATASET + limit, ready=True):
@@ -175,19 +173,6 @@ def dataset_name(request: Request, variables: Mapping[str, str]) -> str:
             return attempt
         different = different or f"{root.DATASETS / attempt} {other}. To train on that, use --data.dir {attempt}"
     raise AssertionError("count() does not end")
-
-
-def _name_of(paths: list[str]) -> str:
-    """Returns a name for the text in files, folders and patterns."""
-    names = []
-    for path in map(Path, paths):
-        while re.search(r"[*?\[]", str(path)) and not path.exists():
-            path = path.parent
-        extension = next((each for each in EXTENSIONS if path.name.lower().endswith(each)), "")
-        name = path.name[: -len(extension)] if extension else path.name
-        names.append(re.sub(r"[^\w.-]+", "_", name).strip("._-"))
-    first, *rest = dict.fromkeys(name[:60] for name in names if name) or [OLD_DATASET]
-    return "+".join([first, *rest]) if len(rest) < 3 else f"{first}+{len(rest)}-more"
 
 
 def _other_text(request: Request, name: str, ready: bool = False) -> str:

@@ -14,7 +14,6 @@ from src.utils.stop_signals import end_at_once_on_ctrl_c
 if __name__ == "__main__":
     end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
 
-import json
 import os
 import platform
 import socket
@@ -54,6 +53,7 @@ from src.utils.errors import (
     connection_advice,
     exit_with,
     hub_answers,
+    print_result,
     say,
 )
 from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
@@ -113,7 +113,8 @@ def main() -> int:
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:
         say(f"\nnot started: {len(failed)} check(s) failed: {', '.join(failed)}")
-    print(json.dumps({"exit_code": code, "failed": failed, "warnings": warnings, "checks": results}))
+    result = {"exit_code": code, "failed": failed, "warnings": warnings, "checks": results}
+    print_result(result, "" if failed else "\nall checks passed: this start can work")
     return code
 
 

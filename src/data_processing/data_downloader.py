@@ -7,7 +7,6 @@ python -m src.data_processing.data_downloader --verify --out my_text     (or --r
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -43,10 +42,10 @@ from src.data_processing.shards import (
     stray_files,
     write_manifest,
 )
-from src.data_processing.text_sources import SOURCES, Request, find_files, open_sources
+from src.data_processing.text_sources import SOURCES, Request, find_files, name_of, open_sources
 from src.data_processing.tokenizer import Tokenizer
 from src.model_configs.arguments import whole_number
-from src.utils.errors import StorageError, UserError, cause_of, exit_with, say
+from src.utils.errors import StorageError, UserError, cause_of, exit_with, print_result, say
 from src.utils.files import fingerprint, free_bytes, size_text, storage_errors, sync
 from src.utils.root import dataset_dir, run_dir
 
@@ -62,7 +61,7 @@ def main() -> None:
 
         page, figures = inspect_skipped(folder, run_dir(args.skipped)) if args.skipped else inspect(folder)
         print(page)
-        print(json.dumps(figures))
+        print_result(figures)
         return
     if args.verify:
         manifest = verify(folder)
@@ -73,7 +72,11 @@ def main() -> None:
     counts = {name: manifest.counts[name] for name in ("documents", "tokens", "text_bytes")}
     shards = {"validation_tokens": manifest.validation[0].tokens, "shards": len(manifest.shards)}
     seconds = round(time.monotonic() - start, 3)
-    print(json.dumps({"dataset": str(folder), **counts, **shards, "seconds": seconds}))
+    print_result(
+        {"dataset": str(folder), **counts, **shards, "seconds": seconds},
+        f"dataset {folder}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, of which "
+        f"{shards['validation_tokens']:,} for validation, in {shards['shards']} shards; {seconds:.1f} s",
+    )
 
 
 def prepare(request: Request, folder: Path, workers: int, expected: Manifest | None = None) -> Manifest:
@@ -298,16 +301,16 @@ def _parse_arguments() -> argparse.Namespace:
         parser.error("--skipped is for --inspect")
     args.out = args.out or _default_out(args)
     if not args.out:
-        parser.error("--out DIR is needed: a name for the dataset, or a folder")
+        parser.error("--out DIR is needed: the name of a dataset, or a folder")
     return args
 
 
 def _default_out(args: argparse.Namespace) -> str:
-    """Return the dataset's name by its sources; empty if one of them has none."""
-    names = [SOURCES[source].dataset_name for source in args.source or []]
-    if not names or not all(names):
+    """Return the dataset's name by its sources; empty without any."""
+    own = {"files": name_of(args.path), "hub": (args.dataset or "").replace("/", "_")}
+    name = "+".join(SOURCES[source].dataset_name or own[source] for source in args.source or [])
+    if not name:
         return ""
-    name = "+".join(names)
     for limit, unit in ((args.max_tokens, "tokens"), (args.max_documents, "documents")):
         name += f"-max-{limit}-{unit}" if limit else ""  # a trial must never pass for the whole
     return name
@@ -318,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m src.data_processing.data_downloader",
         description="Turns documents into token shards for training: shuffled, tokenised with r50k_base, split into "
         "validation (shard 0) and training (the rest), with a manifest that says where they came from.",
-        epilog="The result is one JSON object, the last line of stdout. Exit codes: 0 done, 2 bad input, 4 storage, "
+        epilog="The result is one JSON object, the last line of stdout, on a terminal words. Exit codes: 0 done, 2 bad input, 4 storage, "
         "5 another process is preparing the folder, 130 Ctrl-C. Rerun the same command to resume a preparation that "
         "was stopped, from the last 64M tokens.",
     )
@@ -343,8 +346,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--drop-duplicates", action="store_true", help="keep one of documents that are equal to the byte"
     )
-    out_help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source; "
-    parser.add_argument("--out", metavar="DIR", help=f"{out_help}needed for --source files and hub)")
+    out_help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source)"
+    parser.add_argument("--out", metavar="DIR", help=out_help)
     workers_help = "processes that tokenise; the result is the same for any number (default: one a core, %(default)s)"
     parser.add_argument(
         "--workers", type=_number_from(1, 1_024), metavar="N", default=available_cores(), help=workers_help

@@ -147,6 +147,19 @@ def open_files(paths: Sequence[str], text_field: str, pinned: Pinned = ()) -> li
     return [Files(path, files, text_field, divide) for path, files in find_files(paths).items() if files]
 
 
+def name_of(paths: Sequence[str]) -> str:
+    """Return a name for a dataset of the text in these files, folders and patterns."""
+    names = []
+    for path in map(Path, paths):
+        while re.search(r"[*?\[]", str(path)) and not path.exists():
+            path = path.parent
+        extension = next((each for each in EXTENSIONS if path.name.lower().endswith(each)), "")
+        name = path.name[: -len(extension)] if extension else path.name
+        names.append(re.sub(r"[^\w.-]+", "_", name).strip("._-"))
+    first, *rest = dict.fromkeys(name[:60] for name in names if name) or ["my_text"]
+    return "+".join([first, *rest]) if len(rest) < 3 else f"{first}+{len(rest)}-more"
+
+
 def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path]]:
     """Return the files that each of `paths` adds, sorted. Others are left out, with a line on stderr unless `quiet`.
 

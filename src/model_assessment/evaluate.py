@@ -5,7 +5,6 @@ a batch hard for both does not count.
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from src.model_configs.arguments import whole
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, convert_weights, load_model
 from src.params import MAX_COUNT
-from src.utils.errors import UserError, exit_with, now_and_then, say
+from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
 from src.utils.hardware import autocast, choose_device, describe_machine
 from src.utils.root import dataset_dir
 
@@ -191,7 +190,7 @@ def main() -> int:
         del result["batch_losses"]
     machine = describe_machine(choose_device(args.device))
     summary = {"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine}
-    print(json.dumps(summary))
+    print_result(summary)
     return 0
 
 
@@ -199,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.evaluate",
         description="Measure one or several trained models on the same held-out text and multiple-choice items. Prints "
-        "a table, then one JSON object as the last line.",
+        "a table, then, except on a terminal, one JSON object as the last line.",
     )
     add = parser.add_argument
     checkpoint = "runs (folders or names), step_* folders or exports; the others are compared with the first"

@@ -13,7 +13,6 @@ Shapes: B rows of a batch, T positions, D width, V vocabulary, N scored tokens o
 """
 
 import argparse
-import json
 import math
 import re
 import time
@@ -33,7 +32,7 @@ from src.model_assessment.hellaswag_items import OPTION, Item, fetch_items, load
 from src.model_configs.arguments import whole
 from src.model_utils.load_model import load_model
 from src.params import MAX_COUNT
-from src.utils.errors import UserError, exit_with, now_and_then, say
+from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
 
 # Recorded with every result. The last one must never be read as the first.
 HELLASWAG_PROTOCOL = (
@@ -237,8 +236,9 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.hellaswag",
-        description="Measure a trained model on HellaSwag. Prints one JSON object as the last line: the figures of the "
-        "reference's protocol, and as lm_eval those of lm-evaluation-harness where the items have the fields it needs.",
+        description="Measure a trained model on HellaSwag. Prints, except on a terminal, one JSON object as the last "
+        "line: the figures of the reference's protocol, and as lm_eval those of lm-evaluation-harness where the items "
+        "have the fields it needs.",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
@@ -253,7 +253,14 @@ def main() -> int:
     say(f"{len(items):,} items on {loaded.device}")
     with loaded.autocast():
         results = measure(loaded.model, items, tokenizer, protocol)
-    print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **results.pop("reference"), **results}))
+    reference, lm_eval = results["reference"], results.get("lm_eval")
+    text = f"{loaded.path}, {reference['total']:,} items\nreference's protocol: acc_norm "
+    text += f"{reference['acc_norm']:.2%} +- {reference['stderr']:.2%}"
+    if lm_eval:
+        text += f"\nlm-evaluation-harness's: acc {lm_eval['acc']:.2%} +- {lm_eval['acc_stderr']:.2%}, acc_norm "
+        text += f"{lm_eval['acc_norm']:.2%} +- {lm_eval['acc_norm_stderr']:.2%}"
+    results.pop("reference")
+    print_result({"checkpoint": str(loaded.path), "step": loaded.step, **reference, **results}, text)
     return 0
 
 

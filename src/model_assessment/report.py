@@ -27,7 +27,7 @@ from src.model_assessment.report_figures import COLORS, Picture, draw
 from src.model_assessment.run_history import Record, Run, compact, duration, fixed, moment, number, percent
 from src.params import ModelConfig
 from src.utils import root
-from src.utils.errors import StorageError, UserError, exit_with, harmless
+from src.utils.errors import StorageError, UserError, exit_with, harmless, print_result
 from src.utils.files import storage_errors
 
 SHAPE = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "ffn_mult")
@@ -100,7 +100,8 @@ def main() -> None:
     arguments = parser.parse_args()
     run_dirs = [root.run_dir(name) for name in (arguments.run_dir, *(arguments.compare or []))]
     page = write_comparison(run_dirs) if arguments.compare else write_report(run_dirs[0], arguments.background)
-    print(json.dumps({"report": str(page), "plots": page.read_text(encoding="utf-8").count('<figure id="')}))
+    plots = page.read_text(encoding="utf-8").count('<figure id="')
+    print_result({"report": str(page), "plots": plots}, f"report: {page.as_uri()}")
 
 
 def _background(run: Run, requested: str | None) -> Run | None:

@@ -6,7 +6,6 @@ Shapes: B sequences, T positions, D width, V vocabulary, K candidates for the ne
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, convert_weights, load_model
 from src.model_utils.packed_linear import pack_linears
 from src.params import MAX_NEW_TOKENS, MAX_REAL, MAX_SAMPLES, MAX_VOCAB
-from src.utils.errors import UserError, exit_with, harmless, say
+from src.utils.errors import UserError, exit_with, harmless, print_result, say
 from src.utils.hardware import autocast
 
 # Sorting the whole vocabulary takes longer than a small model needs for a token. So many nearly always reach top_p.
@@ -378,7 +377,7 @@ def main() -> int:
             raise UserError(f"Cannot draw {args.num_samples} samples at once: {error}. Lower --num-samples.") from None
         for each in samples:
             _show(f"{each.prompt}{each.text}\n{'-' * 40}\n")
-        print(json.dumps({"checkpoint": str(loaded.path), "samples": [asdict(each) for each in samples]}))
+        print_result({"checkpoint": str(loaded.path), "samples": [asdict(each) for each in samples]})
     return 0
 
 
@@ -409,9 +408,9 @@ def _show(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.sampling",
-        description="Continue a prompt with a trained model. Prints the texts, then one JSON object as the last line; "
-        "with --stream or --interactive only the text. Control characters are shown as escapes; the JSON has the exact "
-        "texts. Without --prompt a new document begins.",
+        description="Continue a prompt with a trained model. Prints the texts, then, except on a terminal, one JSON "
+        "object as the last line; with --stream or --interactive only the text. Control characters are shown as "
+        "escapes; the JSON has the exact texts. Without --prompt a new document begins.",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")

@@ -1,6 +1,7 @@
-"""Exit codes, the errors behind them, and how messages are printed."""
+"""Exit codes, the errors behind them, and how messages and results are printed."""
 
 import io
+import json
 import os
 import re
 import ssl
@@ -228,6 +229,14 @@ def harmless(text: str, keep: str = "") -> str:
         else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def print_result(result: dict[str, Any], text: str = "") -> None:
+    """Prints a command's result on stdout: `text`, if any, on a terminal; elsewhere `result` as JSON, the last line."""
+    if not sys.stdout.isatty():
+        print(json.dumps(result))
+    elif text:
+        print(harmless(text, keep="\n\t"))
 
 
 def say(line: str) -> None:

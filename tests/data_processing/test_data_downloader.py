@@ -110,7 +110,7 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "files", "--path", "{}", "--out", "{}/one.txt/x"], 4, "annot write", id="unwritable"),
         pytest.param(["--source", "files", "--out", "x"], 2, "needs --path", id="no path"),
         pytest.param(["--source", "files", "--path", "", "--out", "x"], 2, "option is empty", id="empty path"),
-        pytest.param(["--source", "files", "--path", "{}/one.txt"], 2, "--out DIR is needed", id="no out"),
+        pytest.param(["--verify"], 2, "--out DIR is needed", id="no out"),
         pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
         pytest.param(["--source", "pydocs", "--dataset", "a/b"], 2, "is for --source hub", id="needless dataset"),
         pytest.param(
