@@ -87,6 +87,9 @@ train() {
 }
 
 stage "1/5 environment"
+# Before packages are installed, which takes minutes: a preset or text that is missing.
+python=$(_first_python) || exit 2
+(PYTHON=$python && module src.launcher_settings --early "$@") || exit
 choose_python requirements.txt
 settings=$(module src.launcher_settings "$@") || exit
 preparation=()

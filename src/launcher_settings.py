@@ -13,9 +13,6 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from src import available_cores
-from src.data_processing.data_downloader import differences
-from src.data_processing.document_shuffle import PLAN, WORK
-from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.text_sources import SOURCES, Request, name_of
 from src.model_configs.arguments import whole_number
 from src.model_configs.my_llm_config import PRESETS, config_from_command_line
@@ -38,6 +35,9 @@ def main() -> None:
     os.chdir(os.environ.get("STARTED_IN") or ".")  # the variables may hold relative paths
     overrides = sys.argv[1:]
     sys.argv[0] = SCRIPT
+    if overrides[:1] == ["--early"]:
+        chosen(os.environ, overrides[1:])
+        return
     for name, value in settings(os.environ, overrides).items():
         if isinstance(value, list):  # an array, and "@" for the script's own arguments
             joined = shlex.join(value)
@@ -49,11 +49,7 @@ def main() -> None:
 def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, str | int | list[str]]:
     """Returns every variable of the launcher by name. Raises UserError or ConfigError for one that cannot work."""
     as_typed, typed = variables, overrides
-    variables, overrides = with_plain_arguments(variables, overrides)
-    debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
-    preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
-    default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
-    source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
+    variables, overrides, preset, source = chosen(variables, overrides)
     nodes = number(variables, "NNODES", 1, 1, "a number of machines", MAX_PROCESSES)
     node = number(variables, "NODE_RANK", 0, 0, "this machine's number", nodes - 1)
     if nodes > 1 and not variables.get("MASTER_ADDR"):
@@ -63,10 +59,8 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
     # OpenMP takes a list, one number for each level of nested loops.
     omp = {"OMP_NUM_THREADS": variables.get("OMP_NUM_THREADS", "").partition(",")[0]}
     arguments = [argument for argument in overrides if argument != "--dry-run"]
-    has_data = any(argument.split("=")[0] == "--data.dir" for argument in arguments)
+    has_data = _has_data(arguments)
     data = "ready" if has_data else "prepare" if node == 0 else "wait"
-    if data == "prepare" and SOURCES[source].needs_paths and not variables.get("DATA_PATH"):
-        raise UserError("DATA_PATH is not set. Set it to your text: a file, folder or pattern, or several, one a line.")
     run_name, preparation = preset, list[str]()
     if not has_data:
         request = requested({**variables, "DATA_SOURCE": source})
@@ -111,6 +105,30 @@ def _default_processes(preset: str) -> int:
     import torch  # takes seconds
 
     return max(1, torch.cuda.device_count())
+
+
+def chosen(variables: Mapping[str, str], overrides: list[str]) -> tuple[Mapping[str, str], list[str], str, str]:
+    """Returns variables and overrides without plain arguments, the preset, and the source of text.
+
+    Raises UserError for what a newcomer gets wrong. Standard library only, because it also runs before packages are
+    installed, which takes minutes.
+    """
+    variables, overrides = with_plain_arguments(variables, overrides)
+    debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
+    preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
+    default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
+    source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
+    is_first = (variables.get("NODE_RANK") or "0") == "0"
+    if SOURCES[source].needs_paths and not variables.get("DATA_PATH") and is_first and not _has_data(overrides):
+        raise UserError(
+            f"The text for preset {preset} is missing. Name files or folders: ./{SCRIPT} {preset} book.txt. Or use "
+            "DATA_SOURCE=pydocs, the documentation that comes with Python."
+        )
+    return variables, overrides, preset, source
+
+
+def _has_data(arguments: list[str]) -> bool:
+    return any(argument.split("=")[0] == "--data.dir" for argument in arguments)
 
 
 def with_plain_arguments(variables: Mapping[str, str], arguments: list[str]) -> tuple[Mapping[str, str], list[str]]:
@@ -181,6 +199,10 @@ def _other_text(request: Request, name: str, ready: bool = False) -> str:
     A dataset that is not prepared holds no other text, unless another preparation of it is unfinished; with `ready` it
     counts as another.
     """
+    from src.data_processing.data_downloader import differences  # not at the top: `chosen` has no packages
+    from src.data_processing.document_shuffle import PLAN, WORK
+    from src.data_processing.shards import MANIFEST, read_manifest
+
     folder = root.dataset_dir(name)
     if os.path.exists(folder / MANIFEST):
         changes = differences(request, folder, read_manifest(folder))

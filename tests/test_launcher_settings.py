@@ -12,6 +12,7 @@ from src.launcher_settings import requested, settings
 from src.model_configs.my_llm_config import PRESETS, Preset, debug
 from src.utils import root
 from src.utils.errors import UserError
+from tests.conftest import Commands
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +155,10 @@ def test_another_machine_waits_for_the_data():
         ),
         ({"DATA_SOURCE": "pydoc"}, "DATA_SOURCE is 'pydoc'; it must be one of "),
         ({"DATA_SOURCE": "hub"}, "DATA_DATASET is not set. DATA_SOURCE=hub needs"),
-        ({"PRESET": "laptop"}, "DATA_PATH is not set. Set it to your text"),
+        (
+            {"PRESET": "laptop"},
+            "The text for preset laptop is missing. Name files or folders: ./run_pre_training_e2e.sh lap",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(variables: dict[str, str], expected: str):
@@ -162,3 +166,10 @@ def test_a_mistake_is_one_line(variables: dict[str, str], expected: str):
         settings({"PRESET": "debug", **variables}, [])
     assert expected in str(raised.value)
     assert len(str(raised.value)) < 600
+
+
+def test_what_runs_before_packages_are_installed_needs_none(commands: Commands):
+    """-S leaves out what is installed."""
+    result = commands.run([sys.executable, "-S", "-m", "src.launcher_settings", "--early", "laptop"])
+    assert result.returncode == 2
+    assert "error: The text for preset laptop is missing." in result.stderr

@@ -353,6 +353,51 @@ def test_a_dry_run_checks_and_does_nothing(tmp_path: Path):
     assert not (tmp_path / "data").exists()
 
 
+# Stands in for Python, and prints what it is asked to run.
+ECHO = """#!/bin/bash
+case "$*" in "-c import sys; sys.exit"* | "- "*) exec "{python}" "$@" ;; esac
+shift 3 # -c, the program that runs a module, and the project's folder
+printf '%s|' "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("sample mine A B --seed 1", "model_assessment.sampling|--checkpoint|mine|--seed|1|--prompt|A|--prompt|B"),
+        ("evaluate a b --limit 9", "model_assessment.evaluate|--checkpoint|a|b|--limit|9"),
+        ("report mine --compare b", "model_assessment.report|mine|--compare|b"),
+        ("export mine out --dtype bf16", "model_utils.hf_export|--checkpoint|mine|--dtype|bf16|--out|out"),
+        ("export mine --out=out", "model_utils.hf_export|--checkpoint|mine|--out=out"),
+        ("export ./x/mine", "model_utils.hf_export|--checkpoint|./x/mine|--out|/data/exports/mine"),
+        ("data a.txt b --workers 2", "data_processing.data_downloader|--source|files|--path|a.txt|b|--workers|2"),
+        ("data pydocs", "data_processing.data_downloader|--source|pydocs"),
+        ("data --verify --out x", "data_processing.data_downloader|--verify|--out|x"),
+        ("plan debug --sweep", "model_utils.planner|debug|--sweep"),
+    ],
+)
+def test_the_front_command_hands_plain_arguments_on(arguments: str, expected: str, tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text(ECHO.format(python=sys.executable))
+    python.chmod(0o755)
+    result = launch(ROOT / "llm", *arguments.split(), cwd=tmp_path, PYTHON=str(python), TEMP_DATA_DIR="/data")
+    assert (result.stdout, result.stderr) == (f"src.{expected}|", "")
+
+
+def test_the_front_command_from_a_folder_with_another_src(tmp_path: Path):
+    """With the processes that tokenise, which import the module again; and a command that does not exist."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "__init__.py").write_text("raise SystemExit('the wrong src')")
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"a line of text {number}\n" * 60_000)
+    result = launch(ROOT / "llm", "data", "0.txt", "1.txt", "2.txt", cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path / "data"))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["dataset"] == str(tmp_path / "data" / "datasets" / "0+1+2")
+    unknown = launch(ROOT / "llm", "trian", cwd=tmp_path)
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "error: Cannot find the command 'trian'. Choose train, preflight, sample," in unknown.stderr
+
+
 def test_help_lists_the_variables(tmp_path: Path):
     result = launch(ROOT / "run_pre_training_e2e.sh", "--train.total-steps", "3", "--help", cwd=tmp_path)
     assert result.returncode == 0
