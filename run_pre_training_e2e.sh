@@ -73,6 +73,12 @@ child() {
 } 3>&2 2>/dev/null # bash's own lines about a process that was killed are not for the user
 trap 'exit 143' TERM INT USR1 HUP # between commands
 
+# Exits with $code; after a stop the last line is the command that resumes.
+end() {
+    case "$code" in 130 | 143) say "" && say "to resume: $RESUME" ;; esac
+    exit "$code"
+}
+
 # shellcheck disable=SC2329 # called by child
 train() {
     if [ "$NPROC$NNODES" = 11 ]; then
@@ -110,7 +116,7 @@ fi
 case "$DATA" in
     prepare)
         stage "2/5 data: $DATA_SOURCE -> $DATASET"
-        child module src.data_processing.data_downloader "${preparation[@]}" || exit
+        child module src.data_processing.data_downloader "${preparation[@]}" || { code=$? && end; }
         ;;
     wait)
         stage "2/5 data: waiting at most $DATA_WAIT s for $DATASET, which node 0 prepares"
@@ -142,11 +148,7 @@ while :; do
     say "restart $restarts of $MAX_RESTARTS"
 done
 [ "$NODE_RANK" = 0 ] || exit "$code"
-resume() { # as the last line
-    case "$code" in 130 | 143) say "" && say "to resume: $RESUME" ;; esac
-    exit "$code"
-}
-[ "$code" != 130 ] || { say "quit without saving" && resume; }
+[ "$code" != 130 ] || { say "quit without saving" && end; }
 
 if [ "$code" = 0 ]; then
     stage "4/5 a text from the saved model"
@@ -163,4 +165,4 @@ if [ -s "$RUN_DIR/metrics.jsonl" ]; then
     stage "5/5 report"
     child module src.model_assessment.report "$RUN_DIR" || [ -z "$stopped" ] || exit
 fi
-resume
+end

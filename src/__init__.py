@@ -37,10 +37,10 @@ if os.path.expanduser("~") == "~":  # neither HOME nor a known user, as in some 
 def _name_the_right_python(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Ends a program with exit code 2 and the Python to use, where this one is too old or lacks a pinned package."""
     missing = (getattr(error, "name", None) or "").partition(".")[0] if kind is ModuleNotFoundError else ""
-    pins = (ROOT / "requirements.txt").read_text(encoding="utf-8").replace("-", "_").lower()
+    pins = (ROOT / "requirements.txt").read_text(encoding="utf-8").replace("-", "_") if missing else ""
     is_old = sys.version_info < (3, 10)
-    if not is_old and not (missing and f"\n{missing.lower()}==" in pins):
-        return sys.__excepthook__(kind, error, trace)
+    if not is_old and f"\n{missing}==" not in pins:
+        return _earlier_hook(kind, error, trace)
     ours = ROOT / ".venv" / "bin" / "python"
     cause = "Python 3.10 to 3.13 is needed" if is_old else f"it lacks the package {missing}"
     remedy = f"Install it with: {sys.executable} -m pip install -r requirements.txt"
@@ -52,7 +52,7 @@ def _name_the_right_python(kind: type[BaseException], error: BaseException, trac
     raise SystemExit(2)
 
 
-sys.excepthook = _name_the_right_python
+_earlier_hook, sys.excepthook = sys.excepthook, _name_the_right_python
 
 
 def load(checkpoint: str | Path, device: str = "auto", weights: str = "auto") -> TextModel:

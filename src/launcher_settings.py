@@ -142,7 +142,9 @@ def with_plain_arguments(variables: Mapping[str, str], arguments: list[str]) -> 
             f"Cannot find the preset {preset!r}. The first argument is one of {', '.join(PRESETS)}; files and folders "
             "of text come after it, then settings."
         )
-    moved = {"PRESET": preset, "DEBUG_MODE": ""} | ({"DATA_PATH": "\n".join(paths)} if paths else {})
+    moved = {"PRESET": preset, "DEBUG_MODE": ""}
+    if paths:
+        moved |= {"DATA_SOURCE": "files", "DATA_PATH": "\n".join(paths)}
     return {**variables, **moved}, arguments[len(plain) :]
 
 

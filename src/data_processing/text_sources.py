@@ -150,7 +150,7 @@ def open_files(paths: Sequence[str], text_field: str, pinned: Pinned = ()) -> li
 def name_of(paths: Sequence[str]) -> str:
     """Return a name for a dataset of the text in these files, folders and patterns."""
     names = []
-    for path in map(Path, paths):
+    for path in (Path(os.path.abspath(os.path.expanduser(each))) for each in paths):
         while re.search(r"[*?\[]", str(path)) and not path.exists():
             path = path.parent
         extension = next((each for each in EXTENSIONS if path.name.lower().endswith(each)), "")
