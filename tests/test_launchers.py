@@ -393,6 +393,9 @@ def test_the_front_command_from_a_folder_with_another_src(tmp_path: Path):
     result = launch(ROOT / "llm", "data", "0.txt", "1.txt", "2.txt", cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path / "data"))
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["dataset"] == str(tmp_path / "data" / "datasets" / "0+1+2")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    nothing = launch(ROOT / "llm", "sample", cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path))
+    assert (nothing.returncode, nothing.stderr.endswith(f"The runs in {tmp_path}/runs: mine/\n")) == (2, True)
     unknown = launch(ROOT / "llm", "trian", cwd=tmp_path)
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "error: Cannot find the command 'trian'. Choose train, preflight, sample," in unknown.stderr
