@@ -64,7 +64,7 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
     run_name, preparation = preset, list[str]()
     if not has_data:
         request = requested({**variables, "DATA_SOURCE": source})
-        folder = dataset_name(request, variables)
+        folder = dataset_name(request, variables, preset)
         preparation = _preparation(request, folder)
         arguments = ["--data.dir", folder, *arguments]
         run_name = _run_name(preset, request, folder)
@@ -170,7 +170,7 @@ def requested(variables: Mapping[str, str]) -> Request:
     )
 
 
-def dataset_name(request: Request, variables: Mapping[str, str]) -> str:
+def dataset_name(request: Request, variables: Mapping[str, str], preset: str) -> str:
     """Returns the name or path of the folder of the dataset that `request` describes, prepared or not.
 
     The name follows from the source. Where a dataset of that name holds other text, a number is added.
@@ -191,7 +191,10 @@ def dataset_name(request: Request, variables: Mapping[str, str]) -> str:
             if different:
                 say(f"note: the dataset is {attempt}, because {different}")
             return attempt
-        different = different or f"{root.DATASETS / attempt} {other}. To train on that, use --data.dir {attempt}"
+        run = _run_name(preset, request, attempt)
+        different = different or (
+            f"{root.DATASETS / attempt} {other}. To train on that, or resume, add --data.dir {attempt} --run-name {run}"
+        )
     raise AssertionError("count() does not end")
 
 

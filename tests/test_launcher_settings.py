@@ -100,8 +100,8 @@ def test_a_second_corpus_has_a_dataset_and_a_run_of_its_own(tmp_path: Path, caps
     capsys.readouterr()
     assert names() == ("texts-2", "debug-texts-2")
     said = capsys.readouterr().err
-    assert f"{texts}/3.txt was absent, is sha256 " in said
-    assert "To train on that, use --data.dir texts" in said
+    assert f"holds other text: {texts}/3.txt is new. " in said
+    assert "To train on that, or resume, add --data.dir texts --run-name debug-texts" in said
     prepare_it("texts-2")
     assert names() == ("texts-2", "debug-texts-2")
     (texts / "3.txt").unlink()

@@ -225,7 +225,13 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Describe the differences; empty for none."""
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-    return "; ".join(f"{name} was {_shown(then, name)}, is {_shown(now, name)}" for name in changed[:5]) + more
+    return "; ".join(_change(name, then, now) for name in changed[:5]) + more
+
+
+def _change(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if str(then.get(name, now.get(name))).startswith("sha256 ") and (name not in then or name not in now):
+        return f"{name} is {'new' if name in now else 'gone'}"
+    return f"{name} was {_shown(then, name)}, is {_shown(now, name)}"
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -81,7 +81,7 @@ def test_a_file_more_or_less_is_another_request(tmp_path: Path) -> None:
         write_json_lines(tmp_path / f"{name}.jsonl", some_texts(10))
     prepare(request(tmp_path / "*.jsonl"), tmp_path / "out", 1)
     (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
-    with pytest.raises(UserError, match=r"/a.jsonl was sha256 \S+, is absent; \S+/c.jsonl was absent, is sha256"):
+    with pytest.raises(UserError, match=r"/a.jsonl is gone; \S+/c.jsonl is new"):
         prepare(request(tmp_path / "*.jsonl"), tmp_path / "out", 1)
 
 
