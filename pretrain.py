@@ -49,6 +49,7 @@ from src.model_utils.autotune import out_of_memory_explained, settle
 from src.model_utils.checkpoint_saver import AfterSave, CheckpointSaver, Saved, refuse_full_disk
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps, prune
 from src.model_utils.debugging import count_parameters, flops_per_token, profiler
+from src.model_utils.load_model import load_weights, read_initial
 from src.model_utils.spike_guard import SpikeGuard
 from src.model_utils.training_state import Progress, TrainingState, resume_point, seed_random_state
 from src.model_utils.weight_init import init_weights
@@ -71,7 +72,7 @@ from src.utils.files import claimed, set_aside
 from src.utils.handle_ddp import Processes, processes, world_size
 from src.utils.logger import RunLogger
 from src.utils.root import RUNS, dataset_dir
-from src.utils.stop_signals import stop_on_signals
+from src.utils.stop_signals import StopRequest, second_ctrl_c_quits, stop_on_signals
 
 MAX_SKIPPED_STEPS = 10  # in a row
 MAX_RECORDED_WINDOWS = 256  # of a skipped step
@@ -135,6 +136,8 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
     """
     with ExitStack() as stack:
         procs = stack.enter_context(processes(config.train.device, config.train.timeout_s))
+        if isinstance(stop, StopRequest) and procs.is_main:
+            stop.answer = lambda: f"stopping before the first step, after: {procs.activity or 'the start'}"
         procs.together(lambda: config.grad_accumulation_steps(procs.world_size))  # refused before anything is touched
         procs.main_only(lambda: require_packages(config.report_to))
         manifest, training, evaluation = open_data(config, procs, stop)
@@ -309,6 +312,10 @@ def prepare(
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)  # on the CPU, so that every device starts from the same bits
+    origin = log.settings().get("init_from") if checkpoint else None
+    if config.init_from and checkpoint is None:
+        procs.activity = "loading the initial weights"
+        origin = start_from(model, config, procs, log)
     model.to(procs.device).train()
     procs.activity = "choosing the micro-batch and compiling"
     saved = checkpoint.state["config"]["train"] if checkpoint else None
@@ -326,6 +333,7 @@ def prepare(
     dataset = {"name": config.data.dir, "sources": manifest.origins, **manifest.counts}
     # Written at every start: it tells a later restart of the same launch that the run has begun.
     settings = run_settings(config, procs, model, precision, {**dataset, "manifest_sha256": manifest.sha256})
+    settings |= {"init_from": origin} if origin else {}
     log.write_json("config.json", settings)
     log.info("\n".join([summary(settings, sum(shard.tokens for shard in manifest.train)), *notes]))
     return Run(
@@ -344,11 +352,25 @@ def prepare(
     )
 
 
+def start_from(model: LLM, config: Config, procs: Processes, log: RunLogger) -> dict[str, Any]:
+    """Copies the weights that config.init_from names into `model`; only the main process reads them.
+
+    Returns their origin for config.json. Raises UserError.
+    """
+    tensors, path, step = procs.together_for_long(lambda: read_initial(config) if procs.is_main else ({}, Path(), 0))
+    load_weights(model, procs.tensors_from_main(tensors), path)
+    log.event("init", 0, f"weights of {path}, step {step}")
+    return {"path": str(path), "step": step}
+
+
 def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outcome:
     """The loop: evaluate and save when due, then one step, until the last or until a stop."""
     config, procs, log, progress = run.config, run.procs, run.log, run.state.progress
     recorded = procs.main_only(log.recorded)
     first_step, started = progress.step, time.perf_counter()
+    result: StepResult | None = None
+    if isinstance(run.stop, StopRequest) and procs.is_main:
+        run.stop.answer = lambda: answer_to_stop(run)
     log.start_bar(first_step, config.total_steps)
     with (
         profiler(config.profile, first_step, log) as recording,
@@ -379,6 +401,8 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
             record_saves(run, run.saver.finished())
             run.after_save.poll()
             if ending:
+                if cause and result and progress.step < config.total_steps:
+                    log_line(run, result, stopped=True)
                 return finish(run, cause, evaluation.missing(progress.step, recorded))
             if progress.step == first_step:
                 started = time.perf_counter()  # evaluation before the first step does not count in the time left
@@ -463,11 +487,35 @@ def is_logged(config: Config, step: int) -> bool:
     return step % config.train.log_every_steps == 0 or step == config.total_steps
 
 
+def answer_to_stop(run: Run) -> str:
+    """Says what a requested stop still does and how long that may take, by the last lines of the log."""
+    records = run.log.records()
+
+    def last(kind: str, name: str) -> Any:
+        return next((record.get(name) for record in reversed(records) if record["kind"] == kind), None)
+
+    progress, activity, saved = run.state.progress, run.procs.activity, last("checkpoint", "step")
+    step_ms = progress.seconds / progress.loss_steps * 1e3 if progress.loss_steps else last("train", "step_ms")
+    verb = "finishing" if activity.startswith("step ") else "leaving" if " at step " in activity else "waiting for"
+    text = f"stopping: {verb} {activity}, then saving"
+    if step_ms:
+        text += f", in about {math.ceil(step_ms / 1e3 + (last('checkpoint', 'seconds') or 0))} s"
+    if sys.stderr.isatty() and second_ctrl_c_quits():
+        text += f". Ctrl-C again quits without saving; then the run resumes from step {saved or 0}"
+    return text
+
+
 def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
-    """One training line. Loss and speed are means over the steps since the last line, evaluations left out."""
-    config, progress = run.config, run.state.progress
+    """The regular training line, and the files that show how far the run is."""
     write_status(run, "running", None, "")
     run.watching.refresh()
+    log_line(run, result, f"  {timedelta(seconds=round(seconds_left))} left")
+    run.state.progress.start_line()
+
+
+def log_line(run: Run, result: StepResult, rest: str = "", **values: Any) -> None:
+    """One training line. Loss and speed are means over the steps since the last line, evaluations left out."""
+    config, progress = run.config, run.state.progress
     if not progress.loss_steps:
         return  # every step since the last line was skipped
     loss, step_seconds = progress.loss_sum / progress.loss_steps, progress.seconds / progress.loss_steps
@@ -488,13 +536,13 @@ def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
         mfu=mfu,
         memory_gb=memory_gb,
         tokens_seen=progress.step * config.train.batch_tokens,
+        **values,
     )
     run.log.info(
         f"step {progress.step:>{len(str(config.total_steps))}}/{config.total_steps}  loss {loss:.4f}  "
         f"lr {result.lr:.2e}  grad {result.grad_norm:.2f}  {rate:,.0f} tok/s  {step_seconds * 1e3:,.0f} ms"
-        f"{f'  {mfu:.1%} MFU' if mfu else ''}  {memory_gb:.1f} GB  {timedelta(seconds=round(seconds_left))} left"
+        f"{f'  {mfu:.1%} MFU' if mfu else ''}  {memory_gb:.1f} GB{rest}"
     )
-    progress.start_line()
 
 
 def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> None:
@@ -675,7 +723,11 @@ def main() -> int:
         say(f"{config.total_steps:,} steps: the settings work; python -m src.preflight checks data and disk too")
         return EXIT_DONE
     with stop_on_signals() as stop:
-        return train(config, stop).exit_code
+        outcome = train(config, stop)
+        if outcome.exit_code == EXIT_STOPPED and os.environ.get("RANK", "0") == "0" and "LAUNCH_ID" not in os.environ:
+            is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+            say(f"to resume: {'the same torchrun command' if is_torchrun else shlex.join(sys.orig_argv)}")
+        return outcome.exit_code
 
 
 if __name__ == "__main__":

@@ -2,18 +2,22 @@
 # The whole pipeline: environment -> preflight -> data -> training (with validation, HellaSwag, samples and checkpoints)
 # -> a sample from the saved model -> report. Run it again to resume.
 #
-#   ./run_pre_training_e2e.sh [overrides for pretrain.py, such as --train.micro-batch-size 8] [--dry-run]
+#   ./run_pre_training_e2e.sh [PRESET [TEXT ...]] [overrides for pretrain.py, such as --train.seed 7] [--dry-run]
+#   ./run_pre_training_e2e.sh laptop book.txt more_texts/
 #
-# --dry-run only checks whether the start can work. Variables, with their defaults:
+# --dry-run only checks whether the start can work. Variables, with their defaults; PRESET and DATA_PATH may also be
+# given as the first arguments, like above:
 #   PRESET=lf_llm_269m    a preset; python pretrain.py --help lists them. DEBUG_MODE=True means PRESET=debug
-#   RUN_NAME=$PRESET      folder of the run under temp_data/runs
+#   RUN_NAME              folder of the run under temp_data/runs; by default the preset's name, for your own text
+#                         followed by the dataset's
 #   DATA_SOURCE           a source of text, of those that data_downloader --help lists; by default files where DATA_PATH
 #                         is set, hub where DATA_DATASET is set, else the preset's
-#   DATA_PATH             for files: a file, folder or glob, or several, one a line
+#   DATA_PATH             for files: a file, folder or glob, or several with colons between them
 #   DATA_DATASET          for hub: OWNER/NAME; with DATA_CONFIG and DATA_SPLIT if the dataset has several
 #   DATA_TEXT_FIELD=text  for files and hub: the field or column that holds the text
 #   DATA_MAX_TOKENS       at most this many tokens of data, in a dataset folder for that size; default: all
-#   DATA_DIR              name or path of the dataset folder; by source
+#   DATA_DIR              name or path of the dataset folder; by default after the source, with a number where a
+#                         dataset of that name holds other text
 #   NPROC                 processes on this machine; by preset one, or one per GPU
 #   MAX_RESTARTS=3        restarts of a run that died of an unexpected error or was killed; 0: none
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     for several machines, on each of them; they share this folder.
@@ -46,11 +50,14 @@ stage() { say "" && say "== $*"; }
 module() { cd "$ROOT" && exec "$PYTHON" -m "$@"; } # the folder it runs in must not hold another package named src
 
 # Runs a command so that a signal to this shell reaches it, once and as SIGTERM: bash starts commands in the background
-# deaf to Ctrl-C. Returns the command's exit code, or 143 if the signal ended it. `stopped` says that one came.
+# deaf to Ctrl-C. Returns the command's exit code, or 143 if the signal ended it. `stopped` is the second in which one
+# came. A Ctrl-C after that ends the command without saving: then the code is 130.
 child() {
-    local code=0 pid=
+    local code=0 pid= quit=
     stopped=
-    trap '[ -n "$stopped" ] || kill -TERM $pid || true; stopped=yes' TERM INT USR1 HUP
+    trap '[ -n "$stopped" ] || kill -TERM $pid || true; stopped=${stopped:-$SECONDS}' TERM USR1 HUP
+    trap 'if [ -z "$stopped" ]; then kill -TERM $pid || true; stopped=$SECONDS
+          elif [ "$SECONDS" -gt "$stopped" ]; then quit=yes; kill -USR2 $pid || true; fi' INT
     "$@" 2>&3 3>&- &
     pid=$!
     [ -z "$stopped" ] || kill -TERM "$pid" || true # it came before there was a process
@@ -61,9 +68,16 @@ child() {
     done
     trap 'exit 143' TERM INT USR1 HUP
     [ -z "$stopped" ] || [ "$code" -le 5 ] || code=143
+    [ -z "$quit" ] || code=130
     return "$code"
 } 3>&2 2>/dev/null # bash's own lines about a process that was killed are not for the user
 trap 'exit 143' TERM INT USR1 HUP # between commands
+
+# Exits with $code; after a stop the last line is the command that resumes.
+end() {
+    case "$code" in 130 | 143) say "" && say "to resume: $RESUME" ;; esac
+    exit "$code"
+}
 
 # shellcheck disable=SC2329 # called by child
 train() {
@@ -79,6 +93,9 @@ train() {
 }
 
 stage "1/5 environment"
+# Before packages are installed, which takes minutes: a preset or text that is missing.
+python=$(_first_python) || exit 2
+(PYTHON=$python && module src.launcher_settings --early "$@") || exit
 choose_python requirements.txt
 settings=$(module src.launcher_settings "$@") || exit
 preparation=()
@@ -89,13 +106,17 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT # seconds in which stopped processes save
 export DATA DATA_SOURCE DATA_PATH DATA_DATASET DATA_CONFIG DATA_SPLIT DATA_TEXT_FIELD DATA_MAX_TOKENS NPROC
 code=0
 summary=$(WORLD_SIZE=$((NPROC * NNODES)) module src.preflight "$@") || code=$?
-[ -z "$DRY_RUN" ] || printf '%s\n' "$summary" || true # nobody may read it
+if [ -n "$DRY_RUN" ] && [ ! -t 1 ]; then
+    printf '%s\n' "$summary" || true # nobody may read it
+elif [ "$DRY_RUN$code" = yes0 ]; then
+    say "" && say "all checks passed: this start can work"
+fi
 [ "$code$DRY_RUN" = 0 ] || exit "$code"
 
 case "$DATA" in
     prepare)
         stage "2/5 data: $DATA_SOURCE -> $DATASET"
-        child module src.data_processing.data_downloader "${preparation[@]}" || exit
+        child module src.data_processing.data_downloader "${preparation[@]}" || { code=$? && end; }
         ;;
     wait)
         stage "2/5 data: waiting at most $DATA_WAIT s for $DATASET, which node 0 prepares"
@@ -127,6 +148,7 @@ while :; do
     say "restart $restarts of $MAX_RESTARTS"
 done
 [ "$NODE_RANK" = 0 ] || exit "$code"
+[ "$code" != 130 ] || { say "quit without saving" && end; }
 
 if [ "$code" = 0 ]; then
     stage "4/5 a text from the saved model"
@@ -143,4 +165,4 @@ if [ -s "$RUN_DIR/metrics.jsonl" ]; then
     stage "5/5 report"
     child module src.model_assessment.report "$RUN_DIR" || [ -z "$stopped" ] || exit
 fi
-exit "$code"
+end

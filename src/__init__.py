@@ -8,12 +8,19 @@ when it is imported for training. Where it can't, or the path holds a space, whi
 folder among the user's temporary files serves.
 """
 
+from __future__ import annotations  # a Python that is too old must come as far as saying so
+
 import os
 import sys
 import tempfile
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-from src.utils.root import COMPILE_CACHE
+from src.utils.root import COMPILE_CACHE, ROOT
+
+if TYPE_CHECKING:
+    from src.model_assessment.sampling import TextModel
 
 for number, name in enumerate(("stdin", "stdout", "stderr")):
     try:
@@ -25,6 +32,44 @@ for number, name in enumerate(("stdin", "stdout", "stderr")):
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if os.path.expanduser("~") == "~":  # neither HOME nor a known user, as in some containers: matplotlib would not import
     os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.gettempdir()}/matplotlib_{os.getuid()}")
+
+
+def _name_the_right_python(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ends a program with exit code 2 and the Python to use, where this one is too old or lacks a pinned package."""
+    missing = (getattr(error, "name", None) or "").partition(".")[0] if kind is ModuleNotFoundError else ""
+    pins = (ROOT / "requirements.txt").read_text(encoding="utf-8").replace("-", "_") if missing else ""
+    is_old = sys.version_info < (3, 10)
+    if not is_old and f"\n{missing}==" not in pins:
+        return _earlier_hook(kind, error, trace)
+    ours = ROOT / ".venv" / "bin" / "python"
+    cause = "Python 3.10 to 3.13 is needed" if is_old else f"it lacks the package {missing}"
+    remedy = f"Install it with: {sys.executable} -m pip install -r requirements.txt"
+    if ours.exists() and os.path.abspath(sys.executable) != str(ours):
+        remedy = f"Use {ours} instead"
+    elif is_old or not ours.exists():
+        remedy = f"Run {ROOT / 'run_pre_training_e2e_debug.sh'} once, which makes {ours}, and use that"
+    print(f"error: Cannot use {sys.executable}: {cause}. {remedy}.", file=sys.stderr)
+    raise SystemExit(2)
+
+
+_earlier_hook, sys.excepthook = sys.excepthook, _name_the_right_python
+
+
+def load(checkpoint: str | Path, device: str = "auto", weights: str = "auto") -> TextModel:
+    """Loads a trained model: a run's name, its folder, one of its step_* folders, or an export.
+
+        from src import load
+        model = load("mine")
+        print(model.generate("The", n=3, temperature=0.8)[0])
+        for piece in model.stream("The"): print(piece, end="")
+        model.loss("Some text."), model.logits("Some text.")
+
+    `device`: auto, cpu, cuda or mps. `weights`: float32, bf16, or auto: bf16 where the device computes in it. Raises
+    UserError.
+    """
+    from src.model_assessment.sampling import TextModel  # imports torch, which takes seconds
+
+    return TextModel(checkpoint, device, weights)
 
 
 def available_cores() -> int:

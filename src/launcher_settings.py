@@ -4,21 +4,30 @@ Presets and sources are those of PRESETS and SOURCES. Imports torch only to coun
 """
 
 import os
-import re
 import shlex
 import sys
 import uuid
 from collections.abc import Collection, Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from itertools import count, takewhile
+from pathlib import Path
 
 from src import available_cores
-from src.data_processing.text_sources import SOURCES
+from src.data_processing.text_sources import SOURCES, Request, name_of
+from src.model_configs.arguments import whole_number
 from src.model_configs.my_llm_config import PRESETS, config_from_command_line
 from src.utils import root
-from src.utils.errors import UserError, exit_with
+from src.utils.errors import UserError, exit_with, say
+from src.utils.files import read_json
 
 SCRIPT = "run_pre_training_e2e.sh"
+VARIABLES = (
+    *("DEBUG_MODE", "PRESET", "RUN_NAME", "TEMP_DATA_DIR", "PYTHON", "NPROC", "MAX_RESTARTS"),
+    *("DATA_SOURCE", "DATA_PATH", "DATA_DATASET", "DATA_CONFIG", "DATA_SPLIT", "DATA_TEXT_FIELD", "DATA_MAX_TOKENS"),
+    *("DATA_DIR", "DATA_WAIT", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+)
 MAX_PROCESSES = 1_024  # and machines
+OLD_DATASET = "my_text"  # of files, before names followed from DATA_PATH
 MEETING_MARGIN_S = 120  # another machine may notice a failure only after train.timeout_s
 
 
@@ -26,6 +35,9 @@ def main() -> None:
     os.chdir(os.environ.get("STARTED_IN") or ".")  # the variables may hold relative paths
     overrides = sys.argv[1:]
     sys.argv[0] = SCRIPT
+    if overrides[:1] == ["--early"]:
+        chosen(os.environ, overrides[1:])
+        return
     for name, value in settings(os.environ, overrides).items():
         if isinstance(value, list):  # an array, and "@" for the script's own arguments
             joined = shlex.join(value)
@@ -36,10 +48,8 @@ def main() -> None:
 
 def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, str | int | list[str]]:
     """Returns every variable of the launcher by name. Raises UserError or ConfigError for one that cannot work."""
-    debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
-    preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
-    default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
-    source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
+    as_typed, typed = variables, overrides
+    variables, overrides, preset, source = chosen(variables, overrides)
     nodes = number(variables, "NNODES", 1, 1, "a number of machines", MAX_PROCESSES)
     node = number(variables, "NODE_RANK", 0, 0, "this machine's number", nodes - 1)
     if nodes > 1 and not variables.get("MASTER_ADDR"):
@@ -49,15 +59,18 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
     # OpenMP takes a list, one number for each level of nested loops.
     omp = {"OMP_NUM_THREADS": variables.get("OMP_NUM_THREADS", "").partition(",")[0]}
     arguments = [argument for argument in overrides if argument != "--dry-run"]
-    has_data = any(argument.split("=")[0] == "--data.dir" for argument in arguments)
+    has_data = _has_data(arguments)
     data = "ready" if has_data else "prepare" if node == 0 else "wait"
-    if data == "prepare" and SOURCES[source].needs_paths and not variables.get("DATA_PATH"):
-        raise UserError("DATA_PATH is not set. Set it to your text: a file, folder or pattern, or several, one a line.")
-    preparation, folder = _preparation(source, variables)
-    arguments = arguments if has_data else ["--data.dir", folder, *arguments]
-    sys.argv[1:] = arguments = [preset, "--run-name", variables.get("RUN_NAME") or preset, *arguments]
+    run_name, preparation = preset, list[str]()
+    if not has_data:
+        request = requested({**variables, "DATA_SOURCE": source})
+        folder = dataset_name(request, variables, preset)
+        preparation = _preparation(request, folder)
+        arguments = ["--data.dir", folder, *arguments]
+        run_name = _run_name(preset, request, folder)
+    sys.argv[1:] = arguments = [preset, "--run-name", variables.get("RUN_NAME") or run_name, *arguments]
     with redirect_stdout(sys.stderr):  # the shell evaluates stdout
-        config = config_from_command_line("")
+        config = config_from_command_line("", f"./{SCRIPT}")
     return {
         "PRESET": preset,
         "RUN_NAME": config.run_name,
@@ -79,6 +92,7 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
             variables, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 120, 0, "a number of seconds", 10**6
         ),
         "LAUNCH_ID": variables.get("LAUNCH_ID") or uuid.uuid4().hex,
+        "RESUME": _command(as_typed, typed),
         "DRY_RUN": "yes" if "--dry-run" in overrides else "",
         "preparation": preparation if data == "prepare" else [],
         "@": arguments,
@@ -93,26 +107,153 @@ def _default_processes(preset: str) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _preparation(source: str, variables: Mapping[str, str]) -> tuple[list[str], str]:
-    """Returns the arguments of data_downloader and the name or path of the dataset's folder."""
-    limit = number(variables, "DATA_MAX_TOKENS", 0, 1, "a number of tokens, such as 10_000_000")
-    dataset = variables.get("DATA_DATASET", "") if source == "hub" else ""
+def chosen(variables: Mapping[str, str], overrides: list[str]) -> tuple[Mapping[str, str], list[str], str, str]:
+    """Returns variables and overrides without plain arguments, the preset, and the source of text.
+
+    Raises UserError for what a newcomer gets wrong. Standard library only, because it also runs before packages are
+    installed, which takes minutes.
+    """
+    variables, overrides = with_plain_arguments(variables, overrides)
+    debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
+    preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
+    default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
+    source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
+    is_first = (variables.get("NODE_RANK") or "0") == "0"
+    if SOURCES[source].needs_paths and not variables.get("DATA_PATH") and is_first and not _has_data(overrides):
+        raise UserError(
+            f"The text for preset {preset} is missing. Name files or folders: ./{SCRIPT} {preset} book.txt. Or use "
+            "DATA_SOURCE=pydocs, the documentation that comes with Python."
+        )
+    return variables, overrides, preset, source
+
+
+def _has_data(arguments: list[str]) -> bool:
+    return any(argument.split("=")[0] == "--data.dir" for argument in arguments)
+
+
+def with_plain_arguments(variables: Mapping[str, str], arguments: list[str]) -> tuple[Mapping[str, str], list[str]]:
+    """Returns both with the arguments before the first option, a preset and paths of text, moved to the variables."""
+    plain = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if not plain:
+        return variables, arguments
+    preset, *paths = plain
+    if preset not in PRESETS:
+        raise UserError(
+            f"Cannot find the preset {preset!r}. The first argument is one of {', '.join(PRESETS)}; files and folders "
+            "of text come after it, then settings."
+        )
+    moved = {"PRESET": preset, "DEBUG_MODE": ""}
+    if paths:
+        moved |= {"DATA_SOURCE": "files", "DATA_PATH": "\n".join(paths)}
+    return {**variables, **moved}, arguments[len(plain) :]
+
+
+def requested(variables: Mapping[str, str]) -> Request:
+    """Returns the dataset that the variables describe."""
+    source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE", ""), SOURCES)
+    dataset, config, split = (
+        variables.get(name) or None if source == "hub" else None
+        for name in ("DATA_DATASET", "DATA_CONFIG", "DATA_SPLIT")
+    )
     if source == "hub" and not dataset:
         raise UserError("DATA_DATASET is not set. DATA_SOURCE=hub needs the name of a dataset, OWNER/NAME.")
-    name = SOURCES[source].dataset_name or dataset.replace("/", "_") or "my_text"
-    folder = variables.get("DATA_DIR") or name + (f"-max-{limit}-tokens" if limit else "")
-    arguments = ["--source", source, "--out", str(root.dataset_dir(folder))]
-    arguments += ["--path", *_paths(variables)] if SOURCES[source].needs_paths else []
-    options = {"--dataset": "DATA_DATASET", "--config": "DATA_CONFIG", "--split": "DATA_SPLIT"} if dataset else {}
-    options |= {"--text-field": "DATA_TEXT_FIELD", "--max-tokens": "DATA_MAX_TOKENS"}
-    for option, variable in options.items():
-        arguments += [option, variables[variable]] if variables.get(variable) else []
-    return arguments, folder
+    return Request(
+        sources=[source],
+        paths=_paths(variables) if SOURCES[source].needs_paths else [],
+        text_field=variables.get("DATA_TEXT_FIELD") or "text",
+        tokens_per_shard=100_000_000,
+        seed=42,
+        max_tokens=number(variables, "DATA_MAX_TOKENS", 0, 1, "a number of tokens, such as 10_000_000 or 1e7") or None,
+        dataset=dataset,
+        config=config,
+        split=split,
+    )
+
+
+def dataset_name(request: Request, variables: Mapping[str, str], preset: str) -> str:
+    """Returns the name or path of the folder of the dataset that `request` describes, prepared or not.
+
+    The name follows from the source. Where a dataset of that name holds other text, a number is added.
+    """
+    if given := variables.get("DATA_DIR"):
+        return given
+    kind = SOURCES[request.sources[0]]
+    limit = f"-max-{request.max_tokens}-tokens" if request.max_tokens else ""
+    name = (kind.dataset_name or (request.dataset or "").replace("/", "_") or name_of(request.paths)) + limit
+    if kind.dataset_name:
+        return name
+    if request.paths and not _other_text(request, OLD_DATASET + limit, ready=True):
+        return OLD_DATASET + limit
+    different = ""
+    for number in count(1):
+        attempt = name if number == 1 else f"{name}-{number}"
+        if not (other := _other_text(request, attempt)):
+            if different:
+                say(f"note: the dataset is {attempt}, because {different}")
+            return attempt
+        run = _run_name(preset, request, attempt)
+        different = different or (
+            f"{root.DATASETS / attempt} {other}. To train on that, or resume, add --data.dir {attempt} --run-name {run}"
+        )
+    raise AssertionError("count() does not end")
+
+
+def _other_text(request: Request, name: str, ready: bool = False) -> str:
+    """Says that the dataset `name` holds other text than `request` describes, and which; "" for one that does not.
+
+    A dataset that is not prepared holds no other text, unless another preparation of it is unfinished; with `ready` it
+    counts as another.
+    """
+    from src.data_processing.data_downloader import differences  # not at the top: `chosen` has no packages
+    from src.data_processing.document_shuffle import PLAN, WORK
+    from src.data_processing.shards import MANIFEST, read_manifest
+
+    folder = root.dataset_dir(name)
+    if os.path.exists(folder / MANIFEST):
+        changes = differences(request, folder, read_manifest(folder))
+        return f"holds other text: {changes}" if changes else ""
+    with suppress(OSError, UserError, LookupError, TypeError):
+        if read_json(folder / WORK / PLAN)["request"] != request.stored():
+            return "is being prepared from other text"
+    return "is not prepared" if ready else ""
+
+
+def _run_name(preset: str, request: Request, folder: str) -> str:
+    """Returns the preset's name, with the dataset's where that is the user's own."""
+    if SOURCES[request.sources[0]].dataset_name:
+        return preset
+    with suppress(OSError, UserError, LookupError, TypeError):  # a run from before names followed from the dataset
+        trained_on = read_json(root.RUNS / preset / "config.json")["config"]["data"]["dir"]
+        if root.dataset_dir(trained_on) == root.dataset_dir(folder):
+            return preset
+    return f"{preset}-{Path(folder).name}"
+
+
+def _preparation(request: Request, folder: str) -> list[str]:
+    """Returns the arguments of data_downloader that prepare `request` in `folder`."""
+    arguments = ["--source", *request.sources, "--out", str(root.dataset_dir(folder))]
+    arguments += ["--path", *request.paths] if request.paths else []
+    given: dict[str, str | int | None] = {"dataset": request.dataset, "config": request.config, "split": request.split}
+    given |= {"text-field": request.text_field if request.text_field != "text" else None}
+    given |= {"max-tokens": request.max_tokens}
+    for option, value in given.items():
+        arguments += [f"--{option}", str(value)] if value else []
+    return arguments
 
 
 def _paths(variables: Mapping[str, str]) -> list[str]:
-    lines = variables.get("DATA_PATH", "").splitlines()
-    return [os.path.abspath(os.path.expanduser(line)) for line in lines if line]
+    """Returns the paths in DATA_PATH, one a line or between colons, except a path that holds a colon itself."""
+    lines = [os.path.expanduser(line) for line in variables.get("DATA_PATH", "").splitlines()]
+    parts = [[line] if os.path.exists(line) else line.split(":") for line in lines]
+    return [os.path.abspath(os.path.expanduser(part)) for line in parts for part in line if part]
+
+
+def _command(variables: Mapping[str, str], arguments: list[str]) -> str:
+    """Returns the launcher's command as it was typed, for a shell in the same folder."""
+    values = [f"{name}={shlex.quote(variables[name])}" for name in VARIABLES if variables.get(name)]
+    script = root.ROOT / SCRIPT
+    here = Path(variables.get("STARTED_IN") or ".").resolve() == root.ROOT
+    return " ".join([*values, f"./{SCRIPT}" if here else shlex.quote(str(script)), shlex.join(arguments)]).strip()
 
 
 def one_of(variable: str, value: str, names: Collection[str]) -> str:
@@ -126,8 +267,8 @@ def number(
 ) -> int:
     """Returns the number that the variable holds, or `default` where it is empty or unset."""
     text = variables.get(name) or str(default)
-    value = int(text) if re.fullmatch("[0-9](_?[0-9]){,18}", text) else -1
-    if variables.get(name) and not at_least <= value <= at_most:
+    value = whole_number(text)
+    if value is None or (variables.get(name) and not at_least <= value <= at_most):
         raise UserError(f"{name} is {text[:40]!r}; it must be {meaning}, from {at_least:,} to {at_most:,}.")
     return value
 

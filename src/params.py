@@ -267,6 +267,8 @@ class Config:
     resume: str = "auto"
     """auto: resume from the newest good checkpoint. never: start from scratch and set an old run aside. Or a step:
     resume from its checkpoint and set later ones aside."""
+    init_from: str = ""
+    """Start with the weights of this run, step_* folder or export, at step 0 of a new run. Random ones without it."""
     profile: int = 0
     """Steps to record with PyTorch's profiler, near the start; the trace opens at ui.perfetto.dev."""
     report_to: tuple[Reporter, ...] = ()
@@ -290,6 +292,8 @@ class Config:
             problems.append(f"run_name = {self.run_name!r} must be a plain folder name")
         if (length := len(self.run_name.encode(errors="replace"))) > MAX_NAME_BYTES:
             problems.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; it can have {MAX_NAME_BYTES}")
+        if self.init_from == self.run_name:
+            problems.append(f"init_from = {self.init_from!r} is the run itself; give the new run another run_name")
         if self.resume not in ("auto", "never") and not re.fullmatch("[0-9]{1,9}", self.resume):
             problems.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
         if not 0 <= self.profile <= MAX_COUNT:
@@ -404,14 +408,21 @@ def _wrong_types(config: Any, prefix: str = "") -> list[str]:
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             problems += _wrong_types(value, f"{name}.") if isinstance(value, kind) else [f"{name} is not a group"]
         elif not _has_type(value, kind):
-            allowed = re.sub(r"typing\.|<class '(.*)'>", r"\1", str(kind))
-            if get_origin(kind) is Literal:
-                allowed = _either(get_args(kind))
-            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be {allowed}")
+            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be {kind_text(kind)}")
         elif re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, (list, tuple)) else str(value)):
             # Python's stand-ins for bytes of the command line; no file of the run could hold them.
             problems.append(f"{prefix}{name} = {repr(value)[:80]} must be UTF-8 text; set LC_ALL=C.UTF-8")
     return problems
+
+
+def kind_text(kind: Any) -> str:
+    """The values that a field of this type takes, for people."""
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
+    if kind in names:
+        return names[kind]
+    if get_origin(kind) is tuple:
+        return f"a list, each of it {kind_text(get_args(kind)[0])}"
+    return _either([each if isinstance(each, str) else kind_text(each) for each in get_args(kind)])
 
 
 def _has_type(value: object, kind: Any) -> bool:

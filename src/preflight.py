@@ -14,11 +14,10 @@ from src.utils.stop_signals import end_at_once_on_ctrl_c
 if __name__ == "__main__":
     end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
 
-import json
 import os
 import platform
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,13 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import constants as hub_settings
 
+from src.data_processing.data_downloader import differences
 from src.data_processing.document_shuffle import disk_needed
 from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.text_sources import SOURCES, Request, find_files
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
-from src.launcher_settings import number, one_of
+from src.launcher_settings import requested
 from src.model_assessment.hellaswag_items import cached_items, load_items, refuse_silent_hub
 from src.model_assessment.run_history import duration
 from src.model_assessment.trackers import require_packages
@@ -40,6 +40,7 @@ from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.autotune import compile_problem
 from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoints_need
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
+from src.model_utils.load_model import read_initial
 from src.model_utils.planner import GPU, Assumptions, cost
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config, ConfigError
@@ -54,6 +55,7 @@ from src.utils.errors import (
     connection_advice,
     exit_with,
     hub_answers,
+    print_result,
     say,
 )
 from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
@@ -115,27 +117,9 @@ def main() -> int:
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:
         say(f"\nnot started: {len(failed)} check(s) failed: {', '.join(failed)}")
-    print(json.dumps({"exit_code": code, "failed": failed, "warnings": warnings, "checks": results}))
+    result = {"exit_code": code, "failed": failed, "warnings": warnings, "checks": results}
+    print_result(result, "" if failed else "\nall checks passed: this start can work")
     return code
-
-
-def requested(variables: Mapping[str, str]) -> Request:
-    """Returns the dataset that the launcher's variables describe."""
-    source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE", ""), SOURCES)
-    dataset, config, split = (
-        variables.get(name) if source == "hub" else None for name in ("DATA_DATASET", "DATA_CONFIG", "DATA_SPLIT")
-    )
-    return Request(
-        sources=[source],
-        paths=[path for path in variables.get("DATA_PATH", "").splitlines() if path],
-        text_field=variables.get("DATA_TEXT_FIELD") or "text",
-        tokens_per_shard=100_000_000,
-        seed=42,
-        max_tokens=number(variables, "DATA_MAX_TOKENS", 0, 1, "a number of tokens") or None,
-        dataset=dataset or None,
-        config=config or None,
-        split=split or None,
-    )
 
 
 def check_all(start: Start) -> tuple[dict[str, dict[str, str]], int]:
@@ -218,11 +202,9 @@ def dataset(start: Start) -> Found:
         files = f", {sum(map(len, find_files(request.paths, quiet=True).values())):,} of them" if request.paths else ""
         return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
     manifest = read_manifest(folder)
-    expected = start.made_for.stored() if start.made_for else {}
-    if changed := [name for name in expected if manifest.request.get(name) != expected[name]]:
-        was, now = ({name: each.get(name) for name in changed} for each in (manifest.request, expected))
+    if start.made_for and (changes := differences(start.made_for, folder, manifest)):
         raise UserError(
-            f"Cannot prepare {folder}: it holds another dataset, of {was} instead of {now}. Set DATA_DIR to another "
+            f"Cannot prepare {folder}: it holds another dataset: {changes}. Leave out DATA_DIR or set it to another "
             f"name, or train on this one with --data.dir {folder.name}."
         )
     _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)
@@ -303,11 +285,11 @@ def checkpoint(start: Start) -> Found:
     """Checks the checkpoint to resume from, except its bytes, which training verifies."""
     folder, resume = start.run_dir / "checkpoints", start.config.resume
     if resume == "never":
-        return Found("none; an existing run is set aside")
+        return _beginning(start, "; an existing run is set aside")
     steps = [int(resume)] if resume.isdecimal() else checkpoint_steps(folder)
     if not steps:
         refuse_lost(folder)
-        return Found("none; training starts at step 0")
+        return _beginning(start)
     try:
         saved = read_unverified(step_dir(folder, steps[-1]))
     except UserError as error:
@@ -316,6 +298,13 @@ def checkpoint(start: Start) -> Found:
         return Found(f"an earlier one than step {steps[-1]}, because: {error}", True)
     check_settings(saved, start.config)
     return Found(f"step {saved.step} of {start.config.total_steps}, if its files verify")
+
+
+def _beginning(start: Start, rest: str = "; training starts at step 0") -> Found:
+    if not start.config.init_from:
+        return Found(f"none{rest}")
+    _, path, step = read_initial(start.config)
+    return Found(f"the weights of {path}, step {step}{rest}")
 
 
 CHECKS: dict[str, Callable[[Start], Found]] = {

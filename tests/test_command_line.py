@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from src.model_configs.arguments import checked
+from src.model_configs.my_llm_config import PRESETS
 from src.model_utils import checkpoint_utils
+from src.utils.errors import UserError
 from src.utils.root import ROOT
 from tests.conftest import Commands
 
@@ -15,10 +18,8 @@ from tests.conftest import Commands
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["debgu"], "debug, laptop, lf_llm_269m"),
-        (["debug", "--train.total-step", "5"], "--train.total-steps"),
+        (["debug", "--train.total-step", "5"], "Perhaps you mean --train.total-steps"),
         (["debug", "--model.n-embd", "30"], "the nearest width that is: 32"),
-        (["debug", "--model.n-embd", "12", "--model.n-head", "4"], "the nearest width that is: 16"),
         (["debug", "--train.batch-tokens", "1000"], "the nearest multiple is 1024"),
         (["debug", "--train.micro-batch-size", "3"], "micro_batch_size can be 1, 2 or 4"),
         (["debug", "--data.dir", "nowhere"], "find a dataset at"),
@@ -32,6 +33,41 @@ def test_a_mistake_is_named_with_exit_code_2(commands: Commands, arguments: list
     assert expected in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.stderr
     assert not (commands.temp_data / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("debgu", "Cannot find the preset 'debgu'. Choose one of: debug, laptop, lf_llm_269m, lf_llm_269m_fast."),
+        ("--preset debug", "the preset comes first, alone. Type: python pretrain.py debug ..."),
+        ("--train.seed 1", "The preset is missing. Type: python pretrain.py PRESET"),
+        ("debug --max-lr 1e-3", "Cannot find the setting --max-lr. Perhaps you mean --optim.max-lr."),
+        ("debug --lr 1", "Perhaps you mean --optim.max-lr or "),
+        ("debug --train.total-steps 1.5", "--train.total-steps '1.5': it must be a whole number or None."),
+        ("debug --train.seed=1e99", "--train.seed '1e99': it must be a whole number."),
+        ("debug --optim.max-lr x", "--optim.max-lr 'x': it must be a number."),
+        ("debug --train.micro-batch-size x", "it must be a whole number or auto."),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line_without_pythons_words(arguments: str, expected: str):
+    with pytest.raises(UserError) as raised:
+        checked(arguments.split(), PRESETS, "python pretrain.py")
+    assert expected in str(raised.value)
+    assert len(str(raised.value)) < 160
+
+
+def test_whole_numbers_may_have_an_exponent():
+    given = "debug --train.total-tokens 1e6 --train.seed=2.5e1 --optim.max-lr 1e-3 --run-name 1e3 --model.no-bias"
+    expected = "debug --train.total-tokens 1000000 --train.seed 25 --optim.max-lr 1e-3 --run-name 1e3 --model.no-bias"
+    assert checked(given.split(), PRESETS, "") == expected.split()
+
+
+def test_a_python_without_the_packages_is_named(commands: Commands):
+    """-S leaves out what is installed."""
+    result = commands.run([sys.executable, "-S", str(ROOT / "pretrain.py"), "debug"])
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: Cannot use {sys.executable}: it lacks the package torch. ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_an_empty_dataset_folder(commands: Commands, tmp_path: Path):
@@ -70,12 +106,14 @@ def test_an_unreadable_checkpoint(commands: Commands, tmp_path: Path, module: st
 
 
 def test_sampling_from_nowhere_and_with_odd_settings(commands: Commands):
+    (commands.temp_data / "runs" / "nowhere-else").mkdir(parents=True)
     result = commands.module("src.model_assessment.sampling", "--checkpoint", "nowhere", "--top-p", "2")
     assert result.returncode == 2
     assert "top_p = 2.0 must be above 0 and at most 1" in result.stderr
     result = commands.module("src.model_assessment.sampling", "--checkpoint", "nowhere")
     assert result.returncode == 2
     assert "Cannot load a checkpoint" in result.stderr
+    assert f"The runs in {commands.temp_data / 'runs'}: nowhere-else." in result.stderr
 
 
 def test_a_hub_that_cannot_be_reached_is_noticed_before_training(commands: Commands, dataset: Callable[..., Path]):

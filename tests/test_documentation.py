@@ -144,7 +144,7 @@ def tree() -> set[str]:
     """Patterns of files and folders in the README's tree, as paths; folders end with a slash."""
     section = markdown(ROOT / "docs" / "layout.md")
     (_, drawing), *_ = re.findall(r"^```(\w*)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    file = r"[\w*-]+(?:/[\w*-]+)*\.(?:py|sh|md|txt|html|ipynb|sbatch|svg)"
+    file = r"(?:[\w*-]+(?:/[\w*-]+)*\.(?:py|sh|md|txt|html|ipynb|sbatch|svg)|llm\b)"
     found, folders = set(), {0: ""}
     for line in drawing.splitlines():
         depth = len(line) - len(line.lstrip())
@@ -188,7 +188,7 @@ def messages() -> list[str]:
                 found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said_to_readers:
                 found.append(node.value)
-    for script in [*ROOT.glob("*.sh"), *ROOT.glob("src/**/*.sh")]:
+    for script in [ROOT / "llm", *ROOT.glob("*.sh"), *ROOT.glob("src/**/*.sh")]:
         found += [line for line in script.read_text().splitlines() if not line.lstrip().startswith("#")]
     return found
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from src import available_cores
-from src.launcher_settings import settings
+from src.data_processing.data_downloader import prepare
+from src.launcher_settings import requested, settings
 from src.model_configs.my_llm_config import PRESETS, Preset, debug
 from src.utils import root
 from src.utils.errors import UserError
+from tests.conftest import Commands
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +42,83 @@ def test_a_preset_needs_no_more_than_its_row(monkeypatch: pytest.MonkeyPatch):
 
 def test_sources(tmp_path: Path):
     found = settings({"PRESET": "debug", "DATA_PATH": "a b\n~/c", "DATA_MAX_TOKENS": "1_000"}, [])
-    folder = str(tmp_path / "datasets" / "my_text-max-1000-tokens")
+    folder = str(tmp_path / "datasets" / "a_b+c-max-1000-tokens")
     paths = [str(tmp_path / "a b"), str(Path.home() / "c")]
-    assert found["preparation"] == ["--source", "files", "--out", folder, "--path", *paths, "--max-tokens", "1_000"]
+    assert found["preparation"] == ["--source", "files", "--out", folder, "--path", *paths, "--max-tokens", "1000"]
+    assert found["RUN_NAME"] == "debug-a_b+c-max-1000-tokens"
     found = settings({"PRESET": "debug", "DATA_DATASET": "owner/name", "DATA_SPLIT": "test", "DATA_DIR": "./x"}, [])
     expected = ["--source", "hub", "--out", str(tmp_path / "x"), "--dataset", "owner/name", "--split", "test"]
     assert found["preparation"] == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("book.txt", "book"),
+        ("my texts/part.jsonl.gz", "part"),
+        ("my texts/**/*.md", "my_texts"),
+        ("a.txt:b c.md:d/", "a+b_c+d"),
+        ("a:b:c:d:e", "a+4-more"),
+    ],
+)
+def test_names_follow_from_the_text(path: str, name: str):
+    found = settings({"PRESET": "laptop", "DATA_PATH": path}, [])
+    assert (Path(str(found["DATASET"])).name, found["RUN_NAME"]) == (name, f"laptop-{name}")
+
+
+def test_plain_arguments_are_a_preset_and_text(tmp_path: Path):
+    found = settings({"PRESET": "debug", "DATA_PATH": "other.txt"}, ["laptop", "a.txt", "b", "--train.seed", "1"])
+    assert (found["PRESET"], found["RUN_NAME"], found["DATA_PATH"]) == (
+        "laptop",
+        "laptop-a+b",
+        f"{tmp_path}/a.txt\n{tmp_path}/b",
+    )
+    assert found["@"][-2:] == ["--train.seed", "1"]  # type: ignore[index]
+    with pytest.raises(UserError, match=r"Cannot find the preset 'book.txt'. The first argument is one of debug, "):
+        settings({}, ["book.txt"])
+
+
+def test_a_second_corpus_has_a_dataset_and_a_run_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """And one more file is another corpus; the earlier run stays reachable."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"{number}.txt").write_text(f"text {number} " * 50)
+    variables = {"PRESET": "debug", "DATA_PATH": str(texts)}
+
+    def names() -> tuple[str, str]:
+        found = settings(variables, [])
+        return Path(str(found["DATASET"])).name, str(found["RUN_NAME"])
+
+    def prepare_it(name: str) -> None:
+        prepare(requested(variables | {"DATA_SOURCE": "files"}), tmp_path / "datasets" / name, workers=1)
+
+    assert names() == ("texts", "debug-texts")
+    prepare_it("texts")
+    assert names() == ("texts", "debug-texts")
+    (texts / "3.txt").write_text("one more")
+    capsys.readouterr()
+    assert names() == ("texts-2", "debug-texts-2")
+    said = capsys.readouterr().err
+    assert f"holds other text: {texts}/3.txt is new. " in said
+    assert "To train on that, or resume, add --data.dir texts --run-name debug-texts" in said
+    prepare_it("texts-2")
+    assert names() == ("texts-2", "debug-texts-2")
+    (texts / "3.txt").unlink()
+    assert names() == ("texts", "debug-texts")
+
+
+def test_a_run_of_an_earlier_version_keeps_its_names(tmp_path: Path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"{number}.txt").write_text(f"text {number} " * 50)
+    variables = {"PRESET": "debug", "DATA_PATH": str(texts)}
+    prepare(requested(variables | {"DATA_SOURCE": "files"}), tmp_path / "datasets" / "my_text", workers=1)
+    (tmp_path / "runs" / "debug").mkdir(parents=True)
+    (tmp_path / "runs" / "debug" / "config.json").write_text('{"config": {"data": {"dir": "my_text"}}}')
+    found = settings(variables, [])
+    assert (Path(str(found["DATASET"])).name, found["RUN_NAME"]) == ("my_text", "debug")
 
 
 def test_overrides_win():
@@ -78,11 +151,14 @@ def test_another_machine_waits_for_the_data():
         ({"MAX_RESTARTS": "1.5"}, "MAX_RESTARTS is '1.5'; it must be a number of restarts, from 0 to "),
         (
             {"DATA_MAX_TOKENS": "10M"},
-            "DATA_MAX_TOKENS is '10M'; it must be a number of tokens, such as 10_000_000, from 1 to ",
+            "DATA_MAX_TOKENS is '10M'; it must be a number of tokens, such as 10_000_000 or 1e7, from 1 to ",
         ),
         ({"DATA_SOURCE": "pydoc"}, "DATA_SOURCE is 'pydoc'; it must be one of "),
         ({"DATA_SOURCE": "hub"}, "DATA_DATASET is not set. DATA_SOURCE=hub needs"),
-        ({"PRESET": "laptop"}, "DATA_PATH is not set. Set it to your text"),
+        (
+            {"PRESET": "laptop"},
+            "The text for preset laptop is missing. Name files or folders: ./run_pre_training_e2e.sh lap",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(variables: dict[str, str], expected: str):
@@ -90,3 +166,10 @@ def test_a_mistake_is_one_line(variables: dict[str, str], expected: str):
         settings({"PRESET": "debug", **variables}, [])
     assert expected in str(raised.value)
     assert len(str(raised.value)) < 600
+
+
+def test_what_runs_before_packages_are_installed_needs_none(commands: Commands):
+    """-S leaves out what is installed."""
+    result = commands.run([sys.executable, "-S", "-m", "src.launcher_settings", "--early", "laptop"])
+    assert result.returncode == 2
+    assert "error: The text for preset laptop is missing." in result.stderr

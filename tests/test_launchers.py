@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -175,7 +176,7 @@ os.rename = slow_rename
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, "1"), (signal.SIGTERM, "2")])
 def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str, texts: Path, tmp_path: Path, started):
-    """And again during the save, which changes nothing. The same command then resumes."""
+    """And SIGTERM again during the save, which changes nothing. The same command then resumes."""
     variables = {
         "PRESET": "laptop",
         "DATA_PATH": "my texts",  # relative to where it is started
@@ -193,9 +194,16 @@ def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str,
     wait_for_steps(process, run, 1)
     os.killpg(process.pid, number)
     wait_for(process, (tmp_path / "saving").exists)
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     messages = (tmp_path / "stderr").read_text()
+    assert re.search("stopping: finishing step [0-9]+, then saving, in about [0-9]+ s", messages)
+    assert messages.splitlines()[-1] == (
+        f"to resume: PRESET=laptop RUN_NAME=first TEMP_DATA_DIR='{tmp_path}/big disk' PYTHON={sys.executable} "
+        f"NPROC={processes} DATA_PATH='my texts' DATA_DIR=mine {ROOT}/run_pre_training_e2e.sh "
+        f"--train.total-steps 40 {' '.join(settings)}"
+    )
+    assert logged_steps(run)  # the steps before the first regular line count too
     assert "stopped on request after step" in messages
     assert "Traceback" not in messages
     assert "SignalException" not in messages
@@ -210,6 +218,26 @@ def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str,
         )
         assert result.returncode == 0, result.stderr
         assert f"resume: from step_{status['step']:07d} of 40 steps" in result.stderr
+
+
+def test_a_second_ctrl_c_quits_without_saving(texts: Path, tmp_path: Path, started):
+    """Here during the save that the first one asked for, which the next start takes for none."""
+    variables = {"DATA_PATH": str(texts), "RUN_NAME": "first", "TEMP_DATA_DIR": str(tmp_path / "data"), "NPROC": "2"}
+    (tmp_path / "hook").mkdir()
+    slow = SLOW_SAVES.format(saving=str(tmp_path / "saving")).replace("sleep(2)", "sleep(60)")
+    (tmp_path / "hook" / "sitecustomize.py").write_text(slow)
+    settings = [*SMALL, "--train.micro-batch-size", "4", "--train.total-steps", "400"]
+    run = tmp_path / "data" / "runs" / "first"
+    process = started("laptop", *settings, **variables, PYTHONPATH=str(tmp_path / "hook"))
+    wait_for_steps(process, run, 1)
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for(process, (tmp_path / "saving").exists)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert left_over(process.pid) == []
+    assert "quit without saving\n\nto resume: " in (tmp_path / "stderr").read_text()
+    assert [path.name for path in (run / "checkpoints").iterdir() if ".tmp-" not in path.name] == []
 
 
 # Stands in for Python where torch would be imported: training ends with the codes that the file `ends` lists.
@@ -323,6 +351,54 @@ def test_a_dry_run_checks_and_does_nothing(tmp_path: Path):
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["failed"] == []
     assert not (tmp_path / "data").exists()
+
+
+# Stands in for Python, and prints what it is asked to run.
+ECHO = """#!/bin/bash
+case "$*" in "-c import sys; sys.exit"* | "- "*) exec "{python}" "$@" ;; esac
+shift 3 # -c, the program that runs a module, and the project's folder
+printf '%s|' "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("sample mine A B --seed 1", "model_assessment.sampling|--checkpoint|mine|--seed|1|--prompt|A|--prompt|B"),
+        ("evaluate a b --limit 9", "model_assessment.evaluate|--checkpoint|a|b|--limit|9"),
+        ("report mine --compare b", "model_assessment.report|mine|--compare|b"),
+        ("export mine out --dtype bf16", "model_utils.hf_export|--checkpoint|mine|--dtype|bf16|--out|out"),
+        ("export mine --out=out", "model_utils.hf_export|--checkpoint|mine|--out=out"),
+        ("export ./x/mine", "model_utils.hf_export|--checkpoint|./x/mine|--out|/data/exports/mine"),
+        ("data a.txt b --workers 2", "data_processing.data_downloader|--source|files|--path|a.txt|b|--workers|2"),
+        ("data pydocs", "data_processing.data_downloader|--source|pydocs"),
+        ("data --verify --out x", "data_processing.data_downloader|--verify|--out|x"),
+        ("plan debug --sweep", "model_utils.planner|debug|--sweep"),
+    ],
+)
+def test_the_front_command_hands_plain_arguments_on(arguments: str, expected: str, tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text(ECHO.format(python=sys.executable))
+    python.chmod(0o755)
+    result = launch(ROOT / "llm", *arguments.split(), cwd=tmp_path, PYTHON=str(python), TEMP_DATA_DIR="/data")
+    assert (result.stdout, result.stderr) == (f"src.{expected}|", "")
+
+
+def test_the_front_command_from_a_folder_with_another_src(tmp_path: Path):
+    """With the processes that tokenise, which import the module again; and a command that does not exist."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "__init__.py").write_text("raise SystemExit('the wrong src')")
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"a line of text {number}\n" * 60_000)
+    result = launch(ROOT / "llm", "data", "0.txt", "1.txt", "2.txt", cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path / "data"))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["dataset"] == str(tmp_path / "data" / "datasets" / "0+1+2")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    nothing = launch(ROOT / "llm", "sample", cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path))
+    assert (nothing.returncode, nothing.stderr.endswith(f"The runs in {tmp_path}/runs: mine/\n")) == (2, True)
+    unknown = launch(ROOT / "llm", "trian", cwd=tmp_path)
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "error: Cannot find the command 'trian'. Choose train, preflight, sample," in unknown.stderr
 
 
 def test_help_lists_the_variables(tmp_path: Path):

@@ -64,7 +64,6 @@ def test_what_to_do_where_there_is_no_trained_model(tmp_path: Path, monkeypatch:
     needed = ("RUN = ", "import ", "load_model(")
     content.cells = [cell for cell in content.cells if any(text in cell.source for text in needed)]
     nbformat.write(content, tmp_path / "last_part.ipynb")
-    (tmp_path / "pretrain.py").touch()  # makes the notebook take this folder for the repository
     (tmp_path / "src").symlink_to(ROOT / "src")
     with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"Train one in minutes with \./run_pre_training"):
         run(tmp_path / "last_part.ipynb", {"RUN": "gone"}, offline(tmp_path), monkeypatch)

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,11 +267,8 @@ def test_samples_keep_their_lines_and_lose_their_control(
 ):
     text = f"line\n\tindented {CONTROL}"
     made = sampling.Sample("prompt", text, [1], [-1.0])
-    model = SimpleNamespace(config=SimpleNamespace(n_ctx=16))
-    loaded = SimpleNamespace(
-        model=model, path=Path("step_0000001"), device=torch.device("cpu"), precision=torch.float32
-    )
-    monkeypatch.setattr(sampling, "load_model", lambda *_: loaded)
+    loaded = SimpleNamespace(model=None, tokenizer=None, path=Path("step_0000001"), autocast=nullcontext)
+    monkeypatch.setattr(sampling, "TextModel", lambda *_: loaded)
     monkeypatch.setattr(sampling, "sample", lambda *_: [made])
     monkeypatch.setattr(sampling, "stream", lambda *_: iter(text))
     monkeypatch.setattr("sys.argv", ["sampling", "--checkpoint", "x", "--prompt", "prompt", *more])

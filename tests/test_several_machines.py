@@ -202,6 +202,7 @@ def test_a_preempted_job_goes_back_into_the_queue_and_on_to_the_end(commands: Co
 
 STOPPED_LAUNCHER = """#!/usr/bin/env bash
 trap 'exit 143' USR1
+echo "  \\"launch\\": \\"$LAUNCH_ID\\"" >"$TEMP_DATA_DIR/runs/job/config.json"
 touch "$TEMP_DATA_DIR/started"
 while :; do sleep 0.05; done
 """

@@ -7,7 +7,6 @@ python -m src.data_processing.data_downloader --verify --out my_text     (or --r
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -43,9 +42,10 @@ from src.data_processing.shards import (
     stray_files,
     write_manifest,
 )
-from src.data_processing.text_sources import SOURCES, Request, find_files, open_sources
+from src.data_processing.text_sources import SOURCES, Request, find_files, name_of, open_sources
 from src.data_processing.tokenizer import Tokenizer
-from src.utils.errors import StorageError, UserError, exit_with, say
+from src.model_configs.arguments import whole_number
+from src.utils.errors import StorageError, UserError, cause_of, exit_with, print_result, say
 from src.utils.files import fingerprint, free_bytes, size_text, storage_errors, sync
 from src.utils.root import dataset_dir, run_dir
 
@@ -61,7 +61,7 @@ def main() -> None:
 
         page, figures = inspect_skipped(folder, run_dir(args.skipped)) if args.skipped else inspect(folder)
         print(page)
-        print(json.dumps(figures))
+        print_result(figures)
         return
     if args.verify:
         manifest = verify(folder)
@@ -72,7 +72,11 @@ def main() -> None:
     counts = {name: manifest.counts[name] for name in ("documents", "tokens", "text_bytes")}
     shards = {"validation_tokens": manifest.validation[0].tokens, "shards": len(manifest.shards)}
     seconds = round(time.monotonic() - start, 3)
-    print(json.dumps({"dataset": str(folder), **counts, **shards, "seconds": seconds}))
+    print_result(
+        {"dataset": str(folder), **counts, **shards, "seconds": seconds},
+        f"dataset {folder}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, of which "
+        f"{shards['validation_tokens']:,} for validation, in {shards['shards']} shards; {seconds:.1f} s",
+    )
 
 
 def prepare(request: Request, folder: Path, workers: int, expected: Manifest | None = None) -> Manifest:
@@ -146,7 +150,9 @@ def repair(folder: Path, workers: int) -> Manifest:
     try:
         prepare(Request.from_stored(manifest.request), again, workers, expected=manifest)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # also of a request that another program wrote
-        raise UserError(f"Cannot repair {folder}: {error}. Restore the sources, or the shards from a copy.") from error
+        raise UserError(
+            f"Cannot repair {folder}: {cause_of(error)}. Restore the sources, or the shards from a copy."
+        ) from error
     for shard in damaged:
         if fault := shard_fault(again, shard, manifest.n_vocab, full=True):
             raise UserError(
@@ -165,10 +171,7 @@ def repair(folder: Path, workers: int) -> Manifest:
 def _existing(request: Request, folder: Path) -> Manifest:
     """Return the manifest of `folder`. Raises UserError for another request, changed files, or a damaged shard."""
     manifest = read_manifest(folder)
-    changes = _changes(manifest.request, request.stored())
-    if not changes and "files" in request.sources:
-        changes = _changed_files(manifest, request.paths, (folder / MANIFEST).stat().st_mtime)
-    if changes:
+    if changes := differences(request, folder, manifest):
         raise UserError(
             f"Cannot prepare {folder}: it holds another dataset: {changes}. Choose another --out (DATA_DIR for the "
             "launcher), or delete that folder to prepare it again."
@@ -179,6 +182,17 @@ def _existing(request: Request, folder: Path) -> Manifest:
     shutil.rmtree(folder / WORK, ignore_errors=True)
     say(f"already prepared: {folder}")
     return manifest
+
+
+def differences(request: Request, folder: Path, manifest: Manifest) -> str:
+    """Describe how the dataset in `folder` differs from the one that `request` describes; empty for no difference.
+
+    Files of the user's are compared by content where they were written to since.
+    """
+    changes = _changes(manifest.request, request.stored())
+    if not changes and "files" in request.sources:
+        changes = _changed_files(manifest, request.paths, (folder / MANIFEST).stat().st_mtime)
+    return changes
 
 
 def _changed_files(manifest: Manifest, paths: list[str], prepared: float) -> str:
@@ -210,7 +224,19 @@ def _content(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Describe the differences; empty for none."""
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {then.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in changed)
+    more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return "; ".join(_change(name, then, now) for name in changed[:5]) + more
+
+
+def _change(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if str(then.get(name, now.get(name))).startswith("sha256 ") and (name not in then or name not in now):
+        return f"{name} is {'new' if name in now else 'gone'}"
+    return f"{name} was {_shown(then, name)}, is {_shown(now, name)}"
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name, "absent")
+    return ", ".join(value) or "none" if isinstance(value, list) else "none" if value is None else str(value)
 
 
 def _manifest(
@@ -281,16 +307,16 @@ def _parse_arguments() -> argparse.Namespace:
         parser.error("--skipped is for --inspect")
     args.out = args.out or _default_out(args)
     if not args.out:
-        parser.error("--out DIR is needed: a name for the dataset, or a folder")
+        parser.error("--out DIR is needed: the name of a dataset, or a folder")
     return args
 
 
 def _default_out(args: argparse.Namespace) -> str:
-    """Return the dataset's name by its sources; empty if one of them has none."""
-    names = [SOURCES[source].dataset_name for source in args.source or []]
-    if not names or not all(names):
+    """Return the dataset's name by its sources; empty without any."""
+    own = {"files": name_of(args.path), "hub": (args.dataset or "").replace("/", "_")}
+    name = "+".join(SOURCES[source].dataset_name or own[source] for source in args.source or [])
+    if not name:
         return ""
-    name = "+".join(names)
     for limit, unit in ((args.max_tokens, "tokens"), (args.max_documents, "documents")):
         name += f"-max-{limit}-{unit}" if limit else ""  # a trial must never pass for the whole
     return name
@@ -301,9 +327,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m src.data_processing.data_downloader",
         description="Turns documents into token shards for training: shuffled, tokenised with r50k_base, split into "
         "validation (shard 0) and training (the rest), with a manifest that says where they came from.",
-        epilog="The result is one JSON object, the last line of stdout. Exit codes: 0 done, 2 bad input, 4 storage, "
-        "5 another process is preparing the folder, 130 Ctrl-C. Rerun the same command to resume a preparation that "
-        "was stopped, from the last 64M tokens.",
+        epilog="The result is one JSON object, the last line of stdout, on a terminal words. Exit codes: 0 done, 2 bad "
+        "input, 4 storage, 5 another process is preparing the folder, 130 Ctrl-C. Rerun the same command to "
+        "resume a preparation that was stopped, from the last 64M tokens.",
     )
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in SOURCES.items())
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
@@ -326,8 +352,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--drop-duplicates", action="store_true", help="keep one of documents that are equal to the byte"
     )
-    out_help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source; "
-    parser.add_argument("--out", metavar="DIR", help=f"{out_help}needed for --source files and hub)")
+    out_help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source)"
+    parser.add_argument("--out", metavar="DIR", help=out_help)
     workers_help = "processes that tokenise; the result is the same for any number (default: one a core, %(default)s)"
     parser.add_argument(
         "--workers", type=_number_from(1, 1_024), metavar="N", default=available_cores(), help=workers_help
@@ -354,9 +380,10 @@ def _parser() -> argparse.ArgumentParser:
 def _number_from(minimum: int, maximum: int = 10**15) -> Callable[[str], int]:
     def number(text: str) -> int:
         digits = text.replace("_", "")
-        if not (digits.isdecimal() and len(digits) < 20 and minimum <= int(digits) <= maximum):
+        value = int(digits) if digits.isdecimal() and len(digits) < 20 else whole_number(text)
+        if value is None or not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {minimum} to {maximum:,}")
-        return int(digits)
+        return value
 
     return number
 

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.data_processing.file_formats import Documents
+from src.data_processing.file_formats import LONG_TEXT, Documents
 from src.data_processing.shards import (
     SHARD_NAME,
     TOKEN_DTYPE,
@@ -57,7 +57,7 @@ from src.utils.files import bytes_below, lies_in, open_regular, read_json, repla
 WORK = ".preparing"
 DOWNLOADS = "downloads"
 PLAN, JOURNAL, _LOCK = "plan.json", "journal.json", "lock"
-PLAN_VERSION = 3  # another one is not resumed; change it with the buckets or the way that batches are divided
+PLAN_VERSION = 4  # another one is not resumed; change it with the buckets or the way that batches are divided
 FLUSH_TOKENS = 1 << 26  # 128 MB in memory between two entries of the journal
 _DOCUMENT_COST = 100  # tokens that take as much memory as a document's objects
 _BUCKETS = 256
@@ -439,8 +439,8 @@ def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[Ranges]
     if len(group_tokens) < 2:
         raise UserError(
             f"Cannot divide {len(group_tokens)} document(s) that are neither empty nor repeated: at least two are "
-            "needed, one to validate and one to train, because documents are not split. Give more files, raise the "
-            "limit, or divide a long text into the lines of a .jsonl file."
+            "needed, one to validate and one to train. Give more text, raise the limit, or divide the text: only a "
+            f".txt or .md file of more than {LONG_TEXT:,} characters is divided here, at ends of lines."
         )
     total = int(group_tokens.sum())
     share = max(total // _VALIDATION_SHARE, min(total // _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS))

@@ -10,17 +10,20 @@ import json
 import re
 import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from src.utils.errors import UserError
+from src.utils.errors import UserError, cause_of
 
 EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
 BATCH_BYTES = 1 << 20
+# In characters, of which a token has 4. A book is many documents: some to validate on, the others to train on.
+LONG_TEXT, PART_OF_LONG_TEXT = 1 << 16, 1 << 14
 _ODD_BYTE = re.compile("[\udc80-\udcff]")  # as surrogateescape keeps it
 # The longer marks first: UTF-16's begins UTF-32's.
 _MARKS = {
@@ -82,15 +85,20 @@ class Column:
 
 
 Documents = Texts | Lines | Column
+_Reader = Callable[[Path, str], Iterator[tuple[Documents, float]]]
 
 
-def read_batches(path: Path, text_field: str, skip: int = 0) -> Iterator[tuple[Documents, float]]:
+def read_batches(
+    path: Path, text_field: str, skip: int = 0, divide_long: bool = False
+) -> Iterator[tuple[Documents, float]]:
     """Yield the documents of one file without the first `skip` batches, each batch with the share of the file read.
 
-    A .txt or .md file is one document; the others hold one a line or row, in the field `text_field`. The batches
-    are the same every time. Raises UserError for a file that is damaged or has no such field.
+    A .txt or .md file is one document, or with `divide_long` several, as of `parts_of`. The others hold one a line or
+    row, in the field `text_field`. The batches are the same every time. Raises UserError for a file that is
+    damaged or has no such field.
     """
-    read = {".txt": _read_text, ".md": _read_text, ".parquet": _read_parquet, ".arrow": _read_arrow}
+    read_text: _Reader = partial(_read_text, divide_long=divide_long)
+    read: dict[str, _Reader] = {".txt": read_text, ".md": read_text, ".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
         with open(path, "rb") as file:
             head = file.read(1_025)  # pointers are shorter
@@ -109,7 +117,7 @@ def read_batches(path: Path, text_field: str, skip: int = 0) -> Iterator[tuple[D
                 f"zstd -dc --long=31 {shlex.quote(str(path))} | zstd -o {new}"
             ) from None
         raise UserError(
-            f"Cannot read {path}: {error}. If the file is damaged, fetch it again, or leave it out."
+            f"Cannot read {path}: {cause_of(error)}. If the file is damaged, fetch it again, or leave it out."
         ) from None
 
 
@@ -130,8 +138,24 @@ def check_column(schema: Any, text_field: str, where: Path | str) -> None:
         )
 
 
-def _read_text(path: Path, text_field: str) -> Iterator[tuple[Texts, float]]:
-    """Read a file as one text, decoded from UTF-8, or from UTF-16 or UTF-32 with a mark; its line ends become "\\n"."""
+def parts_of(text: str) -> Iterator[str]:
+    """Divide a text of more than LONG_TEXT characters at ends of paragraphs, or of lines where it has none.
+
+    Each part has about PART_OF_LONG_TEXT characters; together they are the text, without the empty lines between them.
+    """
+    begin, size = 0, PART_OF_LONG_TEXT
+    while len(text) > LONG_TEXT and len(text) - begin > 2 * size:
+        end = text.find("\n\n", begin + size, begin + 2 * size)
+        end = end if end >= 0 else text.find("\n", begin + size)
+        if end < 0:
+            break
+        yield text[begin:end]
+        begin = end + len(text[end : end + size]) - len(text[end : end + size].lstrip("\n"))
+    yield text[begin:]
+
+
+def _read_text(path: Path, text_field: str, divide_long: bool) -> Iterator[tuple[Texts, float]]:
+    """Read a file as a text, decoded from UTF-8, or from UTF-16 or UTF-32 with a mark; its line ends become "\\n"."""
     data = path.read_bytes()
     encoding = _encoding_of(data, path)
     try:
@@ -148,7 +172,15 @@ def _read_text(path: Path, text_field: str) -> Iterator[tuple[Texts, float]]:
             f"Cannot read {path}: {odd:,} of {len(text):,} characters are not UTF-8. "
             "Convert it from its encoding: iconv -f LATIN1 -t UTF-8 FILE > NEW (iconv -l lists encodings)."
         )
-    yield Texts([text.replace("\r\n", "\n").replace("\r", "\n")], path), 1.0
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not divide_long or len(text) <= LONG_TEXT:
+        yield Texts([text], path), 1.0
+        return
+    parts, begin = list(parts_of(text)), 0
+    while begin < len(parts):
+        batch = parts[begin : begin + max(1, BATCH_BYTES // PART_OF_LONG_TEXT)]
+        begin += len(batch)
+        yield Texts(batch, path), begin / len(parts)
 
 
 def _encoding_of(head: bytes, path: Path) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from src.data_processing.shards import Manifest, Shard, check_shard, read_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
-from src.utils.errors import UserError, harmless
+from src.utils.errors import UserError, cause_of, harmless
 from src.utils.logger import RunLogger
 
 BOUNDARY = "──── document ────"
@@ -85,7 +85,7 @@ def inspect_skipped(folder: Path, run_dir: Path) -> Inspection:
             raise
         raise UserError(
             f"Cannot read what {run_dir} skipped: its config.json or metrics.jsonl is missing or damaged "
-            f"({type(error).__name__}: {error}). Give the folder of a run, or the name of one in temp_data/runs."
+            f"({cause_of(error)}). Give the folder of a run, or the name of one in temp_data/runs."
         ) from None
     counts = {"skipped_steps": len(events), "windows": shown}
     return "\n\n".join(page), {"run": str(run_dir), "dataset": str(folder), **counts}

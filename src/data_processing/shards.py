@@ -33,8 +33,9 @@ from typing import IO, Any, get_origin
 import numpy as np
 
 from src import available_cores
-from src.utils.errors import StoppedError, StorageError, UserError, now_and_then, say
+from src.utils.errors import StoppedError, StorageError, UserError, cause_of, now_and_then, say
 from src.utils.files import fingerprint, lies_in, open_regular, read_json, replacing
+from src.utils.root import instead_of
 
 MANIFEST = "manifest.json"
 STAMP = ".verified.json"
@@ -123,7 +124,9 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         reason = "it has no manifest.json, so its preparation did not finish" if folder.is_dir() else "no such folder"
         command = f"{_COMMAND} --source SOURCE --out {shlex.quote(str(folder))}"
-        raise UserError(f"Cannot find a dataset at {folder}: {reason}. Prepare it with: {command}") from None
+        # On a separate line, so that the command can be copied.
+        message = f"Cannot find a dataset at {folder}: {reason}. Prepare it with: {command}\n{instead_of(folder)[1:]}"
+        raise UserError(message.rstrip()) from None
     except StorageError as error:  # a pipe, device or folder of that name
         raise UserError(str(error)) from None
     except OSError as error:
@@ -135,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**content, shards=shards, sha256=sha256)
         _check_manifest(manifest)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"Cannot read {path}: it is damaged ({error}). {_REDO}") from None
+        raise UserError(f"Cannot read {path}: it is damaged ({cause_of(error)}). {_REDO}") from None
     return manifest
 
 
@@ -235,7 +238,7 @@ def find_faults(
                 with replacing(folder / STAMP) as file:
                     file.write(json.dumps({"format": STAMP_FORMAT, "shards": known}, indent=1).encode() + b"\n")
             except StorageError as error:
-                say(f"the next start will read the dataset again: {error}")
+                say(f"the next start will read the dataset again: {cause_of(error)}")
     return faults
 
 

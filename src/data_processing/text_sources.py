@@ -21,7 +21,15 @@ from typing import Any, NamedTuple
 
 from src import available_cores
 from src.data_processing import python_docs
-from src.data_processing.file_formats import BATCH_BYTES, EXTENSIONS, Documents, Texts, read_batches
+from src.data_processing.file_formats import (
+    BATCH_BYTES,
+    EXTENSIONS,
+    LONG_TEXT,
+    PART_OF_LONG_TEXT,
+    Documents,
+    Texts,
+    read_batches,
+)
 from src.utils.errors import UserError, say
 from src.utils.files import fingerprint
 
@@ -31,6 +39,7 @@ _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
 # Of Python 3.11 with NumPy 2.2 and PyTorch 2.13; other versions differ by some percent.
 _PYDOCS_BYTES, _PYDOCS_TOKENS = 7_300_000, 2_400_000
 _HF_CACHE = re.compile(r"cache-.*\.arrow")
+Pinned = Sequence[dict[str, Any]]
 _HUB_FIELDS = ("dataset", "config", "split")
 
 
@@ -101,9 +110,6 @@ class Source(ABC):
         """Raise UserError if the documents have changed since the source was opened. Called after the last batch."""
 
 
-Pinned = Sequence[dict[str, Any]]
-
-
 @dataclass(frozen=True)
 class SourceKind:
     """A row of SOURCES."""
@@ -132,9 +138,26 @@ def open_sources(request: Request, pinned: Pinned, downloads: Path) -> list[Sour
     return sources
 
 
-def open_files(paths: Sequence[str], text_field: str) -> list["Files"]:
-    """Open a source for each of `paths` that adds a file. Raises UserError."""
-    return [Files(path, files, text_field) for path, files in find_files(paths).items() if files]
+def open_files(paths: Sequence[str], text_field: str, pinned: Pinned = ()) -> list["Files"]:
+    """Open a source for each of `paths` that adds a file. Raises UserError.
+
+    Long texts are divided, but not those of a pinned dataset of an earlier version, which kept them whole.
+    """
+    divide = all("long_texts" in details for details in pinned)
+    return [Files(path, files, text_field, divide) for path, files in find_files(paths).items() if files]
+
+
+def name_of(paths: Sequence[str]) -> str:
+    """Return a name for a dataset of the text in these files, folders and patterns."""
+    names = []
+    for path in (Path(os.path.abspath(os.path.expanduser(each))) for each in paths):
+        while re.search(r"[*?\[]", str(path)) and not path.exists():
+            path = path.parent
+        extension = next((each for each in EXTENSIONS if path.name.lower().endswith(each)), "")
+        name = path.name[: -len(extension)] if extension else path.name
+        names.append(re.sub(r"[^\w.-]+", "_", name).strip("._-"))
+    first, *rest = dict.fromkeys(name[:60] for name in names if name) or ["my_text"]
+    return "+".join([first, *rest]) if len(rest) < 3 else f"{first}+{len(rest)}-more"
 
 
 def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path]]:
@@ -193,18 +216,30 @@ class PythonDocs(Source):
 class Files(Source):
     """The documents of one path of the user's: a file, or the files of a folder or a pattern, in order."""
 
-    def __init__(self, path: str, files: Sequence[Path], text_field: str) -> None:
-        self._files, self._text_field = files, text_field
+    def __init__(self, path: str, files: Sequence[Path], text_field: str, divide_long: bool = True) -> None:
+        self._files, self._text_field, self._divide_long = files, text_field, divide_long
         self._stats = [_stat(file) for file in files]  # before the content is hashed: later changes show
         with ThreadPoolExecutor(available_cores()) as threads:  # hashing releases Python's lock
             described = list(threads.map(_describe, files))
         details = {"name": "files", "path": path, "files": described}
+        if divide_long:
+            details["long_texts"] = "divided"
+        is_long = [
+            divide_long and file.suffix.lower() in (".txt", ".md") and entry["bytes"] > LONG_TEXT
+            for file, entry in zip(files, described, strict=True)
+        ]
+        if any(is_long):
+            more = f" and {sum(is_long) - 1:,} more" if sum(is_long) > 1 else ""
+            say(
+                f"note: {files[is_long.index(True)]}{more}: a text of more than {LONG_TEXT:,} characters is divided at "
+                f"ends of paragraphs into documents of about {PART_OF_LONG_TEXT:,}"
+            )
         super().__init__(details, [entry["bytes"] for entry in described])
 
     def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
         # Around the reading, because a file that is replaced and put back has its old content at the end.
         self._check_unchanged(unit)
-        yield from read_batches(self._files[unit], self._text_field, skip)
+        yield from read_batches(self._files[unit], self._text_field, skip, self._divide_long)
         self._check_unchanged(unit)
 
     def check_unchanged(self) -> None:
@@ -261,7 +296,7 @@ SOURCES: dict[str, SourceKind] = {
         dataset_name="",
         needs_paths=True,
         help="local files",
-        open=lambda request, pinned, downloads: [*open_files(request.paths, request.text_field)],
+        open=lambda request, pinned, downloads: [*open_files(request.paths, request.text_field, pinned)],
         tokens=lambda request: sum(map(_estimated_tokens, chain(*find_files(request.paths, quiet=True).values()))),
     ),
     "pydocs": SourceKind(

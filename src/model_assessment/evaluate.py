@@ -5,7 +5,6 @@ a batch hard for both does not count.
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,10 +19,11 @@ from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
 from src.model_assessment import hellaswag
 from src.model_assessment.validation import validate
+from src.model_configs.arguments import whole
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, convert_weights, load_model
 from src.params import MAX_COUNT
-from src.utils.errors import UserError, exit_with, now_and_then, say
+from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
 from src.utils.hardware import autocast, choose_device, describe_machine
 from src.utils.root import dataset_dir
 
@@ -172,7 +172,9 @@ def main() -> int:
         tokenizer, held_out = load_tokenizer(), manifest.validation[0]
         check_shard(folder, held_out, tokenizer.n_vocab)
         limit = HELD_OUT_ITEMS if args.limit is None and args.hellaswag == "held-out" else args.limit
-        protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
+        protocol, items = hellaswag.choose_items(
+            args.hellaswag, limit, folder / held_out.file, tokenizer, "--hellaswag"
+        )
         ask = partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol)
     results: list[dict[str, Any]] = []
     for checkpoint in args.checkpoint:
@@ -188,7 +190,7 @@ def main() -> int:
         del result["batch_losses"]
     machine = describe_machine(choose_device(args.device))
     summary = {"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine}
-    print(json.dumps(summary))
+    print_result(summary)
     return 0
 
 
@@ -196,16 +198,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.evaluate",
         description="Measure one or several trained models on the same held-out text and multiple-choice items. Prints "
-        "a table, then one JSON object as the last line.",
+        "a table, then, except on a terminal, one JSON object as the last line.",
     )
     add = parser.add_argument
     checkpoint = "runs (folders or names), step_* folders or exports; the others are compared with the first"
     add("--checkpoint", required=True, nargs="+", metavar="CHECKPOINT", help=checkpoint)
     add("--data", help="a dataset's name or folder (default: the first model's dataset)")
-    add("--val-tokens", type=int, default=2_097_152, help="held-out tokens, at most (default: 2,097,152)")
+    add("--val-tokens", type=whole, default=2_097_152, help="held-out tokens, at most (default: 2,097,152)")
     items = "HellaSwag as .jsonl or .jsonl.gz; auto fetches it; held-out: a stand-in from the held-out text"
     add("--hellaswag", default="none", metavar="{FILE,auto,held-out,none}", help=f"{items} (default: none)")
-    add("--limit", type=int, help=f"use the first N items (default: all; held-out: {HELD_OUT_ITEMS})")
+    add("--limit", type=whole, help=f"use the first N items (default: all; held-out: {HELD_OUT_ITEMS})")
     weights = "dtypes to hold the weights in, one after the other (default: float32; matmuls as in training)"
     add("--weights", nargs="+", default=["float32"], choices=WEIGHT_DTYPES[1:], help=weights)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))

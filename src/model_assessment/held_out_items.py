@@ -49,7 +49,7 @@ def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: i
         raise UserError(
             f"Cannot make multiple-choice items: {documents} held-out documents with at least "
             f"{MAX_CONTEXT_TOKENS + ENDING_TOKENS} tokens of running text are too few. Prepare a dataset of more "
-            "documents, give a HellaSwag file, or use --eval.hellaswag-items 0."
+            "documents, give a HellaSwag file with --eval.hellaswag-data FILE, or use --eval.hellaswag-items 0."
         )
     rng = np.random.default_rng(seed)
     document_of = np.array([passage.document for passage in passages])

@@ -13,7 +13,6 @@ Shapes: B rows of a batch, T positions, D width, V vocabulary, N scored tokens o
 """
 
 import argparse
-import json
 import math
 import re
 import time
@@ -29,10 +28,11 @@ from torch.nn.utils.rnn import pad_sequence
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
-from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
+from src.model_assessment.hellaswag_items import OPTION, Item, fetch_items, load_items
+from src.model_configs.arguments import whole
 from src.model_utils.load_model import load_model
 from src.params import MAX_COUNT
-from src.utils.errors import UserError, exit_with, now_and_then, say
+from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
 
 # Recorded with every result. The last one must never be read as the first.
 HELLASWAG_PROTOCOL = (
@@ -57,12 +57,12 @@ Question = tuple[list[int], list[list[int]]]
 
 
 def choose_items(
-    data: str, limit: int | None, validation_shard: Path | None, tokenizer: Tokenizer
+    data: str, limit: int | None, validation_shard: Path | None, tokenizer: Tokenizer, option: str = OPTION
 ) -> tuple[str, list[Item]]:
     """The text of the reference's protocol and the first `limit` items of `data`.
 
     "auto" fetches HellaSwag. "held-out" makes a stand-in from the documents of `validation_shard`, always the same one.
-    Anything else is a file. Raises UserError.
+    Anything else is a file. `option`: the one that `data` comes from, for messages. Raises UserError.
     """
     if limit is not None and not 1 <= limit <= MAX_COUNT:
         raise UserError(f"Cannot use {limit} items. Set --limit to between 1 and {MAX_COUNT:,}.")
@@ -70,7 +70,7 @@ def choose_items(
         assert validation_shard is not None, "held-out items need held-out text"
         tokens = np.load(validation_shard, mmap_mode="r", allow_pickle=False)
         return HELD_OUT_PROTOCOL, held_out_items(tokens, tokenizer, limit or len(tokens), seed=0)
-    return HELLASWAG_PROTOCOL, fetch_items(limit) if data == "auto" else load_items(Path(data), limit)
+    return HELLASWAG_PROTOCOL, (fetch_items(limit, option) if data == "auto" else load_items(Path(data), limit, option))
 
 
 def measure(model: LLM, items: Sequence[Item], tokenizer: Tokenizer, protocol: str) -> dict[str, dict[str, Any]]:
@@ -236,23 +236,31 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.hellaswag",
-        description="Measure a trained model on HellaSwag. Prints one JSON object as the last line: the figures of the "
-        "reference's protocol, and as lm_eval those of lm-evaluation-harness where the items have the fields it needs.",
+        description="Measure a trained model on HellaSwag. Prints, except on a terminal, one JSON object as the last "
+        "line: the figures of the reference's protocol, and as lm_eval those of lm-evaluation-harness where the items "
+        "have the fields it needs.",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
     add("--data", default="auto", help="HellaSwag as .jsonl or .jsonl.gz (default: fetch it from the hub)")
-    add("--limit", type=int, help="use the first N items (default: all)")
+    add("--limit", type=whole, help="use the first N items (default: all)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     if args.data == "held-out":
         raise UserError("Cannot make held-out items here. Use src.model_assessment.evaluate --hellaswag held-out.")
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
-    protocol, items = choose_items(args.data, args.limit, None, tokenizer)
+    protocol, items = choose_items(args.data, args.limit, None, tokenizer, "--data")
     say(f"{len(items):,} items on {loaded.device}")
     with loaded.autocast():
         results = measure(loaded.model, items, tokenizer, protocol)
-    print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, **results.pop("reference"), **results}))
+    reference, lm_eval = results["reference"], results.get("lm_eval")
+    text = f"{loaded.path}, {reference['total']:,} items\nreference's protocol: acc_norm "
+    text += f"{reference['acc_norm']:.2%} +- {reference['stderr']:.2%}"
+    if lm_eval:
+        text += f"\nlm-evaluation-harness's: acc {lm_eval['acc']:.2%} +- {lm_eval['acc_stderr']:.2%}, acc_norm "
+        text += f"{lm_eval['acc_norm']:.2%} +- {lm_eval['acc_norm_stderr']:.2%}"
+    results.pop("reference")
+    print_result({"checkpoint": str(loaded.path), "step": loaded.step, **reference, **results}, text)
     return 0
 
 

@@ -43,7 +43,7 @@ from src.model_assessment.run_history import (
 from src.model_configs.my_llm_config import PRESETS
 from src.params import ModelConfig, to_dict
 from src.utils import root
-from src.utils.errors import StorageError, UserError, exit_with, harmless
+from src.utils.errors import StorageError, UserError, exit_with, harmless, print_result
 from src.utils.files import storage_errors
 
 SHAPE = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "ffn_mult")
@@ -144,11 +144,13 @@ def main() -> None:
     if arguments.all == bool(arguments.run_dir):
         parser.error("name one RUN, or use --all for a table of all runs")
     if arguments.all:
-        print(json.dumps({"index": str(write_index())}))
+        index = str(write_index())
+        print_result({"index": index}, index)
         return
     run_dirs = [root.run_dir(name) for name in (arguments.run_dir, *(arguments.compare or []))]
     page = write_comparison(run_dirs) if arguments.compare else write_report(run_dirs[0], arguments.background)
-    print(json.dumps({"report": str(page), "plots": page.read_text(encoding="utf-8").count('<figure id="')}))
+    plots = page.read_text(encoding="utf-8").count('<figure id="')
+    print_result({"report": str(page), "plots": plots}, f"report: {page.as_uri()}")
 
 
 def _background(run: Run, requested: str | None) -> Run | None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from src.utils.errors import UserError
 from src.utils.logger import RunLogger
-from src.utils.root import ROOT
+from src.utils.root import ROOT, instead_of
 
 Record = dict[str, Any]  # a line of metrics.jsonl; see `read_run`
 
@@ -147,7 +147,9 @@ def read_run(folder: Path) -> Run:
     A record's `kind` is a string, its `step` an integer of at least 0, and its `time` a float or NaN.
     """
     if not folder.is_dir():
-        raise UserError(f"Cannot read the run {folder}: it does not exist. Give a run's name or folder.")
+        raise UserError(
+            f"Cannot read the run {folder}: it does not exist. Give a run's name or folder.{instead_of(folder)}"
+        )
     log = RunLogger(folder, is_main=False)
     lines = log.records() if (folder / "metrics.jsonl").is_file() else []
     # A Boolean is an integer in Python, but not for `number`.

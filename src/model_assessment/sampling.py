@@ -6,24 +6,27 @@ Shapes: B sequences, T positions, D width, V vocabulary, K candidates for the ne
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from src.attention import KVCache
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
+from src.model_configs.arguments import whole
+from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, convert_weights, load_model
 from src.model_utils.packed_linear import pack_linears
 from src.params import MAX_NEW_TOKENS, MAX_REAL, MAX_SAMPLES, MAX_VOCAB
-from src.utils.errors import UserError, exit_with, harmless, say
+from src.utils.errors import UserError, exit_with, harmless, print_result, say
 from src.utils.hardware import autocast
 
 # Sorting the whole vocabulary takes longer than a small model needs for a token. So many nearly always reach top_p.
@@ -74,9 +77,9 @@ class SamplingConfig:
             raise UserError(f"Cannot sample: {'; '.join(problems)}. Change these settings.")
 
 
-@dataclass
+@dataclass(repr=False)
 class Sample:
-    """One continuation of a prompt."""
+    """One continuation of a prompt. As a string, both."""
 
     prompt: str
     text: str = ""
@@ -89,6 +92,87 @@ class Sample:
     """"end_of_text" (chosen by the model), "stop" (a stop text) or "length"."""
     tokens_per_second: float = 0.0
     """Of all samples of the prompt together."""
+
+    def __str__(self) -> str:
+        return self.prompt + self.text
+
+    def __repr__(self) -> str:
+        return f"<{self.prompt!r} + {self.text!r}, {len(self.tokens)} tokens, ended by {self.finish_reason}>"
+
+
+class TextModel:
+    """A trained model for Python and notebooks, made by `load`.
+
+    `settings` of its methods are fields of SamplingConfig, such as temperature=0.8, top_k=50 or max_new_tokens=100.
+    """
+
+    def __init__(self, checkpoint: str | Path, device: str = "auto", weights: str = "auto") -> None:
+        if weights not in WEIGHT_DTYPES:
+            raise UserError(f"Cannot load weights as {weights!r}: it must be one of {', '.join(WEIGHT_DTYPES)}.")
+        loaded = load_model(checkpoint, device)
+        self.model, self.config = loaded.model, loaded.config
+        self.path, self.step, self.device = loaded.path, loaded.step, loaded.device
+        self.tokenizer = load_tokenizer()
+        self.parameters = count_parameters(self.model)
+        self.precision = convert_weights(self.model, weights, loaded.precision)
+        """The dtype of matmuls."""
+        if self.precision == torch.bfloat16:
+            pack_linears(self.model)
+
+    def __repr__(self) -> str:
+        shape = f"{self.parameters:,} parameters, context {self.config.model.n_ctx:,} tokens"
+        precision = str(self.precision).removeprefix("torch.")
+        return f"<{self.path}: step {self.step:,}, {shape}, {precision} on {self.device}>"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context to call `model` in."""
+        return autocast(self.device, self.precision)
+
+    def generate(self, prompt: str = "", n: int = 1, **settings: Any) -> list[Sample]:
+        """Continues the prompt `n` times. An empty prompt starts a new document. Raises UserError."""
+        if not 1 <= n <= MAX_SAMPLES:
+            raise UserError(f"Cannot draw {n} samples: it must be between 1 and {MAX_SAMPLES:,}.")
+        return sample(self.model, self.tokenizer, [prompt], _sampling_config(settings), n, self.autocast())
+
+    def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
+        """Yields a continuation in pieces while it is generated. Raises UserError."""
+        return stream(self.model, self.tokenizer, prompt, _sampling_config(settings), self.autocast())
+
+    @torch.inference_mode()
+    def logits(self, text: str) -> torch.Tensor:
+        """The logits after each token of `text`, float32 on the CPU, shape (T, V); the last row is for the next token.
+
+        Of a text beyond the context the last n_ctx tokens count. An empty text is the beginning of a document.
+        """
+        ids = _encode(self.tokenizer, text, self.model)[-self.config.model.n_ctx :]
+        with self.autocast():
+            return self.model(torch.tensor([ids], device=self.device))[0].float().cpu()
+
+    @torch.inference_mode()
+    def loss(self, text: str) -> float:
+        """The mean loss of the tokens of `text` as a document, in nats.
+
+        A text beyond the context is read in pieces of n_ctx tokens, each without the ones before. Raises UserError for
+        an empty text.
+        """
+        ids = [*_encode(self.tokenizer, "", self.model), *_encode(self.tokenizer, text, self.model, quiet=True)]
+        if not text:
+            raise UserError("Cannot compute the loss of an empty text.")
+        n_ctx, total = self.config.model.n_ctx, 0.0
+        for begin in range(0, len(ids) - 1, n_ctx):
+            window_T = torch.tensor(ids[begin : begin + n_ctx + 1], device=self.device)
+            with self.autocast():
+                logits_TV = self.model(window_T[None, :-1])[0].float()
+            total += F.cross_entropy(logits_TV, window_T[1:], reduction="sum").item()
+        return total / (len(ids) - 1)
+
+
+def _sampling_config(settings: dict[str, Any]) -> SamplingConfig:
+    names = [each.name for each in fields(SamplingConfig)]
+    if unknown := [name for name in settings if name not in names]:
+        raise UserError(f"Cannot sample with {', '.join(unknown)}. The settings are {', '.join(names)}.")
+    stop = settings.get("stop", ())
+    return SamplingConfig(**settings | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)})
 
 
 def sample(
@@ -247,7 +331,7 @@ def _certain(text: str, stop: tuple[str, ...]) -> int:
     return len(text) - max(beginnings, default=0)
 
 
-def _encode(tokenizer: Tokenizer, prompt: str, model: LLM) -> list[int]:
+def _encode(tokenizer: Tokenizer, prompt: str, model: LLM, quiet: bool = False) -> list[int]:
     """Token ids of a prompt, at least one."""
     ids, n_vocab, n_ctx = tokenizer.encode(prompt) or [tokenizer.end_of_text], model.config.n_vocab, model.config.n_ctx
     if max(ids) >= n_vocab:
@@ -255,7 +339,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, model: LLM) -> list[int]:
             f"Cannot read {prompt!r}: it needs token {max(ids)} of {tokenizer.name}, and the model knows the tokens "
             f"below {n_vocab}. Choose another prompt, or a model trained with this tokenizer."
         )
-    if len(ids) > n_ctx:
+    if len(ids) > n_ctx and not quiet:
         say(f"note: the prompt has {len(ids)} tokens; the model sees only the end of it, at most {n_ctx} tokens")
     return ids
 
@@ -270,15 +354,12 @@ def main() -> int:
         raise UserError("Cannot draw several samples: --stream and --interactive show one. Leave them out.")
     values = {each.name: getattr(args, each.name) for each in fields(SamplingConfig)}
     config = SamplingConfig(**values | {"stop": tuple(args.stop)})
-    loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
-    model = loaded.model
-    precision = convert_weights(model, args.weights, loaded.precision)
-    if precision == torch.bfloat16:
-        pack_linears(model)
+    loaded = TextModel(args.checkpoint, args.device, args.weights)
+    model, tokenizer = loaded.model, loaded.tokenizer
 
     def show(prompt: str, config: SamplingConfig) -> Iterator[str]:
         _show(prompt)
-        for piece in stream(model, tokenizer, prompt, config, autocast(loaded.device, precision)):
+        for piece in stream(model, tokenizer, prompt, config, loaded.autocast()):
             _show(piece)
             yield piece
         _show("\n")
@@ -289,14 +370,14 @@ def main() -> int:
         list(show(prompts[0], config))
     else:
         try:
-            samples = sample(model, tokenizer, prompts, config, args.num_samples, autocast(loaded.device, precision))
+            samples = sample(model, tokenizer, prompts, config, args.num_samples, loaded.autocast())
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
             raise UserError(f"Cannot draw {args.num_samples} samples at once: {error}. Lower --num-samples.") from None
         for each in samples:
             _show(f"{each.prompt}{each.text}\n{'-' * 40}\n")
-        print(json.dumps({"checkpoint": str(loaded.path), "samples": [asdict(each) for each in samples]}))
+        print_result({"checkpoint": str(loaded.path), "samples": [asdict(each) for each in samples]})
     return 0
 
 
@@ -327,24 +408,24 @@ def _show(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.sampling",
-        description="Continue a prompt with a trained model. Prints the texts, then one JSON object as the last line; "
-        "with --stream or --interactive only the text. Control characters are shown as escapes; the JSON has the exact "
-        "texts. Without --prompt a new document begins.",
+        description="Continue a prompt with a trained model. Prints the texts, then, except on a terminal, one JSON "
+        "object as the last line; with --stream or --interactive only the text. Control characters are shown as "
+        "escapes; the JSON has the exact texts. Without --prompt a new document begins.",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
     add("--prompt", action="append", help="text to continue; may be repeated")
-    add("--num-samples", type=int, default=1, help="continuations of each prompt (default: 1)")
+    add("--num-samples", type=whole, default=1, help="continuations of each prompt (default: 1)")
     add("--stream", action="store_true", help="print the continuation while it is generated")
     add("--interactive", action="store_true", help="read one prompt after the other")
-    add("--max-new-tokens", type=int, default=50, help="length of a continuation (default: 50)")
+    add("--max-new-tokens", type=whole, default=50, help="length of a continuation (default: 50)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
-    add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all (default)")
+    add("--top-k", type=whole, default=0, help="keep the k likeliest tokens; 0 keeps all (default)")
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
     add("--min-p", type=float, default=0.0, help="keep tokens this share as likely as the likeliest")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repetitions")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    add("--seed", type=whole, default=0, help="the same seed gives the same text (default: 0)")
     weights = "dtype of the weights; bf16 takes half of the memory (default: bf16 where the device computes with it)"
     add("--weights", default="auto", choices=WEIGHT_DTYPES, help=weights)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))

@@ -31,7 +31,7 @@ from src.model_assessment.sampling import SamplingConfig, stream
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import convert_weights, load_model
 from src.model_utils.packed_linear import pack_linears
-from src.utils.errors import UserError, exit_with, say
+from src.utils.errors import UserError, exit_with, print_result, say
 from src.utils.hardware import autocast
 
 ADDRESS, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
@@ -196,7 +196,8 @@ def main() -> int:
     with Server({"name": name, "facts": facts, "prompt": prompt}, continues, args.port) as server:
         address = f"http://{ADDRESS}:{server.server_port}/"
         say(f"Open {address} in a browser on this machine. Ctrl-C ends it.")
-        print(json.dumps({"address": address, "checkpoint": str(loaded.path)}), flush=True)
+        print_result({"address": address, "checkpoint": str(loaded.path)})
+        sys.stdout.flush()  # a program that waits for the address
         server.serve_forever()
     return 0
 

@@ -4,10 +4,12 @@
 launcher what text it trains on by default and how many processes it takes.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from src.model_configs.arguments import checked
 from src.params import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 
 
@@ -32,6 +34,7 @@ def config_from_command_line(description: str, prog: str = "python pretrain.py")
     """
     import tyro  # only commands need it
 
+    sys.argv[1:] = checked(sys.argv[1:], PRESETS, prog)
     # PYTHONOPTIMIZE=2 strips docstrings.
     presets = {name: ((preset.make.__doc__ or "").partition("\n")[0], preset()) for name, preset in PRESETS.items()}
     return tyro.extras.overridable_config_cli(presets, prog=prog, description=description)

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from src.params import MAX_STEPS, ConfigError, from_dict
-from src.utils.errors import StorageError, UserError
+from src.utils.errors import StorageError, UserError, cause_of
 from src.utils.files import fingerprint, free_bytes, lies_in, move, read_json, set_aside, storage_errors, sync
+from src.utils.root import instead_of
 
 STEP_NAME = re.compile(r"step_([0-9]{7,})")
 _LEFTOVER = re.compile(r"step_[0-9]{7,}\.(tmp|removed)-[0-9]+")
@@ -41,7 +42,7 @@ class Checkpoint:
         try:
             return load_file(self.path / f"{name}.safetensors")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"Cannot read {self.path / name}.safetensors: {error}.") from None
+            raise UserError(f"Cannot read {self.path / name}.safetensors: {cause_of(error)}.") from None
 
 
 def step_dir(root: Path, step: int) -> Path:
@@ -68,7 +69,7 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
         shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
         raise StorageError(
-            f"Cannot save the checkpoint of step {step} in {root}: {error}. It needs {needed:,} bytes, "
+            f"Cannot save the checkpoint of step {step} in {root}: {cause_of(error)}. It needs {needed:,} bytes, "
             f"{free_bytes(root):,} are free; earlier ones are untouched. To resume, fix that and rerun."
         ) from error
     if problem := damage(final, from_disk=True):
@@ -91,7 +92,7 @@ def read_unverified(path: Path) -> Checkpoint:
     try:
         state = read_json(path / "state.json")
     except OSError as error:
-        raise UserError(f"Cannot read {path / 'state.json'}: {error}. Restore it from a copy.") from None
+        raise UserError(f"Cannot read {path / 'state.json'}: {cause_of(error)}. Restore it from a copy.") from None
     if problem := _wrong_claim(path, state):
         raise UserError(f"Cannot use {path / 'state.json'}: {problem}. Restore it from a copy.")
     return Checkpoint(path, state["step"], state)
@@ -132,7 +133,7 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
         cause = "is not a run, a step_* folder or an export" if path.exists() else "does not exist"
         raise UserError(
             f"Cannot load a checkpoint: {path} {cause}. Give a run (its folder, or its name under temp_data/runs), one "
-            "of its checkpoints/step_* folders, or an exported folder."
+            "of its checkpoints/step_* folders, or an exported folder." + instead_of(path)
         )
     checkpoint, rejected = newest_checkpoint(root)
     if checkpoint is None:
@@ -202,7 +203,7 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
     except OSError as error:
         return f"manifest.json: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json is damaged ({error})"
+        return f"manifest.json is damaged ({cause_of(error)})"
     if (match := STEP_NAME.fullmatch(path.name)) and match[1] != f"{step:07}":
         return f"it holds step {step}, another than its name says"
     for name in ("state.json", "model.safetensors"):

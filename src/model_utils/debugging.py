@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from src.params import ModelConfig
+from src.utils.errors import cause_of
 from src.utils.logger import RunLogger
 
 WARM_UP_STEPS = 2  # not recorded: the first one allocates, and may compile
@@ -61,6 +62,6 @@ def _write(folder: Path, first_step: int, log: RunLogger, recording: torch.profi
         table = recording.key_averages().table(sort_by=order, row_limit=30)
         (folder / f"{name}.txt").write_text(table, encoding="utf-8")
     except Exception as error:  # a profile that cannot be written is not worth the run
-        log.info(f"warning: Cannot write the profile in {folder}: {error}")
+        log.info(f"warning: Cannot write the profile in {folder}: {cause_of(error)}")
     else:
         log.info(f"profile: open {trace} at ui.perfetto.dev; {name}.txt lists the slowest operators")

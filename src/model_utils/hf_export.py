@@ -38,7 +38,7 @@ from src.model_utils.llama_format import (
 )
 from src.model_utils.load_model import LoadedModel, load_model
 from src.params import ModelConfig, to_dict
-from src.utils.errors import StorageError, UserError, exit_with, hub_errors, hub_failure, say
+from src.utils.errors import StorageError, UserError, exit_with, hub_errors, hub_failure, print_result, say
 from src.utils.files import fingerprint, new_folder, read_json, size_text, sync
 from src.utils.logger import RunLogger
 
@@ -230,15 +230,16 @@ def main() -> int:
     result: dict[str, Any] = {"export": str(args.out.absolute()), "files": sizes, "seconds": seconds}
     if args.push is not None:
         result["push"] = _push(args.out, files, args.push, args.upload)
-    print(json.dumps(result))
+    listed = ", ".join(f"{name} ({size_text(size)})" for name, size in sizes.items())
+    print_result(result, f"export in {args.out.absolute()}: {listed}; {seconds:.1f} s")
     return 0
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_utils.hf_export",
-        description="Export a trained model: as a folder for transformers, or as GGUF for llama.cpp. Prints one JSON "
-        "object as the last line.",
+        description="Export a trained model: as a folder for transformers, or as GGUF for llama.cpp. Prints one "
+        "JSON object as the last line, on a terminal words.",
     )
     parser.add_argument("--checkpoint", help="a run (folder or name), a step_* folder, or an export in hf")
     parser.add_argument("--out", required=True, type=Path, help="a new folder; with --push alone, an earlier export")

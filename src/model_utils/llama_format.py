@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from src.model import LLM
 from src.params import Config, ModelConfig, TrainConfig, from_dict
-from src.utils.errors import StorageError, UserError
+from src.utils.errors import StorageError, UserError, cause_of
 from src.utils.files import fingerprint, open_regular, read_json
 
 WEIGHTS = "model.safetensors"
@@ -133,11 +133,11 @@ def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor
     except (AttributeError, TypeError, ValueError) as error:  # settings of a wrong type
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder / EXPORT} is damaged ({error}). Copy the folder again.") from None
+        raise UserError(f"{folder / EXPORT} is damaged ({cause_of(error)}). Copy the folder again.") from None
     except StorageError:
         raise
     except (OSError, SafetensorError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Copy the folder again.") from None
+        raise UserError(f"Cannot read {path}: {cause_of(error)}. Copy the folder again.") from None
     with torch.device("meta"):
         parameters = dict(LLM(config).named_parameters())
     expected = llama_tensors(parameters)
@@ -179,9 +179,9 @@ def _config_of_llama(path: Path) -> ModelConfig:
     except UserError:
         raise
     except KeyError as error:
-        raise UserError(f"Cannot use {path}: {error} is missing. Save the model again.") from None
+        raise UserError(f"Cannot use {path}: {cause_of(error)}. Save the model again.") from None
     except (AttributeError, TypeError, ZeroDivisionError, ValueError) as error:  # ConfigError is a ValueError
-        reason = "; ".join(getattr(error, "problems", [])) or repr(error)
+        reason = "; ".join(getattr(error, "problems", [])) or cause_of(error)
         raise UserError(f"Cannot use {path}: {reason}. Save the model again.") from None
     return config
 

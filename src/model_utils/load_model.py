@@ -2,7 +2,7 @@
 
 import os
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,37 @@ def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
     A bare name means a run under temp_data/runs, or else a folder here; ./NAME always means a folder. Raises UserError
     for one that is missing, damaged or of another architecture.
     """
-    path = run_dir(str(checkpoint))
-    if not path.exists() and Path(checkpoint).exists():
-        path = Path(checkpoint).absolute()
-    is_export = is_model_folder(path) or os.path.lexists(path / EXPORT)
-    config, tensors, path, step, dataset_sha256 = _read_export(path) if is_export else _read_checkpoint(path)
+    config, tensors, path, step, dataset_sha256 = _read(checkpoint)
     chosen = choose_device(device)
     with torch.device("meta"):  # no memory, and no initial values to compute
         model = LLM(config.model)
     load_weights(model, tensors, path, assign=True)
     precision = choose_precision(config.train.precision, chosen)
     return LoadedModel(model.to(chosen).eval(), config, path, step, dataset_sha256, chosen, precision)
+
+
+def read_initial(config: Config) -> tuple[dict[str, torch.Tensor], Path, int]:
+    """The weights that `config.init_from` names, by our names, with their path and step.
+
+    Raises UserError for one that is missing or damaged, and for a model of another architecture, with its settings.
+    """
+    origin, tensors, path, step, _ = _read(config.init_from)
+    theirs, ours = asdict(origin.model), asdict(config.model)
+    # Neither changes the meaning of a weight.
+    free = ("n_ctx", "residual_dropout", "ffn_dropout", "zero_init")
+    if different := [name for name in ours if name not in free and theirs[name] != ours[name]]:
+        lines = [f"\n  - model.{name}: {theirs[name]} there, {ours[name]} here" for name in different]
+        options = [name.replace("_", "-") for name in different]
+        given = [
+            f"--model.{'' if theirs[name] else 'no-'}{option}"
+            if isinstance(theirs[name], bool)
+            else f"--model.{option} {theirs[name]}"
+            for name, option in zip(different, options, strict=True)
+        ]
+        raise UserError(
+            f"Cannot start from {path}: it is another model:{''.join(lines)}\nTake its settings: {' '.join(given)}"
+        )
+    return tensors, path, step
 
 
 def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, assign: bool = False) -> None:
@@ -88,8 +108,17 @@ def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtyp
     return torch.bfloat16
 
 
+def _read(checkpoint: str | Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
+    """The config, weights by our names, path, step and the dataset's sha256, as in LoadedModel."""
+    path = run_dir(str(checkpoint))
+    if not path.exists() and Path(checkpoint).exists():
+        path = Path(checkpoint).absolute()
+    is_export = is_model_folder(path) or os.path.lexists(path / EXPORT)
+    return _read_export(path) if is_export else _read_checkpoint(path)
+
+
 def _read_checkpoint(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
-    """The run's config, weights by our names, path, step and the dataset's sha256, as in LoadedModel."""
+    """The same as `_read`."""
     checkpoint, rejected = find_checkpoint(path)
     for reason in rejected:
         say(f"warning: passed over a damaged checkpoint: {reason}")
@@ -98,7 +127,7 @@ def _read_checkpoint(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path,
 
 
 def _read_export(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
-    """The same as `_read_checkpoint`."""
+    """The same as `_read`."""
     if any(path.glob("*.gguf")):
         raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
     origin = read_origin(path, "config.json", WEIGHTS)

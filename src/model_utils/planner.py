@@ -14,7 +14,6 @@ if __name__ == "__main__":
     end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from src.model_utils.debugging import flops_per_token
 from src.model_utils.memory_estimate import FLOAT32, Memory, Step, estimate_memory, parameter_counts
 from src.model_utils.muon import Muon
 from src.params import Config, ConfigError, divisors
-from src.utils.errors import EXIT_DONE, UserError, exit_with, say
+from src.utils.errors import EXIT_DONE, UserError, exit_with, print_result, say
 from src.utils.files import size_text
 from src.utils.hardware import PEAK_BF16_TFLOPS, choose_device, choose_precision
 
@@ -281,7 +280,7 @@ def main() -> int:
     else:
         result |= plan_here(config)
     say("\n".join(_lines(result)))
-    print(json.dumps(result))
+    print_result(result)  # its words are on stderr
     return EXIT_DONE
 
 

@@ -6,7 +6,6 @@ below, and any other class or function is refused.
 """
 
 import argparse
-import json
 import time
 import zipfile
 from dataclasses import dataclass, replace
@@ -22,7 +21,16 @@ from src.model import LLM
 from src.model_configs.my_llm_config import lf_llm_269m
 from src.model_utils.checkpoint_utils import save_checkpoint, step_dir
 from src.params import Config, DataConfig, ModelConfig, to_dict
-from src.utils.errors import UserError, connection_advice, exit_with, hub_answers, hub_errors, hub_failure, say
+from src.utils.errors import (
+    UserError,
+    connection_advice,
+    exit_with,
+    hub_answers,
+    hub_errors,
+    hub_failure,
+    print_result,
+    say,
+)
 from src.utils.files import fingerprint, new_folder
 from src.utils.logger import RunLogger
 from src.utils.root import run_dir
@@ -168,7 +176,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_utils.reference_import",
         description="Make a run of a checkpoint file of the reference implementation, for sampling, evaluation and "
-        "export. The file is read as data; nothing in it is run. Prints one JSON object as the last line.",
+        "export. The file is read as data; nothing in it is run. Prints one JSON object as the last line, on a "
+        "terminal words.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="the file, .pth")
@@ -189,7 +198,10 @@ def main() -> int:
             raise hub_failure(f"get {file} of {repository} from", error, remedy) from error
     say(f"reading {path}")
     summary = import_reference(path, args.run_name)
-    print(json.dumps({**summary, "seconds": round(time.perf_counter() - started, 3)}))
+    print_result(
+        {**summary, "seconds": round(time.perf_counter() - started, 3)},
+        f"run {args.run_name}, step {summary['step']:,}: {summary['parameters']:,} parameters, in {summary['run']}",
+    )
     return 0
 
 

@@ -9,11 +9,11 @@ import torch
 
 from src.model import LLM
 from src.model_utils import checkpoint_utils
-from src.model_utils.adamw_opt import load_optimizer_tensors, optimizer_tensors
+from src.model_utils.adamw_opt import learning_rate, load_optimizer_tensors, optimizer_tensors
 from src.model_utils.checkpoint_utils import Checkpoint
 from src.model_utils.load_model import load_weights
 from src.params import Config, from_dict, to_dict
-from src.utils.errors import UserError
+from src.utils.errors import UserError, cause_of
 from src.utils.handle_ddp import Processes
 from src.utils.logger import RunLogger
 
@@ -100,8 +100,8 @@ class TrainingState:
                 raise
             except (LookupError, TypeError, RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"Cannot resume: {checkpoint.path / name}.safetensors does not fit: {error}. Restore it from a "
-                    "copy, or resume from an earlier step with --resume STEP."
+                    f"Cannot resume: {checkpoint.path / name}.safetensors does not fit: {cause_of(error)}. Restore it "
+                    "from a copy, or resume from an earlier step with --resume STEP."
                 ) from error
 
 
@@ -174,13 +174,39 @@ def check_settings(
     state = checkpoint.state
     saved = _deciding(from_dict(state["config"]), state["dataset_sha256"], state["precision"])
     now = _deciding(config, dataset_sha256 or state["dataset_sha256"], precision or state["precision"])
-    different = [f"{name}: checkpoint {saved[name]}, now {now[name]}" for name in now if saved[name] != now[name]]
-    if different:
+    names = [name for name in now if saved[name] != now[name]]
+    only_length = set(names) <= {"train.total_steps", "optim.warmup_steps"}
+    reason = _cannot_change_length(checkpoint, config) if only_length else ""
+    if reason or not only_length:
         raise UserError(
-            f"Cannot resume from {checkpoint.path}: it belongs to another configuration:\n  - "
-            + "\n  - ".join(different)
-            + f"\nUse the old settings, another --run-name, or {START_OVER}."
+            f"Cannot resume from {checkpoint.path}: it belongs to another configuration:"
+            + "".join(f"\n  - {name}: checkpoint {saved[name]}, now {now[name]}" for name in names)
+            + f"\n{reason}Use the old settings, another --run-name, or {START_OVER}."
         )
+
+
+def _cannot_change_length(checkpoint: Checkpoint, config: Config) -> str:
+    """The reason why a run cannot continue with another number of steps; "" where it has not mattered until now.
+
+    It has not where every step so far would have had the same learning rate.
+    """
+    before, done = from_dict(checkpoint.state["config"]), checkpoint.step
+    if config.total_steps < done:
+        return f"The run has done {done} steps already. "
+    pairs = [(each.total_steps, each.warmup_steps, each.optim) for each in (before, config)]
+    for step in range(done):
+        if learning_rate(step, *pairs[0]) == learning_rate(step, *pairs[1]):
+            continue
+        if config.warmup_steps != before.warmup_steps:
+            return f"Keep the warm-up of the steps done: --optim.warmup-steps {before.warmup_steps}. "
+        steps = [each for each in checkpoint_utils.checkpoint_steps(checkpoint.path.parent) if each <= step]
+        earlier = f"Continue from before with --resume {steps[-1]}, or " if steps else ""
+        train = f"{earlier or 'No checkpoint from before is kept: '}train a new run from these weights"
+        return (
+            f"The learning rate fell from step {step} on, towards the end at step {before.total_steps}. {train} with "
+            f"--init-from {before.run_name} --run-name OTHER. "
+        )
+    return ""
 
 
 def _deciding(config: Config, dataset_sha256: str, precision: str) -> dict[str, Any]:
@@ -188,6 +214,7 @@ def _deciding(config: Config, dataset_sha256: str, precision: str) -> dict[str, 
     groups = to_dict(config)
     settings = {f"{group}.{name}": value for group in ("model", "optim") for name, value in groups[group].items()}
     settings |= {f"train.{name}": groups["train"][name] for name in ("seed", "batch_tokens")}
+    settings["init_from"] = config.init_from
     settings |= {"train.total_steps": config.total_steps, "optim.warmup_steps": config.warmup_steps}
     return settings | {"data (sha256 of its manifest)": dataset_sha256, "train.precision": precision}
 

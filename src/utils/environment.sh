@@ -43,7 +43,7 @@ choose_python() {
     base=$(_first_python) || exit 2
     if missing=$(_missing "$base" "$requirements"); then
         PYTHON=$base
-        say "environment: the active Python has the packages of $requirements ($PYTHON)"
+        [ -n "${QUIET:-}" ] || say "environment: the active Python has the packages of $requirements ($PYTHON)"
         return
     fi
     PYTHON=$venv/bin/python
@@ -52,7 +52,7 @@ choose_python() {
         flock --nonblock 9 || { say "environment: waiting for another launcher that makes .venv" && flock 9; }
     fi
     if [ -x "$PYTHON" ] && missing=$(_missing "$PYTHON" "$requirements"); then
-        say "environment: .venv has the packages of $requirements"
+        [ -n "${QUIET:-}" ] || say "environment: .venv has the packages of $requirements"
     else
         say "environment: installing $requirements into .venv, which takes minutes; missing: $missing"
         _install "$base cannot make $venv. On Debian and Ubuntu, install python3-venv." "$base" -m venv "$venv"

@@ -1,7 +1,9 @@
-"""Exit codes, the errors behind them, and how messages are printed."""
+"""Exit codes, the errors behind them, and how messages and results are printed."""
 
 import io
+import json
 import os
+import re
 import ssl
 import sys
 import time
@@ -120,6 +122,21 @@ class _Patient(io.FileIO):
             return len(data)  # kept, it would fail again at the interpreter's end, and change the exit code
 
 
+def cause_of(error: BaseException) -> str:
+    """The cause of an error that a library or Python raised, without Python's own words."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, KeyError):
+        return f"{error.args[0] if error.args else 'a field'} is missing"
+    if match := re.search(r"unexpected keyword argument '(\w+)'|required positional arguments?: (.*)", str(error)):
+        return f"the field {match[1]} is unknown" if match[1] else f"fields are missing: {match[2]}"
+    if isinstance(error, (TypeError, AttributeError, IndexError)):  # in a file's fields
+        return "a field is missing or of a wrong type"
+    return str(error)
+
+
 def hub_errors() -> tuple[type[Exception], ...]:
     """Return the errors that the Hugging Face hub's client raises, for an `except` clause.
 
@@ -212,6 +229,14 @@ def harmless(text: str, keep: str = "") -> str:
         else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def print_result(result: dict[str, Any], text: str = "") -> None:
+    """Prints a command's result on stdout: `text`, if any, on a terminal; elsewhere `result` as JSON, the last line."""
+    if not sys.stdout.isatty():
+        print(json.dumps(result))
+    elif text:
+        print(harmless(text, keep="\n\t"))
 
 
 def say(line: str) -> None:

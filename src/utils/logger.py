@@ -120,15 +120,21 @@ class RunLogger:
         return {(record["kind"], record["step"]) for record in self.records()}
 
     def forget_after(self, step: int) -> None:
-        """Drops the records of later steps and a half-written last line, so that a resumed run repeats none.
+        """Drops the records of later steps, the training line of a stop, and a half-written last line.
+
+        So a resumed run repeats none and has the lines of one that never stopped.
 
         Raises StorageError where the file cannot be rewritten.
         """
         path = self.run_dir / "metrics.jsonl"
         records = self.records()
+
+        def keep(record: dict[str, Any]) -> bool:
+            return record["step"] <= step and not record.get("stopped")
+
         with storage_errors(path):
             if self.is_main and path.exists():
-                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if record["step"] <= step]
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if keep(record)]
                 self._replace("metrics.jsonl", "".join(lines))
 
     def before_save(self) -> None:

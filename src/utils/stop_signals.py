@@ -4,8 +4,12 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from threading import Thread
+
+from src.utils.errors import EXIT_INTERRUPTED, say
 
 # A scheduler's end of a job, Ctrl-C, a scheduler's early warning, and a closed terminal or connection.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -33,16 +37,59 @@ def end_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class StopRequest:
+    """Called, it names the first stop signal received, or returns ""."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.answer: Callable[[], str] = lambda: ""
+        """Says what follows the first signal, for the console; called in another thread."""
+
+    def __call__(self) -> str:
+        return signal.Signals(self.received[0]).name if self.received else ""
+
+
 @contextmanager
-def stop_on_signals() -> Iterator[Callable[[], str]]:
-    """Yields a function that names the first stop signal received inside the block, or ""; later ones are ignored."""
-    received: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in heeded_signals()}
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Yields the request to stop by a signal inside the block. Later signals are ignored, except a second Ctrl-C.
+
+    That one ends the process at once, with exit code 130.
+    """
+    request = StopRequest()
+    previous = {s: signal.signal(s, lambda number, _: request.received.append(number)) for s in heeded_signals()}
+    # A backward pass keeps Python's own handlers waiting for seconds. This pipe receives the number at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    Thread(target=_answer_signals, args=(reader, request), daemon=True).start()
     try:
-        yield lambda: signal.Signals(received[0]).name if received else ""
+        yield request
     finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)  # ends the thread
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def second_ctrl_c_quits() -> bool:
+    """True if a second Ctrl-C ends the run: not under a torchrun that passes one Ctrl-C on as two."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or "LAUNCHER_PID" in os.environ
+
+
+def _answer_signals(reader: int, request: StopRequest) -> None:
+    asked: float | None = None
+    while numbers := os.read(reader, 64):
+        for number in (number for number in numbers if number in STOP_SIGNALS):
+            if asked is None:
+                asked = time.monotonic()
+                with suppress(Exception):  # the stop itself does not depend on what is said
+                    if text := request.answer():
+                        say(text)
+            # A person needs longer; programs between the terminal and this one may repeat a signal.
+            elif number == signal.SIGINT and time.monotonic() - asked > 1 and second_ctrl_c_quits():
+                say("quitting without saving")
+                os._exit(EXIT_INTERRUPTED)
+    os.close(reader)
 
 
 def follow_launcher() -> None:

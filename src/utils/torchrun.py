@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
     end_at_once_on_ctrl_c()
     follow_launcher()
 
+import glob
 import logging
 import os
 import signal
@@ -19,12 +20,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from src.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, FINAL_CODES, patient_streams, recorded_exit_code, say
+from src.utils.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    FINAL_CODES,
+    patient_streams,
+    recorded_exit_code,
+    say,
+)
 
 EXIT_LOST_MACHINE = 69  # the launcher reports it as 1; a restart would wait for that machine again
 _stopped_at: list[float] = []
@@ -37,6 +48,7 @@ def main() -> int:
     logging.disable(logging.CRITICAL)  # torchrun's own lines; the processes print theirs
     for number in heeded_signals():
         signal.signal(number, _stop_once)
+    signal.signal(signal.SIGUSR2, _quit)
     with tempfile.NamedTemporaryFile(prefix="exit-code-") as file:
         os.environ["EXIT_CODE_FILE"] = file.name
         try:
@@ -81,6 +93,15 @@ def _stop_once(number: int, _: object) -> None:
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise SignalException(f"stopped by {signal.Signals(number).name}", signal.Signals(number))
+
+
+def _quit(*_: object) -> None:
+    """Ends this process and its children at once: the launcher passes on a second Ctrl-C as SIGUSR2."""
+    for path in glob.glob("/proc/self/task/*/children"):
+        with suppress(OSError), open(path) as file:
+            for child in file.read().split():
+                os.kill(int(child), signal.SIGKILL)
+    os._exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from src import launcher_settings
-from src.data_processing import data_downloader
+from src.data_processing import data_downloader, text_sources
 from src.data_processing.data_downloader import prepare, repair, verify
 from src.data_processing.shards import check_shard, read_manifest
 from src.utils import root
@@ -81,7 +81,7 @@ def test_a_file_more_or_less_is_another_request(tmp_path: Path) -> None:
         write_json_lines(tmp_path / f"{name}.jsonl", some_texts(10))
     prepare(request(tmp_path / "*.jsonl"), tmp_path / "out", 1)
     (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
-    with pytest.raises(UserError, match=r"/a.jsonl was sha256 \S+, is absent; \S+/c.jsonl was absent, is sha256"):
+    with pytest.raises(UserError, match=r"/a.jsonl is gone; \S+/c.jsonl is new"):
         prepare(request(tmp_path / "*.jsonl"), tmp_path / "out", 1)
 
 
@@ -110,7 +110,7 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "files", "--path", "{}", "--out", "{}/one.txt/x"], 4, "annot write", id="unwritable"),
         pytest.param(["--source", "files", "--out", "x"], 2, "needs --path", id="no path"),
         pytest.param(["--source", "files", "--path", "", "--out", "x"], 2, "option is empty", id="empty path"),
-        pytest.param(["--source", "files", "--path", "{}/one.txt"], 2, "--out DIR is needed", id="no out"),
+        pytest.param(["--verify"], 2, "--out DIR is needed", id="no out"),
         pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
         pytest.param(["--source", "pydocs", "--dataset", "a/b"], 2, "is for --source hub", id="needless dataset"),
         pytest.param(
@@ -239,6 +239,26 @@ def test_a_shard_around_the_validation_documents(tmp_path: Path) -> None:
         (out / manifest.train[0].file).unlink()
         repair(out, 1)
         assert contents(out) == before
+
+
+def test_a_dataset_from_before_long_texts_were_divided_is_repaired_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(f"line {number}\n" * 10_000)
+    files = sorted(tmp_path.glob("*.txt"))
+    folder, divided = tmp_path / "out", prepare(request(tmp_path), tmp_path / "divided", 1)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(
+            text_sources, "open_files", lambda *_: [text_sources.Files(str(tmp_path), files, "text", False)]
+        )
+        whole = prepare(request(tmp_path), folder, 1)
+    assert (whole.counts["documents"], divided.counts["documents"]) == (2, 8)
+    before = contents(folder)
+    (folder / whole.train[0].file).unlink()
+    repair(folder, 1)
+    assert contents(folder) == before
+    assert prepare(request(tmp_path), folder, 1) == whole  # and is still taken for what the request describes
 
 
 def test_a_source_that_has_changed_cannot_mend(tmp_path: Path) -> None:

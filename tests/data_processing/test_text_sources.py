@@ -38,6 +38,18 @@ def test_each_kind_of_file(tmp_path: Path) -> None:
     assert texts_of(tmp_path) == ["one\ntext\n", "# two", "three", "fo\u2028ur", "", "five", "six", ""]
 
 
+@pytest.mark.parametrize("between", ["\n\n", "\n"], ids=["paragraphs", "lines"])
+def test_a_book_is_divided_at_ends_of_paragraphs_or_lines(tmp_path: Path, between: str) -> None:
+    book = between.join(f"{number} " + "word " * 40 for number in range(500))
+    (tmp_path / "book.txt").write_text(book)
+    (tmp_path / "short.txt").write_text(between.join(["a short one"] * 100))
+    *parts, short = texts_of(tmp_path)
+    assert between.join(parts) == book
+    assert between.join(["a short one"] * 100) == short
+    assert all(16_384 <= len(part) <= 2 * 16_384 for part in parts)
+    assert len(parts) > 4
+
+
 def test_bytes_that_are_not_utf8_become_lone_surrogates(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')

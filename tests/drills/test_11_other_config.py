@@ -1,10 +1,20 @@
-"""Drill 11: the checkpoint of another configuration."""
+"""Drill 11: the checkpoint of another configuration; more steps for a run, and a new run from another's weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from tests.conftest import Commands
-from tests.drills.small_run import SAYING_WHEN_THE_MODEL_IS_BUILT, refusal, start, start_with
+from tests.drills.small_run import (
+    SAYING_WHEN_THE_MODEL_IS_BUILT,
+    assert_same_run,
+    module,
+    refusal,
+    start,
+    start_with,
+)
 
 
 def test_what_differs_is_listed_and_nothing_is_loaded(commands: Commands, dataset: Callable[..., Path]):
@@ -31,3 +41,67 @@ def test_what_differs_is_listed_and_nothing_is_loaded(commands: Commands, datase
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "\n  - data (sha256 of its manifest): checkpoint " in message
     assert message.count("\n  - ") == 1
+
+
+def test_more_steps_where_the_learning_rate_has_not_begun_to_fall(commands: Commands, dataset: Callable[..., Path]):
+    """As if it had been planned so from the start, to the bit; refused with the remedy where it has."""
+    data, runs = dataset(train_tokens=[900, 900], n_vocab=300), commands.temp_data / "runs"
+    schedule = ("--optim.decay-ratio", "0.5", "--optim.warmup-steps", "2", "--checkpoint.keep-every-steps", "2")
+    assert start(commands, data, *schedule, "--train.total-steps", "6").returncode == 0
+    longer = (*schedule, "--train.total-steps", "10")
+    message = refusal(commands, data, *longer)
+    assert "\n  - train.total_steps: checkpoint 6, now 10\n" in message
+    assert (
+        "The learning rate fell from step 5 on, towards the end at step 6. Continue from before with --resume 4, or "
+        in message
+    )
+    assert "train a new run from these weights with --init-from drill --run-name OTHER." in message
+    message = refusal(commands, data, *longer, "--resume", "2", "--optim.warmup-steps", "3")
+    assert "Keep the warm-up of the steps done: --optim.warmup-steps 2." in message
+    assert "The run has done 6 steps already." in refusal(commands, data, *schedule, "--train.total-steps", "5")
+    extended = start(commands, data, *longer, "--resume", "4")
+    assert extended.returncode == 0, extended.stderr
+    assert start(commands, data, *longer, "--run-name", "planned").returncode == 0
+    assert_same_run(runs / "drill", runs / "planned", 10)
+
+
+def test_a_new_run_from_anothers_weights(commands: Commands, dataset: Callable[..., Path]):
+    """On other data, with another schedule; the new run does not need the old one once it has begun."""
+    data, runs = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs"
+    assert start(commands, data).returncode == 0
+    other = dataset(train_tokens=[800], n_vocab=300, name="other")
+    settings = ("--run-name", "tuned", "--init-from", "drill", "--optim.max-lr", "1e-4", "--model.n-ctx", "32")
+    checks = module(commands, "src.preflight", "debug", "--data.dir", str(other), *settings, *MODEL)
+    assert "the weights of " in checks.stderr
+    assert "step 4; training starts at step 0" in checks.stderr
+    saying = start_with(commands, SAYING_THE_SUM, other, *settings)
+    assert saying.returncode == 0, saying.stderr
+    trained = load_file(runs / "drill/checkpoints/step_0000004/model.safetensors")["embedding.weight"]
+    assert f"sum {trained.double().sum().item()}\n" in saying.stdout
+    settings_of_run = json.loads((runs / "tuned/config.json").read_text())
+    assert settings_of_run["config"]["init_from"] == "drill"
+    assert settings_of_run["init_from"] == {"path": str(runs / "drill/checkpoints/step_0000004"), "step": 4}
+    message = refusal(commands, other, *settings, "--init-from", "")
+    assert "init_from: checkpoint drill, now " in message
+
+    wider = ("--run-name", "wider", "--init-from", "drill", "--model.n-embd", "32", "--model.no-bias")
+    refused = start(commands, data, *wider)
+    assert refused.returncode == 2
+    assert "model.n_embd: 16 there, 32 here\n  - model.bias: True there, False here" in refused.stderr
+    assert "Take its settings: --model.n-embd 16 --model.bias" in refused.stderr
+    assert "The runs in " in start(commands, data, "--run-name", "x", "--init-from", "dril").stderr
+    (runs / "drill").rename(runs / "gone")
+    assert start(commands, other, *settings).returncode == 0
+
+
+MODEL = ("--model.n-vocab", "300", "--model.n-embd", "16", "--model.n-head", "2", "--model.n-layer", "2")
+SAYING_THE_SUM = """
+import pretrain
+run_steps = pretrain.run_steps
+
+def saying(run, *others):
+    print("sum", run.state.model.embedding.weight.detach().double().sum().item())
+    return run_steps(run, *others)
+
+pretrain.run_steps = saying
+"""

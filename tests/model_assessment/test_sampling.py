@@ -2,15 +2,17 @@
 
 import io
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import ANY, Mock
 
 import pytest
 import torch
 
+from src import load
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment.sampling import (
@@ -28,6 +30,8 @@ from src.model_assessment.sampling import (
 from src.model_utils.weight_init import init_weights
 from src.params import ModelConfig
 from src.utils.errors import UserError, harmless
+from src.utils.root import ROOT
+from tests.conftest import Commands
 from tests.model_utils.exports import make_run, small_model
 
 
@@ -46,6 +50,50 @@ def word_model() -> LLM:
     model = LLM(config).eval()
     init_weights(model, config, seed=0)
     return model
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "words", small_model())
+
+
+def test_from_python(words: Path):
+    model, config = load(words, "cpu", "float32"), SamplingConfig(5, 0.8, seed=3)
+    tokenizer, inner = load_tokenizer(), small_model().eval()
+    assert model.generate("Once", n=2, max_new_tokens=5, temperature=0.8, seed=3) == [
+        replace(each, tokens_per_second=ANY) for each in sample(inner, tokenizer, ["Once"], config, 2)
+    ]
+    assert (
+        "".join(model.stream("Once", max_new_tokens=5, temperature=0.8, seed=3))
+        == model.generate("Once", max_new_tokens=5, temperature=0.8, seed=3)[0].text
+    )
+    assert repr(model).startswith(f"<{words}/checkpoints/step_0000040: step 40, ")
+    (one,) = model.generate("Once", max_new_tokens=2)
+    assert str(one) == "Once" + one.text
+    assert len(repr(one)) < 100
+    with pytest.raises(UserError, match=r"Cannot sample with tempreature\. The settings are max_new_tokens"):
+        model.generate("Once", tempreature=1)
+
+
+@pytest.mark.parametrize("repeats", [1, 40])
+def test_the_loss_of_a_text_and_its_logits(words: Path, repeats: int):
+    """Also of a text longer than the context: then in pieces."""
+    model, inner = load(words, "cpu", "float32"), small_model().eval()
+    text = "Once upon a time there was a text. " * repeats
+    ids, n_ctx = [50_256, *load_tokenizer().encode(text)], inner.config.n_ctx
+    logits = torch.cat(
+        [inner(torch.tensor([ids[begin : begin + n_ctx]]))[0] for begin in range(0, len(ids) - 1, n_ctx)]
+    )
+    log_probs = logits.detach().double().log_softmax(-1)[: len(ids) - 1]
+    expected = -log_probs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].mean().item()
+    assert model.loss(text) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(model.logits(text), inner(torch.tensor([ids[1:][-n_ctx:]]))[0].detach())
+
+
+def test_importing_the_entry_takes_no_torch(commands: Commands):
+    """In a notebook's folder too, where a link leads to the package."""
+    program = "import sys; from src import load; print('torch' in sys.modules, load.__module__)"
+    assert commands.run([sys.executable, "-c", program], cwd=ROOT / "notebooks").stdout == "False src\n"
 
 
 def tokens(model: LLM, prompts: list[list[int]], config: SamplingConfig, **options) -> list[list[int]]:

@@ -111,3 +111,11 @@ def test_a_progress_bar_is_for_terminals_and_a_file_holds_lines_only(tmp_path: P
         assert b"loss=2.500" in said
     else:
         assert said == b"first line\nsecond line\n"
+
+
+def test_the_training_line_of_a_stop_goes_at_the_resume(tmp_path: Path):
+    log = RunLogger(tmp_path, is_main=True)
+    log.metric("train", 2, loss=1.0)
+    log.metric("train", 3, loss=2.0, stopped=True)
+    log.forget_after(3)
+    assert [record["step"] for record in log.records()] == [2]
