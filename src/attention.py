@@ -26,9 +26,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
         """Attends to the positions in `cache` and those of `x_BTD`, which are added to it. Returns (B, T, D)."""
         B, T, D = x_BTD.shape
-        q, k, v = (
-            part.view(B, T, self.config.n_head, self.config.head_dim) for part in self.qkv_proj(x_BTD).split(D, dim=-1)
-        )
+        q, k, v = self.qkv_proj(x_BTD).view(B, T, 3, self.config.n_head, self.config.head_dim).unbind(2)
         if self.config.qk_norm:
             # In float32, because a bf16 input with a float32 gain would not reach the fused kernel.
             q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
