@@ -301,6 +301,7 @@ def prepare(
         hardware.keep_freed_memory()
     if procs.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # bf16 matmuls add up in float32
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)  # on the CPU, so that every device starts from the same bits
     model.to(procs.device).train()
