@@ -283,6 +283,9 @@ def find_checkpoint(
         pairs.append((checkpoint.state["world_size"], procs.world_size))
         exact = all(before == after or "auto" in (before, after) for before, after in pairs)
         other = "" if exact else "; micro-batch, compile or processes differ: the same samples, but not the same bits"
+        was_deterministic = saved.get("deterministic", False)  # a checkpoint may be older than the setting
+        if not other and procs.device.type == "cuda" and not (was_deterministic and now.deterministic):
+            other = "; without --train.deterministic the same samples, but on a GPU not the same bits"
         log.event("resume", step, f"from {checkpoint.path.name} of {config.total_steps} steps{other}")
     return checkpoint
 
@@ -302,6 +305,10 @@ def prepare(
     if procs.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # bf16 matmuls add up in float32
+        if config.train.deterministic:  # the backward pass of attention, above all
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.utils.deterministic.fill_uninitialized_memory = False  # everything here is written before it is read
+        torch.use_deterministic_algorithms(config.train.deterministic)
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)  # on the CPU, so that every device starts from the same bits
     model.to(procs.device).train()

@@ -142,7 +142,7 @@ def group_of_one() -> Iterator[None]:
 
 @pytest.mark.parametrize("is_first", [False, True], ids=["compiled before", "compiled inside"])
 def test_ddp_adds_no_graphs(tiny_config: ModelConfig, group_of_one: None, is_first: bool):
-    """One for the blocks and one for the softmax. A block is larger than DDP's first bucket, which would cut its graph."""
+    """One for the blocks, one for the softmax. A block is larger than DDP's first bucket, which would cut its graph."""
     torch._dynamo.reset()
     backend = CountingBackend()
     forward: torch.nn.Module = CompiledForward(LLM(replace(tiny_config, n_embd=384)), backend=backend)
