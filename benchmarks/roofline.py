@@ -18,7 +18,7 @@ from src.utils.errors import exit_with
 
 PADDED_VOCAB = 50_304
 ADAMW_BYTES, CLIP_BYTES = 28, 12  # per parameter and step: four tensors read, three written; norm, then scaling
-MUON_BYTES = 58  # momentum and update 16, stacking and casting 14, decay and step 20, one pass of the products 8
+MUON_SHARED_BYTES = 60  # of a matrix, in one process: the update 20, casting and scaling 10, five times three products
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ GPUS = {
 
 # GB a micro-batch of Triton kernels in blocks, and launches of all kinds: before and after this work (LOG.md). Inductor's
 # count, less what it counts twice in the kernel that applies rotary positions.
+# The last number: Muon's bytes per parameter in every process, for momentum (12), decay and step (18); before also for
+# the updates of all matrices.
 COUNTED = {
-    "lf_llm_269m": {"before": (111.9, 974), "now": (105.3, 958)},
-    "lf_llm_269m_fast": {"before": (102.5, 864), "now": (91.5, 784)},
+    "lf_llm_269m": {"before": (111.9, 974, 0), "now": (105.3, 942, 0)},
+    "lf_llm_269m_fast": {"before": (102.4, 1_090, 58), "now": (91.5, 1_034, 30)},
 }
 
 
@@ -59,7 +61,7 @@ def main() -> None:
     print(json.dumps({"preset": args.preset, "gpus": args.gpus, "is_prediction": True, **result}))
 
 
-def predict(preset: str, gpu: GPU, gpus: int, block_gb: float, launches: int) -> dict[str, float]:
+def predict(preset: str, gpu: GPU, gpus: int, block_gb: float, launches: int, muon_bytes: int) -> dict[str, float]:
     """Return milliseconds a micro-batch by kind of work, their sum, tokens a second of one GPU, and MFU."""
     config = PRESETS[preset]()
     model, N = config.model, config.micro_batch_size * config.model.n_ctx
@@ -69,7 +71,9 @@ def predict(preset: str, gpu: GPU, gpus: int, block_gb: float, launches: int) ->
     in_adamw = parameters - in_blocks if config.optim.optimizer == "muon" else parameters
     muon_ms = 0.0
     if config.optim.optimizer == "muon":
-        muon_ms = optimizer_flops(config) / gpus / matmul + MUON_BYTES * in_blocks / bandwidth
+        muon_ms = optimizer_flops(config) / gpus / matmul + (
+            (muon_bytes + MUON_SHARED_BYTES / gpus) * in_blocks / bandwidth
+        )
         muon_ms += 2 * in_blocks / (LINK_GB_PER_S * 1e6) if gpus > 1 else 0.0
     times = {
         "matmuls of blocks": 6 * in_blocks * N / matmul,

@@ -28,8 +28,9 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         q, k, v = self.qkv_proj(x_BTD).view(B, T, 3, self.config.n_head, self.config.head_dim).unbind(2)
         if self.config.qk_norm:
-            # In float32, because a bf16 input with a float32 gain would not reach the fused kernel.
-            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+            # In the gain's dtype, float32 in training, because others would not reach the fused kernel.
+            dtype = self.q_norm.weight.dtype
+            q, k = self.q_norm(q.to(dtype)).to(v.dtype), self.k_norm(k.to(dtype)).to(v.dtype)
         past = cache.length if cache else 0
         cos, sin = rope_tables(self.config.n_ctx, self.config.head_dim, self.config.rope_theta, x_BTD.device)
         cos_T1K2, sin_T1K2 = cos[past : past + T, None], sin[past : past + T, None]  # the same for all heads

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -172,11 +173,11 @@ def test_processes_share_the_cores_for_compiling(tiny_config: ModelConfig, monke
     monkeypatch.setattr(autotune, "available_cores", lambda: 9)
     monkeypatch.setattr(autotune, "processes_here", lambda: 4)
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 32)
     train = TrainConfig(batch_tokens=4 * 16, micro_batch_size=4, total_steps=10, compile="on")
     for local_rank, expected in ((0, ["turn", "compile", "turn"]), (1, ["turn", "turn", "compile"])):
         order.clear()
         procs = replace(ALONE, local_rank=local_rank)
-        settle(Config(model=tiny_config, train=train), None, LLM(tiny_config), torch.float32, procs, print)
+        with torch._inductor.config.patch(compile_threads=32):
+            settle(Config(model=tiny_config, train=train), None, LLM(tiny_config), torch.float32, procs, print)
+            assert torch._inductor.config.compile_threads == 2
         assert order == expected
-        assert torch._inductor.config.compile_threads == 2

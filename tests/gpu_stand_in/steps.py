@@ -1,6 +1,6 @@
 """Training steps on the stand-in: `python -m tests.gpu_stand_in.steps SETTINGS` prints one JSON object.
 
-SETTINGS is a JSON object: preset, data (a dataset's folder), micro (sequences, or "auto"), compile, deterministic, steps.
+SETTINGS is a JSON object: preset, data (a folder), micro (sequences, or "auto"), compile, deterministic, steps.
 Numbers are of the last step, bytes and launches of a micro-batch of two.
 """
 

@@ -106,7 +106,17 @@ def test_the_largest_micro_batch_that_fits(run: Run, data: Path, memory_gb: floa
 
 
 def test_two_processes_and_the_commands(run: Run, data: Path) -> None:
-    settings = ["debug", "--run-name", "two", "--data.dir", str(data), "--train.total-steps", "4", "--train.compile", "on"]
+    settings = [
+        "debug",
+        "--run-name",
+        "two",
+        "--data.dir",
+        str(data),
+        "--train.total-steps",
+        "4",
+        "--train.compile",
+        "on",
+    ]
     settings += ["--checkpoint.every-steps", "2", "--eval.hellaswag-items", "0", "--train.batch-tokens", "8192"]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain.py")
     result = run(*launcher, *settings, devices=2)

@@ -134,8 +134,8 @@ def test_any_depth_is_counted_at_once():
     assert parameter_counts(config)[0] == 50_257 * 1024 + 1_000_000_000 * block + 1024
 
 
-# Peaks in GB of torch.cuda.max_memory_allocated in bf16: PyTorch 2.13's CUDA build with its real allocator and compilers
-# for an A100, whose kernels did nothing (tests/gpu_stand_in, LOG.md).
+# Peaks in GB of torch.cuda.max_memory_allocated in bf16: PyTorch 2.13's CUDA build with its real allocator and
+# compilers for an A100, whose kernels did nothing (tests/gpu_stand_in, LOG.md).
 @pytest.mark.parametrize(
     ("recipe", "size", "is_compiled", "peak"),
     [
