@@ -307,7 +307,8 @@ def prepare(
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # bf16 matmuls add up in float32
         if config.train.deterministic:  # the backward pass of attention, above all
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.utils.deterministic.fill_uninitialized_memory = False  # everything here is written before it is read
+            # PyTorch would fill every new tensor; everything here is written before it is read.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(config.train.deterministic)
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)  # on the CPU, so that every device starts from the same bits

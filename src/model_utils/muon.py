@@ -102,7 +102,7 @@ def _orthogonal_updates(gradients_and_means: list[tuple[torch.Tensor, torch.Tens
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     count = len(gradients_and_means)
     share = -(-count // world_size)
-    # A process makes the updates of its own share only. The last ones may have fewer and fill up with zeros.
+    # A process makes the updates of its share only. The last ones may have fewer and fill up with zeros.
     own_NRC = gradients_and_means[0][0].new_zeros(share, *gradients_and_means[0][0].shape)
     for own, (gradient, mean) in zip(own_NRC, gradients_and_means[rank * share :], strict=False):
         own.copy_(gradient.lerp(mean, momentum))
