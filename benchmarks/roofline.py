@@ -39,9 +39,9 @@ GPUS = {
     "H200": GPU(989, 0.70, 290, 4_800, 4),
 }
 
-# GB a micro-batch of Triton kernels in blocks, and launches of all kinds, before and now (LOG.md). Inductor's count, less
-# what it counts twice in the kernel that applies rotary positions. The last number: Muon's bytes per parameter in every
-# process, for momentum (12), decay and step (18); before also for the updates of all matrices.
+# GB a micro-batch of Triton kernels in blocks, and launches of all kinds, before and now (LOG.md). It is Inductor's
+# count, less what that counts twice in the kernel that applies rotary positions. The last number: Muon's bytes per
+# parameter in every process, for momentum (12), decay and step (18); before also for the updates of all matrices.
 COUNTED = {
     "lf_llm_269m": {"before": (111.9, 974, 0), "now": (105.3, 942, 0)},
     "lf_llm_269m_fast": {"before": (102.4, 1_090, 58), "now": (91.5, 1_034, 30)},
