@@ -292,6 +292,9 @@ def find_checkpoint(
         pairs.append((checkpoint.state["world_size"], procs.world_size))
         exact = all(before == after or "auto" in (before, after) for before, after in pairs)
         other = "" if exact else "; micro-batch, compile or processes differ: the same samples, but not the same bits"
+        was_deterministic = saved.get("deterministic", False)  # a checkpoint may be older than the setting
+        if not other and procs.device.type == "cuda" and not (was_deterministic and now.deterministic):
+            other = "; without --train.deterministic the same samples, but on a GPU not the same bits"
         log.event("resume", step, f"from {checkpoint.path.name} of {config.total_steps} steps{other}")
     return checkpoint
 
@@ -310,6 +313,12 @@ def prepare(
         hardware.keep_freed_memory()
     if procs.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # bf16 matmuls add up in float32
+        if config.train.deterministic:  # the backward pass of attention, above all
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            # PyTorch would fill every new tensor; everything here is written before it is read.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(config.train.deterministic)
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)  # on the CPU, so that every device starts from the same bits
     origin = log.settings().get("init_from") if checkpoint else None

@@ -1,4 +1,5 @@
-"""Measure head and loss, forward and backward: ours, plain PyTorch, and plain PyTorch compiled.
+"""Measure head and loss, forward and backward: ours with its softmax compiled, as training on a GPU runs it, ours with
+the softmax by rows, plain PyTorch, and plain PyTorch compiled.
 
 python -m benchmarks.lm_loss [--tokens N --width N --dtype {bf16,float32}] prints one JSON object. The benchmark fails
 if the losses differ. Figures are medians of --repeats passes after a warmup. Leave the other cores free.
@@ -9,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,9 @@ def main() -> None:
         return statistics.median(times[1:]), loss.item()
 
     results = {"plain": measure(plain), "compiled": measure(torch.compile(plain))}
-    for rows in (8, 16, 32, 64, 256):
+    softmax = lm_loss.compile_softmax(partial(torch.compile, fullgraph=True, dynamic=False))
+    results["ours, compiled softmax"] = measure(partial(lm_loss.linear_cross_entropy, compiled_softmax=softmax))
+    for rows in (8, 16, 32, 64, 256) if device.type == "cpu" else (lm_loss.ROWS_GPU,):
         lm_loss.ROWS_CPU = lm_loss.ROWS_GPU = rows
         results[f"ours, {rows} rows"] = measure(lm_loss.linear_cross_entropy)
     losses = [loss for _, loss in results.values()]

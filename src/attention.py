@@ -26,17 +26,18 @@ class Attention(nn.Module):
     def forward(self, x_BTD: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
         """Attends to the positions in `cache` and those of `x_BTD`, which are added to it. Returns (B, T, D)."""
         B, T, D = x_BTD.shape
-        q, k, v = (
-            part.view(B, T, self.config.n_head, self.config.head_dim).transpose(1, 2)
-            for part in self.qkv_proj(x_BTD).split(D, dim=-1)
-        )
+        q, k, v = self.qkv_proj(x_BTD).view(B, T, 3, self.config.n_head, self.config.head_dim).unbind(2)
         if self.config.qk_norm:
-            # In float32, because a bf16 input with a float32 gain would not reach the fused kernel.
-            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+            # In the gain's dtype, float32 in training, because others would not reach the fused kernel.
+            dtype = self.q_norm.weight.dtype
+            q, k = self.q_norm(q.to(dtype)).to(v.dtype), self.k_norm(k.to(dtype)).to(v.dtype)
         past = cache.length if cache else 0
         cos, sin = rope_tables(self.config.n_ctx, self.config.head_dim, self.config.rope_theta, x_BTD.device)
-        cos, sin = cos[past : past + T], sin[past : past + T]
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        cos_T1K2, sin_T1K2 = cos[past : past + T, None], sin[past : past + T, None]  # the same for all heads
+        q, k = apply_rope(q, cos_T1K2, sin_T1K2), apply_rope(k, cos_T1K2, sin_T1K2)
+        # Only now, so that q, k and v and their gradients lie in memory as the projection does: on a GPU the compiled
+        # backward pass then writes the gradient of qkv_proj's output in one go.
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache:
             k, v = cache.append(k, v)  # from here on k and v have S positions
         # PyTorch's is_causal aligns the triangle top left, so it is wrong after a prefix. A single new position sees

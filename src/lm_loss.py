@@ -39,10 +39,16 @@ def linear_cross_entropy(
     The matmuls run in the autocast dtype under autocast, the softmax and the sum in float32. `compiled_softmax`, from
     `compile_softmax`, replaces the softmax by rows.
     """
-    device = hidden_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-    softmax = compiled_softmax or _softmax_by_rows_
+    softmax, dtype = compiled_softmax or _softmax_by_rows_, _matmul_dtype(hidden_ND)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, dtype, torch.is_grad_enabled(), softmax)
+
+
+def linear_losses(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, positions: int = LOGIT_POSITIONS
+) -> torch.Tensor:
+    """The loss of each position, (N,) float32, without gradients; logits of `positions` exist at once."""
+    dtype, softmax = _matmul_dtype(hidden_ND), _softmax_by_rows_
+    return _losses_and_gradients(hidden_ND, weight_VD, targets_N, dtype, False, softmax, positions)[0]
 
 
 def compile_softmax(compiled: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]) -> Softmax:
@@ -94,26 +100,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, dtype, with_gradients, softmax):
-        n_vocab = len(weight_VD)
-        hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
-        if padding := -n_vocab % VOCAB_MULTIPLE.get(hidden.device.type, 1):
-            weight = F.pad(weight, (0, 0, 0, padding))
-        losses, grad_hidden, grad_weight = [], [], None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for part, targets in zip(hidden.split(LOGIT_POSITIONS), targets_N.split(LOGIT_POSITIONS), strict=True):
-                logits = part @ weight.T
-                losses.append(softmax(logits[:, :n_vocab], targets, with_gradients))
-                if with_gradients:  # from here on `logits` holds the gradient of the logits
-                    logits[:, n_vocab:] = 0
-                    grad_hidden.append(logits @ weight)
-                    grad = (logits.T @ part)[:n_vocab]
-                    # Parts add up in float32; a single one keeps the dtype of the matmul.
-                    grad_weight = grad if grad_weight is None else grad_weight.float().add_(grad)
-                del logits  # frees them before the next part
+        losses_N, *gradients = _losses_and_gradients(
+            hidden_ND, weight_VD, targets_N, dtype, with_gradients, softmax, LOGIT_POSITIONS
+        )
         if with_gradients:
-            ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
+            ctx.save_for_backward(*gradients)
             ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
-        return torch.cat(losses).mean()
+        return losses_N.mean()
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -121,3 +114,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_loss = grad_loss / len(ctx.saved_tensors[0])  # saved: gradients of the sum over N; the loss is the mean
         grads = (g.to(dtype) * grad_loss for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *grads, None, None, None, None
+
+
+def _matmul_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
+    device = hidden_ND.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+
+
+def _losses_and_gradients(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    dtype: torch.dtype,
+    with_gradients: bool,
+    softmax: Softmax,
+    positions: int,
+) -> tuple[torch.Tensor, ...]:
+    """Return the losses, (N,), and with gradients also those of their sum: (N, D) and (V, D)."""
+    n_vocab = len(weight_VD)
+    hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
+    if padding := -n_vocab % VOCAB_MULTIPLE.get(hidden.device.type, 1):
+        weight = F.pad(weight, (0, 0, 0, padding))
+    losses, grad_hidden, grad_weight = [], [], None
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part, targets in zip(hidden.split(positions), targets_N.split(positions), strict=True):
+            logits = part @ weight.T
+            losses.append(softmax(logits[:, :n_vocab], targets, with_gradients))
+            if with_gradients:  # from here on `logits` holds the gradient of the logits
+                logits[:, n_vocab:] = 0
+                grad_hidden.append(logits @ weight)
+                grad = (logits.T @ part)[:n_vocab]
+                # Parts add up in float32; a single one keeps the dtype of the matmul.
+                grad_weight = grad if grad_weight is None else grad_weight.float().add_(grad)
+            del logits  # frees them before the next part
+    if grad_weight is None:
+        return (torch.cat(losses),)
+    return torch.cat(losses), torch.cat(grad_hidden), grad_weight

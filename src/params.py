@@ -174,6 +174,9 @@ class TrainConfig:
     its precision."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks and the loss; auto: on for CUDA, off elsewhere; a resumed run keeps its choice."""
+    deterministic: bool = False
+    """Deterministic algorithms on CUDA, at a cost in speed: a resumed run has the bits of an uninterrupted one there
+    only with it. No effect on a CPU, where runs always have."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on; auto takes CUDA, else MPS, else the CPU."""
     log_every_steps: int = 50

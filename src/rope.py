@@ -27,8 +27,11 @@ def rope_tables(n_ctx: int, head_dim: int, theta: float, device: torch.device) -
     return cached(("rope cos", *key), lambda: table(torch.cos)), cached(("rope sin", *key), lambda: table(torch.sin))
 
 
-def apply_rope(x_BHTK: torch.Tensor, cos_TK2: torch.Tensor, sin_TK2: torch.Tensor) -> torch.Tensor:
-    """Rotates each pair of `x_BHTK` by its position's angle. Computes in float32, returns x's dtype."""
-    first, second = x_BHTK.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos_TK2 - second * sin_TK2, second * cos_TK2 + first * sin_TK2), dim=-1)
-    return rotated.to(x_BHTK.dtype)
+def apply_rope(x_BTHK: torch.Tensor, cos_T1K2: torch.Tensor, sin_T1K2: torch.Tensor) -> torch.Tensor:
+    """Rotates each pair of `x_BTHK` by its position's angle. Computes in float32, returns x's dtype.
+
+    The tables need only broadcast against half of x.
+    """
+    first, second = x_BTHK.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos_T1K2 - second * sin_T1K2, second * cos_T1K2 + first * sin_T1K2), dim=-1)
+    return rotated.to(x_BTHK.dtype)

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
+from src.lm_loss import linear_losses
 from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
 from src.model_assessment.hellaswag_items import OPTION, Item, fetch_items, load_items
@@ -33,6 +33,7 @@ from src.model_configs.arguments import whole
 from src.model_utils.load_model import load_model
 from src.params import MAX_COUNT
 from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
+from src.utils.hardware import attention_for_any_shape
 
 # Recorded with every result. The last one must never be read as the first.
 HELLASWAG_PROTOCOL = (
@@ -223,12 +224,12 @@ def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: i
     scored_BT = (starts_B1 <= position_T) & (position_T < ends_B1)
 
     x_BTD = model.embedding(inputs_BT.to(device))
-    for block in model.blocks:
-        x_BTD = block(x_BTD)
+    with attention_for_any_shape():
+        for block in model.blocks:
+            x_BTD = block(x_BTD)
     hidden_ND = model.norm(x_BTD)[scored_BT.to(device)]  # before the head, by far the largest matmul of a small model
-    parts = zip(hidden_ND.split(logit_positions), targets_BT[scored_BT].to(device).split(logit_positions), strict=True)
-    losses = [F.cross_entropy(model.head(hidden).float(), targets, reduction="none") for hidden, targets in parts]
-    log_probs_N = -torch.cat(losses).cpu().double()
+    losses_N = linear_losses(hidden_ND, model.head.weight, targets_BT[scored_BT].to(device), logit_positions)
+    log_probs_N = -losses_N.cpu().double()
     return [part.sum().item() for part in log_probs_N.split((ends_B1 - starts_B1).flatten().tolist())]
 
 

@@ -27,7 +27,7 @@ from src.model_utils.load_model import WEIGHT_DTYPES, convert_weights, load_mode
 from src.model_utils.packed_linear import pack_linears
 from src.params import MAX_NEW_TOKENS, MAX_REAL, MAX_SAMPLES, MAX_VOCAB
 from src.utils.errors import UserError, exit_with, harmless, print_result, say
-from src.utils.hardware import autocast
+from src.utils.hardware import attention_for_any_shape, autocast
 
 # Sorting the whole vocabulary takes longer than a small model needs for a token. So many nearly always reach top_p.
 CANDIDATES = 1_024
@@ -252,7 +252,8 @@ def generate(
             # Every token has another position now, so all keys change.
             start, caches = moved, model.new_caches(len(rows), dtype)
         unread_BT = torch.tensor([row[start + caches[0].length :] for row in rows], device=device)
-        logits_BV = _last_logits(model, unread_BT, caches)[:, :n_tokens].float().cpu()
+        with attention_for_any_shape():
+            logits_BV = _last_logits(model, unread_BT, caches)[:, :n_tokens].float().cpu()
         log_probs_BV = logits_BV - logits_BV.logsumexp(dim=-1, keepdim=True)
         tokens = []
         for row, logits_V, generator in zip(rows, logits_BV, generators, strict=True):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from src import available_cores
 from src.lm_loss import compile_softmax, linear_cross_entropy
 from src.model import LLM
 from src.model_utils.debugging import count_parameters
@@ -44,6 +45,9 @@ class CompiledForward(nn.Module):
     def __init__(self, model: LLM, backend: str | Callable[..., Any] = "inductor") -> None:
         super().__init__()
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        # Else PyTorch cuts a graph that it compiles inside DDP at the borders of gradient buckets. A block is small
+        # enough for gradients to travel while the backward pass of the next one runs.
+        torch._dynamo.config.optimize_ddp = False
         config, device = model.config, model.embedding.weight.device
         rope_tables(config.n_ctx, config.head_dim, config.rope_theta, device)  # tracing must find them in the cache
         self.model = model
@@ -81,7 +85,11 @@ def settle(
     if is_on:
         say("compiling the model, which takes up to a minute; a request to stop is heard afterwards")
         forward, started = CompiledForward(model), time.perf_counter()
-        procs.together(lambda: _compile_now(forward, config, precision, procs.device))
+        if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # each process starts so many more
+            torch._inductor.config.compile_threads = max(1, min(32, available_cores() // processes_here()))
+        compile_now = partial(_compile_now, forward, config, precision, procs.device)
+        procs.together(lambda: compile_now() if procs.is_machines_first else None)  # fills the cache for the others
+        procs.together(lambda: None if procs.is_machines_first else compile_now())
         reason += f"; it took {time.perf_counter() - started:.0f} s, cached in {os.environ['TORCHINDUCTOR_CACHE_DIR']}"
     if procs.device.type == "cuda":  # the peak that is logged later is training's own
         torch.cuda.empty_cache()
@@ -185,8 +193,9 @@ def _compile_now(forward: nn.Module, config: Config, precision: torch.dtype, dev
         raise
     except Exception as error:  # PyTorch's compilers fail in many ways, and wrap the error of a backend
         cause = getattr(error, "inner_exception", error)
-        line = (str(cause) or type(cause).__name__).strip().splitlines()[0]
-        raise UserError(f"Cannot compile the model: {line}. Rerun with --train.compile off.") from error
+        lines = (str(cause) or type(cause).__name__).strip().splitlines()
+        line = lines[-1 if lines[0].endswith(":") else 0]  # a traceback from a worker process ends with the error
+        raise UserError(f"Cannot compile the model: {line.rstrip('.')}. Rerun with --train.compile off.") from error
     finally:
         forward.zero_grad()
 

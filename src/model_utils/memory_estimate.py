@@ -102,15 +102,16 @@ def activation_bytes(step: Step) -> int:
     D, F = config.n_embd, config.ffn_hidden
     norm = N * (D + 1) * FLOAT32 + (0 if on_gpu else N * D * FLOAT32)  # input and root mean square; a CPU's quotient
     attention = N * (D + 3 * D + 2 * D) * size  # input, its projection, rotated queries and keys
-    attention += N * 2 * D * size + N * config.n_head * FLOAT32  # result by head and side by side, log-sum-exp
+    attention += N * D * size + N * config.n_head * FLOAT32  # result, log-sum-exp
     if config.qk_norm:  # root mean squares by head; where needed, float32 copies of queries and keys; a CPU's quotients
         attention += N * 2 * config.n_head * FLOAT32 + (0 if on_gpu else N * 2 * D * FLOAT32)
         attention += N * 2 * D * FLOAT32 if size != FLOAT32 and not step.is_compiled else 0
     ffn = N * (D + 2 * F + F + F) * size  # input, value and gate, silu(gate), dropped-out product
     if step.is_compiled:
-        # Inductor computes silu(gate) a second time in the backward pass, and keeps one form of attention's result.
+        # The backward pass computes two things a second time: silu(gate), and the second norm's input, of which only
+        # out_proj's result is kept.
         ffn -= N * F * size
-        attention -= N * D * size
+        attention -= N * D * (FLOAT32 - size)
     mask = 1 if on_gpu else size  # on a CPU, dropout keeps the factors themselves
     masks = N * D * mask * (config.residual_dropout > 0) + N * F * mask * (config.ffn_dropout > 0)
     rope_and_ids = config.n_ctx * config.head_dim * FLOAT32 + N * 8

@@ -46,10 +46,10 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for shape, matrices in self._updates(group["params"], group["momentum"]).items():
+            for shape, matrices in self._by_shape(group["params"], group["momentum"]).items():
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
-                stacked_NRC = torch.stack([update for _, update in matrices])
-                for (weight, _), update in zip(matrices, _orthogonalize_shared(stacked_NRC), strict=True):
+                updates_NRC = _orthogonal_updates([each[1:] for each in matrices], group["momentum"])
+                for (weight, _, _), update in zip(matrices, updates_NRC, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
     def flops(self) -> int:
@@ -60,10 +60,10 @@ class Muon(torch.optim.Optimizer):
             total += blocks * len(_POLYNOMIALS) * (2 * R * C * R + 2 * R**3 + 2 * R * R * C)  # X X^T, A A, B X
         return total
 
-    def _updates(
+    def _by_shape(
         self, parameters: list[nn.Parameter], momentum: float
-    ) -> dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Update the running means. Return weights and updates, views with no more rows than columns, by shape."""
+    ) -> dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+        """Update the running means. Return weights, gradients and means: views with no more rows than columns."""
         by_shape = defaultdict(list)
         for parameter in parameters:
             if parameter.grad is None:
@@ -72,9 +72,9 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - momentum)
-            update = parameter.grad.lerp(state["momentum"], momentum)
-            for weight, part in zip(*(self._matrices(t, parameter) for t in (parameter, update)), strict=True):
-                by_shape[tuple(weight.shape)].append((weight, part))
+            tensors = (parameter, parameter.grad, state["momentum"])
+            for matrices in zip(*(self._matrices(tensor, parameter) for tensor in tensors), strict=True):
+                by_shape[tuple(matrices[0].shape)].append(matrices)
         return by_shape
 
     def _matrices(self, tensor: torch.Tensor, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
@@ -90,8 +90,9 @@ def orthogonalize(updates_NRC: torch.Tensor) -> torch.Tensor:
     X = updates_NRC.bfloat16() if updates_NRC.is_cuda else updates_NRC
     # The norm is at least the largest singular value. The minimum keeps a matrix of zeros, and is far below any other.
     X = X / (torch.linalg.matrix_norm(X, keepdim=True) * _SAFETY).clamp(min=1e-30)
-    if _by_gram_matrix(X.shape[1], X.shape[2], X.dtype):
-        # Q X for a symmetric Q that commutes with X X^T, so that only two products have C columns.
+    if X.shape[2] >= 2 * X.shape[1] and X.dtype != torch.bfloat16:  # which would lose the squares of small values
+        # Half the work for wide matrices: Q X for a symmetric Q that commutes with X X^T, so that only two products
+        # have C columns.
         G = X @ X.mT
         Q = torch.eye(X.shape[1], dtype=X.dtype, device=X.device).expand_as(G)
         for a, b, c in _POLYNOMIALS:
@@ -107,20 +108,18 @@ def orthogonalize(updates_NRC: torch.Tensor) -> torch.Tensor:
     return X
 
 
-def _by_gram_matrix(R: int, C: int, dtype: torch.dtype) -> bool:
-    """True where that saves work and keeps small singular values: bf16 loses their squares."""
-    return C >= 2 * R and dtype != torch.bfloat16
-
-
-def _orthogonalize_shared(updates_NRC: torch.Tensor) -> torch.Tensor:
-    """`orthogonalize`, the matrices shared among the processes of a group if there is one."""
-    if not dist.is_initialized() or (world_size := dist.get_world_size()) == 1:
-        return orthogonalize(updates_NRC)
-    count = len(updates_NRC)
+def _orthogonal_updates(gradients_and_means: list[tuple[torch.Tensor, torch.Tensor]], momentum: float) -> torch.Tensor:
+    """Return the orthogonalised Nesterov updates (N, R, C), the work shared among the processes of a group if any."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    count = len(gradients_and_means)
     share = -(-count // world_size)
-    missing = share * world_size - count
-    padded = torch.cat([updates_NRC, updates_NRC.new_zeros(missing, *updates_NRC.shape[1:])])
-    own = orthogonalize(padded[dist.get_rank() * share :][:share])
-    result = own.new_empty(padded.shape)
-    dist.all_gather_into_tensor(result, own)
+    # A process makes the updates of its share only. The last ones may have fewer and fill up with zeros.
+    own_NRC = gradients_and_means[0][0].new_zeros(share, *gradients_and_means[0][0].shape)
+    for own, (gradient, mean) in zip(own_NRC, gradients_and_means[rank * share :], strict=False):
+        own.copy_(gradient.lerp(mean, momentum))
+    own_NRC = orthogonalize(own_NRC)
+    if world_size == 1:
+        return own_NRC
+    result = own_NRC.new_empty(share * world_size, *own_NRC.shape[1:])
+    dist.all_gather_into_tensor(result, own_NRC)
     return result[:count]

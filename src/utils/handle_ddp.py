@@ -184,7 +184,8 @@ def processes(device: str, timeout_s: float) -> Iterator[Processes]:
         return
     # No signal handler of Python runs inside this call, so a stop must end the process at once. Nothing is lost yet.
     with procs.collective(), end_at_once():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        bound = chosen if chosen.type == "cuda" else None  # else NCCL guesses the GPU at the first collective
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
     yield procs
     # Only after success: leaving waits for the others, and after an error they may hang in another collective.
     procs.any(False)

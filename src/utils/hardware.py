@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src import available_cores
 from src.utils.errors import UserError
@@ -82,6 +83,14 @@ def keep_freed_memory() -> None:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """PyTorch's autocast to `dtype`; a context that does nothing for float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def attention_for_any_shape() -> AbstractContextManager[None]:
+    """Keep attention from cuDNN. On Hopper PyTorch prefers it, and it makes a plan for each new length of a text.
+
+    Training has one shape and keeps the choice. No effect on CPUs.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def peak_tflops(device: torch.device, precision: torch.dtype) -> float | None:

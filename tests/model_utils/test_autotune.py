@@ -152,9 +152,16 @@ def test_a_compiled_run_trains_the_same_parameters(config: Config, compiler: lis
     assert all(parameter.grad is None for parameter in forward.parameters())
 
 
-def test_a_compiler_that_fails_is_quoted(config: Config, compiler: list[Exception]):
-    compiler.append(RuntimeError("no working C++ compiler was found\nand more lines"))
-    with pytest.raises(UserError, match=r"no working C\+\+ compiler was found.*Rerun with --train\.compile off\.$"):
+@pytest.mark.parametrize(
+    "message",
+    [
+        "no working C++ compiler was found.\nand more lines",
+        "An exception occurred in a subprocess:\n\nName=kernel_0\nTraceback:\nno working C++ compiler was found",
+    ],
+)
+def test_a_compiler_that_fails_is_quoted(config: Config, compiler: list[Exception], message: str):
+    compiler.append(RuntimeError(message))
+    with pytest.raises(UserError, match=r"no working C\+\+ compiler was found\. Rerun with --train\.compile off\.$"):
         settled(with_train(config, compile="on"))
 
 

@@ -1,5 +1,6 @@
 """Estimated memory, compared with what autograd keeps and with PyTorch's allocator."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,11 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from src.model import LLM
-from src.model_configs.my_llm_config import FAST_OPTIM, fast_model, lf_llm_269m
+from src.model_configs.my_llm_config import FAST_OPTIM, fast_model, lf_llm_269m, lf_llm_269m_fast
 from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.memory_estimate import Step, activation_bytes, estimate_memory, parameter_counts
 from src.model_utils.weight_init import init_weights
-from src.params import ModelConfig, OptimConfig
+from src.params import Config, ModelConfig, OptimConfig
 from src.utils.hardware import autocast
 
 CPU = torch.device("cpu")
@@ -133,22 +134,24 @@ def test_any_depth_is_counted_at_once():
     assert parameter_counts(config)[0] == 50_257 * 1024 + 1_000_000_000 * block + 1024
 
 
-# Peaks in GB of torch.cuda.max_memory_allocated for lf_llm_269m in bf16: PyTorch 2.13's CUDA build with its real
-# allocator and compilers for an A100, whose kernels did nothing (LOG.md).
+# Peaks in GB of torch.cuda.max_memory_allocated in bf16: PyTorch 2.13's CUDA build with its real allocator and
+# compilers for an A100, whose kernels did nothing (tests/gpu_stand_in, LOG.md).
 @pytest.mark.parametrize(
-    ("size", "accumulates", "is_compiled", "peak"),
+    ("recipe", "size", "is_compiled", "peak"),
     [
-        (16, True, True, 35.911),
-        (1, True, True, 7.993),
-        (8, True, True, 21.464),
-        (32, True, True, 64.806),
-        (16, True, False, 42.810),
-        (1, True, False, 8.947),
-        (8, False, False, 24.190),
+        (lf_llm_269m, 16, True, 34.838),
+        (lf_llm_269m, 1, True, 7.926),
+        (lf_llm_269m, 32, True, 62.659),
+        (lf_llm_269m, 16, False, 41.735),
+        (lf_llm_269m, 1, False, 8.880),
+        (lf_llm_269m_fast, 16, True, 31.143),
+        (lf_llm_269m_fast, 4, True, 11.931),
+        (lf_llm_269m_fast, 16, False, 42.335),
     ],
 )
-def test_the_allocator_of_cuda_agrees(size: int, accumulates: bool, is_compiled: bool, peak: float):
-    step = Step(lf_llm_269m().model, size, gradients_stay=accumulates, is_compiled=is_compiled)
+def test_the_allocator_of_cuda_agrees(recipe: Callable[[], Config], size: int, is_compiled: bool, peak: float):
+    config = recipe()
+    step = Step(config.model, size, is_compiled=is_compiled, has_muon=config.optim.optimizer == "muon")
     assert estimate_memory(step).total / 1e9 == pytest.approx(peak, rel=0.01)
 
 
