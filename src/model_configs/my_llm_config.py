@@ -64,19 +64,19 @@ def debug() -> Config:
         data=DataConfig(dir="pydocs"),
         optim=FAST_OPTIM,
         # In minutes, many small batches reach a lower loss than few large ones (LOG.md).
-        train=TrainConfig(total_tokens=409_600, batch_tokens=512, micro_batch_size=4, log_every_steps=20),
+        train=TrainConfig(total_tokens=512_000, batch_tokens=512, micro_batch_size=4, log_every_steps=20),
         eval=EvalConfig(
             val_every_steps=100,
             val_tokens=16_384,
-            hellaswag_every_steps=400,
+            hellaswag_every_steps=500,
             hellaswag_data="held-out",
             hellaswag_items=100,
-            sample_every_steps=200,
+            sample_every_steps=250,
             sample_prompts=("The function returns", "If the argument is", "This module provides"),
             samples_per_prompt=1,
             sample_tokens=40,
         ),
-        checkpoint=CheckpointConfig(every_steps=100),
+        checkpoint=CheckpointConfig(every_steps=250),
     )
 
 
