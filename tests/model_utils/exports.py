@@ -30,10 +30,10 @@ def small_model(shape: ModelConfig = SHAPE) -> LLM:
     return model
 
 
-def trained_model(ids: list[int], steps: int) -> LLM:
+def trained_model(ids: list[int], steps: int, shape: ModelConfig = SHAPE) -> LLM:
     """A model that has nearly learned the first 4 x n_ctx of `ids` by heart."""
-    model = LLM(SHAPE)
-    init_weights(model, SHAPE, seed=0)
+    model = LLM(shape)
+    init_weights(model, shape, seed=0)
     tokens = torch.tensor(ids[: 4 * SHAPE.n_ctx + 1])
     inputs_BT, targets_BT = tokens[:-1].view(4, -1), tokens[1:].view(4, -1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -42,6 +42,12 @@ def run(model: LLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("gguf") / "tiny", model)
 
 
+@pytest.fixture(scope="module", params=[SHAPE, replace(SHAPE, bias=False, qk_norm=True)], ids=["llama", "qwen3"])
+def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, Path]:
+    model = trained_model(load_tokenizer().encode(TEXT), steps=25, shape=request.param)
+    return model, make_run(tmp_path_factory.mktemp("gguf") / "tiny", model)
+
+
 @functools.cache
 def exported(run: Path, dtype: str) -> Path:
     """The file of an export, which takes seconds for the tokenizer."""
@@ -161,7 +167,8 @@ def test_metadata_and_tokenizer(tiny_run: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_llama_cpp_continues_as_we_do(llama: Callable[[Path], Any], model: LLM, run: Path, dtype: str):
+def test_llama_cpp_continues_as_we_do(llama: Callable[[Path], Any], either: tuple[LLM, Path], dtype: str):
+    model, run = either
     prompt = load_tokenizer().encode(TEXT)[:8]
     ours = [t[0] for t, _ in generate(model, [prompt], SamplingConfig(40, temperature=0), [0])]
     theirs = [
@@ -172,8 +179,9 @@ def test_llama_cpp_continues_as_we_do(llama: Callable[[Path], Any], model: LLM, 
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bf16", 2e-3), ("q8_0", 5e-3)])
-def test_llama_cpps_perplexity(llama: Callable[[Path], Any], model: LLM, run: Path, dtype: str, tolerance: float):
+def test_llama_cpps_perplexity(llama: Callable[[Path], Any], either: tuple[LLM, Path], dtype: str, tolerance: float):
     """On 16 windows of a text, of which the model knows four."""
+    model, run = either
     windows_BT = torch.tensor(load_tokenizer().encode(TEXT)[: 16 * SHAPE.n_ctx]).view(16, -1)
     with torch.no_grad():
         ours = F.cross_entropy(model(windows_BT)[:, :-1].flatten(0, 1), windows_BT[:, 1:].flatten()).item()
