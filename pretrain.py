@@ -43,10 +43,18 @@ from src.data_processing.training_data_loader import TrainingDataLoader, WindowD
 from src.model import LLM
 from src.model_assessment.periodic_evaluation import Assessment
 from src.model_assessment.trackers import Watching, require_packages
+from src.model_configs.arguments import without_resume
 from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.adamw_opt import build_optimizers, set_learning_rate
 from src.model_utils.autotune import out_of_memory_explained, settle
-from src.model_utils.checkpoint_saver import AfterSave, CheckpointSaver, Saved, refuse_full_disk
+from src.model_utils.checkpoint_saver import (
+    AFTER_SAVE_SECONDS,
+    AFTER_STOP_SECONDS,
+    AfterSave,
+    CheckpointSaver,
+    Saved,
+    refuse_full_disk,
+)
 from src.model_utils.checkpoint_utils import Checkpoint, checkpoint_steps, prune
 from src.model_utils.debugging import count_parameters, flops_per_token, profiler
 from src.model_utils.load_model import load_weights, read_initial
@@ -186,7 +194,8 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
         procs.activity = "the last report"  # after the run's status is final: a failure here changes nothing of it
         procs.together_for_long(run.watching.close)
         procs.activity = "the command after the last save"
-        procs.together_for_long(run.after_save.close)
+        wait = AFTER_SAVE_SECONDS if outcome.exit_code == EXIT_DONE else AFTER_STOP_SECONDS
+        procs.together_for_long(lambda: run.after_save.close(wait))
         return outcome
 
 
@@ -735,7 +744,9 @@ def main() -> int:
         outcome = train(config, stop)
         if outcome.exit_code == EXIT_STOPPED and os.environ.get("RANK", "0") == "0" and "LAUNCH_ID" not in os.environ:
             is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-            say(f"to resume: {'the same torchrun command' if is_torchrun else shlex.join(sys.orig_argv)}")
+            say(
+                f"to resume: {'the same torchrun command' if is_torchrun else shlex.join(without_resume(sys.orig_argv))}"
+            )
         return outcome.exit_code
 
 

@@ -148,14 +148,14 @@ while :; do
     say "restart $restarts of $MAX_RESTARTS"
 done
 [ "$NODE_RANK" = 0 ] || exit "$code"
-[ "$code" != 130 ] || { say "quit without saving" && end; }
+[ "$code" != 130 ] || { say "quit at once" && end; }
 
 if [ "$code" = 0 ]; then
     stage "4/5 a text from the saved model"
     text=$(mktemp) || text=/dev/null
     # A finished run stays finished if its sample or report fails.
     child module src.model_assessment.sampling --checkpoint "$RUN_DIR" --prompt "The" --max-new-tokens 60 \
-        --temperature 0.8 --top-k 50 >"$text" || [ -z "$stopped" ] || exit
+        --temperature 0.8 --top-k 50 >"$text" || [ -z "$stopped" ] || exit 143
     sed '$d' "$text" || true # the last line is JSON for programs
     [ "$text" = /dev/null ] || rm -f "$text"
 else
@@ -163,6 +163,6 @@ else
 fi
 if [ -s "$RUN_DIR/metrics.jsonl" ]; then
     stage "5/5 report"
-    child module src.model_assessment.report "$RUN_DIR" || [ -z "$stopped" ] || exit
+    child module src.model_assessment.report "$RUN_DIR" || [ -z "$stopped" ] || exit 143
 fi
 end

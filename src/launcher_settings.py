@@ -14,7 +14,7 @@ from pathlib import Path
 
 from src import available_cores
 from src.data_processing.text_sources import SOURCES, Request, name_of
-from src.model_configs.arguments import whole_number
+from src.model_configs.arguments import whole_number, without_resume
 from src.model_configs.my_llm_config import PRESETS, config_from_command_line
 from src.utils import root
 from src.utils.errors import UserError, exit_with, say
@@ -108,7 +108,7 @@ def _default_processes(preset: str) -> int:
 
 
 def chosen(variables: Mapping[str, str], overrides: list[str]) -> tuple[Mapping[str, str], list[str], str, str]:
-    """Returns variables and overrides without plain arguments, the preset, and the source of text.
+    """Returns the variables and overrides, freed of plain arguments; then the preset; then the source of text.
 
     Raises UserError for what a newcomer gets wrong. Standard library only, because it also runs before packages are
     installed, which takes minutes.
@@ -118,8 +118,7 @@ def chosen(variables: Mapping[str, str], overrides: list[str]) -> tuple[Mapping[
     preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
     default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
     source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
-    is_first = (variables.get("NODE_RANK") or "0") == "0"
-    if SOURCES[source].needs_paths and not variables.get("DATA_PATH") and is_first and not _has_data(overrides):
+    if SOURCES[source].needs_paths and not variables.get("DATA_PATH") and not _has_data(overrides):
         raise UserError(
             f"The text for preset {preset} is missing. Name files or folders: ./{SCRIPT} {preset} book.txt. Or use "
             "DATA_SOURCE=pydocs, the documentation that comes with Python."
@@ -253,7 +252,9 @@ def _command(variables: Mapping[str, str], arguments: list[str]) -> str:
     values = [f"{name}={shlex.quote(variables[name])}" for name in VARIABLES if variables.get(name)]
     script = root.ROOT / SCRIPT
     here = Path(variables.get("STARTED_IN") or ".").resolve() == root.ROOT
-    return " ".join([*values, f"./{SCRIPT}" if here else shlex.quote(str(script)), shlex.join(arguments)]).strip()
+    return " ".join(
+        [*values, f"./{SCRIPT}" if here else shlex.quote(str(script)), shlex.join(without_resume(arguments))]
+    ).strip()
 
 
 def one_of(variable: str, value: str, names: Collection[str]) -> str:

@@ -66,6 +66,16 @@ def test_names_follow_from_the_text(path: str, name: str):
     assert (Path(str(found["DATASET"])).name, found["RUN_NAME"]) == (name, f"laptop-{name}")
 
 
+def test_long_names_fit_a_file_system(tmp_path: Path):
+    found = settings({"PRESET": "laptop", "DATA_PATH": "\u6587" * 80 + ".txt"}, [])
+    assert len(Path(str(found["DATASET"])).name.encode()) == 120
+
+
+def test_the_command_that_resumes_neither_starts_over_nor_goes_back(tmp_path: Path):
+    found = settings({}, ["debug", "--resume", "never", "--train.seed", "1", "--resume=4"])
+    assert str(found["RESUME"]).endswith(" debug --train.seed 1")
+
+
 def test_plain_arguments_are_a_preset_and_text(tmp_path: Path):
     found = settings({"PRESET": "debug", "DATA_PATH": "other.txt"}, ["laptop", "a.txt", "b", "--train.seed", "1"])
     assert (found["PRESET"], found["RUN_NAME"], found["DATA_PATH"]) == (
@@ -130,7 +140,7 @@ def test_overrides_win():
 
 
 def test_another_machine_waits_for_the_data():
-    variables = {"PRESET": "laptop", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first"}
+    variables = {"PRESET": "laptop", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "DATA_PATH": "book.txt"}
     found = settings(variables, ["--train.timeout-s", "30"])
     assert (found["DATA"], found["preparation"]) == ("wait", [])
     assert int(str(found["MEETING_SECONDS"])) > 30

@@ -236,7 +236,7 @@ def test_a_second_ctrl_c_quits_without_saving(texts: Path, tmp_path: Path, start
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=20) == 130
     assert left_over(process.pid) == []
-    assert "quit without saving\n\nto resume: " in (tmp_path / "stderr").read_text()
+    assert "quit at once\n\nto resume: " in (tmp_path / "stderr").read_text()
     assert [path.name for path in (run / "checkpoints").iterdir() if ".tmp-" not in path.name] == []
 
 
@@ -395,7 +395,7 @@ def test_the_front_command_from_a_folder_with_another_src(tmp_path: Path):
     assert json.loads(result.stdout)["dataset"] == str(tmp_path / "data" / "datasets" / "0+1+2")
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     nothing = launch(ROOT / "llm", "sample", cwd=tmp_path, TEMP_DATA_DIR=str(tmp_path))
-    assert (nothing.returncode, nothing.stderr.endswith(f"The runs in {tmp_path}/runs: mine/\n")) == (2, True)
+    assert (nothing.returncode, nothing.stderr.endswith(f"The runs in {tmp_path}/runs: mine\n")) == (2, True)
     unknown = launch(ROOT / "llm", "trian", cwd=tmp_path)
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "error: Cannot find the command 'trian'. Choose train, preflight, sample," in unknown.stderr

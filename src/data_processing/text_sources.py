@@ -157,7 +157,8 @@ def name_of(paths: Sequence[str]) -> str:
         name = path.name[: -len(extension)] if extension else path.name
         names.append(re.sub(r"[^\w.-]+", "_", name).strip("._-"))
     first, *rest = dict.fromkeys(name[:60] for name in names if name) or ["my_text"]
-    return "+".join([first, *rest]) if len(rest) < 3 else f"{first}+{len(rest)}-more"
+    name = "+".join([first, *rest]) if len(rest) < 3 else f"{first}+{len(rest)}-more"
+    return name.encode()[:120].decode(errors="ignore")  # file systems count bytes
 
 
 def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path]]:

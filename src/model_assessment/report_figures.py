@@ -324,7 +324,8 @@ def _finish_gradient_norm(panels: list[Axes], shown: Shown) -> list[str]:
 
 def _layer_norms(run: Run) -> FigureSpec | None:
     """The gradient norm of the embedding and of each block, as far as the run has recorded them."""
-    norms = run.last("train").get("layer_grad_norms")
+    # The line of a stopped run has none.
+    norms = next((n for line in reversed(run.of_kind("train")) if (n := line.get("layer_grad_norms"))), None)
     count = min(len(norms), MOST_LAYERS) if isinstance(norms, list) else 0
     curves = []
     for i in range(count):

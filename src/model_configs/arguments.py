@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -77,6 +77,12 @@ def _options(kind: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
             if each is bool:
                 head, _, last = option.rpartition(".")
                 yield f"{head}.no-{last}", each
+
+
+def without_resume(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without --resume and its value, which would start over or go back."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [each for before, each in pairs if before != "--resume" and each.partition("=")[0] != "--resume"]
 
 
 def _similar(name: str, options: Collection[str]) -> str:

@@ -25,7 +25,8 @@ from src.utils.handle_ddp import outside_environment
 
 Parts = dict[str, dict[str, torch.Tensor]]
 
-AFTER_SAVE_SECONDS = 600  # how long the end of a run waits for the command after the last save
+# How long the end of a run waits for the command after the last save; after a stop, whose time is often short, less.
+AFTER_SAVE_SECONDS, AFTER_STOP_SECONDS = 600.0, 30.0
 _HEADER_BYTES = 140  # of a tensor in a safetensors file: name, type, shape and place
 _SMALL_FILES_BYTES = 12_000  # a process's random states, state.json and manifest.json
 MAKE_ROOM = (
@@ -172,12 +173,12 @@ class AfterSave:
             except (OSError, ValueError) as error:
                 self.warn(f"warning: Cannot start the command after the save: {error}. Training continues.")
 
-    def close(self) -> None:
-        """Waits for the commands of all saves, at most AFTER_SAVE_SECONDS."""
-        deadline = time.monotonic() + AFTER_SAVE_SECONDS
+    def close(self, seconds: float) -> None:
+        """Waits for the commands of all saves, at most `seconds`. One that still runs then goes on by itself."""
+        deadline = time.monotonic() + seconds
         self.poll()
         if self._running and self._running.poll() is None:
-            self.warn(f"waiting at most {AFTER_SAVE_SECONDS} s for the command after the save")
+            self.warn(f"waiting at most {seconds:g} s for the command after the save")
         while self._running:
             if time.monotonic() > deadline:
                 self.warn("warning: the command after the save still runs; it is left alone")

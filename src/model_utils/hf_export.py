@@ -84,10 +84,13 @@ def _origin(loaded: LoadedModel) -> Origin:
     """Returns the origin of a model: of an export, or of a checkpoint, with the records of the run around it."""
     if is_model_folder(loaded.path) and (origin := read_origin(loaded.path)):
         return origin
-    # Paths of the person who trained the model stay private.
+    # Paths and commands of the person who trained the model stay private.
     data, evaluation, run = loaded.config.data, loaded.config.eval, loaded.path.parent.parent
     config = replace(
         loaded.config,
+        init_from=Path(loaded.config.init_from).name,
+        price_per_gpu_hour=None,
+        checkpoint=replace(loaded.config.checkpoint, after_save=""),
         data=replace(data, dir=Path(data.dir).name or data.dir),
         eval=replace(evaluation, hellaswag_data=Path(evaluation.hellaswag_data).name or evaluation.hellaswag_data),
     )

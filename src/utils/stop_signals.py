@@ -51,7 +51,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields the request to stop by a signal inside the block. Later signals are ignored, except a second Ctrl-C.
+    """Yields the request to stop by a signal inside the block. Later signals are ignored, except Ctrl-C after a second.
 
     That one ends the process at once, with exit code 130.
     """
@@ -87,7 +87,7 @@ def _answer_signals(reader: int, request: StopRequest) -> None:
                         say(text)
             # A person needs longer; programs between the terminal and this one may repeat a signal.
             elif number == signal.SIGINT and time.monotonic() - asked > 1 and second_ctrl_c_quits():
-                say("quitting without saving")
+                say("quitting at once")
                 os._exit(EXIT_INTERRUPTED)
     os.close(reader)
 

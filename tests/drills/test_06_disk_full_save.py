@@ -20,7 +20,7 @@ from tests.drills.small_run import (
     start_with,
 )
 
-# Before step 7 is logged: a checkpoint takes some 180 kB.
+# Before step 7 is logged: a checkpoint takes some 130 kB.
 FILL = (
     AT_LINE
     + """
@@ -64,7 +64,7 @@ def assert_stopped_and_whole(code: int, message: str, disk: Mounts, runs: Path) 
     assert "Traceback" not in message
     (numbers,) = re.findall(r"checkpoint of step 8 in .*It needs ([\d,]+) bytes, ([\d,]+) are free", message)
     needed, free = (int(number.replace(",", "")) for number in numbers)
-    assert 3 * 4 * 13_488 < needed < 200_000  # each parameter and its two moments in float32, and some more
+    assert 2 * 4 * 13_000 < needed < 200_000  # each parameter and one or two moments in float32, and some more
     assert free < needed
     checkpoints = disk.path(runs) / "drill" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step_0000004"]

@@ -84,11 +84,11 @@ def test_a_new_run_from_anothers_weights(commands: Commands, dataset: Callable[.
     message = refusal(commands, other, *settings, "--init-from", "")
     assert "init_from: checkpoint drill, now " in message
 
-    wider = ("--run-name", "wider", "--init-from", "drill", "--model.n-embd", "32", "--model.no-bias")
+    wider = ("--run-name", "wider", "--init-from", "drill", "--model.n-embd", "32", "--model.bias")
     refused = start(commands, data, *wider)
     assert refused.returncode == 2
-    assert "model.n_embd: 16 there, 32 here\n  - model.bias: True there, False here" in refused.stderr
-    assert "Take its settings: --model.n-embd 16 --model.bias" in refused.stderr
+    assert "model.n_embd: 16 there, 32 here\n  - model.bias: False there, True here" in refused.stderr
+    assert "Take its settings: --model.n-embd 16 --model.no-bias" in refused.stderr
     assert "The runs in " in start(commands, data, "--run-name", "x", "--init-from", "dril").stderr
     (runs / "drill").rename(runs / "gone")
     assert start(commands, other, *settings).returncode == 0
