@@ -744,9 +744,8 @@ def main() -> int:
         outcome = train(config, stop)
         if outcome.exit_code == EXIT_STOPPED and os.environ.get("RANK", "0") == "0" and "LAUNCH_ID" not in os.environ:
             is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-            say(
-                f"to resume: {'the same torchrun command' if is_torchrun else shlex.join(without_resume(sys.orig_argv))}"
-            )
+            command = "the same torchrun command" if is_torchrun else shlex.join(without_resume(sys.orig_argv))
+            say(f"to resume: {command}")
         return outcome.exit_code
 
 

@@ -424,7 +424,7 @@ def kind_text(kind: Any) -> str:
     if kind in names:
         return names[kind]
     if get_origin(kind) is tuple:
-        return f"a list, each of it {kind_text(get_args(kind)[0])}"
+        return f"a list of: {kind_text(get_args(kind)[0])}"
     return _either([each if isinstance(each, str) else kind_text(each) for each in get_args(kind)])
 
 

@@ -100,9 +100,7 @@ def test_json_and_back(preset: str):
 def test_who_a_run_reports_to_is_kept_and_checked():
     config = replace(debug(), report_to=("tensorboard", "wandb"))
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
-    with pytest.raises(
-        ConfigError, match=r"report_to = \('wandb', 'mlflow'\) must be a list, each of it tensorboard or wandb"
-    ):
+    with pytest.raises(ConfigError, match=r"report_to = \('wandb', 'mlflow'\) must be a list of: tensorboard or wandb"):
         replace(debug(), report_to=("wandb", "mlflow"))  # type: ignore[arg-type]
 
 
@@ -138,7 +136,7 @@ def test_a_run_name_that_no_file_system_takes_is_refused():
         ("model", "n_embd", "256", "model.n_embd = '256' must be a whole number"),
         ("train", "seed", True, "train.seed = True must be a whole number"),
         ("train", "precision", "fp8", "train.precision = 'fp8' must be auto, bf16 or float32"),
-        ("eval", "sample_prompts", [1], "eval.sample_prompts = (1,) must be a list, each of it a text"),
+        ("eval", "sample_prompts", [1], "eval.sample_prompts = (1,) must be a list of: a text"),
         ("data", "dir", "\udcff", "data.dir = '\\udcff' must be UTF-8 text; set LC_ALL=C.UTF-8"),
         ("optim", "warmup_steps", 1.5, "optim.warmup_steps = 1.5 must be a whole number or None"),
     ],

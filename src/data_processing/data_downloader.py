@@ -327,8 +327,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m src.data_processing.data_downloader",
         description="Turns documents into token shards for training: shuffled, tokenised with r50k_base, split into "
         "validation (shard 0) and training (the rest), with a manifest that says where they came from.",
-        epilog="The result is one JSON object, the last line of stdout, on a terminal words. Exit codes: 0 done, 2 bad "
-        "input, 4 storage, 5 another process is preparing the folder, 130 Ctrl-C. Rerun the same command to "
+        epilog="The result is one JSON object, the last line of stdout, or text on a terminal. Exit codes: 0 done, 2 "
+        "bad input, 4 storage, 5 another process is preparing the folder, 130 Ctrl-C. Rerun the same command to "
         "resume a preparation that was stopped, from the last 64M tokens.",
     )
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in SOURCES.items())

@@ -440,7 +440,7 @@ def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[Ranges]
         raise UserError(
             f"Cannot divide {len(group_tokens)} document(s) that are neither empty nor repeated: at least two are "
             "needed, one to validate and one to train. Give more text, raise the limit, or divide the text: only a "
-            f".txt or .md file of more than {LONG_TEXT:,} characters is divided here, at ends of lines."
+            f".txt or .md file of more than {LONG_TEXT:,} characters is divided, at ends of paragraphs."
         )
     total = int(group_tokens.sum())
     share = max(total // _VALIDATION_SHARE, min(total // _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS))

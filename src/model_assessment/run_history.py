@@ -182,9 +182,9 @@ def protocols(run: Run) -> list[str]:
 
 
 def choice_name(run: Run) -> str:
-    """The name of the run's multiple-choice evaluation; empty where it says nothing.
+    """Returns the name of the run's multiple-choice evaluation.
 
-    That is a stand-in for HellaSwag whose every accuracy is within two standard errors of chance.
+    Empty if there is none, or if it is the stand-in and every accuracy is within two standard errors of chance.
     """
     used = protocols(run)
     if not used or not all("not HellaSwag" in protocol for protocol in used):

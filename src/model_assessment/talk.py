@@ -25,14 +25,9 @@ from urllib.parse import urlsplit
 
 import jinja2
 
-from src.data_processing.tokenizer import load_tokenizer
 from src.model_assessment.run_history import compact
-from src.model_assessment.sampling import SamplingConfig, stream
-from src.model_utils.debugging import count_parameters
-from src.model_utils.load_model import convert_weights, load_model
-from src.model_utils.packed_linear import pack_linears
+from src.model_assessment.sampling import SamplingConfig, TextModel, stream
 from src.utils.errors import UserError, exit_with, print_result, say
-from src.utils.hardware import autocast
 
 ADDRESS, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
 SETTINGS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
@@ -180,23 +175,19 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
-    loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
-    model, device = loaded.model, loaded.device
-    precision = convert_weights(model, "auto", loaded.precision)
-    if precision.itemsize == 2:
-        pack_linears(model)
-    facts = f"{compact(count_parameters(model))} parameters, {loaded.config.model.n_ctx:,} tokens of context"
-    facts += f", after {loaded.step:,} steps" if loaded.step else ""
-    name = loaded.config.run_name if loaded.step else loaded.path.name
-    prompt = next(iter(loaded.config.eval.sample_prompts), "Once upon a time")
+    model = TextModel(args.checkpoint, args.device)
+    facts = f"{compact(model.parameters)} parameters, {model.config.model.n_ctx:,} tokens of context"
+    facts += f", after {model.step:,} steps" if model.step else ""
+    name = model.config.run_name if model.step else model.path.name
+    prompt = next(iter(model.config.eval.sample_prompts), "Once upon a time")
 
     def continues(prompt: str, config: SamplingConfig) -> Iterator[str]:
-        return stream(model, tokenizer, prompt, config, autocast(device, precision))
+        return stream(model.model, model.tokenizer, prompt, config, model.autocast())
 
     with Server({"name": name, "facts": facts, "prompt": prompt}, continues, args.port) as server:
         address = f"http://{ADDRESS}:{server.server_port}/"
         say(f"Open {address} in a browser on this machine. Ctrl-C ends it.")
-        print_result({"address": address, "checkpoint": str(loaded.path)})
+        print_result({"address": address, "checkpoint": str(model.path)})
         sys.stdout.flush()  # a program that waits for the address
         server.serve_forever()
     return 0

@@ -174,7 +174,7 @@ class AfterSave:
                 self.warn(f"warning: Cannot start the command after the save: {error}. Training continues.")
 
     def close(self, seconds: float) -> None:
-        """Waits for the commands of all saves, at most `seconds`. One that still runs then goes on by itself."""
+        """Waits for the commands of all saves, at most `seconds`. One that still runs then is left alone."""
         deadline = time.monotonic() + seconds
         self.poll()
         if self._running and self._running.poll() is None:

@@ -242,7 +242,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m src.model_utils.hf_export",
         description="Export a trained model: as a folder for transformers, or as GGUF for llama.cpp. Prints one "
-        "JSON object as the last line, on a terminal words.",
+        "JSON object as the last line, or text on a terminal.",
     )
     parser.add_argument("--checkpoint", help="a run (folder or name), a step_* folder, or an export in hf")
     parser.add_argument("--out", required=True, type=Path, help="a new folder; with --push alone, an earlier export")
