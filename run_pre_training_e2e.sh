@@ -154,8 +154,8 @@ if [ "$code" = 0 ]; then
     stage "4/5 a text from the saved model"
     text=$(mktemp) || text=/dev/null
     # A finished run stays finished if its sample or report fails.
-    child module src.model_assessment.sampling --checkpoint "$RUN_DIR" --prompt "The" --max-new-tokens 60 \
-        --temperature 0.8 --top-k 50 >"$text" || [ -z "$stopped" ] || exit 143
+    child module src.model_assessment.sampling --checkpoint "$RUN_DIR" --prompt "$PROMPT" --num-samples 3 \
+        --max-new-tokens 40 --temperature 0.8 --top-k 50 >"$text" || [ -z "$stopped" ] || exit 143
     sed '$d' "$text" || true # the last line is JSON for programs
     [ "$text" = /dev/null ] || rm -f "$text"
 else

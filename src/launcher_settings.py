@@ -76,6 +76,7 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
         "RUN_NAME": config.run_name,
         "RUN_DIR": str(root.RUNS / config.run_name),
         "TEMP_DATA_DIR": str(root.TEMP_DATA),
+        "PROMPT": next(iter(config.eval.sample_prompts), "The"),
         "DATA": data,
         "DATA_SOURCE": source,
         "DATA_PATH": "\n".join(_paths(variables)),
