@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import constants as hub_settings
 
+from src import available_cores
 from src.data_processing.data_downloader import differences
 from src.data_processing.document_shuffle import disk_needed
 from src.data_processing.shards import MANIFEST, read_manifest
@@ -41,7 +42,7 @@ from src.model_utils.autotune import compile_problem
 from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoints_need
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
 from src.model_utils.load_model import read_initial
-from src.model_utils.planner import GPU, Assumptions, cost
+from src.model_utils.planner import GPU, Assumptions, cost, describe
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config, ConfigError
 from src.utils import hardware, root
@@ -61,6 +62,7 @@ from src.utils.errors import (
 from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
 from src.utils.handle_ddp import device_and_backend, processes_here, world_size
 
+CPU_FLOPS_PER_CORE = 8e10  # of a training step, on cores with AVX512 (LOG.md)
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -176,6 +178,11 @@ def device(start: Start) -> Found:
     if kind == "cpu" and start.config.train.device == "auto" and NVIDIA_DRIVER.exists():
         driver = f"PyTorch {torch.__version__} cannot use this machine's NVIDIA driver, so training runs on the CPU"
         return Found(f"{text}; {driver}. Install a newer driver, or a PyTorch built for CUDA", True)
+    if kind == "cpu" and start.config.train.device == "auto":
+        operations = describe(start.config)["total_flops"]
+        days = operations / (CPU_FLOPS_PER_CORE * available_cores()) / 86_400
+        if days > 14:
+            return Found(f"{text}; no GPU found, and all steps would take some {days:,.0f} days on this CPU", True)
     if peak := hardware.peak_tflops(torch.device(kind), torch.bfloat16):
         text += f"\n{expected_cost(start.config, start.world_size, peak)}"
     return Found(f"{text}; {problem}; until then nothing is compiled" if problem else text, bool(problem))

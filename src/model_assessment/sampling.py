@@ -90,7 +90,7 @@ class Sample:
     """The model's own log-probability of each token in nats, before temperature, penalty and cuts."""
     finish_reason: str = "length"
     """"end_of_text" (chosen by the model), "stop" (a stop text) or "length"."""
-    tokens_per_second: float = 0.0
+    tokens_per_second: float = field(default=0.0, compare=False)
     """Of all samples of the prompt together."""
 
     def __str__(self) -> str:
@@ -334,6 +334,8 @@ def _certain(text: str, stop: tuple[str, ...]) -> int:
 
 def _encode(tokenizer: Tokenizer, prompt: str, model: LLM, quiet: bool = False) -> list[int]:
     """Token ids of a prompt, at least one."""
+    if not isinstance(prompt, str):  # from a notebook
+        raise UserError(f"Cannot read {prompt!r}: a prompt must be one text.")
     ids, n_vocab, n_ctx = tokenizer.encode(prompt) or [tokenizer.end_of_text], model.config.n_vocab, model.config.n_ctx
     if max(ids) >= n_vocab:
         raise UserError(

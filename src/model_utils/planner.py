@@ -270,6 +270,8 @@ def _counts(config: Config, args: argparse.Namespace) -> list[int]:
 def main() -> int:
     args, config = _parse()
     price, prices = args.price_per_gpu_hour or (config.price_per_gpu_hour, {})
+    if args.gpu and prices and args.gpu not in prices:
+        raise UserError(f"--price-per-gpu-hour names no price of {args.gpu}. Add {args.gpu}=DOLLARS.")
     given = Assumptions(args.mfu, price, prices, args.watts)
     result: dict[str, Any] = {"run_name": config.run_name, **describe(config)}
     if args.sweep:
@@ -308,8 +310,10 @@ def _parse() -> tuple[argparse.Namespace, Config]:
 
 def _prices(text: str) -> tuple[float | None, dict[str, float]]:
     """Dollars per GPU-hour, from "1.8" or "a100-80g=1.8,h100-80g=2.9": a price for all kinds, and prices by kind."""
-    price, prices = None, {}
-    for part in text.split(","):
+    price, prices, parts = None, {}, text.split(",")
+    if any("=" not in part for part in parts[1:]):  # a decimal comma
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number such as 2.9, or by kind such as l4=0.7,h200=3")
+    for part in parts:
         name, equals, value = part.strip().lower().rpartition("=")
         if equals and name not in GPUS:
             raise argparse.ArgumentTypeError(f"{name!r} is not a GPU of the table: {', '.join(GPUS)}")

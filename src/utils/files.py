@@ -69,10 +69,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises UserError if `path` exists, StorageError, and the block's errors.
     """
-    temporary = path.absolute().with_name(f".{path.name}.tmp-{os.getpid()}")
     with storage_errors(path):
         if os.path.lexists(path):
             raise UserError(f"Cannot write {path}: it exists. Choose another name, or move it away.")
+        temporary = path.absolute().with_name(f".{path.name}.tmp-{os.getpid()}")
         try:
             temporary.mkdir(parents=True)
             yield temporary

@@ -137,6 +137,12 @@ def test_the_command_prints_tables_and_one_object(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("price", ["2,9", "l4=1,8", "h200=3"])
+def test_a_price_with_a_decimal_comma_or_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch, price: str):
+    with pytest.raises((SystemExit, UserError)):
+        run(monkeypatch, "debug", "--gpu", "l4", "--price-per-gpu-hour", price)
+
+
 def test_a_sweep_has_a_line_a_kind_with_its_price(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     run(monkeypatch, "lf_llm_269m", "--sweep", "--price-per-gpu-hour", "2,h200=3.5")
     rows = {row["gpu"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]}
