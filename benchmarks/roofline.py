@@ -39,13 +39,10 @@ GPUS = {
     "H200": GPU(989, 0.70, 290, 4_800, 4),
 }
 
-# GB a micro-batch of Triton kernels in blocks, and launches of all kinds, before and now (LOG.md). It is Inductor's
-# count, less what that counts twice in the kernel that applies rotary positions. The last number: Muon's bytes per
-# parameter in every process, for momentum (12), decay and step (18); before also for the updates of all matrices.
-COUNTED = {
-    "lf_llm_269m": {"before": (111.9, 974, 0), "now": (105.3, 942, 0)},
-    "lf_llm_269m_fast": {"before": (102.4, 1_090, 58), "now": (91.5, 1_034, 30)},
-}
+# GB a micro-batch of Triton kernels in blocks, and launches of all kinds (LOG.md). It is Inductor's count, less
+# what that counts twice in the kernel that applies rotary positions.
+COUNTED = {"lf_llm_269m": (105.3, 942), "lf_llm_269m_fast": (91.5, 1_034)}
+MUON_BYTES = 30  # of a matrix, in every process: momentum 12, decay and step 18
 
 
 def main() -> None:
@@ -53,16 +50,13 @@ def main() -> None:
     parser.add_argument("preset", nargs="?", choices=COUNTED, default="lf_llm_269m")
     parser.add_argument("--gpus", type=int, default=8)
     args = parser.parse_args()
-    result = {
-        when: {name: predict(args.preset, gpu, args.gpus, *counted) for name, gpu in GPUS.items()}
-        for when, counted in COUNTED[args.preset].items()
-    }
+    result = {name: predict(args.preset, gpu, args.gpus) for name, gpu in GPUS.items()}
     print(json.dumps({"preset": args.preset, "gpus": args.gpus, "is_prediction": True, **result}))
 
 
-def predict(preset: str, gpu: GPU, gpus: int, block_gb: float, launches: int, muon_bytes: int) -> dict[str, float]:
+def predict(preset: str, gpu: GPU, gpus: int) -> dict[str, float]:
     """Return milliseconds a micro-batch by kind of work, their sum, tokens a second of one GPU, and MFU."""
-    config = PRESETS[preset]()
+    config, (block_gb, launches) = PRESETS[preset](), COUNTED[preset]
     model, N = config.model, config.micro_batch_size * config.model.n_ctx
     parameters, in_blocks = parameter_counts(model)
     accumulation = config.grad_accumulation_steps(gpus)
@@ -70,9 +64,8 @@ def predict(preset: str, gpu: GPU, gpus: int, block_gb: float, launches: int, mu
     in_adamw = parameters - in_blocks if config.optim.optimizer == "muon" else parameters
     muon_ms = 0.0
     if config.optim.optimizer == "muon":
-        muon_ms = optimizer_flops(config) / gpus / matmul + (
-            (muon_bytes + MUON_SHARED_BYTES / gpus) * in_blocks / bandwidth
-        )
+        muon_ms = optimizer_flops(config) / gpus / matmul
+        muon_ms += (MUON_BYTES + MUON_SHARED_BYTES / gpus) * in_blocks / bandwidth
         muon_ms += 2 * in_blocks / (LINK_GB_PER_S * 1e6) if gpus > 1 else 0.0
     times = {
         "matmuls of blocks": 6 * in_blocks * N / matmul,

@@ -62,7 +62,8 @@ from src.utils.errors import (
 from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
 from src.utils.handle_ddp import device_and_backend, processes_here, world_size
 
-CPU_FLOPS_PER_CORE = 8e10  # of a training step, on cores with AVX512 (LOG.md)
+# Of a training step: 17.1M parameters and 2,048 tokens took 1.42 s on two cores with AVX512 (LOG.md).
+CPU_FLOPS_PER_CORE = 7e10
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
