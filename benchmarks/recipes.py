@@ -1,14 +1,14 @@
 """Compare training recipes: the validation loss that each reaches from a number of tokens. Resumable, hours on a CPU.
 
-python -m benchmarks.recipes --path TEXT ... [--size 17m 33m] [--only NAME ...] [--results FILE] [--table]
+python -m benchmarks.recipes --path TEXT ... [--dataset NAME] [--only NAME ...] [--table] [--picture FILE]
 
-TEXT are files for data_downloader; their dataset lies in temp_data/datasets/recipes. Every run is `pretrain.py` in a
-process of its own, named recipes-NAME, so a stopped benchmark resumes inside a run. All runs of a size and seed see the
+TEXT are files for data_downloader, which prepares --dataset from them unless it exists. Every run is a process of
+`pretrain.py`, named DATASET-NAME, so a stopped benchmark resumes inside a run. All runs of a size and seed see the
 same windows in the same order, and each schedule is planned for its own length. Losses are measured on the same
-validation windows, so their differences have paired standard errors. Each line of --results is a finished run, which is
-not repeated.
+validation windows, so their differences have paired standard errors. Each line of benchmarks/DATASET.jsonl is a
+finished run, which is not repeated.
 
---table prints the comparison from --results alone; --picture FILE draws it.
+--table prints the comparison from finished runs alone; --picture FILE draws it.
 """
 
 import argparse
@@ -36,9 +36,7 @@ from src.utils.errors import exit_with, say
 from src.utils.plot_style import BLUE, GREY, STYLE, as_png, new_figure
 from src.utils.root import ROOT, RUNS, dataset_dir
 
-DATASET = "recipes"
 VALIDATION_WINDOWS = 400
-RESULTS = ROOT / "benchmarks" / "recipes.jsonl"
 
 
 @dataclass(frozen=True)
@@ -114,23 +112,24 @@ def planned(best: dict[str, str]) -> list[Training]:
             if size in best:
                 runs.append(Training(size, best[size], seed=seed))
             runs += [Training(size, "fast", share, seed) for share in SHARES]
-        runs += [Training(size, recipe, 0.4) for recipe in LADDER]
+    runs += [Training("17m", recipe, 0.4) for recipe in LADDER]
     return list(dict.fromkeys(runs))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=__doc__)
     parser.add_argument("--path", nargs="+", default=[], help="files of text")
+    parser.add_argument("--dataset", default="recipes", help="name of the dataset and of the file of results")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose names contain one of these")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the table from --results, and train nothing")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw losses over tokens, from --results alone")
+    parser.add_argument("--table", action="store_true", help="print the finished runs, and train nothing")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the losses of finished runs over tokens")
     args = parser.parse_args()
-    results = read_results(args.results)
+    results_file = ROOT / "benchmarks" / f"{args.dataset}.jsonl"
+    results = read_results(results_file)
     if args.picture:
         args.picture.write_bytes(picture(results))
     elif not args.table:
-        if not (dataset_dir(DATASET) / "manifest.json").exists():
+        if not (dataset_dir(args.dataset) / "manifest.json").exists():
             command = [
                 sys.executable,
                 "-m",
@@ -138,7 +137,7 @@ def main() -> None:
                 "--source",
                 "files",
                 "--out",
-                DATASET,
+                args.dataset,
             ]
             subprocess.run([*command, "--path", *args.path], cwd=ROOT, check=True)
         # The best rate is known only once the first runs are done, and adds others.
@@ -148,8 +147,8 @@ def main() -> None:
             if run.name not in results and any(part in run.name for part in args.only)
         ]:
             say(f"{len(todo)} runs to do; now {todo[0].name}")
-            results[todo[0].name] = measure(todo[0])
-            with open(args.results, "a") as file:
+            results[todo[0].name] = measure(todo[0], args.dataset)
+            with open(results_file, "a") as file:
                 file.write(json.dumps(results[todo[0].name]) + "\n")
     print(
         json.dumps(
@@ -177,16 +176,16 @@ def best_rates(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     return best
 
 
-def measure(run: Training) -> dict[str, Any]:
+def measure(run: Training, dataset: str) -> dict[str, Any]:
     """Train, and return the loss on each validation window."""
     size = SIZES[run.size]
     options = f"{COMMON} {size.settings} {RECIPES[run.recipe]} --train.batch-tokens {size.batch_tokens}"
-    options += f" --train.total-steps {run.steps} --train.seed {run.seed} --data.dir {DATASET}"
-    options += f" --run-name recipes-{run.name} --eval.val-every-steps 1000000 --eval.val-tokens 8192"
+    options += f" --train.total-steps {run.steps} --train.seed {run.seed} --data.dir {dataset}"
+    options += f" --run-name {dataset}-{run.name} --eval.val-every-steps 1000000 --eval.val-tokens 8192"
     command = [sys.executable, "pretrain.py", "laptop", *options.split(), "--eval.sample-prompts"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    loaded = load_model(f"recipes-{run.name}", "cpu")
-    folder = dataset_dir(DATASET)
+    loaded = load_model(f"{dataset}-{run.name}", "cpu")
+    folder = dataset_dir(dataset)
     manifest = read_manifest(folder)
     shard = manifest.validation[0]
     losses: list[float] = []
@@ -198,7 +197,7 @@ def measure(run: Training) -> dict[str, Any]:
         bytes_per_token=shard.text_bytes / shard.tokens,
         batch_losses=losses,
     )
-    lines = [json.loads(line) for line in (RUNS / f"recipes-{run.name}" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (RUNS / f"{dataset}-{run.name}" / "metrics.jsonl").read_text().splitlines()]
     step_ms = statistics.median(line["step_ms"] for line in lines if line["kind"] == "train")
     return {
         "name": run.name,
