@@ -85,7 +85,7 @@ class Training:
         return round(SIZES[self.size].steps * self.share)
 
 
-# One ingredient of the fast recipe taken away, or another in its place.
+# One ingredient of the fast recipe taken away or changed.
 LADDER = {
     "fast-dropout": "--model.residual-dropout 0.1 --model.ffn-dropout 0.15",
     "fast-bias": "--model.bias",
@@ -93,6 +93,8 @@ LADDER = {
     "fast-no-zero-init": "--model.no-zero-init",
     "fast-cosine": "--optim.schedule cosine --optim.decay-ratio 1 --optim.min-lr-ratio 0.1",
     "fast-one-rate": "--optim.embedding-lr None",
+    "fast-embedding-6e-3": "--optim.embedding-lr 6e-3",
+    "fast-embedding-1e-2": "--optim.embedding-lr 1e-2",
     "fast-adamw": "--optim.optimizer adamw",
 }
 RECIPES = {
