@@ -10,7 +10,6 @@ Steps are real, on random tokens of the preset's shapes. Figures are medians wit
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import print_figures
 from src.model import LLM
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.adamw_opt import build_optimizers
@@ -82,7 +82,7 @@ def main() -> None:
             "step_while_saving_s": statistics.median(step_while_saving[:-1] or step_while_saving),
             "machine": describe_machine(procs.device),
         }
-    print(json.dumps(result))
+    print_figures(result)
 
 
 def make_step(config: Config, state: TrainingState, device: torch.device, precision: torch.dtype) -> Callable[[], None]:

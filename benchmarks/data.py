@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loader
+from benchmarks import loader, print_figures
 from src import available_cores
 from src.data_processing.text_sources import PythonDocs, open_files
 from src.utils import hardware
@@ -74,7 +74,7 @@ def main() -> None:
             "loader": [loader.loader_figures_in_a_process(folder / "dataset", n_ctx) for n_ctx in args.n_ctx],
             "machine": hardware.describe_machine(torch.device("cpu")),
         }
-    print(json.dumps(figures))
+    print_figures(figures)
 
 
 def paragraphs(paths: list[str]) -> list[str]:

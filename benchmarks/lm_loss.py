@@ -6,7 +6,6 @@ if the losses differ. Figures are medians of --repeats passes after a warmup. Le
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from benchmarks import print_figures
 from src import lm_loss
 from src.utils.errors import exit_with
 from src.utils.hardware import autocast, choose_device, describe_machine
@@ -62,7 +62,7 @@ def main() -> None:
     losses = [loss for _, loss in results.values()]
     assert max(losses) - min(losses) < 1e-3 * losses[0], f"losses differ: {losses}"
     milliseconds = {name: round(ms, 1) for name, (ms, _) in results.items()}
-    print(json.dumps({"milliseconds": milliseconds, **vars(args), "machine": describe_machine(device)}))
+    print_figures({"milliseconds": milliseconds, **vars(args), "machine": describe_machine(device)})
 
 
 def _synchronize(device: torch.device) -> None:

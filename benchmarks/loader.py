@@ -8,7 +8,6 @@ Memory and reads come from /proc, so it runs on Linux only. Each n_ctx is measur
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import print_figures
 from benchmarks.synthetic_dataset import make_sparse_dataset
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
@@ -40,7 +40,7 @@ def main() -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sparse"
             make_sparse_dataset(folder)
         figures = [loader_figures_in_a_process(folder, n_ctx, args.seconds) for n_ctx in args.n_ctx]
-    print(json.dumps({"loader": figures, "machine": hardware.describe_machine(torch.device("cpu"))}))
+    print_figures({"loader": figures, "machine": hardware.describe_machine(torch.device("cpu"))})
 
 
 def loader_figures_in_a_process(folder: Path, n_ctx: int, seconds: float = 3.0) -> dict[str, float]:

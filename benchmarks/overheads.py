@@ -15,7 +15,6 @@ lines while the others wait. The optimizer does not count as training, so the sh
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import print_figures
 from src.data_processing.shards import read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
@@ -66,7 +66,7 @@ def main() -> None:
     precision = hardware.choose_precision(config.train.precision, device)
     with hardware.autocast(device, precision):
         unit = measure(args, config, device)
-    print(json.dumps(add_up(args, config, unit) | {"machine": hardware.describe_machine(device)}))
+    print_figures(add_up(args, config, unit) | {"machine": hardware.describe_machine(device)})
 
 
 def measure(args: argparse.Namespace, config: Config, device: torch.device) -> dict[str, float]:

@@ -26,6 +26,7 @@ import matplotlib
 import numpy as np
 import torch
 
+from benchmarks import print_figures
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import WindowDataset
 from src.model_assessment.report_figures import draw_level
@@ -151,14 +152,12 @@ def main() -> None:
             results[todo[0].name] = measure(todo[0])
             with open(args.results, "a") as file:
                 file.write(json.dumps(results[todo[0].name]) + "\n")
-    print(
-        json.dumps(
-            {
-                "shares": shares(results),
-                "runs": summary(results),
-                "machine": hardware.describe_machine(torch.device("cpu")),
-            }
-        )
+    print_figures(
+        {
+            "shares": shares(results),
+            "runs": summary(results),
+            "machine": hardware.describe_machine(torch.device("cpu")),
+        }
     )
 
 

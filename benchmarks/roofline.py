@@ -7,9 +7,9 @@ data sheets', times the shares below. docs/performance.md explains them.
 """
 
 import argparse
-import json
 from dataclasses import dataclass
 
+from benchmarks import print_figures
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.debugging import flops_per_token
 from src.model_utils.memory_estimate import parameter_counts
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     args = parser.parse_args()
     result = {name: predict(args.preset, gpu, args.gpus) for name, gpu in GPUS.items()}
-    print(json.dumps({"preset": args.preset, "gpus": args.gpus, "is_prediction": True, **result}))
+    print_figures({"preset": args.preset, "gpus": args.gpus, "is_prediction": True, **result})
 
 
 def predict(preset: str, gpu: GPU, gpus: int) -> dict[str, float]:

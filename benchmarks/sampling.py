@@ -14,7 +14,6 @@ All models have the same initial weights and choose the likeliest token. The var
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks import print_figures
 from src.model import LLM
 from src.model_assessment.sampling import SamplingConfig, generate
 from src.model_configs.my_llm_config import PRESETS
@@ -85,7 +85,7 @@ def main() -> None:
         "weight_gb": round(weights / 1e9, 3),
         "machine": hardware.describe_machine(device),
     }
-    print(json.dumps(result))
+    print_figures(result)
 
 
 def stored(new: LLM, kind: str, device: torch.device) -> LLM:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 import pretrain
+from benchmarks import print_figures
 from src.model_configs.my_llm_config import PRESETS
 from src.params import CheckpointConfig
 from src.utils import hardware
@@ -32,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     results = {"off": measure(args, "off"), "on": measure(args, "on")}
     device = hardware.choose_device("auto")
-    print(json.dumps({**vars(args), "compile": results, "machine": hardware.describe_machine(device)}))
+    print_figures({**vars(args), "compile": results, "machine": hardware.describe_machine(device)})
 
 
 def measure(args: argparse.Namespace, compile_setting: Literal["on", "off"]) -> dict[str, object]:

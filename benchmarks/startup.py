@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import print_figures
 from src.model_configs.my_llm_config import PRESETS
 from src.utils import hardware
 from src.utils.errors import exit_with
@@ -51,7 +52,7 @@ def main() -> None:
         "all_s": starts_s,
         "machine": hardware.describe_machine(hardware.choose_device("auto")),
     }
-    print(json.dumps(result))
+    print_figures(result)
 
 
 def first_step_s(args: argparse.Namespace, temp_data: Path, compile_setting: str) -> float:

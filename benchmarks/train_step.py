@@ -22,7 +22,6 @@ figure is the median over rounds of the mean of `--steps` steps. `first_step_s` 
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -38,6 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pretrain
+from benchmarks import print_figures
 from src import model as our_model
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
@@ -114,7 +114,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     check_losses(timings)
-    print(json.dumps(report(args, config, device, precision, timings, statistics.median(rates))))
+    print_figures(report(args, config, device, precision, timings, statistics.median(rates)))
 
 
 def run_group(
