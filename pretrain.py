@@ -666,7 +666,8 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
         log.event("stop", step, f"requested by {cause}")
     if done:
         return end_done(log, step)
-    message = f"stopped on request after step {step} ({cause})"
+    rest = f". All steps are done; rerun to add {' and '.join(unmeasured)}" if step == total_steps else ""
+    message = f"stopped on request after step {step} ({cause}){rest}"
     log.info(f"{message}; everything is in {log.run_dir}")
     write_status(run, "stopped", EXIT_STOPPED, message)
     return Outcome(log.run_dir, step, EXIT_STOPPED)
