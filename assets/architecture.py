@@ -10,7 +10,6 @@ Shapes: B sequences, T positions, D width, H heads, K head dimension, F hidden s
 vocabulary.
 """
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -19,6 +18,7 @@ import torch
 
 from assets import dark
 from src.model import LLM
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.debugging import count_parameters
 from src.params import ModelConfig
@@ -277,7 +277,7 @@ def _draw_legend(drawing: Drawing, config: ModelConfig) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m assets.architecture", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m assets.architecture", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("preset", metavar="PRESET", nargs="?", choices=PRESETS, default=SHOWN, help=", ".join(PRESETS))
     preset = parser.parse_args().preset
     path = Path(__file__).with_name("architecture.svg" if preset == SHOWN else f"architecture_{preset}.svg")

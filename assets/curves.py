@@ -5,7 +5,6 @@
 Writes loss.png, training_metrics.png and hellaswag.png, except those without data in the run.
 """
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from src.model_assessment.report_figures import draw_level, figure_of, marker_for, running_median
 from src.model_assessment.run_history import CHANCE, Run, Series, read_run
+from src.model_configs.arguments import Parser
 from src.utils import root
 from src.utils.errors import StorageError, UserError, exit_with, print_result
 from src.utils.plot_style import BLUE, GREEN, ORANGE, STYLE, as_png
@@ -130,7 +130,7 @@ def hellaswag(run: Run) -> Figure | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m assets.curves", description="Draw a run's loss, training metrics and HellaSwag accuracy."
     )
     parser.add_argument(

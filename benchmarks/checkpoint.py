@@ -9,7 +9,6 @@ Steps are real, on random tokens of the preset's shapes. Figures are medians wit
 - `step_s` and `step_while_saving_s`: a step without and during a save in the background.
 """
 
-import argparse
 import shutil
 import statistics
 import time
@@ -22,6 +21,7 @@ import torch
 
 from benchmarks import print_figures
 from src.model import LLM
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.checkpoint_saver import CheckpointSaver
@@ -35,9 +35,7 @@ from src.utils.hardware import autocast, choose_precision, describe_machine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog="python -m benchmarks.checkpoint", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--out", type=Path, required=True, help="folder on the disk to measure; its saves are removed")
     parser.add_argument("--saves", type=int, default=5)

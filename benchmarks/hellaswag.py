@@ -25,6 +25,7 @@ from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment.hellaswag import Question, questions, reference_texts, score_endings
 from src.model_assessment.hellaswag_items import load_items
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.load_model import load_model
 from src.model_utils.weight_init import init_weights
@@ -36,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # nats per token
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.hellaswag", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=PRESETS)

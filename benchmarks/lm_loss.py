@@ -5,7 +5,6 @@ python -m benchmarks.lm_loss [--tokens N --width N --dtype {bf16,float32}] print
 if the losses differ. Figures are medians of --repeats passes after a warmup. Leave the other cores free.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 
 from benchmarks import print_figures
 from src import lm_loss
+from src.model_configs.arguments import Parser
 from src.utils.errors import exit_with
 from src.utils.hardware import autocast, choose_device, describe_machine
 
@@ -23,7 +23,7 @@ VOCABULARY = 50_257
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lm_loss", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.lm_loss", description=__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")

@@ -33,6 +33,7 @@ from src.model import LLM
 from src.model_assessment import hellaswag, validation
 from src.model_assessment.hellaswag_items import load_items
 from src.model_assessment.sampling import SamplingConfig, sample
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.autotune import CompiledForward
@@ -48,7 +49,7 @@ from src.utils.root import dataset_dir
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.overheads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=PRESETS)

@@ -11,7 +11,6 @@ not repeated.
 --table prints the comparison from --results alone; --picture FILE draws it.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -31,6 +30,7 @@ from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import WindowDataset
 from src.model_assessment.report_figures import draw_level
 from src.model_assessment.validation import validate
+from src.model_configs.arguments import Parser
 from src.model_utils.load_model import load_model
 from src.utils import hardware
 from src.utils.errors import exit_with, say
@@ -120,7 +120,7 @@ def planned(best: dict[str, str]) -> list[Training]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.recipes", description=__doc__)
     parser.add_argument("--path", nargs="+", default=[], help="files of text")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose names contain one of these")
     parser.add_argument("--results", type=Path, default=RESULTS)

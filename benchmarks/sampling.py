@@ -25,6 +25,7 @@ import torch
 from benchmarks import print_figures
 from src.model import LLM
 from src.model_assessment.sampling import SamplingConfig, generate
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.debugging import count_parameters
 from src.model_utils.llama_format import llama_settings, llama_tensors
@@ -38,7 +39,7 @@ PROMPT = list(range(100, 132))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.sampling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=PRESETS)

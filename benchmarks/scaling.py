@@ -29,6 +29,7 @@ import torch.multiprocessing
 
 from benchmarks import print_figures
 from src.model import LLM
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS, lf_llm_269m
 from src.model_utils.debugging import count_parameters
 from src.params import Config
@@ -43,7 +44,7 @@ LINK_EFFICIENCY = 0.75
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=PRESETS)

@@ -17,6 +17,7 @@ import torch
 
 import pretrain
 from benchmarks import print_figures
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.params import CheckpointConfig
 from src.utils import hardware
@@ -24,7 +25,7 @@ from src.utils.errors import exit_with
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.short_run", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.short_run", description=__doc__)
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--data", required=True, help="a dataset's name or folder")
     parser.add_argument("--steps", type=int, default=30)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks import print_figures
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.utils import hardware
 from src.utils.errors import exit_with
@@ -30,7 +31,7 @@ SETTINGS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.startup", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--data", default="pydocs", help="a dataset's name or folder")
     parser.add_argument("--repeats", type=int, default=3)

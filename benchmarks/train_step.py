@@ -42,6 +42,7 @@ from src import model as our_model
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.model import LLM
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.adamw_opt import build_optimizers, set_learning_rate
 from src.model_utils.debugging import count_parameters, flops_per_token
@@ -69,7 +70,7 @@ class Timing:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.train_step",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -9,7 +9,6 @@ run folder; training regenerates them regularly. The second writes comparison.ht
 third temp_data/runs/index.html, a table of all runs.
 """
 
-import argparse
 import base64
 import glob
 import json
@@ -40,6 +39,7 @@ from src.model_assessment.run_history import (
     number,
     percent,
 )
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.params import ModelConfig, to_dict
 from src.utils import root
@@ -128,7 +128,7 @@ def write_index() -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m src.model_assessment.report", description="Write the report on a run, report.html and plots/."
     )
     parser.add_argument("run_dir", metavar="RUN", nargs="?", help="a path, or the name of a run under temp_data/runs")

@@ -9,7 +9,6 @@ POST /continue with {"prompt": ..., "temperature": ..., ...} is answered by one 
 each piece, then {"done": {"tokens": ..., "seconds": ...}} or {"error": ...}. A client that hangs up stops the model.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -27,6 +26,7 @@ import jinja2
 
 from src.model_assessment.run_history import compact
 from src.model_assessment.sampling import SamplingConfig, TextModel, stream
+from src.model_configs.arguments import Parser
 from src.utils.errors import UserError, exit_with, print_result, say
 
 ADDRESS, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def main() -> int:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m src.model_assessment.talk",
         description="Show a page on this machine where a model continues what people write. Ctrl-C ends it. To see the "
         "page of another machine: ssh -L 8000:127.0.0.1:8000 HOST.",

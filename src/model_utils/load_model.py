@@ -113,7 +113,9 @@ def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtyp
 def _read(checkpoint: str | Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
     """The config, weights by our names, path, step and the dataset's sha256, as in LoadedModel."""
     if not isinstance(checkpoint, str | os.PathLike):  # from a notebook
-        raise UserError(f"Cannot load {checkpoint!r}: it is not a name or path. Give a run, a step_* folder or an export.")
+        raise UserError(
+            f"Cannot load {checkpoint!r}: it is not a name or path. Give a run, a step_* folder or an export."
+        )
     path = run_dir(str(checkpoint))
     if not path.exists() and Path(checkpoint).exists():
         path = Path(checkpoint).absolute()
