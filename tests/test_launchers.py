@@ -364,7 +364,11 @@ printf '%s|' "$@"
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("sample mine A B --seed 1", "model_assessment.sampling|--checkpoint|mine|--seed|1|--prompt|A|--prompt|B"),
+        ("sample mine A B --seed 1", "model_assessment.sampling|--checkpoint=mine|--seed|1|--prompt=A|--prompt=B"),
+        (
+            "sample mine --seed 1 -- -A --b",
+            "model_assessment.sampling|--checkpoint=mine|--seed|1|--prompt=-A|--prompt=--b",
+        ),
         ("evaluate a b --limit 9", "model_assessment.evaluate|--checkpoint|a|b|--limit|9"),
         ("report mine --compare b", "model_assessment.report|mine|--compare|b"),
         ("export mine out --dtype bf16", "model_utils.hf_export|--checkpoint|mine|--dtype|bf16|--out|out"),

@@ -147,6 +147,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _line(self, **values: Any) -> None:
         self.wfile.write(json.dumps(values).encode() + b"\n")
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuses what http.server refuses, such as PUT, in the form of all refusals."""
+        self._refuse(code, message or "The request is not HTTP.")
+
     def _refuse(self, status: int, message: str) -> None:
         self._head(status, "application/json")
         self._line(error=message)
