@@ -44,7 +44,7 @@ def test_too_little_memory_says_what_to_do(config: Config, monkeypatch: pytest.M
     assert (status["state"], status["exit_code"]) == ("failed", 2)
 
 
-def test_what_is_chosen_at_the_start_is_kept_when_the_run_goes_on(config: Config):
+def test_choices_of_the_start_are_kept_at_a_resume(config: Config):
     """Micro-batch and precision are auto, and another start would choose otherwise."""
     auto = replace(config, train=replace(config.train, micro_batch_size="auto", precision="auto"))
     train(auto, stop_after(5))
