@@ -168,8 +168,20 @@ class _Handler(BaseHTTPRequestHandler):
         """Prints nothing."""
 
 
-def main() -> int:
-    """Runs the command line."""
+def server_of(model: TextModel, port: int) -> Server:
+    """The page of a loaded model. Raises UserError for a port that is taken."""
+    facts = f"{compact(model.parameters)} parameters, {model.config.model.n_ctx:,} tokens of context"
+    facts += f", after {model.step:,} steps" if model.step else ""
+    name = model.config.run_name if model.step else model.path.name
+    prompt = next(iter(model.config.eval.sample_prompts), "Once upon a time")
+
+    def continues(prompt: str, config: SamplingConfig) -> Iterator[str]:
+        return stream(model.model, model.tokenizer, prompt, config, model.autocast())
+
+    return Server({"name": name, "facts": facts, "prompt": prompt}, continues, port)
+
+
+def main() -> None:
     parser = Parser(
         prog="python -m src.model_assessment.talk",
         description="Show a page on this machine where a model continues what people write. Ctrl-C ends it. To see the "
@@ -180,21 +192,12 @@ def main() -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     model = TextModel(args.checkpoint, args.device)
-    facts = f"{compact(model.parameters)} parameters, {model.config.model.n_ctx:,} tokens of context"
-    facts += f", after {model.step:,} steps" if model.step else ""
-    name = model.config.run_name if model.step else model.path.name
-    prompt = next(iter(model.config.eval.sample_prompts), "Once upon a time")
-
-    def continues(prompt: str, config: SamplingConfig) -> Iterator[str]:
-        return stream(model.model, model.tokenizer, prompt, config, model.autocast())
-
-    with Server({"name": name, "facts": facts, "prompt": prompt}, continues, args.port) as server:
+    with server_of(model, args.port) as server:
         address = f"http://{ADDRESS}:{server.server_port}/"
         say(f"Open {address} in a browser on this machine. Ctrl-C ends it.")
         print_result({"address": address, "checkpoint": str(model.path)})
         sys.stdout.flush()  # a program that waits for the address
         server.serve_forever()
-    return 0
 
 
 if __name__ == "__main__":
