@@ -48,7 +48,7 @@ def fenced(page: Path, language: str) -> list[str]:
 
 def links(page: Path) -> list[str]:
     prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", markdown(page)))
-    return re.findall(r"\]\(([^)]*)\)", prose) + re.findall(r"(?:src|href)=\"([^\"]*)\"", prose)
+    return re.findall(r"\]\(([^)]*)\)", prose) + re.findall(r"(?:src|srcset|href)=\"([^\"]*)\"", prose)
 
 
 def anchors(page: Path) -> set[str]:
