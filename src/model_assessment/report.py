@@ -144,8 +144,8 @@ def main() -> None:
     if arguments.all == bool(arguments.run_dir):
         parser.error("name one RUN, or use --all for a table of all runs")
     if arguments.all:
-        index = str(write_index())
-        print_result({"index": index}, index)
+        index = write_index()
+        print_result({"index": str(index)}, f"index: {index.as_uri()}")
         return
     run_dirs = [root.run_dir(name) for name in (arguments.run_dir, *(arguments.compare or []))]
     page = write_comparison(run_dirs) if arguments.compare else write_report(run_dirs[0], arguments.background)

@@ -59,7 +59,7 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__((ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
             raise UserError(f"Cannot listen on {ADDRESS}:{port}: {reason}. Choose another --port.") from None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
