@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import jinja2
 
@@ -76,46 +75,40 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
     timeout = SILENT_SECONDS
 
-    def do_GET(self) -> None:
+    def _answer(self) -> None:
+        hosts = self.headers.get_all("Host") or [""]
         try:
-            self._check_host()
-            if self.path != "/":
+            # Another name is that of a site whose owner points it to this machine.
+            if len(hosts) > 1 or hosts[0].partition(":")[0] not in NAMES:
+                raise _Refused(403, f"The page is only at http://{NAMES[0]} and http://{NAMES[1]}.")
+            if self.command == "POST":
+                self._continue()
+            elif self.path != "/":
                 raise _Refused(404, "The page is at /.")
-            self._head(200, "text/html")
-            self.wfile.write(self.server.html.encode())
-        except _Refused as refused:
-            self._refuse(*refused.args)
-
-    def do_POST(self) -> None:
-        try:
-            self._check_host()
-            prompt, config = self._request()
-            # One text at a time; the one before may not have noticed yet that its client hung up.
-            if not self.server.busy.acquire(timeout=BUSY_SECONDS):
-                raise _Refused(503, "The model is busy with another text. Try again later.")
-            try:
-                self._stream(prompt, config)
-            finally:
-                self.server.busy.release()
+            else:
+                self._head(200, "text/html")
+                self.wfile.write(self.server.html.encode())
         except _Refused as refused:
             self._refuse(*refused.args)
         except UserError as error:
             self._refuse(400, str(error))
 
-    def _check_host(self) -> None:
-        """Refuses a request to another name, as of a site whose name leads to this machine."""
-        hosts = self.headers.get_all("Host") or []
-        try:
-            if len(hosts) == 1 and urlsplit(f"//{hosts[0]}").hostname in NAMES:
-                return
-        except ValueError:
-            pass
-        raise _Refused(403, f"The page is only at http://{NAMES[0]} and http://{NAMES[1]}.")
+    do_GET = do_POST = _answer
 
-    def _request(self) -> tuple[str, SamplingConfig]:
+    def _continue(self) -> None:
         # A browser names the site that asks, and a site cannot make it leave that out.
         if self.path != "/continue" or self.headers.get("Origin") != f"http://{self.headers['Host']}":
             raise _Refused(403, "Only the page itself may ask: the header Origin names another site, or none.")
+        prompt, config = self._request()
+        # One text at a time; the one before may not have noticed yet that its client hung up.
+        if not self.server.busy.acquire(timeout=BUSY_SECONDS):
+            raise _Refused(503, "The model is busy with another text. Try again later.")
+        try:
+            self._stream(prompt, config)
+        finally:
+            self.server.busy.release()
+
+    def _request(self) -> tuple[str, SamplingConfig]:
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MOST_BYTES:
             raise _Refused(413, f"Send at most {MOST_BYTES:,} bytes, and their number in Content-Length.")
