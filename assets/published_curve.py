@@ -33,11 +33,11 @@ def draw(published: Run, ours: Run) -> Figure:
     panels = figure.subplots(1, 2)
     for axes, run, (title, note) in zip(panels, (published, ours), notes.items(), strict=True):
         training, validation = (run.series(kind, "loss").finite() for kind in ("train", "validation"))
-        size = run.tokens_per_step or 1.0
-        axes.plot(training.steps * size, training.values, color=BLUE, linewidth=1.4, label="training")
-        axes.plot(validation.steps * size, validation.values, color=ORANGE, linewidth=1.6, label="validation")
+        step_tokens = run.tokens_per_step or 1.0
+        axes.plot(training.steps * step_tokens, training.values, color=BLUE, linewidth=1.4, label="training")
+        axes.plot(validation.steps * step_tokens, validation.values, color=ORANGE, linewidth=1.6, label="validation")
         last = f"{validation.values[-1]:.2f}"
-        place = (validation.steps[-1] * size, validation.values[-1])
+        place = (validation.steps[-1] * step_tokens, validation.values[-1])
         axes.annotate(last, place, (4, -16), textcoords="offset points", color=ORANGE, weight="bold", ha="right")
         # The steep fall of the first steps would flatten the rest.
         low, high = place[1], validation.values[validation.steps > 0.015 * run.last_step][0]
