@@ -14,11 +14,11 @@ from src.utils.errors import UserError
 _REAL = re.compile(r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]{1,3})?|[-+]?(inf|nan)", re.IGNORECASE)
 
 
-def checked(arguments: list[str], presets: Collection[str], command: str) -> list[str]:
+def checked(arguments: list[str], presets: Collection[str], command: str, also: Collection[str] = ()) -> list[str]:
     """Returns `arguments`, a preset and overrides, with whole numbers such as 1e9 written in digits.
 
     Raises UserError for a preset or setting that does not exist, and for a value of the wrong kind. `command`: its
-    beginning, for messages.
+    beginning, for messages. `also`: options that the command has taken out already, to be named where one is mistyped.
     """
     if {"-h", "--help"} & set(arguments) or any(argument.startswith("--tyro-") for argument in arguments):
         return arguments
@@ -41,7 +41,7 @@ def checked(arguments: list[str], presets: Collection[str], command: str) -> lis
             result.append(argument)  # a further value, or for the parser to refuse
             continue
         if name not in options:
-            raise UserError(f"Cannot find the setting {name}. {_similar(name, options, command)}")
+            raise UserError(f"Cannot find the setting {name}. {_similar(name, [*options, *also], command)}")
         kind = options[name]
         if kind is bool or get_origin(kind) is tuple:
             result.append(argument)
