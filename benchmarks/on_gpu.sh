@@ -104,7 +104,7 @@ END
     echo '{"skipped_steps_changed_nothing": true}'
 }
 
-texts() { # sampling and scoring with the default attention, and with cuDNN's
+texts() { # sampling and scoring with attention as it is, and as it would be with cuDNN's
     "$PYTHON" - <<'END'
 import json, os, time, src, torch
 from contextlib import nullcontext

@@ -16,8 +16,6 @@ from typing import Literal
 import torch
 
 import pretrain
-from benchmarks import print_figures
-from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.params import CheckpointConfig
 from src.utils import hardware
@@ -25,7 +23,7 @@ from src.utils.errors import exit_with
 
 
 def main() -> None:
-    parser = Parser(prog="python -m benchmarks.short_run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.short_run", description=__doc__)
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--data", required=True, help="a dataset's name or folder")
     parser.add_argument("--steps", type=int, default=30)
@@ -34,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     results = {"off": measure(args, "off"), "on": measure(args, "on")}
     device = hardware.choose_device("auto")
-    print_figures({**vars(args), "compile": results, "machine": hardware.describe_machine(device)})
+    print(json.dumps({**vars(args), "compile": results, "machine": hardware.describe_machine(device)}))
 
 
 def measure(args: argparse.Namespace, compile_setting: Literal["on", "off"]) -> dict[str, object]:
