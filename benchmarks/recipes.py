@@ -3,7 +3,7 @@
 python -m benchmarks.recipes --path TEXT ... [--size 17m 33m] [--only NAME ...] [--results FILE] [--table]
 
 TEXT are files for data_downloader; their dataset lies in temp_data/datasets/recipes. Every run is `pretrain.py` in a
-separate process named recipes-NAME, so a stopped benchmark resumes inside a run. All runs of a size and seed see the
+process of its own, named recipes-NAME, so a stopped benchmark resumes inside a run. All runs of a size and seed see the
 same windows in the same order, and each schedule is planned for its own length. Losses are measured on the same
 validation windows, so their differences have paired standard errors. Each line of --results is a finished run, which is
 not repeated.
@@ -107,7 +107,7 @@ SHARES = (1.0, 0.5, 0.4, 1 / 3)
 
 
 def planned(best: dict[str, str]) -> list[Training]:
-    """Return all runs; `best` is the faithful recipe with the best rate by size, where known."""
+    """Return all runs; `best` is the faithful recipe with the best rate by size, as far as it is known."""
     runs = []
     for size, seeds in (("17m", (1, 2, 3)), ("33m", (1,))):
         runs += [Training(size, recipe) for recipe in RECIPES if recipe.startswith("faithful")]
