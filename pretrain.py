@@ -154,6 +154,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
 
         procs.activity = "claiming the run's folder"
         run_dir = RUNS / config.run_name
+        procs.main_only(lambda: check_origin(config, run_dir), for_long=True)
         # Before the search for a checkpoint: a killed launcher's run may still be saving one.
         procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
         log = RunLogger(run_dir, procs.is_main)
@@ -274,6 +275,12 @@ def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
             )
 
     procs.main_only(refuse)
+
+
+def check_origin(config: Config, run_dir: Path) -> None:
+    """Raises UserError where a new run cannot start from config.init_from, before anything of an old run is touched."""
+    if config.init_from and (config.resume == "never" or not checkpoint_steps(run_dir / "checkpoints")):
+        read_initial(config)
 
 
 def find_checkpoint(
@@ -659,7 +666,8 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
         log.event("stop", step, f"requested by {cause}")
     if done:
         return end_done(log, step)
-    message = f"stopped on request after step {step} ({cause})"
+    rest = f". All steps are done; rerun to add {' and '.join(unmeasured)}" if step == total_steps else ""
+    message = f"stopped on request after step {step} ({cause}){rest}"
     log.info(f"{message}; everything is in {log.run_dir}")
     write_status(run, "stopped", EXIT_STOPPED, message)
     return Outcome(log.run_dir, step, EXIT_STOPPED)

@@ -4,25 +4,25 @@
 
 Every number in the picture is read from a model on PyTorch's meta device, which takes no memory. Every parameter is in
 the picture: one that no box shows is an error. lf_llm_269m writes architecture.svg, which the README shows. Other
-presets write architecture_PRESET.svg in the same folder.
+presets write architecture_PRESET.svg in the same folder. NAME_dark.svg is the same for dark pages.
 
 Shapes: B sequences, T positions, D width, H heads, K head dimension, F hidden size of the feed-forward network, V
 vocabulary.
 """
 
-import argparse
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 import torch
 
+from assets import dark
 from src.model import LLM
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.debugging import count_parameters
 from src.params import ModelConfig
-from src.utils.errors import exit_with
+from src.utils.errors import exit_with, print_result
 from src.utils.plot_style import BLUE, GREEN, GREY, ORANGE
 
 SHOWN = "lf_llm_269m"
@@ -277,13 +277,14 @@ def _draw_legend(drawing: Drawing, config: ModelConfig) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m assets.architecture", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m assets.architecture", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("preset", metavar="PRESET", nargs="?", choices=PRESETS, default=SHOWN, help=", ".join(PRESETS))
     preset = parser.parse_args().preset
     path = Path(__file__).with_name("architecture.svg" if preset == SHOWN else f"architecture_{preset}.svg")
     picture = draw(preset)
     path.write_text(picture, encoding="utf-8")
-    print(json.dumps({"picture": str(path), "bytes": len(picture.encode())}))
+    path.with_stem(f"{path.stem}_dark").write_text(dark(picture), encoding="utf-8")
+    print_result({"picture": str(path), "bytes": len(picture.encode())}, f"wrote {path} and the same for dark pages")
     return 0
 
 

@@ -5,8 +5,6 @@
 Writes loss.png, training_metrics.png and hellaswag.png, except those without data in the run.
 """
 
-import argparse
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,8 +18,9 @@ from numpy.typing import NDArray
 
 from src.model_assessment.report_figures import draw_level, figure_of, marker_for, running_median
 from src.model_assessment.run_history import CHANCE, Run, Series, read_run
+from src.model_configs.arguments import Parser
 from src.utils import root
-from src.utils.errors import StorageError, UserError, exit_with
+from src.utils.errors import StorageError, UserError, exit_with, print_result
 from src.utils.plot_style import BLUE, GREEN, ORANGE, STYLE, as_png
 
 # Longer curves are drawn faintly under their running median. A report's limit is higher: its figures are larger.
@@ -131,7 +130,7 @@ def hellaswag(run: Run) -> Figure | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m assets.curves", description="Draw a run's loss, training metrics and HellaSwag accuracy."
     )
     parser.add_argument(
@@ -141,7 +140,8 @@ def main() -> None:
     arguments = parser.parse_args()
     path = Path(arguments.run)
     run = read_metrics(path if path.is_file() else root.run_dir(arguments.run))
-    print(json.dumps({"out": str(arguments.out), "pictures": write_pictures(run, arguments.out)}))
+    pictures = write_pictures(run, arguments.out)
+    print_result({"out": str(arguments.out), "pictures": pictures}, f"wrote {', '.join(pictures)} to {arguments.out}")
 
 
 def _figure(title: str, units: list[str], run: Run) -> tuple[Figure, list[Axes]]:

@@ -3,8 +3,9 @@
 Half a face of plain shapes, mirrored. The background is transparent, for light and dark pages.
 """
 
-import json
 from pathlib import Path
+
+from src.utils.errors import exit_with, print_result
 
 FOX = Path(__file__).with_name("fox.svg")
 WIDTH, HEIGHT = 320, 300
@@ -39,8 +40,8 @@ def fox() -> str:
 
 def main() -> None:
     FOX.write_text(fox(), encoding="utf-8")
-    print(json.dumps({"picture": str(FOX)}))
+    print_result({"picture": str(FOX)}, f"wrote {FOX}")
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -5,7 +5,6 @@ share are computed from them.
 """
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from src.utils.errors import exit_with, print_result
 from src.utils.plot_style import BLUE, GREY, STYLE, as_png
 from src.utils.root import ROOT
 
@@ -137,8 +137,8 @@ def draw(models: list[OpenModel]) -> Figure:
 def main() -> None:
     with matplotlib.rc_context(STYLE):
         PICTURE.write_bytes(as_png(draw(read_models())))
-    print(json.dumps({"picture": str(PICTURE)}))
+    print_result({"picture": str(PICTURE)}, f"wrote {PICTURE}")
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -9,8 +9,6 @@ Steps are real, on random tokens of the preset's shapes. Figures are medians wit
 - `step_s` and `step_while_saving_s`: a step without and during a save in the background.
 """
 
-import argparse
-import json
 import shutil
 import statistics
 import time
@@ -21,7 +19,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import print_figures
 from src.model import LLM
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.checkpoint_saver import CheckpointSaver
@@ -35,9 +35,7 @@ from src.utils.hardware import autocast, choose_precision, describe_machine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog="python -m benchmarks.checkpoint", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--out", type=Path, required=True, help="folder on the disk to measure; its saves are removed")
     parser.add_argument("--saves", type=int, default=5)
@@ -82,7 +80,7 @@ def main() -> None:
             "step_while_saving_s": statistics.median(step_while_saving[:-1] or step_while_saving),
             "machine": describe_machine(procs.device),
         }
-    print(json.dumps(result))
+    print_figures(result)
 
 
 def make_step(config: Config, state: TrainingState, device: torch.device, precision: torch.dtype) -> Callable[[], None]:

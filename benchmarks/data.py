@@ -12,7 +12,6 @@ on the last dataset, see benchmarks/loader.py.
 Memory comes from /proc, so it runs on Linux only. Leave the machine idle otherwise.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -26,9 +25,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loader
+from benchmarks import loader, print_figures
 from src import available_cores
 from src.data_processing.text_sources import PythonDocs, open_files
+from src.model_configs.arguments import Parser
 from src.utils import hardware
 from src.utils.errors import exit_with
 from src.utils.root import ROOT
@@ -47,7 +47,7 @@ print(tokens / (time.perf_counter() - start))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.data", description=__doc__)
     parser.add_argument("--path", nargs="+", default=[], help="files of text (default: Python's documentation)")
     parser.add_argument("--megabytes", type=int, default=300, help="size of the corpus (default: 300)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -74,7 +74,7 @@ def main() -> None:
             "loader": [loader.loader_figures_in_a_process(folder / "dataset", n_ctx) for n_ctx in args.n_ctx],
             "machine": hardware.describe_machine(torch.device("cpu")),
         }
-    print(json.dumps(figures))
+    print_figures(figures)
 
 
 def paragraphs(paths: list[str]) -> list[str]:

@@ -12,7 +12,6 @@ The benchmark fails if the scores differ by more than rounding. `other_choices` 
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +20,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks import print_figures
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment.hellaswag import Question, questions, reference_texts, score_endings
 from src.model_assessment.hellaswag_items import load_items
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.load_model import load_model
 from src.model_utils.weight_init import init_weights
@@ -36,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # nats per token
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.hellaswag", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=PRESETS)
@@ -63,22 +64,20 @@ def main() -> None:
         raise SystemExit(f"Cannot compare: scores differ by {max(differences):.2g} nats per token")
     gaps = [max(theirs) - theirs[choice(own)] for own, theirs in zip(*scores.values(), strict=True)]
     positive = [gap for gap in gaps if gap > 0]
-    print(
-        json.dumps(
-            {
-                "preset": args.preset,
-                "weights": args.checkpoint or "random",
-                "precision": str(precision).removeprefix("torch."),
-                "items": len(items),
-                "rounds": args.rounds,
-                "seconds": {name: round(value, 3) for name, value in seconds.items()},
-                "times_as_fast": round(seconds["reference"] / seconds["ours"], 2),
-                "other_choices": len(positive),
-                "largest_gap": max(positive, default=0.0),
-                "largest_score_difference": max(differences),
-                "machine": hardware.describe_machine(device),
-            }
-        )
+    print_figures(
+        {
+            "preset": args.preset,
+            "weights": args.checkpoint or "random",
+            "precision": str(precision).removeprefix("torch."),
+            "items": len(items),
+            "rounds": args.rounds,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "times_as_fast": round(seconds["reference"] / seconds["ours"], 2),
+            "other_choices": len(positive),
+            "largest_gap": max(positive, default=0.0),
+            "largest_score_difference": max(differences),
+            "machine": hardware.describe_machine(device),
+        }
     )
 
 

@@ -5,8 +5,6 @@ python -m benchmarks.lm_loss [--tokens N --width N --dtype {bf16,float32}] print
 if the losses differ. Figures are medians of --repeats passes after a warmup. Leave the other cores free.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -15,7 +13,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from benchmarks import print_figures
 from src import lm_loss
+from src.model_configs.arguments import Parser
 from src.utils.errors import exit_with
 from src.utils.hardware import autocast, choose_device, describe_machine
 
@@ -23,7 +23,7 @@ VOCABULARY = 50_257
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lm_loss", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.lm_loss", description=__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")
@@ -62,7 +62,7 @@ def main() -> None:
     losses = [loss for _, loss in results.values()]
     assert max(losses) - min(losses) < 1e-3 * losses[0], f"losses differ: {losses}"
     milliseconds = {name: round(ms, 1) for name, (ms, _) in results.items()}
-    print(json.dumps({"milliseconds": milliseconds, **vars(args), "machine": describe_machine(device)}))
+    print_figures({"milliseconds": milliseconds, **vars(args), "machine": describe_machine(device)})
 
 
 def _synchronize(device: torch.device) -> None:

@@ -6,9 +6,7 @@ Without --data it reads a sparse dataset of 10B tokens in a temporary folder, wh
 Memory and reads come from /proc, so it runs on Linux only. Each n_ctx is measured in a separate process.
 """
 
-import argparse
 import itertools
-import json
 import multiprocessing
 import tempfile
 import time
@@ -17,9 +15,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import print_figures
 from benchmarks.synthetic_dataset import make_sparse_dataset
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
+from src.model_configs.arguments import Parser
 from src.utils import hardware
 from src.utils.errors import exit_with
 
@@ -29,7 +29,7 @@ LATE_STEP = 1_000_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of a dataset (default: a sparse one of 10B tokens)")
     parser.add_argument("--n-ctx", type=int, nargs="+", default=N_CTX)
     parser.add_argument("--seconds", type=float, default=3.0, help="duration of the measurement for each n_ctx")
@@ -40,7 +40,7 @@ def main() -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sparse"
             make_sparse_dataset(folder)
         figures = [loader_figures_in_a_process(folder, n_ctx, args.seconds) for n_ctx in args.n_ctx]
-    print(json.dumps({"loader": figures, "machine": hardware.describe_machine(torch.device("cpu"))}))
+    print_figures({"loader": figures, "machine": hardware.describe_machine(torch.device("cpu"))})
 
 
 def loader_figures_in_a_process(folder: Path, n_ctx: int, seconds: float = 3.0) -> dict[str, float]:

@@ -15,7 +15,6 @@ lines while the others wait. The optimizer does not count as training, so the sh
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import print_figures
 from src.data_processing.shards import read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
@@ -33,6 +33,7 @@ from src.model import LLM
 from src.model_assessment import hellaswag, validation
 from src.model_assessment.hellaswag_items import load_items
 from src.model_assessment.sampling import SamplingConfig, sample
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.autotune import CompiledForward
@@ -48,7 +49,7 @@ from src.utils.root import dataset_dir
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.overheads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=PRESETS)
@@ -66,7 +67,7 @@ def main() -> None:
     precision = hardware.choose_precision(config.train.precision, device)
     with hardware.autocast(device, precision):
         unit = measure(args, config, device)
-    print(json.dumps(add_up(args, config, unit) | {"machine": hardware.describe_machine(device)}))
+    print_figures(add_up(args, config, unit) | {"machine": hardware.describe_machine(device)})
 
 
 def measure(args: argparse.Namespace, config: Config, device: torch.device) -> dict[str, float]:

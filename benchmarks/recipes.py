@@ -11,7 +11,6 @@ finished run, which is not repeated.
 --table prints the comparison from finished runs alone; --picture FILE draws it.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -26,10 +25,12 @@ import matplotlib
 import numpy as np
 import torch
 
+from benchmarks import print_figures
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import WindowDataset
 from src.model_assessment.report_figures import draw_level
 from src.model_assessment.validation import validate
+from src.model_configs.arguments import Parser
 from src.model_utils.load_model import load_model
 from src.utils import hardware
 from src.utils.errors import exit_with, say
@@ -119,7 +120,7 @@ def planned(best: dict[str, str]) -> list[Training]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.recipes", description=__doc__)
     parser.add_argument("--path", nargs="+", default=[], help="files of text")
     parser.add_argument("--dataset", default="recipes", help="name of the dataset and of the file of results")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose names contain one of these")
@@ -152,14 +153,12 @@ def main() -> None:
             results[todo[0].name] = measure(todo[0], args.dataset)
             with open(results_file, "a") as file:
                 file.write(json.dumps(results[todo[0].name]) + "\n")
-    print(
-        json.dumps(
-            {
-                "shares": shares(results),
-                "runs": summary(results),
-                "machine": hardware.describe_machine(torch.device("cpu")),
-            }
-        )
+    print_figures(
+        {
+            "shares": shares(results),
+            "runs": summary(results),
+            "machine": hardware.describe_machine(torch.device("cpu")),
+        }
     )
 
 

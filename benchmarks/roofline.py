@@ -6,10 +6,10 @@ Work comes from the shapes; bytes and launches were counted on a stand-in for a 
 data sheets', times the shares below. docs/performance.md explains them.
 """
 
-import argparse
-import json
 from dataclasses import dataclass
 
+from benchmarks import print_figures
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.debugging import flops_per_token
 from src.model_utils.memory_estimate import parameter_counts
@@ -46,12 +46,12 @@ MUON_BYTES = 30  # of a matrix, in every process: momentum 12, decay and step 18
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("preset", nargs="?", choices=COUNTED, default="lf_llm_269m")
     parser.add_argument("--gpus", type=int, default=8)
     args = parser.parse_args()
     result = {name: predict(args.preset, gpu, args.gpus) for name, gpu in GPUS.items()}
-    print(json.dumps({"preset": args.preset, "gpus": args.gpus, "is_prediction": True, **result}))
+    print_figures({"preset": args.preset, "gpus": args.gpus, "is_prediction": True, **result})
 
 
 def predict(preset: str, gpu: GPU, gpus: int) -> dict[str, float]:

@@ -14,7 +14,6 @@ All models have the same initial weights and choose the likeliest token. The var
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,8 +22,10 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks import print_figures
 from src.model import LLM
 from src.model_assessment.sampling import SamplingConfig, generate
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.debugging import count_parameters
 from src.model_utils.llama_format import llama_settings, llama_tensors
@@ -38,7 +39,7 @@ PROMPT = list(range(100, 132))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.sampling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=PRESETS)
@@ -85,7 +86,7 @@ def main() -> None:
         "weight_gb": round(weights / 1e9, 3),
         "machine": hardware.describe_machine(device),
     }
-    print(json.dumps(result))
+    print_figures(result)
 
 
 def stored(new: LLM, kind: str, device: torch.device) -> LLM:

@@ -27,7 +27,9 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from benchmarks import print_figures
 from src.model import LLM
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS, lf_llm_269m
 from src.model_utils.debugging import count_parameters
 from src.params import Config
@@ -42,7 +44,7 @@ LINK_EFFICIENCY = 0.75
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=PRESETS)
@@ -62,7 +64,7 @@ def main() -> None:
         "predicted": {link: predicted(args.step_ms, rate) for link, rate in LINKS.items()} if args.step_ms else None,
         "machine": hardware.describe_machine(hardware.choose_device("auto")),
     }
-    print(json.dumps(result))
+    print_figures(result)
 
 
 def measured_step_ms(args: argparse.Namespace, config: Config, processes: int) -> float:

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import print_figures
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.utils import hardware
 from src.utils.errors import exit_with
@@ -29,7 +31,7 @@ SETTINGS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.startup", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--data", default="pydocs", help="a dataset's name or folder")
     parser.add_argument("--repeats", type=int, default=3)
@@ -51,7 +53,7 @@ def main() -> None:
         "all_s": starts_s,
         "machine": hardware.describe_machine(hardware.choose_device("auto")),
     }
-    print(json.dumps(result))
+    print_figures(result)
 
 
 def first_step_s(args: argparse.Namespace, temp_data: Path, compile_setting: str) -> float:

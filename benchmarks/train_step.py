@@ -22,7 +22,6 @@ figure is the median over rounds of the mean of `--steps` steps. `first_step_s` 
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -38,10 +37,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import pretrain
+from benchmarks import print_figures
 from src import model as our_model
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.model import LLM
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.adamw_opt import build_optimizers, set_learning_rate
 from src.model_utils.debugging import count_parameters, flops_per_token
@@ -69,7 +70,7 @@ class Timing:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.train_step",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -114,7 +115,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     check_losses(timings)
-    print(json.dumps(report(args, config, device, precision, timings, statistics.median(rates))))
+    print_figures(report(args, config, device, precision, timings, statistics.median(rates)))
 
 
 def run_group(

@@ -23,8 +23,8 @@ MAX_TOKENS = 10**15
 Reporter = Literal["tensorboard", "wandb"]
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work. The message lists every problem, one a line."""
+class ConfigError(Exception):
+    """A setting that cannot work. The message lists every problem, one a line. No ValueError: tyro would frame it."""
 
     exit_code = 2
 

@@ -29,6 +29,7 @@ from huggingface_hub import constants as hub_settings
 from src import available_cores
 from src.data_processing.data_downloader import differences
 from src.data_processing.document_shuffle import disk_needed
+from src.data_processing.file_formats import read_batches
 from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.text_sources import SOURCES, Request, find_files
 from src.data_processing.tokenizer import Tokenizer
@@ -64,6 +65,7 @@ from src.utils.handle_ddp import device_and_backend, processes_here, world_size
 
 # Of a training step: 17.1M parameters and 2,048 tokens took 1.42 s on two cores with AVX512 (LOG.md).
 CPU_FLOPS_PER_CORE = 7e10
+CHECKED_CHARACTERS = 20_000_000  # of the texts to prepare; less than a second
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -207,7 +209,7 @@ def dataset(start: Start) -> Found:
         _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
         if request is None:
             return Found(f"{folder}, which node 0 prepares")
-        files = f", {sum(map(len, find_files(request.paths, quiet=True).values())):,} of them" if request.paths else ""
+        files = f", {_check_texts(request):,} of them" if request.paths else ""
         return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
     manifest = read_manifest(folder)
     if start.made_for and (changes := differences(start.made_for, folder, manifest)):
@@ -219,6 +221,25 @@ def dataset(start: Start) -> Found:
     for shards, at_least in ((manifest.train, config.batch_size), (manifest.validation, 1)):
         WindowDataset(folder, shards, config.model.n_ctx, config.model.n_vocab, at_least)
     return Found(f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards")
+
+
+def _check_texts(request: Request) -> int:
+    """Reads the first texts as the preparation will, and returns the number of files. Raises UserError as it would."""
+    files = [file for each in find_files(request.paths, quiet=True).values() for file in each]
+    texts, unread = set[str](), CHECKED_CHARACTERS
+    for file in files:
+        for documents, _ in read_batches(file, request.text_field, divide_long=True):
+            batch = [text for text in documents.texts() if text.strip()]
+            texts.update(batch)
+            unread -= sum(map(len, batch))
+            if unread <= 0:
+                return len(files)
+    if len(texts) < 2:
+        raise UserError(
+            f"Cannot prepare {', '.join(request.paths)}: {len(texts)} different document(s) with text; at least two "
+            "are needed, one to validate and one to train. Give more text."
+        )
+    return len(files)
 
 
 def _check_vocabulary(config: Config, folder: Path, name: str, n_vocab: int) -> None:

@@ -1,4 +1,4 @@
-"""What tests share: small models, small datasets, and the optional material beside the repository."""
+"""What tests share: small models, small datasets, and the optional material next to the repository."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def shared() -> Path:
-    """Reference numbers, HellaSwag and text, where they lie beside the repository; skips the test elsewhere."""
+    """Reference numbers, HellaSwag and text, where they lie next to the repository; skips the test elsewhere."""
     if not (SHARED / "data").is_dir():
         pytest.skip(f"needs the reference material in {SHARED}, which is not on this machine")
     return SHARED / "data"

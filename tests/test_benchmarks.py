@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import lines
 from tests.conftest import Commands
 from tests.data_processing.documents import some_texts, write_json_lines
 from tests.model_assessment.test_hellaswag_items import RECORD
+
+
+def test_figures_as_lines():
+    figures = {"times_s": {"cold": 1.5, "all": [1.0, 2.25]}, "runs": [{"n": 1}, {"n": 123_456.78}], "machine": "x"}
+    expected = ["times s:", "  cold: 1.5", "  all: 1, 2.25", "runs:", "  n: 1", "runs:", "  n: 123,457", "machine: x"]
+    assert lines(figures) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,4 +1,4 @@
-"""The documentation says what is there: links, commands, messages, tables and the examples in Python."""
+"""The documentation matches the project: links, commands, messages, tables and the examples in Python."""
 
 import ast
 import dataclasses
@@ -48,7 +48,7 @@ def fenced(page: Path, language: str) -> list[str]:
 
 def links(page: Path) -> list[str]:
     prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", markdown(page)))
-    return re.findall(r"\]\(([^)]*)\)", prose) + re.findall(r"(?:src|href)=\"([^\"]*)\"", prose)
+    return re.findall(r"\]\(([^)]*)\)", prose) + re.findall(r"(?:src|srcset|href)=\"([^\"]*)\"", prose)
 
 
 def anchors(page: Path) -> set[str]:
@@ -163,7 +163,7 @@ def tree() -> set[str]:
     return found
 
 
-def test_what_stands_in_the_layout_is_there():
+def test_every_path_in_the_layout_exists():
     assert len(tree()) > 50
     for pattern in tree():
         assert list(ROOT.glob(pattern.rstrip("/"))), f"there is no {pattern}"

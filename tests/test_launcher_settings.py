@@ -88,7 +88,7 @@ def test_plain_arguments_are_a_preset_and_text(tmp_path: Path):
         settings({}, ["book.txt"])
 
 
-def test_a_second_corpus_has_a_dataset_and_a_run_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_second_corpus_gets_a_new_dataset_and_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """And one more file is another corpus; the earlier run stays reachable."""
     texts = tmp_path / "texts"
     texts.mkdir()

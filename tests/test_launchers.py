@@ -95,7 +95,7 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def started(tmp_path: Path):
-    """Starts a launcher in a session of its own: started(arguments, **variables); its stderr is kept in a file.
+    """Starts a launcher in a new session: started(arguments, **variables); its stderr is kept in a file.
 
     `under`: the command that starts it.
     """
@@ -221,7 +221,7 @@ def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str,
 
 
 def test_a_second_ctrl_c_quits_without_saving(texts: Path, tmp_path: Path, started):
-    """Here during the save that the first one asked for, which the next start takes for none."""
+    """Here during the save that the first one requested; the next start ignores it."""
     variables = {"DATA_PATH": str(texts), "RUN_NAME": "first", "TEMP_DATA_DIR": str(tmp_path / "data"), "NPROC": "2"}
     (tmp_path / "hook").mkdir()
     slow = SLOW_SAVES.format(saving=str(tmp_path / "saving")).replace("sleep(2)", "sleep(60)")
@@ -364,7 +364,11 @@ printf '%s|' "$@"
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("sample mine A B --seed 1", "model_assessment.sampling|--checkpoint|mine|--seed|1|--prompt|A|--prompt|B"),
+        ("sample mine A B --seed 1", "model_assessment.sampling|--checkpoint=mine|--seed|1|--prompt=A|--prompt=B"),
+        (
+            "sample mine --seed 1 -- -A --b",
+            "model_assessment.sampling|--checkpoint=mine|--seed|1|--prompt=-A|--prompt=--b",
+        ),
         ("evaluate a b --limit 9", "model_assessment.evaluate|--checkpoint|a|b|--limit|9"),
         ("report mine --compare b", "model_assessment.report|mine|--compare|b"),
         ("export mine out --dtype bf16", "model_utils.hf_export|--checkpoint|mine|--dtype|bf16|--out|out"),

@@ -59,7 +59,7 @@ def test_the_model_from_first_principles(tmp_path: Path, monkeypatch: pytest.Mon
     assert pictures(content) == 7
 
 
-def test_what_to_do_where_there_is_no_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_trained_model_the_notebooks_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     content = nbformat.read(ROOT / "notebooks" / "notes.ipynb", as_version=4)
     needed = ("RUN = ", "import ", "load_model(")
     content.cells = [cell for cell in content.cells if any(text in cell.source for text in needed)]

@@ -150,6 +150,6 @@ def test_settings_of_a_wrong_type_are_named(group: str, name: str, value: object
 
 
 @pytest.mark.parametrize("data", [[], None, {"model": [1]}, {"report_to": 3}])
-def test_data_that_is_no_configuration_is_refused(data: Any):
+def test_data_that_is_not_a_configuration_is_refused(data: Any):
     with pytest.raises(ConfigError, match="must be"):
         from_dict(data)

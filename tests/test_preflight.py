@@ -110,14 +110,15 @@ def test_a_run_that_another_process_holds(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_launchers_variables(commands: Commands, tmp_path: Path):
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "one.txt").write_text("One.")
+    for name in ("one", "two"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(name)
     commands.environment |= {"WORLD_SIZE": "4", "NPROC": "2", "STARTED_IN": str(tmp_path), "DATA": "prepare"}
     commands.environment |= {"DATA_SOURCE": "files", "DATA_PATH": "texts\n", "DATA_MAX_TOKENS": "1_000"}
     batch = ("--train.batch-tokens", "8192", "--train.micro-batch-size", "8")
     result = module(commands, "src.preflight", "laptop", *batch)
     assert result.returncode == 0, result.stderr
     assert "ok    settings:   4 process(es) (2 on this machine), micro-batch 8 x 256, 1 accumulation" in result.stderr
-    assert f"{tmp_path}/datasets/my_text, to be prepared from files, 1 of them" in result.stderr
+    assert f"{tmp_path}/datasets/my_text, to be prepared from files, 2 of them" in result.stderr
     commands.environment["DATA"] = "wait"
     waiting = module(commands, "src.preflight", "laptop", *batch)
     assert waiting.returncode == 0, waiting.stderr
@@ -147,6 +148,23 @@ def test_data_that_cannot_serve_the_run(data: Path):
 def test_files_to_prepare_from_that_are_not_there(tmp_path: Path):
     with pytest.raises(UserError, match="does not exist"):
         preflight.dataset(start_of(laptop(), "new", request("files", str(tmp_path / "none"))))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 different document"),
+        (b" \n\n", "0 different document"),
+        ("gr\u00f6\u00dfer ".encode("latin-1") * 99, "are not UTF-8"),
+        (b"one short text", "1 different document"),
+    ],
+)
+def test_text_that_the_preparation_would_refuse(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        preflight.dataset(start_of(laptop(), "new", request("files", str(tmp_path))))
+    (tmp_path / "a.txt").write_bytes(b"a line\n" * 20_000)  # long, so it is divided
+    assert "1 of them" in preflight.dataset(start_of(laptop(), "new", request("files", str(tmp_path)))).text
 
 
 def test_one_disk_for_data_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -136,7 +136,7 @@ def test_a_linked_run_or_dataset_is_fine(checkpoint: Path, dataset: Callable[...
 
 @pytest.mark.parametrize("prefix", ["../", "{outside}/", "../datasets/../", "sub/", "\x1b[2J", "a\0"])
 def test_a_datasets_manifest_cannot_lead_elsewhere(dataset: Callable[..., Path], prefix: str):
-    """Nor a preparation's journal, whose shards would be taken over; the files are there and are what it says."""
+    """Nor a preparation's journal, whose shards would be taken over; the files exist and match it."""
     folder = dataset(train_tokens=[70], val_tokens=50)
     manifest = json.loads((folder / "manifest.json").read_text())
     shard = manifest["shards"][1]

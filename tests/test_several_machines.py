@@ -1,4 +1,4 @@
-"""Runs on several machines: several launchers on this one, each started as on a machine of its own."""
+"""Runs on several machines: several launchers on this one, each started as on a separate machine."""
 
 import json
 import os
@@ -187,15 +187,15 @@ def test_a_preempted_job_goes_back_into_the_queue_and_on_to_the_end(commands: Co
     with slurm(*overrides) as job:
         wait_for_steps(commands, "job", 5, [job])
         job.send_signal(signal.SIGUSR1)
-        _, words = job.communicate(timeout=120)
-    assert job.returncode == 143, words
+        _, output = job.communicate(timeout=120)
+    assert job.returncode == 143, output
     assert len(requeued.read_text().splitlines()) == 1
     stopped_at = json.loads((commands.temp_data / "runs" / "job" / "status.json").read_text())["step"]
     assert 0 < stopped_at < 200
     with slurm(*overrides) as job:
-        _, words = job.communicate(timeout=200)
-    assert job.returncode == 0, words
-    assert f"resume: from step_{stopped_at:07d} of 200 steps" in words
+        _, output = job.communicate(timeout=200)
+    assert job.returncode == 0, output
+    assert f"resume: from step_{stopped_at:07d} of 200 steps" in output
     assert len(requeued.read_text().splitlines()) == 1
     assert len(losses(commands, "job")) == 200
 

@@ -44,7 +44,7 @@ from src.data_processing.shards import (
 )
 from src.data_processing.text_sources import SOURCES, Request, find_files, name_of, open_sources
 from src.data_processing.tokenizer import Tokenizer
-from src.model_configs.arguments import whole_number
+from src.model_configs.arguments import Parser, whole_number
 from src.utils.errors import StorageError, UserError, cause_of, exit_with, print_result, say
 from src.utils.files import fingerprint, free_bytes, size_text, storage_errors, sync
 from src.utils.root import dataset_dir, run_dir
@@ -322,8 +322,8 @@ def _default_out(args: argparse.Namespace) -> str:
     return name
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m src.data_processing.data_downloader",
         description="Turns documents into token shards for training: shuffled, tokenised with r50k_base, split into "
         "validation (shard 0) and training (the rest), with a manifest that says where they came from.",

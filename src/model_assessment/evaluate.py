@@ -4,7 +4,6 @@ The difference between two models' losses has a separate standard error. Both ar
 a batch hard for both does not count.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
 from src.model_assessment import hellaswag
 from src.model_assessment.validation import validate
-from src.model_configs.arguments import whole
+from src.model_configs.arguments import Parser, whole
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, convert_weights, load_model
 from src.params import MAX_COUNT
@@ -194,8 +193,8 @@ def main() -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m src.model_assessment.evaluate",
         description="Measure one or several trained models on the same held-out text and multiple-choice items. Prints "
         "a table, then, except on a terminal, one JSON object as the last line.",

@@ -12,7 +12,6 @@ lm-eval     The task `hellaswag` of lm-evaluation-harness 0.4.13, which most pub
 Shapes: B rows of a batch, T positions, D width, V vocabulary, N scored tokens of a batch.
 """
 
-import argparse
 import math
 import re
 import time
@@ -29,7 +28,7 @@ from src.lm_loss import linear_losses
 from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
 from src.model_assessment.hellaswag_items import OPTION, Item, fetch_items, load_items
-from src.model_configs.arguments import whole
+from src.model_configs.arguments import Parser, whole
 from src.model_utils.load_model import load_model
 from src.params import MAX_COUNT
 from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
@@ -235,7 +234,7 @@ def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: i
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m src.model_assessment.hellaswag",
         description="Measure a trained model on HellaSwag. Prints, except on a terminal, one JSON object as the last "
         "line: the figures of the reference's protocol, and as lm_eval those of lm-evaluation-harness where the items "

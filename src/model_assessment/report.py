@@ -9,7 +9,6 @@ run folder; training regenerates them regularly. The second writes comparison.ht
 third temp_data/runs/index.html, a table of all runs.
 """
 
-import argparse
 import base64
 import glob
 import json
@@ -28,22 +27,12 @@ import jinja2
 
 from src.model_assessment import run_history
 from src.model_assessment.report_figures import COLORS, Picture, draw
-from src.model_assessment.run_history import (
-    KeyFigure,
-    Record,
-    Run,
-    choice_name,
-    compact,
-    duration,
-    fixed,
-    moment,
-    number,
-    percent,
-)
+from src.model_assessment.run_history import KeyFigure, Record, Run, choice_name, moment, number
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.params import ModelConfig, to_dict
 from src.utils import root
-from src.utils.errors import StorageError, UserError, exit_with, harmless, print_result
+from src.utils.errors import UserError, exit_with, harmless, print_result
 from src.utils.files import storage_errors
 
 SHAPE = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "ffn_mult")
@@ -61,12 +50,11 @@ def write_report(run_dir: Path, background: str | None = None) -> Path:
     """
     run, now = run_history.read_run(run_dir), time.time()
     pictures = draw([run], _background(run, background))
-    is_running, state = run.is_running(now), run.status.get("state")
     page = _page(
         now,
         run=run,
-        is_running=is_running,
-        state="silent" if state == "running" and not is_running else state,
+        is_running=run.is_running(now),
+        state=_state(run, now),
         key_figures=run_history.key_figures(run),
         choice=choice_name(run),
         pictures=pictures,
@@ -78,9 +66,9 @@ def write_report(run_dir: Path, background: str | None = None) -> Path:
     )
     with storage_errors(run_dir / "plots"):
         (run_dir / "plots").mkdir(exist_ok=True)
-        for picture in pictures:
-            _replace(run_dir / "plots" / f"{picture.name}.png", picture.png)
-        return _replace(run_dir / "report.html", page)
+    for picture in pictures:
+        _replace(run_dir / "plots" / f"{picture.name}.png", picture.png)
+    return _replace(run_dir / "report.html", page)
 
 
 def write_comparison(run_dirs: Sequence[Path]) -> Path:
@@ -100,10 +88,9 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
             (label, *(_compared(each.get(label), figures[0].get(label)) for each in figures)) for label in labels
         ],
         pictures=draw(runs),
-        samples=[([run.name for run in runs], _side_by_side([_samples_by_step(run)[-1][1] for run in runs]))],
+        samples=[_side_by_side([(run.name, _samples_by_step(run)[-1][1]) for run in runs])],
     )
-    with storage_errors(run_dirs[0]):
-        return _replace(run_dirs[0] / "comparison.html", page)
+    return _replace(run_dirs[0] / "comparison.html", page)
 
 
 def write_index() -> Path:
@@ -116,19 +103,16 @@ def write_index() -> Path:
         except UserError:
             continue  # a folder without a step
         figures = {figure.label: figure.value for figure in run_history.key_figures(run)}
-        state = run.status.get("state")
-        state = "silent" if state == "running" and not run.is_running(now) else state
         page = next((name for name in ("report.html", "comparison.html") if (folder / name).is_file()), "")
-        rows.append((run, state, f"./{quote(folder.name)}/{page}" if page else "", figures))
+        rows.append((run, _state(run, now), f"./{quote(folder.name)}/{page}" if page else "", figures))
     if not rows:
         raise UserError(f"Cannot list the runs in {root.RUNS}: none has made a step. Train one first.")
     rows.sort(key=lambda row: number(row[0].first_and_last_time[1]), reverse=True)
-    with storage_errors(root.RUNS):
-        return _replace(root.RUNS / "index.html", _page(now, index=rows, folder=str(root.RUNS)))
+    return _replace(root.RUNS / "index.html", _page(now, index=rows, folder=str(root.RUNS)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m src.model_assessment.report", description="Write the report on a run, report.html and plots/."
     )
     parser.add_argument("run_dir", metavar="RUN", nargs="?", help="a path, or the name of a run under temp_data/runs")
@@ -144,8 +128,8 @@ def main() -> None:
     if arguments.all == bool(arguments.run_dir):
         parser.error("name one RUN, or use --all for a table of all runs")
     if arguments.all:
-        index = str(write_index())
-        print_result({"index": index}, index)
+        index = write_index()
+        print_result({"index": str(index)}, f"index: {index.as_uri()}")
         return
     run_dirs = [root.run_dir(name) for name in (arguments.run_dir, *(arguments.compare or []))]
     page = write_comparison(run_dirs) if arguments.compare else write_report(run_dirs[0], arguments.background)
@@ -161,11 +145,16 @@ def _background(run: Run, requested: str | None) -> Run | None:
     return run_history.published_run() if name == "published" else run_history.read_run(root.run_dir(name))
 
 
+def _state(run: Run, now: float) -> Any:
+    """The state of status.json, or "silent" for a run that may have been killed."""
+    state = run.status.get("state")
+    return "silent" if state == "running" and not run.is_running(now) else state
+
+
 def _samples(run: Run) -> list[tuple[list[str], Samples]]:
     """Tables of samples with their titles, newest first: the last step next to the first, then each step between."""
     columns = _samples_by_step(run)[::-1]
-    groups = [[columns[0], columns[-1]][: len(columns)], *([column] for column in columns[1:-1])]
-    return [([title for title, _ in group], _side_by_side([samples for _, samples in group])) for group in groups]
+    return [_side_by_side([columns[0], columns[-1]][: len(columns)]), *(_side_by_side([c]) for c in columns[1:-1])]
 
 
 def _samples_by_step(run: Run) -> list[tuple[str, list[Record]]]:
@@ -176,14 +165,14 @@ def _samples_by_step(run: Run) -> list[tuple[str, list[Record]]]:
     return list(by_step.items()) or [("", [])]
 
 
-def _side_by_side(columns: list[list[Record]]) -> Samples:
+def _side_by_side(columns: list[tuple[str, list[Record]]]) -> tuple[list[str], Samples]:
     rows: Samples = {}
-    for i, samples in enumerate(columns):
+    for i, (_, samples) in enumerate(columns):
         for sample in samples:
             prompt = str(sample.get("prompt", ""))
             texts = rows.setdefault(prompt, [[] for _ in columns])[i]
             texts.append(str(sample.get("text", "")).removeprefix(prompt).strip())
-    return rows
+    return [title for title, _ in columns], rows
 
 
 def _preset(run: Run) -> str:
@@ -196,10 +185,9 @@ def _changed(run: Run) -> list[tuple[str, Any, Any]]:
     config, preset = run.settings.get("config"), _preset(run)
     if not preset or not isinstance(config, dict):
         return []
-    usual, ours = _flat(to_dict(PRESETS[preset]())), _flat(config)
-    usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}  # as in JSON
-    names = (name for name in ours if name in usual and name != "run_name")
-    return [(name, ours[name], usual[name]) for name in names if ours[name] != usual[name]]
+    usual = _flat(json.loads(json.dumps(to_dict(PRESETS[preset]()))))  # a tuple becomes a list, as in the run's file
+    both = ((name, value, usual[name]) for name, value in _flat(config).items() if name in usual and name != "run_name")
+    return [row for row in both if row[1] != row[2]]
 
 
 def _compared(figure: KeyFigure | None, first: KeyFigure | None) -> str:
@@ -264,7 +252,8 @@ def _page(now: float, pictures: Sequence[Picture] = (), **sections: Any) -> byte
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {each.__name__: each for each in (moment, duration, fixed, percent, compact, number)}
+    names = ("moment", "duration", "fixed", "percent", "compact", "number")
+    environment.filters |= {name: getattr(run_history, name) for name in names}
     # As images they can neither run nor fetch anything, whatever a name in them says.
     images = [(picture, base64.b64encode(picture.svg).decode("ascii")) for picture in pictures]
     page = environment.get_template("report_template.html").render(now=now, images=images, **sections)
@@ -278,18 +267,14 @@ def _replace(path: Path, content: bytes) -> Path:
             if time.time() - leftover.lstat().st_mtime > LONGEST_WRITE_SECONDS:
                 leftover.unlink()
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with storage_errors(path):
         unfinished.unlink(missing_ok=True)
-        with open(unfinished, "xb") as file:  # never through a link of that name
-            file.write(content)
-        os.replace(unfinished, path)
-    except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise StorageError(
-            f"Cannot write {path}: {error.strerror}. Move what has that name away, or free some space."
-        ) from error
-    return path
+        try:
+            with open(unfinished, "xb") as file:  # never through a link of that name
+                file.write(content)
+            return unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -180,10 +180,8 @@ def _draw_figure(spec: FigureSpec, shown: Shown) -> Picture | None:
     # After the limits: the best place for a legend depends on them.
     if len(panels[0].get_legend_handles_labels()[1]) > 1:
         panels[0].legend(loc="best", reverse=len(shown.runs) > 1)  # the first run is drawn last
-    png, svg = as_png(figure), as_svg(figure)
-    return Picture(
-        spec.name, panels[0].get_title("left"), png, svg, _values(figure, panels[-1], spec, shown), " ".join(caption)
-    )
+    title, png, svg = panels[0].get_title("left"), as_png(figure), as_svg(figure)
+    return Picture(spec.name, title, png, svg, _values(figure, panels[-1], spec, shown), " ".join(caption))
 
 
 def _values(figure: Figure, axes: Axes, spec: FigureSpec, shown: Shown) -> list[Values]:
@@ -197,42 +195,27 @@ def _values(figure: Figure, axes: Axes, spec: FigureSpec, shown: Shown) -> list[
     edges = [low, *((left + right) / 2 for left, right in itertools.pairwise(places)), high]
     in_figure = axes.transData + figure.transFigure.inverted()
     at = [100 * float(in_figure.transform((x, 0))[0]) for x in edges]
-    strips = []
+    tokens, strips = shown.runs[0].tokens_per_step if len(shown.runs) == 1 else None, []
     for place, left, right in zip(places, at[:-1], at[1:], strict=True):
-        lines = [_place_text(place, shown)]
+        lines = [f"step {place:,.0f}" + (f", {compact(place * tokens)} tokens" if tokens else "")]
+        if shown.by_tokens:
+            lines = [f"{place:,.6g} million tokens"]
         for curve, run, points in drawn:
             # The latest value that was known there.
             if (i := int(np.searchsorted(points.steps, place, side="right")) - 1) >= 0:
+                name, value = curve.label or spec.title.lower(), points.values[i]
+                if len(shown.all) > 1:
+                    name = f"{_short(run)}{f', {name}' if len(spec.curves) > 1 else ''}:"
+                text = f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"
                 older = "" if points.steps[i] == place else f" at {points.steps[i]:,.6g}"
-                value = _value_text(points.values[i], curve.unit)
-                lines.append(f"{_name(spec, curve, run, shown)} {value}{older}")
+                lines.append(f"{name} {f'{value:.1%}' if curve.unit == ACCURACY.unit else text}{older}")
         strips.append(Values(left, right - left, "\n".join(lines)))
     return strips
-
-
-def _place_text(place: float, shown: Shown) -> str:
-    if shown.by_tokens:
-        return f"{place:,.6g} million tokens"
-    tokens = shown.runs[0].tokens_per_step
-    return f"step {place:,.0f}" + (f", {compact(place * tokens)} tokens" if tokens and len(shown.runs) == 1 else "")
-
-
-def _name(spec: FigureSpec, curve: Curve, run: Run, shown: Shown) -> str:
-    label = curve.label or spec.title.lower()
-    if len(shown.all) == 1:
-        return label
-    return f"{_short(run)}{f', {label}' if len(spec.curves) > 1 else ''}:"
 
 
 def _short(run: Run) -> str:
     """The run's name as a label; SVG has no place for a control character."""
     return harmless(run.name[:24])
-
-
-def _value_text(value: float, unit: str) -> str:
-    if unit == ACCURACY.unit:
-        return f"{value:.1%}"
-    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"
 
 
 def _draw_curve(axes: Axes, shown: Shown, run: Run, curve: Curve) -> None:
@@ -327,16 +310,12 @@ def _layer_norms(run: Run) -> FigureSpec | None:
     # The line of a stopped run has none.
     norms = next((n for line in reversed(run.of_kind("train")) if (n := line.get("layer_grad_norms"))), None)
     count = min(len(norms), MOST_LAYERS) if isinstance(norms, list) else 0
-    curves = []
-    for i in range(count):
-        shade = matplotlib.colormaps["viridis"](0.9 * i / max(1, count - 1))
-        color = matplotlib.colors.to_hex(shade) if i else GREY
-        curves.append(
-            Curve("train", f"layer_grad_norms.{i}", f"block {i}" if i else "embedding", "L2 norm of the layer", color)
-        )
-    return (
-        FigureSpec("layer_gradient_norms", "Gradient norm by layer", tuple(curves), _finish_layers) if curves else None
+    shades = map(matplotlib.colors.to_hex, matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count)))
+    curves = tuple(
+        Curve("train", f"layer_grad_norms.{i}", f"block {i}" if i else "embedding", LAYER_UNIT, shade if i else GREY)
+        for i, shade in enumerate(shades)
     )
+    return FigureSpec("layer_gradient_norms", "Gradient norm by layer", curves, _finish_layers) if curves else None
 
 
 def _finish_layers(panels: list[Axes], shown: Shown) -> list[str]:
@@ -353,7 +332,7 @@ def _from_zero(panels: list[Axes], shown: Shown) -> list[str]:
     return []
 
 
-MOST_LAYERS = 256
+MOST_LAYERS, LAYER_UNIT = 256, "L2 norm of the layer"
 HELD_OUT_CHOICE = (
     "Held-out choice: the model picks the ending of a passage of validation text among four, three of which are from "
     "other documents."

@@ -5,7 +5,6 @@ The model sees at most n_ctx tokens. When a text outgrows that, its older half i
 Shapes: B sequences, T positions, D width, V vocabulary, K candidates for the next token.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from src.attention import KVCache
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
-from src.model_configs.arguments import whole
+from src.model_configs.arguments import Parser, whole
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, convert_weights, load_model
 from src.model_utils.packed_linear import pack_linears
@@ -408,8 +407,8 @@ def _show(text: str) -> None:
     print(harmless(text, keep="\n\t"), end="", flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m src.model_assessment.sampling",
         description="Continue a prompt with a trained model. Prints the texts, then, except on a terminal, one JSON "
         "object as the last line; with --stream or --interactive only the text. Control characters are shown as "

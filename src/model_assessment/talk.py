@@ -9,7 +9,6 @@ POST /continue with {"prompt": ..., "temperature": ..., ...} is answered by one 
 each piece, then {"done": {"tokens": ..., "seconds": ...}} or {"error": ...}. A client that hangs up stops the model.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -21,12 +20,12 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import jinja2
 
 from src.model_assessment.run_history import compact
 from src.model_assessment.sampling import SamplingConfig, TextModel, stream
+from src.model_configs.arguments import Parser
 from src.utils.errors import UserError, exit_with, print_result, say
 
 ADDRESS, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
@@ -59,7 +58,7 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__((ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
             raise UserError(f"Cannot listen on {ADDRESS}:{port}: {reason}. Choose another --port.") from None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -76,46 +75,40 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
     timeout = SILENT_SECONDS
 
-    def do_GET(self) -> None:
+    def _answer(self) -> None:
+        hosts = self.headers.get_all("Host") or [""]
         try:
-            self._check_host()
-            if self.path != "/":
+            # Another name is that of a site whose owner points it to this machine.
+            if len(hosts) > 1 or hosts[0].partition(":")[0] not in NAMES:
+                raise _Refused(403, f"The page is only at http://{NAMES[0]} and http://{NAMES[1]}.")
+            if self.command == "POST":
+                self._continue()
+            elif self.path != "/":
                 raise _Refused(404, "The page is at /.")
-            self._head(200, "text/html")
-            self.wfile.write(self.server.html.encode())
-        except _Refused as refused:
-            self._refuse(*refused.args)
-
-    def do_POST(self) -> None:
-        try:
-            self._check_host()
-            prompt, config = self._request()
-            # One text at a time; the one before may not have noticed yet that its client hung up.
-            if not self.server.busy.acquire(timeout=BUSY_SECONDS):
-                raise _Refused(503, "The model is busy with another text. Try again later.")
-            try:
-                self._stream(prompt, config)
-            finally:
-                self.server.busy.release()
+            else:
+                self._head(200, "text/html")
+                self.wfile.write(self.server.html.encode())
         except _Refused as refused:
             self._refuse(*refused.args)
         except UserError as error:
             self._refuse(400, str(error))
 
-    def _check_host(self) -> None:
-        """Refuses a request to another name, as of a site whose name leads to this machine."""
-        hosts = self.headers.get_all("Host") or []
-        try:
-            if len(hosts) == 1 and urlsplit(f"//{hosts[0]}").hostname in NAMES:
-                return
-        except ValueError:
-            pass
-        raise _Refused(403, f"The page is only at http://{NAMES[0]} and http://{NAMES[1]}.")
+    do_GET = do_POST = _answer
 
-    def _request(self) -> tuple[str, SamplingConfig]:
+    def _continue(self) -> None:
         # A browser names the site that asks, and a site cannot make it leave that out.
         if self.path != "/continue" or self.headers.get("Origin") != f"http://{self.headers['Host']}":
             raise _Refused(403, "Only the page itself may ask: the header Origin names another site, or none.")
+        prompt, config = self._request()
+        # One text at a time; the one before may not have noticed yet that its client hung up.
+        if not self.server.busy.acquire(timeout=BUSY_SECONDS):
+            raise _Refused(503, "The model is busy with another text. Try again later.")
+        try:
+            self._stream(prompt, config)
+        finally:
+            self.server.busy.release()
+
+    def _request(self) -> tuple[str, SamplingConfig]:
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MOST_BYTES:
             raise _Refused(413, f"Send at most {MOST_BYTES:,} bytes, and their number in Content-Length.")
@@ -147,6 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _line(self, **values: Any) -> None:
         self.wfile.write(json.dumps(values).encode() + b"\n")
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuses what http.server refuses, such as PUT, in the form of all refusals."""
+        self._refuse(code, message or "The request is not HTTP.")
+
     def _refuse(self, status: int, message: str) -> None:
         self._head(status, "application/json")
         self._line(error=message)
@@ -164,9 +161,21 @@ class _Handler(BaseHTTPRequestHandler):
         """Prints nothing."""
 
 
-def main() -> int:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(
+def server_of(model: TextModel, port: int) -> Server:
+    """The page of a loaded model. Raises UserError for a port that is taken."""
+    facts = f"{compact(model.parameters)} parameters, {model.config.model.n_ctx:,} tokens of context"
+    facts += f", after {model.step:,} steps" if model.step else ""
+    name = model.config.run_name if model.step else model.path.name
+    prompt = next(iter(model.config.eval.sample_prompts), "Once upon a time")
+
+    def continues(prompt: str, config: SamplingConfig) -> Iterator[str]:
+        return stream(model.model, model.tokenizer, prompt, config, model.autocast())
+
+    return Server({"name": name, "facts": facts, "prompt": prompt}, continues, port)
+
+
+def main() -> None:
+    parser = Parser(
         prog="python -m src.model_assessment.talk",
         description="Show a page on this machine where a model continues what people write. Ctrl-C ends it. To see the "
         "page of another machine: ssh -L 8000:127.0.0.1:8000 HOST.",
@@ -176,21 +185,12 @@ def main() -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     model = TextModel(args.checkpoint, args.device)
-    facts = f"{compact(model.parameters)} parameters, {model.config.model.n_ctx:,} tokens of context"
-    facts += f", after {model.step:,} steps" if model.step else ""
-    name = model.config.run_name if model.step else model.path.name
-    prompt = next(iter(model.config.eval.sample_prompts), "Once upon a time")
-
-    def continues(prompt: str, config: SamplingConfig) -> Iterator[str]:
-        return stream(model.model, model.tokenizer, prompt, config, model.autocast())
-
-    with Server({"name": name, "facts": facts, "prompt": prompt}, continues, args.port) as server:
+    with server_of(model, args.port) as server:
         address = f"http://{ADDRESS}:{server.server_port}/"
         say(f"Open {address} in a browser on this machine. Ctrl-C ends it.")
         print_result({"address": address, "checkpoint": str(model.path)})
         sys.stdout.flush()  # a program that waits for the address
         server.serve_forever()
-    return 0
 
 
 if __name__ == "__main__":

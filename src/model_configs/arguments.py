@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from src.params import MAX_TOKENS, Config, kind_text
 from src.utils.errors import UserError
@@ -14,11 +14,11 @@ from src.utils.errors import UserError
 _REAL = re.compile(r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]{1,3})?|[-+]?(inf|nan)", re.IGNORECASE)
 
 
-def checked(arguments: list[str], presets: Collection[str], command: str) -> list[str]:
+def checked(arguments: list[str], presets: Collection[str], command: str, also: Collection[str] = ()) -> list[str]:
     """Returns `arguments`, a preset and overrides, with whole numbers such as 1e9 written in digits.
 
     Raises UserError for a preset or setting that does not exist, and for a value of the wrong kind. `command`: its
-    beginning, for messages.
+    beginning, for messages. `also`: options that the command has taken out already, to be named where one is mistyped.
     """
     if {"-h", "--help"} & set(arguments) or any(argument.startswith("--tyro-") for argument in arguments):
         return arguments
@@ -41,7 +41,7 @@ def checked(arguments: list[str], presets: Collection[str], command: str) -> lis
             result.append(argument)  # a further value, or for the parser to refuse
             continue
         if name not in options:
-            raise UserError(f"Cannot find the setting {name}. {_similar(name, options)}")
+            raise UserError(f"Cannot find the setting {name}. {_similar(name, [*options, *also], command)}")
         kind = options[name]
         if kind is bool or get_origin(kind) is tuple:
             result.append(argument)
@@ -49,6 +49,17 @@ def checked(arguments: list[str], presets: Collection[str], command: str) -> lis
         following = [value] if given else [each for each in [next(rest, None)] if each is not None]
         result += [name, *(_value(name, each, kind) for each in following)]
     return result
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that refuses an unknown option with those that may be meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
+        if unknown := re.fullmatch("unrecognized arguments: .*?(--[^ =]+).*", message):
+            similar = _similar(unknown[1], self._option_string_actions, self.prog)
+            raise UserError(f"Cannot find the option {unknown[1]}. {similar}")
+        super().error(message)
 
 
 def whole_number(text: str) -> int | None:
@@ -85,7 +96,7 @@ def without_resume(arguments: Sequence[str]) -> list[str]:
     return [each for before, each in pairs if before != "--resume" and each.partition("=")[0] != "--resume"]
 
 
-def _similar(name: str, options: Collection[str]) -> str:
+def _similar(name: str, options: Collection[str], command: str) -> str:
     """Names the settings that may be meant."""
     wanted = name.lstrip("-").rpartition(".")[2]
     last = {option: option.lstrip("-").rpartition(".")[2] for option in options}
@@ -94,7 +105,7 @@ def _similar(name: str, options: Collection[str]) -> str:
     if not similar:
         close = dict.fromkeys(difflib.get_close_matches(wanted, last.values(), n=3, cutoff=0.6))  # the closest first
         similar = [option for each in close for option in options if last[option] == each]
-    return f"Perhaps you mean {' or '.join(similar[:3])}." if similar else "List all with: python pretrain.py --help."
+    return f"Perhaps you mean {' or '.join(similar[:3])}." if similar else f"List all with: {command} --help."
 
 
 def _value(name: str, text: str, kind: Any) -> str:

@@ -5,7 +5,7 @@ launcher what text it trains on by default and how many processes it takes.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,14 +27,15 @@ class Preset:
         return self.make()
 
 
-def config_from_command_line(description: str, prog: str = "python pretrain.py") -> Config:
+def config_from_command_line(description: str, prog: str = "python pretrain.py", also: Collection[str] = ()) -> Config:
     """Returns the Config that sys.argv describes: the name of a preset, then overrides of any field.
 
-    `prog` is the command's name in its help. A setting that cannot work ends the program with exit code 2.
+    `prog` is the command's name in its help, `also` as of `checked`. Raises UserError or ConfigError for a
+    setting that cannot work.
     """
     import tyro  # only commands need it
 
-    sys.argv[1:] = checked(sys.argv[1:], PRESETS, prog)
+    sys.argv[1:] = checked(sys.argv[1:], PRESETS, prog, also)
     # PYTHONOPTIMIZE=2 strips docstrings.
     presets = {name: ((preset.make.__doc__ or "").partition("\n")[0], preset()) for name, preset in PRESETS.items()}
     return tyro.extras.overridable_config_cli(presets, prog=prog, description=description)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
+from src.model_configs.arguments import Parser
 from src.model_utils.debugging import count_parameters
 from src.model_utils.gguf_export import check_gguf, write_gguf
 from src.model_utils.llama_format import (
@@ -239,7 +240,7 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m src.model_utils.hf_export",
         description="Export a trained model: as a folder for transformers, or as GGUF for llama.cpp. Prints one "
         "JSON object as the last line, or text on a terminal.",

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from src.model import LLM
-from src.params import Config, ModelConfig, TrainConfig, from_dict
+from src.params import Config, ConfigError, ModelConfig, TrainConfig, from_dict
 from src.utils.errors import StorageError, UserError, cause_of
 from src.utils.files import fingerprint, open_regular, read_json
 
@@ -130,7 +130,7 @@ def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor
         )
         open_regular(path).close()  # load_file would wait for a FIFO
         theirs = load_file(path)
-    except (AttributeError, TypeError, ValueError) as error:  # settings of a wrong type
+    except (AttributeError, TypeError, ValueError, ConfigError) as error:  # settings of a wrong type
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder / EXPORT} is damaged ({cause_of(error)}). Copy the folder again.") from None
@@ -180,7 +180,7 @@ def _config_of_llama(path: Path) -> ModelConfig:
         raise
     except KeyError as error:
         raise UserError(f"Cannot use {path}: {cause_of(error)}. Save the model again.") from None
-    except (AttributeError, TypeError, ZeroDivisionError, ValueError) as error:  # ConfigError is a ValueError
+    except (AttributeError, TypeError, ZeroDivisionError, ValueError, ConfigError) as error:
         reason = "; ".join(getattr(error, "problems", [])) or cause_of(error)
         raise UserError(f"Cannot use {path}: {reason}. Save the model again.") from None
     return config

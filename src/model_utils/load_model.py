@@ -63,6 +63,8 @@ def read_initial(config: Config) -> tuple[dict[str, torch.Tensor], Path, int]:
     Raises UserError for one that is missing or damaged, and for a model of another architecture, with its settings.
     """
     origin, tensors, path, step, _ = _read(config.init_from)
+    if path.resolve().is_relative_to(run_dir(config.run_name).resolve()):
+        raise UserError(f"Cannot start from {path}: it is the run {config.run_name} itself. Choose another --run-name.")
     theirs, ours = asdict(origin.model), asdict(config.model)
     # Neither changes the meaning of a weight.
     free = ("n_ctx", "residual_dropout", "ffn_dropout", "zero_init")
@@ -110,6 +112,10 @@ def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtyp
 
 def _read(checkpoint: str | Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
     """The config, weights by our names, path, step and the dataset's sha256, as in LoadedModel."""
+    if not isinstance(checkpoint, str | os.PathLike):  # from a notebook
+        raise UserError(
+            f"Cannot load {checkpoint!r}: it is not a name or path. Give a run, a step_* folder or an export."
+        )
     path = run_dir(str(checkpoint))
     if not path.exists() and Path(checkpoint).exists():
         path = Path(checkpoint).absolute()

@@ -304,6 +304,7 @@ def _parse() -> tuple[argparse.Namespace, Config]:
         "--sweep, a line for each kind of GPU, or with --gpu for each number of them. Exit codes: 0 done, 2 the run "
         "cannot work.",
         prog="python -m src.model_utils.planner",
+        also=parser._option_string_actions,
     )
     return args, config
 

@@ -5,7 +5,6 @@ that is left out. PyTorch's weights-only unpickler reads it as plain data: that 
 below, and any other class or function is refused.
 """
 
-import argparse
 import time
 import zipfile
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from huggingface_hub import constants, hf_hub_download
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from src.model import LLM
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import lf_llm_269m
 from src.model_utils.checkpoint_utils import save_checkpoint, step_dir
 from src.params import Config, DataConfig, ModelConfig, to_dict
@@ -173,7 +173,7 @@ def _write_run(folder: Path, path: Path, checkpoint: ReferenceCheckpoint, config
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m src.model_utils.reference_import",
         description="Make a run of a checkpoint file of the reference implementation, for sampling, evaluation and "
         "export. The file is read as data; nothing in it is run. Prints one JSON object as the last line, on a "

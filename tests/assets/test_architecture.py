@@ -9,6 +9,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 from torch import nn
 
+import assets
 from assets import architecture
 from src.model import LLM
 from src.model_configs.my_llm_config import PRESETS
@@ -31,8 +32,9 @@ def extent(text: ElementTree.Element) -> tuple[float, float, float, float]:
 
 
 def test_the_picture_in_the_repository_is_the_present_one():
-    stored = (ROOT / "assets" / "architecture.svg").read_text(encoding="utf-8")
-    assert stored == architecture.draw(architecture.SHOWN), "draw it again with: python -m assets.architecture"
+    light, dark = ((ROOT / "assets" / f"architecture{end}.svg").read_text() for end in ("", "_dark"))
+    assert light == architecture.draw(architecture.SHOWN), "draw it again with: python -m assets.architecture"
+    assert dark == assets.dark(light) != light
 
 
 @pytest.mark.parametrize("preset", PRESETS)

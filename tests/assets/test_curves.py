@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from matplotlib.lines import Line2D
 
+from assets import published_curve
 from assets.curves import hellaswag, loss, main, read_metrics, training_metrics, write_pictures
 from src.model_assessment.hellaswag import HELD_OUT_PROTOCOL
+from src.model_assessment.run_history import published_run
 from src.utils.errors import UserError
 from src.utils.plot_style import STYLE
+from src.utils.root import ROOT
 
 PNG = b"\x89PNG\r\n"
 
@@ -98,6 +101,16 @@ def test_only_hellaswag_is_called_so(protocol: str, title: str, tmp_path: Path):
     assert figure.axes[0].get_title(loc="left") == title
     assert figure.axes[0].get_ylabel() == "accuracy, 10,042 items"
     assert "31.25% at the end" in figure.axes[0].get_legend_handles_labels()[1]
+
+
+def test_the_published_curve_ends_as_its_log_and_the_small_run_is_called_another_size():
+    """The reference's last validation loss is 2.8063 (its log)."""
+    with matplotlib.rc_context(STYLE):
+        published, small = published_curve.draw(published_run(), read_metrics(ROOT / "assets" / "showcase")).axes
+    tokens, loss = drawn(published.lines[1])[-1]
+    assert (round(tokens / 1e9, 1), round(loss, 4)) == (10.0, 2.8063)
+    assert small.get_title(loc="left") == "Another size on other data"
+    assert "3.53" in [text.get_text() for text in small.texts]
 
 
 def test_pictures_of_another_run_do_not_stay(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Prepares a dataset again and again, each time killed at the next point where it touches the disk, then goes on.
+"""Prepares a dataset again and again, each time killed at the next point where it touches the disk, then completed.
 
     python -m tests.data_processing.crash_sweep FILE OUT {same,other,repair}
 
@@ -79,7 +79,7 @@ def main(path: Path, out: Path, kind: str) -> None:
             end = ends(point, lambda: prepared(43 if kind == "other" else 42))
             if kind == "other" and (out / "manifest.json").exists():
                 break  # the folder is the other's
-            assert ends(sys.maxsize, prepared) == DONE, f"did not go on after a kill at operation {point}"
+            assert ends(sys.maxsize, prepared) == DONE, f"did not resume after a kill at operation {point}"
         assert contents(out) == expected, f"other bytes after a kill at operation {point}"
         if end == DONE:
             break

@@ -33,7 +33,7 @@ class Fault:
     wrong: bool = False
     """The body has the right length and another content."""
     whole: bool = False
-    """The range asked for is ignored."""
+    """Ignores the requested range."""
 
 
 @dataclass

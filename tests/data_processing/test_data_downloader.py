@@ -182,7 +182,7 @@ def test_a_damaged_dataset_is_not_called_prepared(tmp_path: Path) -> None:
         prepare(request(path), tmp_path / "out", 1)
 
 
-def test_a_trial_has_a_folder_of_its_own(tmp_path: Path, commands: Commands) -> None:
+def test_a_trial_has_a_separate_folder(tmp_path: Path, commands: Commands) -> None:
     done = commands.module(MODULE, "--source", "pydocs", "--max-tokens", "50_000")
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-50000-tokens")

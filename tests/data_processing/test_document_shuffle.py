@@ -82,7 +82,7 @@ def test_batches_come_in_order_from_any_position(workers: int) -> None:
 
 
 def test_memory_does_not_grow_with_the_corpus() -> None:
-    """Batches are read as they are needed, not before."""
+    """Batches are read when needed, not before."""
     source = Batches([["word " * 20_000]] * 100)
     encoded = encode_all([source], START, workers=2, seed=0, ahead=7)
     for number in range(1, 9):

@@ -113,7 +113,7 @@ def test_lines_keep_their_numbers_over_batches(tmp_path: Path) -> None:
         list(last.texts())
 
 
-def test_categories_of_numbers_are_no_text(tmp_path: Path) -> None:
+def test_categories_of_numbers_are_not_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([1, 2]).dictionary_encode()}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="column 'text' must hold text, found type int64"):
         list(read_batches(tmp_path / "a.parquet", "text"))
@@ -125,7 +125,7 @@ def test_categories_that_are_not_utf8_become_lone_surrogates() -> None:
         assert list(Column(column).texts()) == ["caf\udce9"]
 
 
-def test_a_file_that_is_no_arrow_or_zstd_file_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_arrow_or_zstd_is_named(tmp_path: Path) -> None:
     for name in ("a.arrow", "a.jsonl.zst"):
         (tmp_path / name).write_bytes(b"nothing of the kind" * 10)
         with pytest.raises(UserError, match=str(tmp_path / name)):

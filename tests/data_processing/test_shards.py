@@ -347,7 +347,7 @@ def test_a_missing_shard_is_named(three_shards: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '"text"', "5", "null", '{"format": ' + "9" * 5_000 + "}"])
-def test_json_that_is_no_manifest_is_refused(three_shards: Path, content: str) -> None:
+def test_json_that_is_not_a_manifest_is_refused(three_shards: Path, content: str) -> None:
     (three_shards / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"(Cannot read .*manifest.json|manifest.json (is damaged|has format))"):
         read_manifest(three_shards)

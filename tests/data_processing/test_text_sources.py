@@ -1,4 +1,4 @@
-"""Sources give the documents that are there, in one order, and name what is wrong with a file."""
+"""Sources give all their documents in one order, and name what is wrong with a file."""
 
 import gzip
 import hashlib
@@ -240,7 +240,7 @@ def test_another_field(tmp_path: Path) -> None:
     assert texts_of(tmp_path, text_field="body") == ["one", "two"]
 
 
-def test_empty_text_files_beside_others_are_empty_documents(tmp_path: Path) -> None:
+def test_empty_text_files_among_others_are_empty_documents(tmp_path: Path) -> None:
     for name in ("a.txt", "c.md", "e.txt", "f.txt"):
         (tmp_path / name).touch()
     (tmp_path / "b.jsonl").write_text(json_lines({"text": "one"}, {"text": "two"}))

@@ -110,7 +110,7 @@ def names(run_dir: Path) -> list[str]:
 def expected_events(run_dir: Path) -> list[tuple[str, int, str]]:
     """Name, step and detail of what the next start must record, by what a kill has left.
 
-    Each leftover once, and that the run goes on from the newest checkpoint that verifies, unless all is done.
+    Each leftover once, and that the run resumes from the newest checkpoint that verifies, unless all is done.
     """
     left = names(run_dir)
     whole = [
@@ -118,8 +118,8 @@ def expected_events(run_dir: Path) -> list[tuple[str, int, str]]:
     ]
     step = int(whole[-1].removeprefix("step_")) if whole else 0
     removed = [("checkpoints", step, f"removed {name}, left by an interrupted save") for name in left if "." in name]
-    going_on = [("resume", step, f"from {whole[-1]} of {STEPS} steps")] if 0 < step < STEPS else []
-    return removed + going_on
+    resumed = [("resume", step, f"from {whole[-1]} of {STEPS} steps")] if 0 < step < STEPS else []
+    return removed + resumed
 
 
 def main(dataset: Path, out: Path) -> None:
@@ -149,7 +149,7 @@ def main(dataset: Path, out: Path) -> None:
             return False
         assert end == -signal.SIGKILL, f"ended with {end} at point {point}"
         expected = expected_events(run_dir)
-        assert ends(killed) == 0, f"did not go on after a kill at point {point}"
+        assert ends(killed) == 0, f"did not resume after a kill at point {point}"
         tensors_now, records_now, events = state(run_dir)
         assert events == expected, f"recorded after a kill at point {point}: {events}, expected {expected}"
         assert records_now == records, f"other records after a kill at point {point}: {records_now}"

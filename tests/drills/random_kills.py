@@ -76,7 +76,7 @@ def main() -> None:
             assert process.poll() is None, f"the run ended by itself with {process.returncode}"
             kills.append(last_step(run_dir))
             os.kill(rng.choice(ranks(process.pid)), signal.SIGKILL)
-            while last_step(run_dir) >= target and process.poll() is None:  # until the log is cut back, or goes on
+            while last_step(run_dir) >= target and process.poll() is None:  # until the log is cut back, or grows
                 time.sleep(0.002)
                 if last_step(run_dir) > kills[-1]:
                     break

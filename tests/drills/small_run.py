@@ -184,7 +184,7 @@ def mounts(script: str) -> Iterator[Mounts]:
     Read-only mounts and full disks stop the superuser too, whom permissions do not.
     """
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
-        pytest.skip("this machine gives users no namespaces of their own")
+        pytest.skip("this machine gives users no private namespaces")
     holder = ["unshare", "-rm", "sh", "-ec", f"{script}\necho ready\nread line"]
     with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None

@@ -13,7 +13,7 @@ KILLS = [
     ("validation", 0, "none"),  # nothing has been trained yet
     ("train", 1, "none"),  # the step is done, nothing is saved
     ("train", 3, "half"),
-    ("checkpoint", 4, "all"),  # the checkpoint is there; its first step is not
+    ("checkpoint", 4, "all"),  # the checkpoint exists; its first step does not
     ("train", 5, "all"),
     ("validation", 6, "half"),
     ("train", 8, "none"),  # what the next checkpoint would hold

@@ -24,7 +24,7 @@ at_step(6, 1, kill)
 def test_the_launcher_restarts_the_run_to_the_same_bits(
     commands: Commands, dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """In a copy of the launcher beside a pretrain.py that kills itself once."""
+    """In a copy of the launcher next to a pretrain.py that kills itself once."""
     data, copy = dataset(train_tokens=[700, 900], n_vocab=300), tmp_path / "copy"
     copy.mkdir()
     for name in ("src", "requirements.txt"):

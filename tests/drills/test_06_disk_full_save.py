@@ -28,7 +28,7 @@ import os, time
 from contextlib import suppress
 
 def fill():
-    while not os.path.isdir({earlier!r}):  # its save goes on while the next steps are done
+    while not os.path.isdir({earlier!r}):  # it is saved during the next steps
         time.sleep(0.01)
     with open({path!r}, "wb", buffering=0) as file:
         with suppress(OSError):
@@ -42,7 +42,7 @@ at_line("train", 7, fill)
 
 
 @pytest.mark.parametrize("left", [20_480, 122_880])  # the disk is full in the model, and in the optimizer
-def test_the_run_ends_and_goes_on_once_there_is_room(commands: Commands, dataset: Callable[..., Path], left: int):
+def test_the_run_ends_and_resumes_once_space_is_free(commands: Commands, dataset: Callable[..., Path], left: int):
     data, runs = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs"
     runs.mkdir()
     with mounts(small_disk(runs, kilobytes=4_096)) as disk:

@@ -26,7 +26,7 @@ os.rename = rename_and_flip
 """
 
 
-def test_the_one_before_is_used_unless_it_is_asked_for(commands: Commands, dataset: Callable[..., Path]):
+def test_the_one_before_is_used_unless_it_is_requested(commands: Commands, dataset: Callable[..., Path]):
     data, runs = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs"
     assert start(commands, data, *LONGER).returncode == 0
     shutil.copytree(runs / "drill", runs / "sound")

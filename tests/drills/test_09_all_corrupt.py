@@ -36,7 +36,7 @@ def test_nothing_starts_from_scratch_in_silence(commands: Commands, dataset: Cal
     assert (commands.temp_data / "runs/drill.set-aside-1/checkpoints" / flipped.name).is_dir()
 
 
-def test_checkpoints_that_are_gone_are_no_new_run(commands: Commands, dataset: Callable[..., Path]):
+def test_lost_checkpoints_do_not_start_a_new_run(commands: Commands, dataset: Callable[..., Path]):
     """Neither for training nor for the preflight: their disk is not mounted, or someone made room."""
     data, run_dir = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs" / "drill"
     assert start(commands, data).returncode == 0
@@ -58,7 +58,7 @@ def test_checkpoints_that_are_gone_are_no_new_run(commands: Commands, dataset: C
     log = (run_dir / "metrics.jsonl").rename(commands.temp_data / "metrics.jsonl")
     refused(f"{checkpoints} holds no checkpoint, but status.json says that the run is done. Nothing was changed")
     log.rename(run_dir / "metrics.jsonl")
-    words = module(commands, "src.preflight", *arguments(data, "--resume", "never")).stderr
-    assert "none; an existing run is set aside" in words
+    message = module(commands, "src.preflight", *arguments(data, "--resume", "never")).stderr
+    assert "none; an existing run is set aside" in message
     assert start(commands, data, "--resume", "never").returncode == 0
     assert len(commands.metrics("drill.set-aside-1", "train")) == len(commands.metrics("drill", "train")) == 4

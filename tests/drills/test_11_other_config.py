@@ -90,6 +90,10 @@ def test_a_new_run_from_anothers_weights(commands: Commands, dataset: Callable[.
     assert "model.n_embd: 16 there, 32 here\n  - model.bias: False there, True here" in refused.stderr
     assert "Take its settings: --model.n-embd 16 --model.no-bias" in refused.stderr
     assert "The runs in " in start(commands, data, "--run-name", "x", "--init-from", "dril").stderr
+    itself = start(commands, data, "--resume", "never", "--init-from", str(runs / "drill" / "checkpoints"))
+    assert "it is the run drill itself. Choose another --run-name." in itself.stderr
+    names = {path.name for path in runs.iterdir() if not path.name.startswith(".")}
+    assert names == {"drill", "tuned"}  # no refused start leaves or moves a run
     (runs / "drill").rename(runs / "gone")
     assert start(commands, other, *settings).returncode == 0
 

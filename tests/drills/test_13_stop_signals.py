@@ -76,7 +76,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     [(IN_A_STEP, 0, "SIGTERM"), (IN_A_STEP, 1, "SIGUSR1"), (EVALUATED, 0, "SIGINT"), (EVALUATED, 1, "SIGTERM")],
     ids=["step-0", "step-1", "evaluation-0", "evaluation-1"],
 )
-def test_all_stop_together_and_go_on_to_the_same_bits(
+def test_all_stop_together_and_resume_to_the_same_bits(
     commands: Commands, tmp_path: Path, whole: tuple[Path, Path], where: str, rank: int, name: str
 ) -> None:
     data, reference = whole

@@ -1,4 +1,4 @@
-"""Drill 20: stray files beside the shards, then a shard that is missing."""
+"""Drill 20: stray files among the shards, then a shard that is missing."""
 
 from collections.abc import Callable
 from pathlib import Path

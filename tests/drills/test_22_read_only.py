@@ -9,7 +9,7 @@ from tests.conftest import Commands
 from tests.drills.small_run import SAYING_WHEN_THE_MODEL_IS_BUILT, mounts, start_with
 
 
-@pytest.mark.parametrize("place", ["runs", "runs/drill"])  # before the first start, and of a run to go on with
+@pytest.mark.parametrize("place", ["runs", "runs/drill"])  # before the first start, and of a run to resume
 def test_it_is_said_before_the_model_is_built(commands: Commands, dataset: Callable[..., Path], place: str):
     data, folder = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / place
     folder.mkdir(parents=True)

@@ -65,7 +65,7 @@ def until_paused(commands: Commands, *command: str) -> Iterator[subprocess.Popen
 def test_the_second_names_the_first_and_follows_it_once_it_is_killed(commands: Commands, dataset: Callable[..., Path]):
     data, runs = dataset(train_tokens=[700, 900], n_vocab=300), commands.temp_data / "runs"
     with until_paused(commands, "-c", PAUSE + PROGRAM, *arguments(data)) as first:
-        deadline = time.monotonic() + 60  # the save of step 2 goes on in the background
+        deadline = time.monotonic() + 60  # step 2 is still being saved in the background
         while not (runs / "drill" / "checkpoints" / "step_0000002").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -41,7 +41,7 @@ def test_the_pictures_are_the_same(commands: Commands, trained: Path, tmp_path: 
 def test_no_home_and_no_name(commands: Commands, trained: Path):  # noqa: F811
     nobody = ["unshare", "-U", "--map-user=54321"]
     if not shutil.which("unshare") or subprocess.run([*nobody, "true"], check=False).returncode:
-        pytest.skip("this machine gives users no namespaces of their own")
+        pytest.skip("this machine gives users no private namespaces")
     for name in ("HOME", "USER", "LOGNAME"):
         commands.environment.pop(name, None)
     result = commands.run([*nobody, *REPORT])

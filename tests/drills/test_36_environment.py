@@ -55,7 +55,7 @@ def test_a_shell_and_an_interpreter_with_settings(commands: Commands, tmp_path: 
 
 def test_no_loopback(commands: Commands, tmp_path: Path):
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rn", "true"], check=False).returncode:
-        pytest.skip("this machine gives users no namespaces of their own")
+        pytest.skip("this machine gives users no private namespaces")
     data = write_dataset(tmp_path / "datasets" / "random", [700, 900], 2_000, 300)
     commands.environment |= {"PYTHON": sys.executable, "DEBUG_MODE": "True", "NPROC": "2"}
     result = commands.run(["unshare", "-rn", str(ROOT / "run_pre_training_e2e.sh"), *arguments(data)[1:]])

@@ -25,7 +25,7 @@ STATES = {
     "no progress": '"progress": []',
     "a type that is none": '"precision": "torch.nn"',
     "a hash that is none": '"dataset_sha256": 5',
-    "a width in words": '"n_embd": "wide"',
+    "a width as text": '"n_embd": "wide"',
     "a width beyond all": '"n_embd": 9007199254740993',
     "a step beyond the end": '"total_steps": 3',
     "an unknown setting": '"n_heads": 4',

@@ -1,6 +1,6 @@
 """The golden run: 100 steps of a small fixed configuration, whose losses a change of the code must not change.
 
-python -m tests.golden.run writes losses.json anew, for a change that is meant to change them; say why in the commit.
+python -m tests.golden.run rewrites losses.json, for a change that is meant to change them; say why in the commit.
 """
 
 import json

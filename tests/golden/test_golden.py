@@ -1,4 +1,4 @@
-"""The golden run, beside what was recorded."""
+"""The golden run against the recorded losses."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,6 @@ def test_losses_are_those_that_were_recorded(tmp_path: Path, monkeypatch: pytest
     assert len(found) == 100
     assert found[-1] < found[0] - 0.2
     if run.where() == golden["recorded_on"]:
-        assert found == golden["losses"], "to the bit on this machine; python -m tests.golden.run records them anew"
+        assert found == golden["losses"], "to the bit on this machine; python -m tests.golden.run records them again"
     else:
         assert found == pytest.approx(golden["losses"], rel=TOLERANCE)

@@ -36,9 +36,7 @@ def shard(documents: list[str]) -> np.ndarray:
     return as_shard(documents)
 
 
-def test_the_right_ending_goes_on_and_the_wrong_ones_are_from_elsewhere(
-    documents: list[str], shard: np.ndarray
-) -> None:
+def test_the_right_ending_continues_the_text_and_the_wrong_ones_do_not(documents: list[str], shard: np.ndarray) -> None:
     for item in held_out_items(shard, TOKENIZER, 60, seed=0):
         (home,) = [d for d, document in enumerate(documents) if item.ctx in document]
         assert f"{item.ctx} {item.endings[item.label]}" in documents[home]

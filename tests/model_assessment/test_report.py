@@ -173,7 +173,7 @@ def test_what_was_not_measured_is_not_drawn(tmp_path: Path, kinds: set[str], plo
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_losses_that_are_no_numbers(tmp_path: Path) -> None:
+def test_losses_that_are_not_numbers(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "diverged")
     broken = itertools.cycle([math.nan, math.inf, None, "?", 10**400])
     lines = [line | {"loss": next(broken)} if "loss" in line and line["step"] > 100 else line for line in metrics()]

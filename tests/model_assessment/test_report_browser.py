@@ -87,12 +87,12 @@ class Browser:
         message, self._rest = self._rest.split(b"\0", 1)
         return json.loads(message)
 
-    def open(self, page: Path, size: tuple[int, int], scheme: str = "light", whole: bool = False) -> None:
+    def open(self, page: Path | str, size: tuple[int, int], scheme: str = "light", whole: bool = False) -> None:
         """Loads a page at a size, in CSS pixels; `whole`: the window is as high as the page."""
         self.events.clear()
         self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._resize(*size)
-        self("Page.navigate", url=page.as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
         if whole:
@@ -113,7 +113,7 @@ class Browser:
         return [event for event in self.events if event.get("method") in kinds]
 
     def fetched(self) -> list[str]:
-        """Every address that the page asked for, but its own and what it holds itself."""
+        """Every address that the page requested, except its own and data that it holds."""
         asked = [event["params"]["request"]["url"] for event in self.events if _is_request(event)]
         return [url for url in asked if not url.startswith(("file:///", "data:image/svg+xml;base64,"))]
 

@@ -130,3 +130,10 @@ def test_what_cannot_work_is_said(ask: Any, body: Any, message: str):
 @pytest.mark.parametrize("length", [None, "-1", "x", "99999999", "1" * 30])
 def test_a_length_that_cannot_be_is_refused(ask: Any, length: str | None):
     assert ask({"prompt": "x"}, Content_Length=length).status == 413
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "NONSENSE"])
+def test_other_methods_are_refused_in_the_same_form(ask: Any, method: str):
+    answer = ask({"prompt": "x"}, method)
+    assert (answer.status, answer.headers.get_content_type()) == (501, "application/json")
+    assert json.load(answer) == {"error": f"Unsupported method ('{method}')"}

@@ -45,7 +45,7 @@ def test_tensorboard_has_each_step_once_also_after_a_kill(tmp_path: Path):
     # what TensorBoard itself reads with
     reader = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator").EventAccumulator
     run_dir = tmp_path / "run"
-    before, _ = watch(run_dir)  # what was measured before it was asked for
+    before, _ = watch(run_dir)  # what was measured before tracking began
     some_steps(before, 1)
     killed, open_writer = watch(run_dir, "tensorboard")
     some_steps(killed, 2, 3, 4)
@@ -111,7 +111,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, wandb: FakeWandb) -> FakeWandb:
     return wandb
 
 
-def test_wandb_works_offline_where_there_is_no_key(
+def test_wandb_works_offline_without_a_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     wandb = fake(monkeypatch, FakeWandb(has_key=False))

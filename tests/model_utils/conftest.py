@@ -1,4 +1,4 @@
-"""A small run and its export, made once for all tests, which leave them as they are."""
+"""A small run and its export, made once for all tests, which leave them unchanged."""
 
 from pathlib import Path
 from typing import Any

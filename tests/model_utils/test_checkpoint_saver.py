@@ -1,4 +1,4 @@
-"""Saving while training goes on."""
+"""Saving during training."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ def parts(value: float) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_what_is_saved_is_what_was_there_at_the_start(make: Callable[..., CheckpointSaver]):
-    """Training goes on at once, and changes the very tensors that are being saved."""
+    """Training continues at once, and changes the very tensors that are being saved."""
     may_write = threading.Event()
     saver = make(lambda: may_write.wait(10) or None)
     tensors = parts(1.0)
@@ -58,7 +58,7 @@ def test_one_save_at_a_time_and_old_ones_are_pruned(make: Callable[..., Checkpoi
     assert checkpoint_utils.checkpoint_steps(saver.root) == [2, 3]
 
 
-def test_a_step_that_is_saved_stays_as_it_is(make: Callable[..., CheckpointSaver]):
+def test_a_saved_step_stays_unchanged(make: Callable[..., CheckpointSaver]):
     saver = make()
     saver.start(1, parts(1.0), {})
     saver.start(1, parts(2.0), {})

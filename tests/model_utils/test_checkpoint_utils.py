@@ -132,7 +132,7 @@ def test_a_failed_save_leaves_nothing_and_says_what_it_needs(root: Path, monkeyp
 
 
 @pytest.mark.parametrize("where", [3, 20, -2])  # in the header's length, in the header, in a tensor
-def test_a_file_that_is_not_what_was_written_is_no_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, where: int):
+def test_a_file_that_differs_from_what_was_written_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch, where: int):
     """Though it is read back as it lies on the disk: the hash is of what is in memory."""
     ck.save_checkpoint(root, 5, PARTS, {})
     save_file = ck.save_file

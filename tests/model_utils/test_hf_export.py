@@ -109,7 +109,7 @@ def test_ids_of_hard_texts(tokenizer: Any, text: str):
 
 
 def test_ids_at_characters_of_every_class(tokenizer: Any):
-    """Beside a letter, a digit, a space and themselves: the class that a character has decides where pieces end."""
+    """Next to a letter, a digit, a space and themselves: the class that a character has decides where pieces end."""
     code_points = [c for c in (*range(0x3100), *range(0x3100, 0x110000, 17)) if not 0xD800 <= c < 0xE000]
     for first in range(0, len(code_points), 10_000):
         text = "".join(f"a{chr(c)}1{chr(c)} {chr(c)}{chr(c)}" for c in code_points[first : first + 10_000])

@@ -54,6 +54,12 @@ def test_an_export_in_bf16_is_float32_in_memory(run: Path, tmp_path: Path):
         assert torch.equal(tensor, weights[name].bfloat16().float()), name
 
 
+@pytest.mark.parametrize("mistake", [None, 7])
+def test_what_is_neither_a_name_nor_a_path_is_refused(mistake: Any):
+    with pytest.raises(UserError, match=f"Cannot load {mistake}: it is not a name or path"):
+        load_model(mistake)
+
+
 def test_a_name_is_a_run_or_else_a_folder_here(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(root, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)

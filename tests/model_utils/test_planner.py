@@ -35,7 +35,7 @@ def test_the_published_run_took_what_the_planner_says():
 
 
 def test_the_step_follows_from_settings_and_processes():
-    """16 x 8 of 256 sequences: two passes per step, so gradients lie beside DDP's buckets. CUDA compiles by default."""
+    """16 x 8 of 256 sequences: two passes per step. So gradients and DDP's buckets both exist. CUDA compiles."""
     config = lf_llm_269m()
     assert step_of(config, 16, 8) == Step(config.model, 16, 2, "cuda", True, True, True)
     assert step_of(config, 32, 8) == Step(config.model, 32, 2, "cuda", True, False, True)

@@ -151,7 +151,7 @@ def test_what_is_not_finite_is_left_to_others_and_forgotten(bad: float):
     assert guard == expected
 
 
-def test_going_on_from_json_is_exact():
+def test_resuming_from_json_is_exact():
     losses = [*REAL[:150], *[11.0 + 0.1 * i for i in range(12)], *REAL[150:]]
     whole = skipped(losses)
     for stop in (5, 19, 100, 151, 155, 159, 170):

@@ -1,4 +1,4 @@
-"""Which checkpoints a run goes on from."""
+"""The checkpoints that a run resumes from."""
 
 from dataclasses import replace
 from pathlib import Path

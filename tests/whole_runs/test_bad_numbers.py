@@ -15,7 +15,7 @@ from tests.whole_runs.records import assert_same_bits, final_tensors, stop_after
 
 
 def poison_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes every training loss NaN, and leaves evaluations as they are."""
+    """Makes every training loss NaN, and leaves evaluations unchanged."""
     forward = LLM.forward
 
     def poisoned(self, inputs, targets=None):
@@ -55,7 +55,7 @@ def test_a_stop_among_skipped_steps_is_saved_and_they_are_counted_on(config: Con
         train(config)
 
 
-def test_a_loss_spike_is_skipped_and_the_guard_goes_on_after_a_stop(config: Config, monkeypatch: pytest.MonkeyPatch):
+def test_a_loss_spike_is_skipped_and_the_guard_resumes_after_a_stop(config: Config, monkeypatch: pytest.MonkeyPatch):
     """The loss of step 31 is 40 nats too high, for which the guard needs the losses before the stop."""
     forward, steps = LLM.forward, {"done": 0}
 

@@ -1,4 +1,4 @@
-"""Whole runs, small ones: what they leave, and what stopping and going on may not change."""
+"""Small whole runs: the files they leave, and results that stopping and resuming must not change."""
 
 import json
 from collections.abc import Callable
@@ -177,8 +177,8 @@ def test_a_refused_start_leaves_the_status_of_the_run(config: Config):
     assert (run_dir / "status.json").read_bytes() == before
 
 
-def test_a_stop_at_the_last_step_is_no_end_before_all_is_measured(config: Config):
-    """Preempted during its last evaluation, a run is measured when it goes on, and changes nothing else."""
+def test_a_run_stopped_at_the_last_step_ends_once_all_is_measured(config: Config):
+    """A run preempted during its last evaluation is measured when it resumes, and changes nothing else."""
     stopped = train(config, stop_after(STEPS))
     assert (stopped.exit_code, stopped.step) == (143, STEPS)
     assert json.loads((stopped.run_dir / "status.json").read_text())["state"] == "stopped"

@@ -12,7 +12,7 @@ from pretrain import train
 from src.model import LLM
 from src.params import Config
 from src.utils.errors import UserError
-from tests.whole_runs.records import stop_after
+from tests.whole_runs.records import STEPS, stop_after
 
 
 def test_another_precision_is_refused_and_another_micro_batch_is_noted(config: Config):
@@ -21,6 +21,14 @@ def test_another_precision_is_refused_and_another_micro_batch_is_noted(config: C
         train(replace(config, train=replace(config.train, precision="bf16")))
     assert train(replace(config, train=replace(config.train, micro_batch_size=8))).exit_code == 0
     assert "the same samples, but not the same bits" in (run_dir / "log.txt").read_text()
+
+
+def test_a_stop_in_the_last_step_says_what_is_left(config: Config):
+    stopped = train(config, stop_after(STEPS))
+    assert (stopped.step, stopped.exit_code) == (STEPS, 143)
+    message = json.loads((stopped.run_dir / "status.json").read_text())["message"]
+    assert message.endswith(". All steps are done; rerun to add validation")
+    assert train(config).exit_code == 0
 
 
 def test_too_little_memory_says_what_to_do(config: Config, monkeypatch: pytest.MonkeyPatch):
@@ -36,7 +44,7 @@ def test_too_little_memory_says_what_to_do(config: Config, monkeypatch: pytest.M
     assert (status["state"], status["exit_code"]) == ("failed", 2)
 
 
-def test_what_is_chosen_at_the_start_is_kept_when_the_run_goes_on(config: Config):
+def test_choices_of_the_start_are_kept_at_a_resume(config: Config):
     """Micro-batch and precision are auto, and another start would choose otherwise."""
     auto = replace(config, train=replace(config.train, micro_batch_size="auto", precision="auto"))
     train(auto, stop_after(5))
