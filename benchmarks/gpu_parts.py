@@ -33,8 +33,10 @@ import torch
 import torch.nn.functional as F
 
 import pretrain
+from benchmarks import print_figures
 from src.model import LLM
 from src.model_assessment import hellaswag, sampling
+from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS, fast_model
 from src.model_utils.autotune import CompiledForward
 from src.model_utils.weight_init import init_weights
@@ -47,7 +49,7 @@ Result = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.gpu_parts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=PARTS)
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--out", type=Path, default=RUNS, help="folder for the profile")
     args = parser.parse_args()
-    print(json.dumps(PARTS[args.part](args)))
+    print_figures(PARTS[args.part](args))
 
 
 def short(args: argparse.Namespace, name: str, steps: int, **changes: Any) -> Config:
