@@ -96,6 +96,7 @@ LADDER = {
     "fast-one-rate": "--optim.embedding-lr None",
     "fast-embedding-6e-3": "--optim.embedding-lr 6e-3",
     "fast-embedding-1e-2": "--optim.embedding-lr 1e-2",
+    "fast-embedding-2e-2": "--optim.embedding-lr 2e-2",
     "fast-adamw": "--optim.optimizer adamw",
 }
 RECIPES = {
