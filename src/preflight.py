@@ -27,8 +27,7 @@ import torch
 from huggingface_hub import constants as hub_settings
 
 from src import available_cores
-from src.data_processing.data_downloader import differences
-from src.data_processing.document_shuffle import disk_needed
+from src.data_processing.data_downloader import differences, disk_needed
 from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.text_sources import SOURCES, Request, find_files
 from src.data_processing.tokenizer import Tokenizer
@@ -75,15 +74,17 @@ class Start:
     world_size: int
     processes_here: int
     request: Request | None = None
-    """The dataset that the launcher will prepare; None if it exists."""
-    made_for: Request | None = None
-    """The request that the existing dataset must fulfil; None if any dataset serves."""
+    """The dataset that the launcher prepares if it does not exist; None if any dataset serves."""
     awaited: bool = False
     """True if another machine prepares the dataset."""
 
     @property
     def dataset(self) -> Path:
         return root.dataset_dir(self.config.data.dir)
+
+    @property
+    def to_prepare(self) -> Request | None:
+        return None if os.path.exists(self.dataset / MANIFEST) else self.request
 
     @property
     def run_dir(self) -> Path:
@@ -107,29 +108,7 @@ def main() -> int:
     )
     data = os.environ.get("DATA")
     request = requested(os.environ) if data == "prepare" else None
-    exists = (root.dataset_dir(config.data.dir) / MANIFEST).exists()
-    start = Start(
-        config,
-        world_size(),
-        processes_here(),
-        request=None if exists else request,
-        made_for=request if exists else None,
-        awaited=data == "wait" and not exists,
-    )
-    results, code = check_all(start)
-    failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
-    if failed:
-        say(f"\nnot started: {len(failed)} check(s) failed: {', '.join(failed)}")
-    result = {"exit_code": code, "failed": failed, "warnings": warnings, "checks": results}
-    print_result(result, "" if failed else "\nall checks passed: this start can work")
-    return code
-
-
-def check_all(start: Start) -> tuple[dict[str, dict[str, str]], int]:
-    """Makes and prints all checks. Returns status and text of each, and the exit code.
-
-    The code is 0, or the one that all failures share (4: storage, 5: the run is held), else 2.
-    """
+    start = Start(config, world_size(), processes_here(), request, awaited=data == "wait")
     results: dict[str, dict[str, str]] = {}
     codes: set[int] = set()
     for name, check in CHECKS.items():
@@ -142,9 +121,13 @@ def check_all(start: Start) -> tuple[dict[str, dict[str, str]], int]:
         results[name] = {"status": status, "found": text}
         column = " " * len("FAIL  checkpoint: ")
         say(f"{status:<6}{name + ':':<12}{text}".replace("\n", "\n" + column))
-    if not codes:
-        return results, EXIT_DONE
-    return results, codes.pop() if len(codes) == 1 else EXIT_BAD_INPUT
+    code = EXIT_BAD_INPUT if len(codes) > 1 else max(codes, default=EXIT_DONE)
+    failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
+    if failed:
+        say(f"\nnot started: {len(failed)} check(s) failed: {', '.join(failed)}")
+    result = {"exit_code": code, "failed": failed, "warnings": warnings, "checks": results}
+    print_result(result, "" if failed else "\nall checks passed: this start can work")
+    return code
 
 
 def settings(start: Start) -> Found:
@@ -202,15 +185,16 @@ def expected_cost(config: Config, gpus: int, peak_tflops: float) -> str:
 
 def dataset(start: Start) -> Found:
     """Checks the dataset, or the source that it will be prepared from."""
-    config, folder, request = start.config, start.dataset, start.request
-    if request or start.awaited:
+    config, folder = start.config, start.dataset
+    if request := start.to_prepare:
         _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
-        if request is None:
-            return Found(f"{folder}, which node 0 prepares")
         files = f", {sum(map(len, find_files(request.paths, quiet=True).values())):,} of them" if request.paths else ""
         return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
+    if start.awaited and not os.path.exists(folder / MANIFEST):
+        _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
+        return Found(f"{folder}, which node 0 prepares")
     manifest = read_manifest(folder)
-    if start.made_for and (changes := differences(start.made_for, folder, manifest)):
+    if start.request and (changes := differences(start.request, folder, manifest)):
         raise UserError(
             f"Cannot prepare {folder}: it holds another dataset: {changes}. Leave out DATA_DIR or set it to another "
             f"name, or train on this one with --data.dir {folder.name}."
@@ -232,7 +216,7 @@ def _check_vocabulary(config: Config, folder: Path, name: str, n_vocab: int) -> 
 def folder(start: Start) -> Found:
     """Checks that the run's folder is free and writable, and the dataset's if it will be prepared."""
     refuse_dangling(start.run_dir)
-    to_write = [start.run_dir, start.run_dir / "checkpoints"] + ([start.dataset] if start.request else [])
+    to_write = [start.run_dir, start.run_dir / "checkpoints"] + ([start.dataset] if start.to_prepare else [])
     for path in sorted({existing_folder(path) for path in to_write}):
         check_writable(path)
     refuse_claimed(start.run_dir)
@@ -243,12 +227,9 @@ def disk(start: Start) -> Found:
     """Checks the room for checkpoints and for the dataset, of which half must fit: it can only be estimated."""
     checkpoints = checkpoints_need(start.config, start.run_dir / "checkpoints")
     place, data_place = existing_folder(start.run_dir), existing_folder(start.dataset)
-    request, data = start.request, 0
-    if request:
-        tokens = 0
-        with suppress(UserError):  # the check of the dataset reports it
-            tokens = SOURCES[request.sources[0]].tokens(request)
-        data = disk_needed(start.dataset, min(tokens, request.max_tokens or tokens))
+    request, data = start.to_prepare, 0
+    with suppress(UserError):  # the check of the dataset reports it
+        data = disk_needed(request, start.dataset) if request else 0
     free, free_for_data = free_bytes(place), free_bytes(data_place)
     on_one_disk = place.stat().st_dev == data_place.stat().st_dev
     is_full = checkpoints + on_one_disk * data // 2 > free or data // 2 > free_for_data
@@ -263,7 +244,7 @@ def disk(start: Start) -> Found:
 
 def hub(start: Start) -> Found:
     """Checks the source of HellaSwag's items, and the hub if the dataset comes from it."""
-    source = start.request.sources[0] if start.request else ""
+    source = start.to_prepare.sources[0] if start.to_prepare else ""
     offline, evaluation = hub_settings.HF_HUB_OFFLINE, start.config.eval
     if source and SOURCES[source].uses_hub and not offline and not hub_answers():
         raise UserError(

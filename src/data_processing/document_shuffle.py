@@ -52,7 +52,7 @@ from src.data_processing.shards import (
 from src.data_processing.text_sources import Request, Source
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer, replace_surrogates
 from src.utils.errors import BusyError, StorageError, UserError, now_and_then, say
-from src.utils.files import bytes_below, lies_in, open_regular, read_json, replacing, storage_errors, try_lock
+from src.utils.files import lies_in, open_regular, read_json, replacing, storage_errors, try_lock
 
 WORK = ".preparing"
 DOWNLOADS = "downloads"
@@ -474,12 +474,6 @@ def write_shards(
             journal.write()
         if index:  # validation may lie behind training documents that are still needed
             documents.forget(ranges[-1][1])
-
-
-def disk_needed(folder: Path, tokens: int) -> int:
-    """Estimate the bytes that preparing `tokens` tokens in `folder` needs beyond the leftovers of an earlier start."""
-    # The buckets, which go as the shards come, with an eighth for records and what exists twice meanwhile.
-    return max(0, tokens * TOKEN_DTYPE.itemsize * 9 // 8 - bytes_below(folder))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,11 +13,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from src import available_cores
 from src.data_processing import python_docs
@@ -40,7 +41,6 @@ _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
 _PYDOCS_BYTES, _PYDOCS_TOKENS = 7_300_000, 2_400_000
 _HF_CACHE = re.compile(r"cache-.*\.arrow")
 Pinned = Sequence[dict[str, Any]]
-_HUB_FIELDS = ("dataset", "config", "split")
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Request:
     """Names in SOURCES, in the order in which they are read."""
     paths: list[str]
     """For files: files, folders and patterns."""
-    text_field: str
+    text_field: str = "text"
     """Field or column that holds the text, in files of lines or rows."""
-    tokens_per_shard: int
+    tokens_per_shard: int = 100_000_000
     """Most token ids in a shard, unless it holds one longer document."""
-    seed: int
+    seed: int = 42
     """Seed of the documents' order, and of the choice of a part of a hub dataset."""
     max_documents: int | None = None
     """Most documents to take; None: all."""
@@ -64,22 +64,29 @@ class Request:
     drop_duplicates: bool = False
     """Keep one of documents that are equal to the byte."""
     dataset: str | None = None
-    """For hub: OWNER/NAME."""
+    """For hub: OWNER/NAME, and below its configuration and split."""
     config: str | None = None
-    """For hub: the dataset's configuration."""
     split: str | None = None
-    """For hub: the dataset's split."""
 
     @property
     def is_limited(self) -> bool:
         """True if some documents may be left out."""
         return self.max_documents is not None or self.max_tokens is not None
 
+    @property
+    def default_name(self) -> str:
+        """The dataset's name by its sources and limits: a trial must never pass for the whole."""
+        own = {"files": name_of(self.paths), "hub": (self.dataset or "").replace("/", "_")}
+        name = "+".join(own.get(source) or SOURCES[source].dataset_name for source in self.sources)
+        for limit, unit in ((self.max_tokens, "tokens"), (self.max_documents, "documents")):
+            name += f"-max-{limit}-{unit}" if limit else ""
+        return name
+
     def stored(self) -> dict[str, Any]:
         """Return the request as the manifest keeps it. Unused fields of the hub are left out, as in older manifests."""
-        fields = asdict(self)
-        unused = [name for name in _HUB_FIELDS if fields[name] is None]
-        return {"source": fields.pop("sources"), **{name: v for name, v in fields.items() if name not in unused}}
+        hub = ("dataset", "config", "split")
+        fields = {name: value for name, value in asdict(self).items() if value is not None or name not in hub}
+        return {"source": fields.pop("sources"), **fields}
 
     @classmethod
     def from_stored(cls, content: Mapping[str, Any]) -> "Request":
@@ -115,9 +122,7 @@ class SourceKind:
     """A row of SOURCES."""
 
     dataset_name: str
-    """Default folder of a dataset; empty: --out is needed."""
-    needs_paths: bool
-    """True if --path names what to read."""
+    """Default folder of a dataset; empty: it follows from the request."""
     help: str
     """One phrase for --help."""
     open: Callable[[Request, Pinned, Path], list[Source]]
@@ -127,15 +132,6 @@ class SourceKind:
     """Estimate the tokens without a network, to tell how much disk is needed; 0: unknown."""
     uses_hub: bool = False
     """True if the documents come from the Hugging Face hub."""
-
-
-def open_sources(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
-    """Open the sources of a request, in order. Raises UserError."""
-    sources: list[Source] = []
-    for name in request.sources:
-        same = [details for details in pinned if details.get("name") == name]
-        sources += SOURCES[name].open(request, same, downloads)
-    return sources
 
 
 def open_files(paths: Sequence[str], text_field: str, pinned: Pinned = ()) -> list["Files"]:
@@ -219,7 +215,7 @@ class Files(Source):
 
     def __init__(self, path: str, files: Sequence[Path], text_field: str, divide_long: bool = True) -> None:
         self._files, self._text_field, self._divide_long = files, text_field, divide_long
-        self._stats = [_stat(file) for file in files]  # before the content is hashed: later changes show
+        self._identities = [_identity(file) for file in files]  # before the content is hashed: later changes show
         with ThreadPoolExecutor(available_cores()) as threads:  # hashing releases Python's lock
             described = list(threads.map(_describe, files))
         details = {"name": "files", "path": path, "files": described}
@@ -248,16 +244,15 @@ class Files(Source):
             self._check_unchanged(unit)
 
     def _check_unchanged(self, unit: int) -> None:
-        path, before, now = self._files[unit], self._stats[unit], _stat(self._files[unit])
+        path, before, now = self._files[unit], self._identities[unit], _identity(self._files[unit])
         if now == before:
             return
         # A backup's hard link, chmod or touch changes times. Only then is the content worth reading again.
-        is_same_file = now and before and (now.st_size, now.st_ino) == (before.st_size, before.st_ino)
-        if not is_same_file or _describe(path) != self.details["files"][unit]:
+        if now[:2] != before[:2] or _describe(path) != self.details["files"][unit]:
             raise UserError(
                 f"Cannot use {path}: it changed while it was being prepared. Rerun once it no longer changes."
             )
-        self._stats[unit] = now
+        self._identities[unit] = now
 
 
 def _open_hub(name: str, request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
@@ -268,19 +263,13 @@ def _open_hub(name: str, request: Request, pinned: Pinned, downloads: Path) -> l
 
 def _open_fineweb_edu(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
     """Open the sample of 10B tokens."""
-    fixed: dict[str, Any] = {
-        "dataset": "HuggingFaceFW/fineweb-edu",
-        "config": "sample-10BT",
-        "split": "train",
-        "text_field": "text",
-    }
-    return _open_hub("fineweb-edu", replace(request, **fixed), pinned, downloads)
+    request = replace(request, dataset="HuggingFaceFW/fineweb-edu", config="sample-10BT", split="train")
+    return _open_hub("fineweb-edu", replace(request, text_field="text"), pinned, downloads)
 
 
 SOURCES: dict[str, SourceKind] = {
     "fineweb-edu": SourceKind(
         dataset_name="fineweb-edu-sample-10BT",
-        needs_paths=False,
         help="10B tokens of educational web pages from the Hugging Face hub (some 28 GB)",
         open=_open_fineweb_edu,
         tokens=lambda _: 10_000_000_000,
@@ -288,21 +277,18 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "hub": SourceKind(
         dataset_name="",
-        needs_paths=False,
         help="any dataset of parquet files on the Hugging Face hub, named by --dataset",
         open=partial(_open_hub, "hub"),
         uses_hub=True,
     ),
     "files": SourceKind(
         dataset_name="",
-        needs_paths=True,
         help="local files",
         open=lambda request, pinned, downloads: [*open_files(request.paths, request.text_field, pinned)],
         tokens=lambda request: sum(map(_estimated_tokens, chain(*find_files(request.paths, quiet=True).values()))),
     ),
     "pydocs": SourceKind(
         dataset_name="pydocs",
-        needs_paths=False,
         help="the documentation that comes with Python, NumPy and PyTorch, offline in seconds",
         open=lambda request, pinned, downloads: [PythonDocs()],
         tokens=lambda request: _PYDOCS_TOKENS,
@@ -333,19 +319,12 @@ def _files_below(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
-class _Stat(NamedTuple):
-    st_size: int
-    st_ino: int
-    st_mtime_ns: int
-    st_ctime_ns: int
-
-
-def _stat(path: Path) -> _Stat | None:
-    try:
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return size, inode and times; nothing for a file that is gone, of which `_describe` says why."""
+    with suppress(OSError):
         stat = path.stat()
-    except OSError:
-        return None  # gone; `_describe` says why before the first document is read
-    return _Stat(*(getattr(stat, name) for name in _Stat._fields))
+        return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+    return ()
 
 
 def _describe(path: Path) -> dict[str, Any]:

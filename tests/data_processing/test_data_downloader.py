@@ -10,8 +10,8 @@ import pytest
 
 from src import launcher_settings
 from src.data_processing import data_downloader, text_sources
-from src.data_processing.data_downloader import prepare, repair, verify
-from src.data_processing.shards import check_shard, read_manifest
+from src.data_processing.data_downloader import prepare, repair
+from src.data_processing.shards import check_shard, ensure_verified, read_manifest
 from src.utils import root
 from src.utils.errors import StorageError, UserError, exit_with
 from tests.conftest import Commands
@@ -167,7 +167,7 @@ def test_verify_names_every_fault(tmp_path: Path, commands: Commands) -> None:
     assert damaged.stdout == ""
     check_shard(folder, manifest.shards[0], manifest.n_vocab, full=True)
     with pytest.raises(UserError, match="2 of"):
-        verify(folder)
+        ensure_verified(folder, manifest, trust_stamp=False)
 
 
 def test_a_damaged_dataset_is_not_called_prepared(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_only_the_damaged_shards_are_written_again(tmp_path: Path, limits: dict)
     second.unlink()
     os.truncate(third, 17)
     with pytest.raises(UserError, match=r"4 of \d+ shards are not as prepared"):
-        verify(folder)
+        ensure_verified(folder, manifest, trust_stamp=False)
     assert repair(folder, 1) == repair(folder, 1) == manifest
     assert contents(folder) == before
     changed = {name for name in before if (folder / name).stat().st_mtime_ns != times[name]}
