@@ -31,8 +31,8 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import chain, islice
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,10 +43,10 @@ from src.data_processing.shards import (
     SHARD_NAME,
     TOKEN_DTYPE,
     Shard,
+    check_shard,
     check_shards,
     check_sources,
     check_types,
-    shard_fault,
     write_shard,
 )
 from src.data_processing.text_sources import Request, Source
@@ -120,12 +120,11 @@ class Journal:
         if not (work / JOURNAL).exists():
             return cls(work)
         content = read_json(work / JOURNAL)
-        content["position"] = position = Position(*content["position"])
+        content["position"] = Position(*content["position"])
         content["shards"] = [Shard(**entry) for entry in content["shards"]]
-        journal, numbers = cls(work, **content), {**content["counts"], **content["replaced_in"], **content["files"]}
-        check_types([(flag, bool, "journal") for flag in (journal.is_complete, journal.is_kept)])
-        check_types((number, int, "journal") for number in (*numbers.values(), *position[:3]))
-        check_types([(position.share, float, "share")])
+        for name, value in content.items():
+            check_types(value, cls.__annotations__[name], name)
+        journal = cls(work, **content)
         if journal.counts.keys() != cls(work).counts.keys() or not all(map(_BUCKET_FILE.fullmatch, journal.files)):
             raise ValueError("these are not the counts and files of a journal")
         check_shards(journal.shards)
@@ -137,8 +136,7 @@ class Journal:
                 raise ValueError(f"{path} is cut short or leads elsewhere")
             os.truncate(path, length)
         for shard in journal.shards:
-            if fault := shard_fault(folder, shard, Tokenizer.n_vocab, full=True):
-                raise ValueError(fault)
+            check_shard(folder, shard, Tokenizer.n_vocab, full=True)
         return journal
 
     def append(self, name: str, content: bytes) -> None:
@@ -308,12 +306,9 @@ def encode_all(
 def _follow_parent() -> None:
     """End this process with its parent, however that ends."""
 
-    def follow(parent: BaseProcess) -> None:
-        parent.join()
-        os._exit(1)
-
-    if parent := multiprocessing.parent_process():
-        threading.Thread(target=follow, args=(parent,), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
@@ -376,7 +371,7 @@ class SortedDocuments:
         self.lengths: list[int] = np.trim_zeros(lengths, "b").tolist()
         """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens."""
         self._first_groups = np.cumsum([0, *map(len, group_tokens)])
-        self._loaded: dict[int, tuple[np.ndarray, ...]] = {}  # the last bucket: neighbouring shards share it
+        self._load = lru_cache(maxsize=1)(self._read_bucket)  # neighbouring shards share a bucket
 
     def read(self, begin: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield records and tokens of groups `begin` to `end`, in order, a bucket at a time. Raises StorageError."""
@@ -384,9 +379,7 @@ class SortedDocuments:
             offset, next_offset = self._first_groups[bucket : bucket + 2]
             first, last = max(begin, offset), min(end, next_offset)
             if first < last:
-                if bucket not in self._loaded:
-                    self._loaded = {bucket: self._load(bucket)}
-                records, tokens, bounds, starts = self._loaded[bucket]
+                records, tokens, bounds, starts = self._load(bucket)
                 low, high = starts[first - offset], starts[last - offset]
                 yield records[low:high], tokens[bounds[low] : bounds[high]]
 
@@ -408,7 +401,7 @@ class SortedDocuments:
             order, is_first = order[is_first], is_first[is_first]
         return records[order], order, np.flatnonzero(is_first)
 
-    def _load(self, bucket: int) -> tuple[np.ndarray, ...]:
+    def _read_bucket(self, bucket: int) -> tuple[np.ndarray, ...]:
         """Return sorted records and tokens, the documents' bounds among the tokens, and the groups' among records."""
         records, order, starts = self._sorted(bucket)
         tokens = self._content(f"{bucket:02x}.tokens", TOKEN_DTYPE)

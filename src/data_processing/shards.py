@@ -1,16 +1,8 @@
 """Datasets on disk: token shards and the manifest that vouches for them. NumPy and the standard library only.
 
 A dataset is a folder with `manifest.json` and the .npy files it lists, one-dimensional arrays of little-endian uint16
-token ids. Shard 0 is validation, the rest are training. Other files in the folder are ignored.
-
-    manifest = read_manifest(folder)            checks the manifest itself; opens no shard
-    manifest.validation, manifest.train         tuples of Shard(file, split, tokens, documents, text_bytes, sha256)
-    check_shard(folder, shard, n_vocab)         header and size, microseconds; full=True also hash and every id
-    ensure_verified(folder, manifest)           every byte, but each only once: the stamp remembers
-    np.load(folder / shard.file, mmap_mode="r", allow_pickle=False)    the tokens
-
-`manifest.sha256` identifies the dataset: it covers every shard's hash. The downloader writes with `write_shard` and,
-last of all, `write_manifest`; a folder without a manifest is not a dataset.
+token ids. Shard 0 is validation, the rest are training. Other files in the folder are ignored. The manifest is written
+last: a folder without one is not a dataset. Its sha256 identifies the dataset, because it covers every shard's hash.
 
 The stamp, .verified.json in the dataset's folder, lists the files that were found sound: their sizes, inodes and times.
 A shard whose file is still that one is not read again. Writing to a file, setting its times and renaming another over
@@ -28,7 +20,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, get_origin
+from typing import IO, Any, get_args, get_origin
 
 import numpy as np
 
@@ -143,24 +135,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) -> None:
-    """Raise UserError with path, expected and actual if the file differs from the manifest.
+    """Raise UserError with path, expected and actual if the file, its header or its size differs from the manifest.
 
-    Always: the file exists, its .npy header gives one-dimensional uint16 of `shard.tokens`, and its size
-    fits the header to the byte. With `full`, also every id is below `n_vocab` and the sha256 agrees; this
-    reads the file once, 4 MiB at a time.
+    That takes microseconds. With `full`, the file is read: every id must be below `n_vocab`, and the sha256 agree.
     """
     if fault := shard_fault(folder, shard, n_vocab, full):
         raise UserError(f"Cannot use the dataset: {fault}. Repair it with: {_COMMAND} --repair --out '{folder}'")
 
 
 def shard_fault(
-    folder: Path,
-    shard: Shard,
-    n_vocab: int,
-    full: bool = False,
-    stop: Callable[[], object] = lambda: False,
+    folder: Path, shard: Shard, n_vocab: int, full: bool = False, stop: Callable[[], object] = lambda: False
 ) -> str | None:
-    """Return the fault that `check_shard` reports, with path, expected and actual; None for a sound file.
+    """Return the fault that `check_shard` reports; None for a sound file.
 
     Raises StoppedError once `stop()` is true, which is called before every 4 MiB of a full check.
     """
@@ -207,7 +193,7 @@ def ensure_verified(
 def find_faults(
     folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], object] = lambda: False
 ) -> dict[int, str]:
-    """Return the fault of each damaged shard, with path, expected and actual, by its number.
+    """Return the fault of each damaged shard by its number.
 
     Reads the shards that the stamp does not vouch for, and stamps the sound ones. A stamp that cannot be written costs
     one line on stderr and a slower next start. Raises StoppedError once `stop()` is true, which several threads call;
@@ -272,9 +258,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def check_shards(shards: Iterable[Shard]) -> None:
-    """Raise ValueError or TypeError if a shard's file is not named as `write_shard` names it, or a type is wrong."""
+    """Raise ValueError if a shard's file is not named as `write_shard` names it."""
     for number, shard in enumerate(shards):
-        check_types((getattr(shard, field.name), field.type, field.name) for field in dataclasses.fields(shard))
         name = SHARD_NAME.fullmatch(shard.file)
         if name is None or Path(shard.file).name != shard.file or not shard.file.isprintable():
             raise ValueError(f"{shard.file!r} is not the name of a shard")
@@ -284,10 +269,7 @@ def check_shards(shards: Iterable[Shard]) -> None:
 
 def _check_manifest(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for a manifest that no preparation writes."""
-    typed = [(getattr(manifest, field.name), field) for field in dataclasses.fields(manifest)]
-    check_types((value, get_origin(field.type) or field.type, field.name) for value, field in typed)
-    check_types((value, int, name) for name, value in manifest.counts.items())
-    check_types((value, int, "document_lengths") for value in manifest.document_lengths)
+    check_types(manifest, Manifest, "manifest")
     check_sources(manifest.sources)
     if manifest.n_vocab > 1 << 16 or manifest.end_of_text >= manifest.n_vocab or len(manifest.document_lengths) > 64:
         raise ValueError("n_vocab, end_of_text or document_lengths do not fit uint16 token ids")
@@ -300,22 +282,29 @@ def _check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"its shards hold {total} {name}, its total says {manifest.counts[name]}")
 
 
-def check_sources(sources: Iterable[Any]) -> None:
+def check_sources(sources: Any) -> None:
     """Raise TypeError or KeyError unless these can be the sources of a manifest."""
-    known = {"name": str, "documents": int, "tokens": int, "text_bytes": int, "files": list, "packages": dict}
+    check_types(sources, list[dict[str, Any]], "sources")
+    kinds = {"documents": int, "tokens": int, "text_bytes": int, "files": list[dict[str, Any]], "packages": dict}
     for source in sources:
-        check_types([(source, dict, "sources"), (source["name"], str, "name")])
-        check_types((source[name], kind, name) for name, kind in known.items() if name in source)
+        check_types(source["name"], str, "name")
+        for name in kinds.keys() & source.keys():
+            check_types(source[name], kinds[name], name)
         for entry in source.get("files", ()):
-            check_types([(entry, dict, "files")])
-            check_types((entry[name], kind, name) for name, kind in (("path", str), ("sha256", str), ("bytes", int)))
+            check_types([entry["path"], entry["sha256"]], list[str], "files")
+            check_types(entry["bytes"], int, "bytes")
 
 
-def check_types(typed: Iterable[tuple[Any, Any, str]]) -> None:
-    """Raise TypeError unless each value is of that very type; a bool is not an int, and an int is a size."""
-    for value, expected, name in typed:
-        if type(value) is not expected or (type(value) is int and not 0 <= value < 2**63):
-            raise TypeError(f"{name} is {str(value)[:60]!r}, expected {expected.__name__}")
+def check_types(value: Any, kind: Any, name: str) -> None:
+    """Raise TypeError unless `value` and all inside it has that very type: a bool is not an int. An int is a size."""
+    expected = get_origin(kind) or kind
+    if expected is not Any and (type(value) is not expected or (expected is int and not 0 <= value < 2**63)):
+        raise TypeError(f"{name} is {str(value)[:60]!r}, expected {expected.__name__}")
+    for field, field_kind in getattr(kind, "__annotations__", {}).items():  # of a dataclass or named tuple
+        check_types(getattr(value, field), field_kind, field)
+    if inner := get_args(kind):  # of a list, tuple or dictionary
+        for each in value.values() if expected is dict else value:
+            check_types(each, inner[expected is dict], name)
 
 
 def _check_header(file: IO[bytes], shard: Shard) -> None:
@@ -340,7 +329,6 @@ def _check_content(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[
     header_bytes = file.tell()
     file.seek(0)
     digest = hashlib.sha256(file.read(header_bytes))
-    offset = 0
     while chunk := file.read(_CHUNK_BYTES):
         if stop():
             raise StoppedError("stopped on request before anything was trained")
@@ -348,8 +336,8 @@ def _check_content(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[
         ids = np.frombuffer(chunk, TOKEN_DTYPE)
         if ids.max() >= n_vocab:
             first = int(np.argmax(ids >= n_vocab))
-            raise _Damaged(f"expected ids below {n_vocab}, found {ids[first]} as token {offset + first}")
-        offset += ids.size
+            number = (file.tell() - header_bytes) // TOKEN_DTYPE.itemsize - ids.size + first
+            raise _Damaged(f"expected ids below {n_vocab}, found {ids[first]} as token {number}")
     if digest.hexdigest() != shard.sha256:
         raise _Damaged(f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
 
@@ -371,11 +359,5 @@ def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any] | N
         file = os.stat(folder / shard.file)
     except OSError:
         return None
-    return {
-        "sha256": shard.sha256,
-        "n_vocab": manifest.n_vocab,
-        "size": file.st_size,
-        "mtime_ns": file.st_mtime_ns,
-        "ctime_ns": file.st_ctime_ns,
-        "inode": file.st_ino,
-    }
+    identity = {"size": file.st_size, "mtime_ns": file.st_mtime_ns, "ctime_ns": file.st_ctime_ns, "inode": file.st_ino}
+    return {"sha256": shard.sha256, "n_vocab": manifest.n_vocab, **identity}
