@@ -287,8 +287,12 @@ def encode_all(
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
     try:
         for position, documents in chain(head, batches):
-            with _without_ctrl_c():  # which the worker that this may start inherits: it ends with its parent instead
+            # The worker that this may start inherits that Ctrl-C is held back: it ends with its parent instead.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
                 pending.append((position, pool.submit(encode_batch, documents, seed, position.source)))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             while pending and (len(pending) >= ahead or pending[0][1].done()):
                 position, job = pending.popleft()
                 yield position, job.result()
@@ -309,16 +313,6 @@ def _follow_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-@contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Document]:

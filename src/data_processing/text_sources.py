@@ -27,7 +27,7 @@ from src.data_processing.file_formats import (
     EXTENSIONS,
     LONG_TEXT,
     PART_OF_LONG_TEXT,
-    Documents,
+    Batches,
     Texts,
     read_batches,
 )
@@ -107,11 +107,8 @@ class Source(ABC):
         self.details, self.unit_bytes = details, unit_bytes
 
     @abstractmethod
-    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
-        """Yield the batches of a unit without the first `skip`, each with the share of the unit read after it.
-
-        Raises UserError if the source is faulty, StorageError if it needs disk and has none.
-        """
+    def batches(self, unit: int, skip: int) -> Batches:
+        """Yield the batches of a unit without the first `skip`. Raises UserError for a faulty source, StorageError."""
 
     def check_unchanged(self) -> None:  # noqa: B027 (most sources cannot change)
         """Raise UserError if the documents have changed since the source was opened. Called after the last batch."""
@@ -204,7 +201,7 @@ class PythonDocs(Source):
         details = {"name": "pydocs", "packages": python_docs.package_versions()}
         super().__init__(details, [_PYDOCS_BYTES])
 
-    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+    def batches(self, unit: int, skip: int) -> Batches:
         batches = enumerate(_batched(python_docs.documents()), start=1)
         for number, texts in islice(batches, skip, None):
             yield Texts(texts, "pydocs"), min(1.0, number * BATCH_BYTES / self.unit_bytes[0])
@@ -233,7 +230,7 @@ class Files(Source):
             )
         super().__init__(details, [entry["bytes"] for entry in described])
 
-    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+    def batches(self, unit: int, skip: int) -> Batches:
         # Around the reading, because a file that is replaced and put back has its old content at the end.
         self._check_unchanged(unit)
         yield from read_batches(self._files[unit], self._text_field, skip, self._divide_long)
