@@ -107,12 +107,11 @@ class RunLogger:
             if os.path.lexists(path):
                 with open_regular(path, os.O_RDONLY | os.O_NOFOLLOW) as file:
                     content = file.read()
-            for line in content.splitlines():
-                with suppress(ValueError, RecursionError):  # a line cut off by a kill
-                    record = json.loads(line.decode("utf-8", "replace"))
-                    named = isinstance(record, dict) and isinstance(record.get("kind"), str)
-                    if named and isinstance(record.get("step"), int):
-                        records.append(record)
+        for line in content.splitlines():
+            with suppress(ValueError, RecursionError, TypeError, KeyError):  # a line cut off by a kill
+                record = json.loads(line.decode("utf-8", "replace"))
+                if isinstance(record["kind"], str) and isinstance(record["step"], int):
+                    records.append(record)
         return records
 
     def recorded(self) -> set[tuple[str, int]]:
@@ -122,20 +121,13 @@ class RunLogger:
     def forget_after(self, step: int) -> None:
         """Drops the records of later steps, the training line of a stop, and a half-written last line.
 
-        So a resumed run repeats none and has the lines of one that never stopped.
-
-        Raises StorageError where the file cannot be rewritten.
+        So a resumed run has the lines of one that never stopped. Raises StorageError if the file cannot be rewritten.
         """
         path = self.run_dir / "metrics.jsonl"
-        records = self.records()
-
-        def keep(record: dict[str, Any]) -> bool:
-            return record["step"] <= step and not record.get("stopped")
-
+        kept = [record for record in self.records() if record["step"] <= step and not record.get("stopped")]
         with storage_errors(path):
             if self.is_main and path.exists():
-                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if keep(record)]
-                self._replace("metrics.jsonl", "".join(lines))
+                self._replace(path.name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
     def before_save(self) -> None:
         """Makes metrics.jsonl survive a power cut, as the checkpoint that follows it will. Raises as `check_place`."""
@@ -148,7 +140,7 @@ class RunLogger:
 
     def start_bar(self, step: int, total_steps: int) -> None:
         """A progress bar, on a terminal only."""
-        if self.is_main and sys.stderr and sys.stderr.isatty():
+        if self.is_main and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance_bar(self, **shown: str) -> None:
@@ -159,7 +151,6 @@ class RunLogger:
     def close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
-            self._bar = None
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
