@@ -46,9 +46,6 @@ from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config, ConfigError
 from src.utils import hardware, root
 from src.utils.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DONE,
-    EXIT_STORAGE,
     BusyError,
     StorageError,
     UserError,
@@ -116,12 +113,12 @@ def main() -> int:
             found = check(start)
             status, text = "warn" if found.doubtful else "ok", found.text
         except (ConfigError, UserError, BusyError, OSError) as error:  # StorageError is an OSError
-            codes.add(getattr(error, "exit_code", EXIT_STORAGE))
+            codes.add(getattr(error, "exit_code", StorageError.exit_code))
             status, text = "FAIL", "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
         results[name] = {"status": status, "found": text}
         column = " " * len("FAIL  checkpoint: ")
         say(f"{status:<6}{name + ':':<12}{text}".replace("\n", "\n" + column))
-    code = EXIT_BAD_INPUT if len(codes) > 1 else max(codes, default=EXIT_DONE)
+    code = UserError.exit_code if len(codes) > 1 else max(codes, default=0)
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:
         say(f"\nnot started: {len(failed)} check(s) failed: {', '.join(failed)}")
@@ -133,22 +130,17 @@ def main() -> int:
 def settings(start: Start) -> Found:
     steps = start.config.grad_accumulation_steps(start.world_size)
     here = f" ({start.processes_here} on this machine)" if start.processes_here != start.world_size else ""
-    if start.processes_here > 1:
-        _check_loopback()
-    size = f"{start.config.train.micro_batch_size} x {start.config.model.n_ctx}"
-    return Found(f"{start.world_size} process(es){here}, micro-batch {size}, {steps} accumulation step(s)")
-
-
-def _check_loopback() -> None:
-    """Raises UserError where this machine's processes cannot reach each other, as in a container without a network."""
     try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            socket.create_connection(server.getsockname(), timeout=5).close()
+        if start.processes_here > 1:  # which a container without a network may keep apart
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
         raise UserError(
             f"Cannot connect processes on this machine: 127.0.0.1: {error.strerror or error}. Run "
             "ip link set lo up, or set NPROC=1."
         ) from None
+    size = f"{start.config.train.micro_batch_size} x {start.config.model.n_ctx}"
+    return Found(f"{start.world_size} process(es){here}, micro-batch {size}, {steps} accumulation step(s)")
 
 
 def device(start: Start) -> Found:

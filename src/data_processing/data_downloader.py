@@ -198,29 +198,21 @@ def _existing(request: Request, folder: Path) -> Manifest:
 def differences(request: Request, folder: Path, manifest: Manifest) -> str:
     """Describe how the dataset in `folder` differs from the one that `request` describes; empty for no difference.
 
-    Files of the user's are compared by content where they were written to since.
+    Files are compared by name and size, and by content where one was written to, or a link made, since the preparation.
     """
     changes = _changes(manifest.request, request.stored())
-    if not changes and "files" in request.sources:
-        changes = _changed_files(manifest, request.paths, (folder / MANIFEST).stat().st_mtime)
-    return changes
-
-
-def _changed_files(manifest: Manifest, paths: list[str], prepared: float) -> str:
-    """Describe how the files that `paths` lead to differ from the dataset's, by name, size and content.
-
-    The content is read only where a file was written to, or a link made, since the time `prepared`.
-    """
+    if changes or "files" not in request.sources:
+        return changes
     then = {entry["path"]: entry for source in manifest.sources for entry in source.get("files", ())}
     now: dict[str, Any] = {}
-    with suppress(UserError, OSError):
-        for path in chain(*find_files(paths).values()):
+    with suppress(UserError, OSError):  # of files that are gone since: the dataset stands without them
+        for path in chain(*find_files(request.paths).values()):
             now[str(path)] = entry = {"path": str(path)} | then.get(str(path), {})
             written = max(path.stat().st_mtime, path.lstat().st_mtime)
-            if path.stat().st_size != entry.get("bytes") or written > prepared:
+            if path.stat().st_size != entry.get("bytes") or written > (folder / MANIFEST).stat().st_mtime:
                 entry.update(fingerprint(path))
-        return _changes(_content([{"files": then.values()}]), _content([{"files": now.values()}]))
-    return ""  # gone since; the dataset stands without them
+        changes = _changes(_content([{"files": then.values()}]), _content([{"files": now.values()}]))
+    return changes
 
 
 def _content(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

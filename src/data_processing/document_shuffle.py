@@ -256,6 +256,7 @@ class Document(NamedTuple):
     """An encoded document."""
 
     key: bytes = b""
+    """Its place in the dataset's order: 16 bytes that look random, from its UTF-8 and the seed."""
     ids: bytes = b""
     """The end-of-text token and the text's ids, uint16; nothing for a document of white space, which is left out."""
     text_bytes: int = 0
@@ -309,7 +310,6 @@ def encode_all(
 
 def _follow_parent() -> None:
     """End this process with its parent, however that ends."""
-
     parent = multiprocessing.parent_process()
     assert parent
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -332,16 +332,10 @@ def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Docum
             replaced = mended.count("\ufffd") - text.count("\ufffd")
             text, data, replaced_in = mended, mended.encode(), str(documents.path)
         ids = mark + tokenizer.encode_to_numpy(text).tobytes()
-        encoded.append(Document(document_key(data, seed), ids, len(data), source, replaced_in, replaced))
+        # Different documents have different keys, but for a chance of 1e-24 in ten million.
+        key = hashlib.blake2b(data, digest_size=16, key=str(seed).encode()).digest()
+        encoded.append(Document(key, ids, len(data), source, replaced_in, replaced))
     return encoded
-
-
-def document_key(data: bytes, seed: int) -> bytes:
-    """Return the document's place in the dataset's order: 16 bytes that look random, from its UTF-8 and the seed.
-
-    Equal documents have the same key; different ones do not (a chance of 1e-24 for ten million documents).
-    """
-    return hashlib.blake2b(data, digest_size=16, key=str(seed).encode()).digest()
 
 
 class SortedDocuments:
@@ -483,15 +477,16 @@ def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Posit
 
 def _within_limits(batch: list[Document], request: Request, journal: Journal) -> list[Document]:
     """Return the documents of `batch` that the request allows, all if no limit is reached, and count them."""
-    counts, allowed, end = journal.counts, len(batch), 0
+    counts, allowed = journal.counts, 0
     documents, tokens = counts["documents"], counts["tokens"]
     for number, document in enumerate(batch, start=1):
         if document.ids:
             documents, tokens = documents + 1, tokens + document.tokens
             if documents > (request.max_documents or math.inf) or tokens > (request.max_tokens or math.inf):
-                allowed = end  # empty documents behind the last one don't count
-                break
-            end = number
+                break  # empty documents behind the last one don't count
+            allowed = number
+    else:
+        allowed = len(batch)
     for document in batch[:allowed]:
         counts["documents"] += bool(document.ids)
         counts["tokens"] += document.tokens

@@ -198,8 +198,7 @@ class PythonDocs(Source):
     """The documentation that comes with Python, NumPy and PyTorch, as installed here."""
 
     def __init__(self) -> None:
-        details = {"name": "pydocs", "packages": python_docs.package_versions()}
-        super().__init__(details, [_PYDOCS_BYTES])
+        super().__init__({"name": "pydocs", "packages": python_docs.package_versions()}, [_PYDOCS_BYTES])
 
     def batches(self, unit: int, skip: int) -> Batches:
         batches = enumerate(_batched(python_docs.documents()), start=1)
@@ -215,20 +214,18 @@ class Files(Source):
         self._identities = [_identity(file) for file in files]  # before the content is hashed: later changes show
         with ThreadPoolExecutor(available_cores()) as threads:  # hashing releases Python's lock
             described = list(threads.map(_describe, files))
-        details = {"name": "files", "path": path, "files": described}
-        if divide_long:
-            details["long_texts"] = "divided"
-        is_long = [
-            divide_long and file.suffix.lower() in (".txt", ".md") and entry["bytes"] > LONG_TEXT
-            for file, entry in zip(files, described, strict=True)
-        ]
-        if any(is_long):
-            more = f" and {sum(is_long) - 1:,} more" if sum(is_long) > 1 else ""
-            say(
-                f"note: {files[is_long.index(True)]}{more}: a text of more than {LONG_TEXT:,} characters is divided at "
-                f"ends of paragraphs into documents of about {PART_OF_LONG_TEXT:,}"
-            )
+        details = {"name": "files", "path": path, "files": described} | (
+            {"long_texts": "divided"} if divide_long else {}
+        )
         super().__init__(details, [entry["bytes"] for entry in described])
+        sizes = zip(files, self.unit_bytes, strict=True)
+        long = [file for file, size in sizes if file.suffix.lower() in (".txt", ".md") and size > LONG_TEXT]
+        if long and divide_long:
+            more = f" and {len(long) - 1:,} more" if len(long) > 1 else ""
+            say(
+                f"note: {long[0]}{more}: a text of more than {LONG_TEXT:,} characters is divided at ends of paragraphs "
+                f"into documents of about {PART_OF_LONG_TEXT:,}"
+            )
 
     def batches(self, unit: int, skip: int) -> Batches:
         # Around the reading, because a file that is replaced and put back has its old content at the end.
