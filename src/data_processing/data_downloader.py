@@ -26,7 +26,6 @@ from src.data_processing.document_shuffle import (
     SortedDocuments,
     claimed_work,
     fill_buckets,
-    plan_shards,
     resume,
     start_over,
     write_shards,
@@ -45,7 +44,7 @@ from src.data_processing.shards import (
 )
 from src.data_processing.text_sources import SOURCES, Request, Source, find_files
 from src.data_processing.tokenizer import Tokenizer
-from src.model_configs.arguments import whole_number
+from src.model_configs.arguments import whole
 from src.utils.errors import StorageError, UserError, cause_of, exit_with, print_result, say
 from src.utils.files import bytes_below, fingerprint, free_bytes, size_text, storage_errors, sync
 from src.utils.root import dataset_dir, run_dir
@@ -120,9 +119,7 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
         else:
             say(f"resuming {folder}: all documents are tokenised, {len(journal.shards)} shards are written")
         documents = SortedDocuments(journal, request.drop_duplicates, len(details))
-        plans = plan_shards(documents.group_tokens, request.tokens_per_shard)
-        say(f"writing {len(plans)} shards")
-        write_shards(documents, plans, folder, "+".join(request.sources), journal)
+        write_shards(documents, request, folder, journal)
         # Last, because it makes the folder a dataset. Deleting the unfinished work follows at the end of the block.
         write_manifest(folder, _manifest(request, details, documents, journal))
     if journal.replaced_in:
@@ -338,11 +335,10 @@ def _request(args: argparse.Namespace) -> Request:
 
 def _number_from(minimum: int, maximum: int = 10**15) -> Callable[[str], int]:
     def number(text: str) -> int:
-        digits = text.replace("_", "")
-        value = int(digits) if digits.isdecimal() and len(digits) < 20 else whole_number(text)
-        if value is None or not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {minimum} to {maximum:,}")
-        return value
+        with suppress(argparse.ArgumentTypeError):
+            if minimum <= (value := whole(text)) <= maximum:
+                return value
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {minimum} to {maximum:,}")
 
     return number
 

@@ -445,10 +445,10 @@ def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[Ranges]
     return shards
 
 
-def write_shards(
-    documents: SortedDocuments, plans: Sequence[Ranges], folder: Path, prefix: str, journal: Journal
-) -> None:
-    """Write the planned shards that the journal does not list yet into `folder`. Raises StorageError."""
+def write_shards(documents: SortedDocuments, request: Request, folder: Path, journal: Journal) -> None:
+    """Write the shards that the journal does not list yet. Raises UserError as `plan_shards`, StorageError."""
+    plans, prefix = plan_shards(documents.group_tokens, request.tokens_per_shard), "+".join(request.sources)
+    say(f"writing {len(plans)} shards")
     for index, ranges in enumerate(plans):
         if index >= len(journal.shards):
             journal.shards.append(_write_shard(documents, ranges, folder, prefix, index))

@@ -42,10 +42,6 @@ _REDO = "Delete the folder and prepare the dataset again."
 _CHUNK_BYTES = 4 << 20
 
 
-class _Damaged(ValueError):
-    """A shard that differs from its manifest: the expected and the actual."""
-
-
 @dataclass(frozen=True)
 class Shard:
     """One file of token ids, as the manifest describes it."""
@@ -155,18 +151,14 @@ def shard_fault(
         return f"{path} leads to {path.resolve()}; expected a file in the folder itself"
     try:
         with open_regular(path) as file:
-            _check_header(file, shard)
-            if full:
-                _check_content(file, shard, n_vocab, stop)
+            fault = _header_fault(file, shard) or (full and _content_fault(file, shard, n_vocab, stop))
+            return f"{path}: {fault}" if fault else None
     except FileNotFoundError:
         return f"{path} is missing: expected a shard of {shard.tokens} tokens"
     except StorageError as error:  # a pipe or a folder
         return str(error)
     except OSError as error:
         return f"Cannot read {path}: {error.strerror}"
-    except _Damaged as damage:
-        return f"{path}: {damage}"
-    return None
 
 
 def stray_files(folder: Path, manifest: Manifest) -> str | None:
@@ -307,7 +299,7 @@ def check_types(value: Any, kind: Any, name: str) -> None:
             check_types(each, inner[expected is dict], name)
 
 
-def _check_header(file: IO[bytes], shard: Shard) -> None:
+def _header_fault(file: IO[bytes], shard: Shard) -> str | None:
     size = os.fstat(file.fileno()).st_size
     try:
         major, _ = np.lib.format.read_magic(file)
@@ -315,16 +307,15 @@ def _check_header(file: IO[bytes], shard: Shard) -> None:
         shape, _, dtype = read_header(file)
     except ValueError as error:
         found = "an empty file" if size == 0 else f"{size} bytes that are not ({str(error).splitlines()[0]})"
-        raise _Damaged(f"expected a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}") from None
+        return f"expected a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}"
     if (dtype, shape) != (TOKEN_DTYPE, (shard.tokens,)):
-        raise _Damaged(f"expected dtype {TOKEN_DTYPE} and shape {(shard.tokens,)}, found {dtype} and {shape}")
+        return f"expected dtype {TOKEN_DTYPE} and shape {(shard.tokens,)}, found {dtype} and {shape}"
     expected = file.tell() + shard.tokens * TOKEN_DTYPE.itemsize
-    if size != expected:
-        what = "cut short" if size < expected else "followed by bytes that don't belong to it"
-        raise _Damaged(f"expected {expected} bytes, found {size}: the array is {what}")
+    what = "cut short" if size < expected else "followed by bytes that don't belong to it"
+    return None if size == expected else f"expected {expected} bytes, found {size}: the array is {what}"
 
 
-def _check_content(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[], object]) -> None:
+def _content_fault(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[], object]) -> str | None:
     """Check hash and ids; `file` stands at the first token, after the header."""
     header_bytes = file.tell()
     file.seek(0)
@@ -337,9 +328,10 @@ def _check_content(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[
         if ids.max() >= n_vocab:
             first = int(np.argmax(ids >= n_vocab))
             number = (file.tell() - header_bytes) // TOKEN_DTYPE.itemsize - ids.size + first
-            raise _Damaged(f"expected ids below {n_vocab}, found {ids[first]} as token {number}")
+            return f"expected ids below {n_vocab}, found {ids[first]} as token {number}"
     if digest.hexdigest() != shard.sha256:
-        raise _Damaged(f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
+        return f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed"
+    return None
 
 
 def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:

@@ -183,10 +183,13 @@ def test_a_damaged_dataset_is_not_called_prepared(tmp_path: Path) -> None:
 
 
 def test_a_trial_has_a_folder_of_its_own(tmp_path: Path, commands: Commands) -> None:
-    done = commands.module(MODULE, "--source", "pydocs", "--max-tokens", "50_000")
+    done = commands.module(MODULE, "--source", "pydocs", "--max-tokens", "50_000", "--max-documents", "60")
     assert done.returncode == 0, done.stderr
-    manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-50000-tokens")
+    manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-50000-tokens-max-60-documents")
+    assert manifest.sources[0]["name"] == "pydocs"
+    assert manifest.counts["documents"] <= 60
     assert 40_000 < manifest.counts["tokens"] <= 50_000
+    assert manifest.shards[0].file == f"pydocs_i_000000_t_{manifest.shards[0].tokens}.npy"
     assert json.loads(done.stdout)["tokens"] == manifest.counts["tokens"]
 
 
@@ -306,12 +309,3 @@ def test_the_command(tmp_path: Path, commands: Commands) -> None:
     assert f"repaired 1 of 2 shards in {folder}" in done.stderr
     assert commands.module(MODULE, "--verify", "--out", "mine").returncode == 0
     assert commands.module(MODULE, "--repair", "--verify", "--out", "mine").returncode == 2
-
-
-def test_pydocs_command(tmp_path: Path, commands: Commands) -> None:
-    done = commands.module(MODULE, "--source", "pydocs", "--max-documents", "60")
-    assert done.returncode == 0, done.stderr
-    manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-60-documents")
-    assert manifest.sources[0]["name"] == "pydocs"
-    assert manifest.counts["documents"] == 60
-    assert manifest.shards[0].file == f"pydocs_i_000000_t_{manifest.shards[0].tokens}.npy"
