@@ -319,10 +319,10 @@ def test_a_killed_preparation_resumes_where_it_was(tmp_path: Path, commands: Com
 def test_a_kill_at_any_disk_operation_changes_nothing(
     tmp_path: Path, commands: Commands, kind: str, points: int
 ) -> None:
-    texts = some_texts(16) + some_texts(4)
-    path = write_json_lines(tmp_path / "a.jsonl", texts[:8])
-    (tmp_path / "b.txt").write_text(texts[12])
-    write_json_lines(tmp_path / "c.jsonl", texts[8:])
+    texts = some_texts(8) + some_texts(3)
+    path = write_json_lines(tmp_path / "a.jsonl", texts[:4])
+    (tmp_path / "b.txt").write_text(texts[6])
+    write_json_lines(tmp_path / "c.jsonl", texts[4:])
     done = commands.module("tests.data_processing.crash_sweep", str(path.parent / "*.*"), str(tmp_path / "out"), kind)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > points
