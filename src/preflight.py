@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import os
 import platform
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +107,8 @@ def main() -> int:
     start = Start(config, world_size(), processes_here(), request, awaited=data == "wait")
     results: dict[str, dict[str, str]] = {}
     codes: set[int] = set()
-    for name, check in CHECKS.items():
+    for check in CHECKS:
+        name = check.__name__
         try:
             found = check(start)
             status, text = "warn" if found.doubtful else "ok", found.text
@@ -288,16 +288,7 @@ def _beginning(start: Start, rest: str = "; training starts at step 0") -> Found
     return Found(f"the weights of {path}, step {step}{rest}")
 
 
-CHECKS: dict[str, Callable[[Start], Found]] = {
-    "settings": settings,
-    "device": device,
-    "dataset": dataset,
-    "folder": folder,
-    "disk": disk,
-    "hub": hub,
-    "trackers": trackers,
-    "checkpoint": checkpoint,
-}
+CHECKS = (settings, device, dataset, folder, disk, hub, trackers, checkpoint)
 
 if __name__ == "__main__":
     exit_with(main)

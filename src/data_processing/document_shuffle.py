@@ -312,7 +312,12 @@ def _follow_parent() -> None:
     """End this process with its parent, however that ends."""
     parent = multiprocessing.parent_process()
     assert parent
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Document]:
@@ -382,12 +387,10 @@ class SortedDocuments:
         """Return a bucket's sorted records, their places in the file, and where each group starts."""
         records = self._content(f"{bucket:02x}.records", RECORD)
         order = np.argsort(records["key"], kind="stable")  # of equal documents the first stays the first
-        keys = records["key"][order]
-        is_first = np.ones(len(keys), bool)
-        is_first[1:] = keys[1:] != keys[:-1]
+        starts = np.unique(records["key"][order], return_index=True)[1]
         if self._drop:
-            order, is_first = order[is_first], is_first[is_first]
-        return records[order], order, np.flatnonzero(is_first)
+            order, starts = order[starts], np.arange(len(starts))
+        return records[order], order, starts
 
     def _read_bucket(self, bucket: int) -> tuple[np.ndarray, ...]:
         """Return sorted records and tokens, the documents' bounds among the tokens, and the groups' among records."""
