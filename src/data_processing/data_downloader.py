@@ -30,6 +30,7 @@ from src.data_processing.document_shuffle import (
     start_over,
     write_shards,
 )
+from src.data_processing.inspect_dataset import inspect, inspect_skipped
 from src.data_processing.shards import (
     MANIFEST,
     TOKEN_DTYPE,
@@ -57,8 +58,6 @@ def main() -> None:
     start = time.monotonic()
     folder = dataset_dir(args.out)
     if args.inspect:
-        from src.data_processing.inspect_dataset import inspect, inspect_skipped  # imports matplotlib
-
         page, figures = inspect_skipped(folder, run_dir(args.skipped)) if args.skipped else inspect(folder)
         print(page)
         print_result(figures)
@@ -146,9 +145,9 @@ def repair(folder: Path, workers: int) -> Manifest:
         say(f"nothing to repair: {folder}")
         return manifest
     say("\n".join(faults.values()))
-    damaged = [manifest.shards[number] for number in faults]
+    damaged, fields = [manifest.shards[number] for number in faults], dict(manifest.request)
     try:
-        prepare(Request.from_stored(manifest.request), again, workers, expected=manifest)
+        prepare(Request(fields.pop("source"), **fields), again, workers, expected=manifest)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # also of a request that another program wrote
         raise UserError(
             f"Cannot repair {folder}: {cause_of(error)}. Restore the sources, or the shards from a copy."

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +45,13 @@ from src.utils.rand_idx_seq_gen import permutation
 
 T = TypeVar("T")
 
-# The files that the dataset's card gives to this configuration.
+# The sample of 10B tokens, and the files that the dataset's card gives to it.
+_FINEWEB_EDU: dict[str, Any] = {
+    "dataset": "HuggingFaceFW/fineweb-edu",
+    "config": "sample-10BT",
+    "split": "train",
+    "text_field": "text",
+}
 _FINEWEB_EDU_CARD = {"configs": [{"config_name": "sample-10BT", "data_files": "sample/10BT/*.parquet"}]}
 
 ATTEMPTS = 5
@@ -88,6 +94,8 @@ def open_hub(name: str, request: Request, pinned: Sequence[dict[str, Any]], down
     `pinned`: the details that an earlier preparation recorded. They keep its revision and files, and need no network.
     Raises UserError if the hub is out of reach or has no such dataset.
     """
+    if name == "fineweb-edu":
+        request = replace(request, **_FINEWEB_EDU)
     try:
         details = pinned[0] if pinned else _details(name, request)
         files = [HubFile(details["repository"], details["revision"], **file) for file in details["hub_files"]]

@@ -11,10 +11,10 @@ import glob
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -87,12 +87,6 @@ class Request:
         hub = ("dataset", "config", "split")
         fields = {name: value for name, value in asdict(self).items() if value is not None or name not in hub}
         return {"source": fields.pop("sources"), **fields}
-
-    @classmethod
-    def from_stored(cls, content: Mapping[str, Any]) -> "Request":
-        """Read a manifest's request. Raises TypeError or KeyError if another program wrote it."""
-        fields = dict(content)
-        return cls(sources=fields.pop("source"), **fields)
 
 
 class Source(ABC):
@@ -255,17 +249,11 @@ def _open_hub(name: str, request: Request, pinned: Pinned, downloads: Path) -> l
     return open_hub(name, request, pinned, downloads)
 
 
-def _open_fineweb_edu(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
-    """Open the sample of 10B tokens."""
-    request = replace(request, dataset="HuggingFaceFW/fineweb-edu", config="sample-10BT", split="train")
-    return _open_hub("fineweb-edu", replace(request, text_field="text"), pinned, downloads)
-
-
 SOURCES: dict[str, SourceKind] = {
     "fineweb-edu": SourceKind(
         dataset_name="fineweb-edu-sample-10BT",
         help="10B tokens of educational web pages from the Hugging Face hub (some 28 GB)",
-        open=_open_fineweb_edu,
+        open=partial(_open_hub, "fineweb-edu"),
         tokens=lambda _: 10_000_000_000,
         uses_hub=True,
     ),

@@ -9,8 +9,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,8 @@ class RunLogger:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Replaces a whole file of the run directory at once."""
         if self.is_main:
-            try:
+            with self._one_warning():
                 self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            except OSError as error:
-                self._warn(error)
 
     def write_status(self, state: str, step: int, total_steps: int, exit_code: int | None, message: str) -> None:
         """status.json: the state of the run for scripts, with a message for people."""
@@ -133,10 +131,8 @@ class RunLogger:
         """Makes metrics.jsonl survive a power cut, as the checkpoint that follows it will. Raises as `check_place`."""
         self.check_place()
         if self.is_main and (self.run_dir / "metrics.jsonl").exists():
-            try:
+            with self._one_warning():
                 sync(self.run_dir / "metrics.jsonl")
-            except OSError as error:
-                self._warn(error)
 
     def start_bar(self, step: int, total_steps: int) -> None:
         """A progress bar, on a terminal only."""
@@ -181,21 +177,23 @@ class RunLogger:
     def _append(self, name: str, line: str) -> None:
         if self._is_lost():
             return
-        try:
-            # A link could lead to a file of the user's.
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            with open_regular(self.run_dir / name, flags) as file:
-                end, rest = file.seek(0, os.SEEK_END), memoryview((line + "\n").encode("utf-8", errors="replace"))
-                try:
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except OSError:
-                    file.truncate(end)  # half a line would spoil the next one, once there is room
-                    raise
-        except OSError as error:
-            self._warn(error)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link could lead to a file of the user's
+        with self._one_warning(), open_regular(self.run_dir / name, flags) as file:
+            end, rest = file.seek(0, os.SEEK_END), memoryview((line + "\n").encode("utf-8", errors="replace"))
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(end)  # half a line would spoil the next one, once there is room
+                raise
 
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
+    @contextmanager
+    def _one_warning(self) -> Iterator[None]:
+        """Turns the first OSError in such a block into a warning, and drops the others."""
+        try:
+            yield
+        except OSError as error:
+            if self._warned:
+                return
             self._warned = True
             say(f"warning: Cannot write the log in {self.run_dir}: {error.__cause__ or error}. Training continues.")
