@@ -178,31 +178,27 @@ def expected_cost(config: Config, gpus: int, peak_tflops: float) -> str:
 def dataset(start: Start) -> Found:
     """Checks the dataset, or the source that it will be prepared from."""
     config, folder = start.config, start.dataset
-    if request := start.to_prepare:
-        _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
-        files = f", {sum(map(len, find_files(request.paths, quiet=True).values())):,} of them" if request.paths else ""
-        return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
-    if start.awaited and not os.path.exists(folder / MANIFEST):
-        _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
-        return Found(f"{folder}, which node 0 prepares")
-    manifest = read_manifest(folder)
-    if start.request and (changes := differences(start.request, folder, manifest)):
+    is_to_come = start.to_prepare or (start.awaited and not os.path.exists(folder / MANIFEST))
+    manifest = None if is_to_come else read_manifest(folder)
+    if manifest and start.request and (changes := differences(start.request, folder, manifest)):
         raise UserError(
             f"Cannot prepare {folder}: it holds another dataset: {changes}. Leave out DATA_DIR or set it to another "
             f"name, or train on this one with --data.dir {folder.name}."
         )
-    _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)
-    for shards, at_least in ((manifest.train, config.batch_size), (manifest.validation, 1)):
-        WindowDataset(folder, shards, config.model.n_ctx, config.model.n_vocab, at_least)
-    return Found(f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards")
-
-
-def _check_vocabulary(config: Config, folder: Path, name: str, n_vocab: int) -> None:
+    name, n_vocab = (manifest.tokenizer, manifest.n_vocab) if manifest else (Tokenizer.name, Tokenizer.n_vocab)
     if n_vocab > config.model.n_vocab:
         raise UserError(
             f"Cannot train on {folder}: it has {n_vocab} different ids, those of {name}, but model.n_vocab = "
             f"{config.model.n_vocab}. Set --model.n-vocab {n_vocab}."
         )
+    if request := start.to_prepare:
+        files = f", {sum(map(len, find_files(request.paths, quiet=True).values())):,} of them" if request.paths else ""
+        return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
+    if manifest is None:
+        return Found(f"{folder}, which node 0 prepares")
+    for shards, at_least in ((manifest.train, config.batch_size), (manifest.validation, 1)):
+        WindowDataset(folder, shards, config.model.n_ctx, config.model.n_vocab, at_least)
+    return Found(f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards")
 
 
 def folder(start: Start) -> Found:
@@ -265,12 +261,16 @@ def trackers(start: Start) -> Found:
 def checkpoint(start: Start) -> Found:
     """Checks the checkpoint to resume from, except its bytes, which training verifies."""
     folder, resume = start.run_dir / "checkpoints", start.config.resume
-    if resume == "never":
-        return _beginning(start, "; an existing run is set aside")
-    steps = [int(resume)] if resume.isdecimal() else checkpoint_steps(folder)
+    steps = [int(resume)] if resume.isdecimal() else checkpoint_steps(folder) if resume == "auto" else []
     if not steps:
-        refuse_lost(folder)
-        return _beginning(start)
+        origin, rest = "none", "an existing run is set aside"
+        if resume == "auto":
+            rest = "training starts at step 0"
+            refuse_lost(folder)
+        if start.config.init_from:
+            _, path, step = read_initial(start.config)
+            origin = f"the weights of {path}, step {step}"
+        return Found(f"{origin}; {rest}")
     try:
         saved = read_unverified(step_dir(folder, steps[-1]))
     except UserError as error:
@@ -279,13 +279,6 @@ def checkpoint(start: Start) -> Found:
         return Found(f"an earlier one than step {steps[-1]}, because: {error}", True)
     check_settings(saved, start.config)
     return Found(f"step {saved.step} of {start.config.total_steps}, if its files verify")
-
-
-def _beginning(start: Start, rest: str = "; training starts at step 0") -> Found:
-    if not start.config.init_from:
-        return Found(f"none{rest}")
-    _, path, step = read_initial(start.config)
-    return Found(f"the weights of {path}, step {step}{rest}")
 
 
 CHECKS = (settings, device, dataset, folder, disk, hub, trackers, checkpoint)
