@@ -47,7 +47,6 @@ class Shard:
     """One file of token ids, as the manifest describes it."""
 
     file: str
-    """Name inside the dataset's folder."""
     split: str
     """"validation" or "train"."""
     tokens: int
@@ -59,9 +58,8 @@ class Shard:
     sha256: str
     """Hash of the whole file, its .npy header included."""
     first_key: str
-    """Key of the first document, 32 hexadecimal digits that follow from the seed and the text; keys ascend."""
     last_key: str
-    """Key of the last document."""
+    """Keys of the first and last document, 32 hexadecimal digits that follow from seed and text; they ascend."""
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,8 @@ class Request:
     seed: int = 42
     """Seed of the documents' order, and of the choice of a part of a hub dataset."""
     max_documents: int | None = None
-    """Most documents to take; None: all."""
     max_tokens: int | None = None
-    """Most token ids to take, in whole documents; None: all."""
+    """Most documents, and token ids in whole documents, to take; None: all."""
     drop_duplicates: bool = False
     """Keep one of documents that are equal to the byte."""
     dataset: str | None = None
@@ -115,14 +114,12 @@ class SourceKind:
     dataset_name: str
     """Default folder of a dataset; empty: it follows from the request."""
     help: str
-    """One phrase for --help."""
     open: Callable[[Request, Pinned, Path], list[Source]]
     """Open the sources of a request. `Pinned` has the details of the same sources from an earlier start or from the
     manifest under repair, or nothing. The path is a folder for downloads; it is deleted with the unfinished work."""
     tokens: Callable[[Request], int] = lambda _: 0
     """Estimate the tokens without a network, to tell how much disk is needed; 0: unknown."""
     uses_hub: bool = False
-    """True if the documents come from the Hugging Face hub."""
 
 
 def open_files(paths: Sequence[str], text_field: str, pinned: Pinned = ()) -> list["Files"]:
@@ -149,13 +146,11 @@ def name_of(paths: Sequence[str]) -> str:
 
 
 def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path]]:
-    """Return the files that each of `paths` adds, sorted. Others are left out, with a line on stderr unless `quiet`.
+    """Return the files that each of `paths` adds, sorted; a file that several paths or names lead to counts once.
 
-    A file that several paths or names lead to counts for the first.
-
-    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count. A link
-    keeps its own name, which tells the kind of its file: in the Hugging Face cache the target's name is a hash. Raises
-    UserError for a path that leads to no file, a named file of an unknown kind, and a folder that cannot be read.
+    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count; others
+    are left out with a line on stderr unless `quiet`. A link keeps its own name: in the Hugging Face cache its target's
+    is a hash. Raises UserError for a path that adds no file, and for a folder that cannot be read.
     """
     files: dict[str, list[Path]] = {}
     seen: set[str] = set()
