@@ -92,7 +92,12 @@ class Processes:
 
     def from_main(self, value: T) -> T:
         """The main process's value, in all of them."""
-        return self.gather(value)[0]
+        if self.world_size == 1:
+            return value
+        values = [value]
+        with self.collective():
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def tensors_from_main(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The main process's tensors, on the CPU of all of them; the others' argument is ignored."""

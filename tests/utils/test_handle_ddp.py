@@ -35,6 +35,9 @@ class Thread(Processes):
         self.meeting.wait(timeout=10)  # nobody begins the next one before all have read
         return values
 
+    def from_main(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
 
 def outcomes(action: Callable[[int], Any], method: str = "together", world_size: int = 3) -> list[Any]:
     """What each process gets from `action(rank)`: a result or an exception."""
