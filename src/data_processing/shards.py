@@ -26,7 +26,7 @@ import numpy as np
 
 from src import available_cores
 from src.utils.errors import StoppedError, StorageError, UserError, cause_of, now_and_then, say
-from src.utils.files import fingerprint, lies_in, open_regular, read_json, replacing
+from src.utils.files import fingerprint, identity, lies_in, open_regular, read_json, replacing
 from src.utils.root import instead_of
 
 MANIFEST = "manifest.json"
@@ -194,7 +194,7 @@ def find_faults(
     faults: dict[int, str] = {}
     say_if_due = now_and_then()
 
-    def read(number: int) -> tuple[dict[str, Any] | None, str | None]:
+    def read(number: int) -> tuple[dict[str, Any], str | None]:
         shard = manifest.shards[number]
         entry = _entry(folder, shard, manifest)  # as the file was before its content is read
         return entry, shard_fault(folder, shard, manifest.n_vocab, True, stop)
@@ -340,14 +340,9 @@ def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # absent or damaged: everything is read
     entries = {shard.file: _entry(folder, shard, manifest) for shard in manifest.shards}
-    return {file: entry for file, entry in entries.items() if entry and stamped.get(file) == entry}
+    return {file: entry for file, entry in entries.items() if stamped.get(file) == entry}
 
 
-def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any] | None:
-    """Return the expected content of a shard and the identity of its file; None for a missing file."""
-    try:
-        file = os.stat(folder / shard.file)
-    except OSError:
-        return None
-    identity = {"size": file.st_size, "mtime_ns": file.st_mtime_ns, "ctime_ns": file.st_ctime_ns, "inode": file.st_ino}
-    return {"sha256": shard.sha256, "n_vocab": manifest.n_vocab, **identity}
+def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any]:
+    """Return the expected content of a shard and the identity of its file."""
+    return {"sha256": shard.sha256, "n_vocab": manifest.n_vocab, **identity(folder / shard.file)}

@@ -13,7 +13,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -32,7 +31,7 @@ from src.data_processing.file_formats import (
     read_batches,
 )
 from src.utils.errors import UserError, say
-from src.utils.files import fingerprint
+from src.utils.files import fingerprint, identity
 
 # One text tokenised by r50k_base has some 4 to 4.6 bytes a token; compressed text is 3 times as dense, roughly.
 _BYTES_PER_TOKEN = 4
@@ -200,7 +199,7 @@ class Files(Source):
 
     def __init__(self, path: str, files: Sequence[Path], text_field: str, divide_long: bool = True) -> None:
         self._files, self._text_field, self._divide_long = files, text_field, divide_long
-        self._identities = [_identity(file) for file in files]  # before the content is hashed: later changes show
+        self._identities = [identity(file) for file in files]  # before the content is hashed: later changes show
         with ThreadPoolExecutor(available_cores()) as threads:  # hashing releases Python's lock
             described = list(threads.map(_describe, files))
         details = {"name": "files", "path": path, "files": described} | (
@@ -227,11 +226,12 @@ class Files(Source):
             self._check_unchanged(unit)
 
     def _check_unchanged(self, unit: int) -> None:
-        path, before, now = self._files[unit], self._identities[unit], _identity(self._files[unit])
+        path, before, now = self._files[unit], self._identities[unit], identity(self._files[unit])
         if now == before:
             return
         # A backup's hard link, chmod or touch changes times. Only then is the content worth reading again.
-        if now[:2] != before[:2] or _describe(path) != self.details["files"][unit]:
+        is_same_file = all(now.get(name) == before.get(name) for name in ("size", "inode"))
+        if not is_same_file or _describe(path) != self.details["files"][unit]:
             raise UserError(
                 f"Cannot use {path}: it changed while it was being prepared. Rerun once it no longer changes."
             )
@@ -294,14 +294,6 @@ def _files_below(root: Path) -> Iterator[Path]:
         seen.add((stat.st_dev, stat.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield from (Path(folder, name) for name in names if not name.startswith("."))
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    """Return size, inode and times; nothing for a file that is gone, of which `_describe` says why."""
-    with suppress(OSError):
-        stat = path.stat()
-        return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
-    return ()
 
 
 def _describe(path: Path) -> dict[str, Any]:

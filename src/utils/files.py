@@ -201,6 +201,15 @@ def fingerprint(path: Path, from_disk: bool = False) -> dict[str, int | str]:
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
+def identity(path: Path) -> dict[str, int]:
+    """Size, times and inode of a file: another content has others. Empty for a file that is gone."""
+    with suppress(OSError):
+        file = os.stat(path)
+        times = {"mtime_ns": file.st_mtime_ns, "ctime_ns": file.st_ctime_ns}
+        return {"size": file.st_size, **times, "inode": file.st_ino}
+    return {}
+
+
 def lies_in(folder: Path, name: str) -> bool:
     """True if `name` is a plain name in `folder`, not a path elsewhere or a link that leads out of it."""
     if "\0" in name or Path(name).name != name:
