@@ -281,7 +281,7 @@ def _parse_arguments() -> argparse.Namespace:
     taken = "take the first documents of the sources, of a hub dataset a random part, up to this many"
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     number: dict[str, Any] = {"type": _number_from(1), "metavar": "N"}
-    add, mode = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--source", **several, choices=tuple(SOURCES), help=f"{kinds}; several are mixed in their given order")
     help = (
         "for --source files: files, folders (searched to any depth) or patterns; .txt and .md are one document each; "
@@ -304,9 +304,9 @@ def _parse_arguments() -> argparse.Namespace:
     add("--tokens-per-shard", **number, default=Request.tokens_per_shard, help=help)
     help = "seed of the shuffle (default: %(default)s)"
     add("--seed", type=_number_from(0, 2**63 - 1), metavar="N", default=Request.seed, help=help)
-    mode("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
-    mode("--repair", action="store_true", help="replace the damaged shards of --out, and exit")
-    mode("--inspect", action="store_true", help="show the content of the dataset in --out, and exit")
+    modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
+    modes.add_argument("--repair", action="store_true", help="replace the damaged shards of --out, and exit")
+    modes.add_argument("--inspect", action="store_true", help="show the content of the dataset in --out, and exit")
     add("--skipped", metavar="RUN", help="with --inspect: show the text behind the steps that this run skipped")
     args = parser.parse_args()
     sources = args.source or []
