@@ -56,7 +56,12 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
     node = number(variables, "NODE_RANK", 0, 0, "this machine's number", nodes - 1)
     if nodes > 1 and not variables.get("MASTER_ADDR"):
         raise UserError(f"MASTER_ADDR is not set. With NNODES={nodes}, set it to the machine of NODE_RANK=0 on all.")
-    processes = number(variables, "NPROC", 0, 1, "a number of processes", MAX_PROCESSES) or _default_processes(preset)
+    processes = number(variables, "NPROC", 0, 1, "a number of processes", MAX_PROCESSES)
+    if not processes and PRESETS[preset].processes != "one":
+        import torch  # takes seconds
+
+        processes = torch.cuda.device_count()
+    processes = max(1, processes)
     threads = max(1, available_cores() // processes)
     # OpenMP takes a list, one number for each level of nested loops.
     omp = {"OMP_NUM_THREADS": variables.get("OMP_NUM_THREADS", "").partition(",")[0]}
@@ -100,14 +105,6 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
         "preparation": preparation if data == "prepare" else [],
         "@": arguments,
     }
-
-
-def _default_processes(preset: str) -> int:
-    if PRESETS[preset].processes == "one":
-        return 1
-    import torch  # takes seconds
-
-    return max(1, torch.cuda.device_count())
 
 
 def chosen(variables: Mapping[str, str], overrides: list[str]) -> tuple[Mapping[str, str], list[str], str, str]:

@@ -45,13 +45,7 @@ from src.utils.rand_idx_seq_gen import permutation
 
 T = TypeVar("T")
 
-# The sample of 10B tokens, and the files that the dataset's card gives to it.
-_FINEWEB_EDU: dict[str, Any] = {
-    "dataset": "HuggingFaceFW/fineweb-edu",
-    "config": "sample-10BT",
-    "split": "train",
-    "text_field": "text",
-}
+# The files that the dataset's card gives to this configuration.
 _FINEWEB_EDU_CARD = {"configs": [{"config_name": "sample-10BT", "data_files": "sample/10BT/*.parquet"}]}
 
 ATTEMPTS = 5
@@ -95,7 +89,8 @@ def open_hub(name: str, request: Request, pinned: Sequence[dict[str, Any]], down
     Raises UserError if the hub is out of reach or has no such dataset.
     """
     if name == "fineweb-edu":
-        request = replace(request, **_FINEWEB_EDU)
+        request = replace(request, dataset="HuggingFaceFW/fineweb-edu", config="sample-10BT", split="train")
+        request = replace(request, text_field="text")
     try:
         details = pinned[0] if pinned else _details(name, request)
         files = [HubFile(details["repository"], details["revision"], **file) for file in details["hub_files"]]
