@@ -9,11 +9,13 @@ import sys
 import uuid
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 from src import available_cores
-from src.data_processing.text_sources import SOURCES, Request, name_of
+from src.data_processing.text_sources import SOURCES, Request
 from src.model_configs.arguments import whole_number, without_resume
 from src.model_configs.my_llm_config import PRESETS, config_from_command_line
 from src.utils import root
@@ -54,7 +56,12 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
     node = number(variables, "NODE_RANK", 0, 0, "this machine's number", nodes - 1)
     if nodes > 1 and not variables.get("MASTER_ADDR"):
         raise UserError(f"MASTER_ADDR is not set. With NNODES={nodes}, set it to the machine of NODE_RANK=0 on all.")
-    processes = number(variables, "NPROC", 0, 1, "a number of processes", MAX_PROCESSES) or _default_processes(preset)
+    processes = number(variables, "NPROC", 0, 1, "a number of processes", MAX_PROCESSES)
+    if not processes and PRESETS[preset].processes != "one":
+        import torch  # takes seconds
+
+        processes = torch.cuda.device_count()
+    processes = max(1, processes)
     threads = max(1, available_cores() // processes)
     # OpenMP takes a list, one number for each level of nested loops.
     omp = {"OMP_NUM_THREADS": variables.get("OMP_NUM_THREADS", "").partition(",")[0]}
@@ -100,26 +107,28 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
     }
 
 
-def _default_processes(preset: str) -> int:
-    if PRESETS[preset].processes == "one":
-        return 1
-    import torch  # takes seconds
-
-    return max(1, torch.cuda.device_count())
-
-
 def chosen(variables: Mapping[str, str], overrides: list[str]) -> tuple[Mapping[str, str], list[str], str, str]:
     """Returns the variables and overrides, freed of plain arguments; then the preset; then the source of text.
 
     Raises UserError for what a newcomer gets wrong. Standard library only, because it also runs before packages are
     installed, which takes minutes.
     """
-    variables, overrides = with_plain_arguments(variables, overrides)
+    plain = list(takewhile(lambda argument: not argument.startswith("-"), overrides))
+    if plain:
+        preset, *paths = plain
+        if preset not in PRESETS:
+            raise UserError(
+                f"Cannot find the preset {preset!r}. The first argument is one of {', '.join(PRESETS)}; files and "
+                "folders of text come after it, then settings."
+            )
+        text = {"DATA_SOURCE": "files", "DATA_PATH": "\n".join(paths)} if paths else {}
+        variables = {**variables, "PRESET": preset, "DEBUG_MODE": "", **text}
+        overrides = overrides[len(plain) :]
     debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
     preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
     default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
     source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
-    if SOURCES[source].needs_paths and not variables.get("DATA_PATH") and not _has_data(overrides):
+    if source == "files" and not variables.get("DATA_PATH") and not _has_data(overrides):
         raise UserError(
             f"The text for preset {preset} is missing. Name files or folders: ./{SCRIPT} {preset} book.txt. Or use "
             "DATA_SOURCE=pydocs, the documentation that comes with Python."
@@ -131,42 +140,20 @@ def _has_data(arguments: list[str]) -> bool:
     return any(argument.split("=")[0] == "--data.dir" for argument in arguments)
 
 
-def with_plain_arguments(variables: Mapping[str, str], arguments: list[str]) -> tuple[Mapping[str, str], list[str]]:
-    """Returns both with the arguments before the first option, a preset and paths of text, moved to the variables."""
-    plain = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
-    if not plain:
-        return variables, arguments
-    preset, *paths = plain
-    if preset not in PRESETS:
-        raise UserError(
-            f"Cannot find the preset {preset!r}. The first argument is one of {', '.join(PRESETS)}; files and folders "
-            "of text come after it, then settings."
-        )
-    moved = {"PRESET": preset, "DEBUG_MODE": ""}
-    if paths:
-        moved |= {"DATA_SOURCE": "files", "DATA_PATH": "\n".join(paths)}
-    return {**variables, **moved}, arguments[len(plain) :]
-
-
 def requested(variables: Mapping[str, str]) -> Request:
     """Returns the dataset that the variables describe."""
     source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE", ""), SOURCES)
-    dataset, config, split = (
-        variables.get(name) or None if source == "hub" else None
-        for name in ("DATA_DATASET", "DATA_CONFIG", "DATA_SPLIT")
-    )
-    if source == "hub" and not dataset:
-        raise UserError("DATA_DATASET is not set. DATA_SOURCE=hub needs the name of a dataset, OWNER/NAME.")
+    hub: dict[str, Any] = {}
+    if source == "hub":
+        hub = {name: variables.get(f"DATA_{name.upper()}") or None for name in ("dataset", "config", "split")}
+        if not hub["dataset"]:
+            raise UserError("DATA_DATASET is not set. DATA_SOURCE=hub needs the name of a dataset, OWNER/NAME.")
     return Request(
-        sources=[source],
-        paths=_paths(variables) if SOURCES[source].needs_paths else [],
-        text_field=variables.get("DATA_TEXT_FIELD") or "text",
-        tokens_per_shard=100_000_000,
-        seed=42,
+        [source],
+        _paths(variables) if source == "files" else [],
+        variables.get("DATA_TEXT_FIELD") or Request.text_field,
         max_tokens=number(variables, "DATA_MAX_TOKENS", 0, 1, "a number of tokens, such as 10_000_000 or 1e7") or None,
-        dataset=dataset,
-        config=config,
-        split=split,
+        **hub,
     )
 
 
@@ -175,15 +162,12 @@ def dataset_name(request: Request, variables: Mapping[str, str], preset: str) ->
 
     The name follows from the source. Where a dataset of that name holds other text, a number is added.
     """
-    if given := variables.get("DATA_DIR"):
-        return given
-    kind = SOURCES[request.sources[0]]
-    limit = f"-max-{request.max_tokens}-tokens" if request.max_tokens else ""
-    name = (kind.dataset_name or (request.dataset or "").replace("/", "_") or name_of(request.paths)) + limit
-    if kind.dataset_name:
-        return name
-    if request.paths and not _other_text(request, OLD_DATASET + limit, ready=True):
-        return OLD_DATASET + limit
+    name = request.default_name
+    if variables.get("DATA_DIR") or SOURCES[request.sources[0]].dataset_name:
+        return variables.get("DATA_DIR") or name
+    old = replace(request, paths=[OLD_DATASET]).default_name
+    if request.paths and os.path.exists(root.dataset_dir(old) / "manifest.json") and not _other_text(request, old):
+        return old
     different = ""
     for number in count(1):
         attempt = name if number == 1 else f"{name}-{number}"
@@ -198,12 +182,8 @@ def dataset_name(request: Request, variables: Mapping[str, str], preset: str) ->
     raise AssertionError("count() does not end")
 
 
-def _other_text(request: Request, name: str, ready: bool = False) -> str:
-    """Says that the dataset `name` holds other text than `request` describes, and which; "" for one that does not.
-
-    A dataset that is not prepared holds no other text, unless another preparation of it is unfinished; with `ready` it
-    counts as another.
-    """
+def _other_text(request: Request, name: str) -> str:
+    """Says that the dataset `name`, prepared or not, is of other text than `request` describes, and which; else ""."""
     from src.data_processing.data_downloader import differences  # not at the top: `chosen` has no packages
     from src.data_processing.document_shuffle import PLAN, WORK
     from src.data_processing.shards import MANIFEST, read_manifest
@@ -215,7 +195,7 @@ def _other_text(request: Request, name: str, ready: bool = False) -> str:
     with suppress(OSError, UserError, LookupError, TypeError):
         if read_json(folder / WORK / PLAN)["request"] != request.stored():
             return "is being prepared from other text"
-    return "is not prepared" if ready else ""
+    return ""
 
 
 def _run_name(preset: str, request: Request, folder: str) -> str:
@@ -233,11 +213,9 @@ def _preparation(request: Request, folder: str) -> list[str]:
     """Returns the arguments of data_downloader that prepare `request` in `folder`."""
     arguments = ["--source", *request.sources, "--out", str(root.dataset_dir(folder))]
     arguments += ["--path", *request.paths] if request.paths else []
-    given: dict[str, str | int | None] = {"dataset": request.dataset, "config": request.config, "split": request.split}
-    given |= {"text-field": request.text_field if request.text_field != "text" else None}
-    given |= {"max-tokens": request.max_tokens}
-    for option, value in given.items():
-        arguments += [f"--{option}", str(value)] if value else []
+    for name in ("dataset", "config", "split", "text_field", "max_tokens"):
+        if (value := getattr(request, name)) != getattr(Request, name):
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
     return arguments
 
 
@@ -251,11 +229,9 @@ def _paths(variables: Mapping[str, str]) -> list[str]:
 def _command(variables: Mapping[str, str], arguments: list[str]) -> str:
     """Returns the launcher's command as it was typed, for a shell in the same folder."""
     values = [f"{name}={shlex.quote(variables[name])}" for name in VARIABLES if variables.get(name)]
-    script = root.ROOT / SCRIPT
     here = Path(variables.get("STARTED_IN") or ".").resolve() == root.ROOT
-    return " ".join(
-        [*values, f"./{SCRIPT}" if here else shlex.quote(str(script)), shlex.join(without_resume(arguments))]
-    ).strip()
+    script = f"./{SCRIPT}" if here else shlex.quote(str(root.ROOT / SCRIPT))
+    return " ".join([*values, script, shlex.join(without_resume(arguments))]).strip()
 
 
 def one_of(variable: str, value: str, names: Collection[str]) -> str:

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import os
 import platform
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,7 @@ import torch
 from huggingface_hub import constants as hub_settings
 
 from src import available_cores
-from src.data_processing.data_downloader import differences
-from src.data_processing.document_shuffle import disk_needed
+from src.data_processing.data_downloader import differences, disk_needed
 from src.data_processing.file_formats import read_batches
 from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.text_sources import SOURCES, Request, find_files
@@ -48,9 +46,6 @@ from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config, ConfigError
 from src.utils import hardware, root
 from src.utils.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DONE,
-    EXIT_STORAGE,
     BusyError,
     StorageError,
     UserError,
@@ -77,15 +72,17 @@ class Start:
     world_size: int
     processes_here: int
     request: Request | None = None
-    """The dataset that the launcher will prepare; None if it exists."""
-    made_for: Request | None = None
-    """The request that the existing dataset must fulfil; None if any dataset serves."""
+    """The dataset that the launcher prepares if it does not exist; None if any dataset serves."""
     awaited: bool = False
     """True if another machine prepares the dataset."""
 
     @property
     def dataset(self) -> Path:
         return root.dataset_dir(self.config.data.dir)
+
+    @property
+    def to_prepare(self) -> Request | None:
+        return None if os.path.exists(self.dataset / MANIFEST) else self.request
 
     @property
     def run_dir(self) -> Path:
@@ -109,16 +106,21 @@ def main() -> int:
     )
     data = os.environ.get("DATA")
     request = requested(os.environ) if data == "prepare" else None
-    exists = (root.dataset_dir(config.data.dir) / MANIFEST).exists()
-    start = Start(
-        config,
-        world_size(),
-        processes_here(),
-        request=None if exists else request,
-        made_for=request if exists else None,
-        awaited=data == "wait" and not exists,
-    )
-    results, code = check_all(start)
+    start = Start(config, world_size(), processes_here(), request, awaited=data == "wait")
+    results: dict[str, dict[str, str]] = {}
+    codes: set[int] = set()
+    for check in CHECKS:
+        name = check.__name__
+        try:
+            found = check(start)
+            status, text = "warn" if found.doubtful else "ok", found.text
+        except (ConfigError, UserError, BusyError, OSError) as error:  # StorageError is an OSError
+            codes.add(getattr(error, "exit_code", StorageError.exit_code))
+            status, text = "FAIL", "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
+        results[name] = {"status": status, "found": text}
+        column = " " * len("FAIL  checkpoint: ")
+        say(f"{status:<6}{name + ':':<12}{text}".replace("\n", "\n" + column))
+    code = UserError.exit_code if len(codes) > 1 else max(codes, default=0)
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:
         say(f"\nnot started: {len(failed)} check(s) failed: {', '.join(failed)}")
@@ -127,47 +129,20 @@ def main() -> int:
     return code
 
 
-def check_all(start: Start) -> tuple[dict[str, dict[str, str]], int]:
-    """Makes and prints all checks. Returns status and text of each, and the exit code.
-
-    The code is 0, or the one that all failures share (4: storage, 5: the run is held), else 2.
-    """
-    results: dict[str, dict[str, str]] = {}
-    codes: set[int] = set()
-    for name, check in CHECKS.items():
-        try:
-            found = check(start)
-            status, text = "warn" if found.doubtful else "ok", found.text
-        except (ConfigError, UserError, BusyError, OSError) as error:  # StorageError is an OSError
-            codes.add(getattr(error, "exit_code", EXIT_STORAGE))
-            status, text = "FAIL", "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
-        results[name] = {"status": status, "found": text}
-        column = " " * len("FAIL  checkpoint: ")
-        say(f"{status:<6}{name + ':':<12}{text}".replace("\n", "\n" + column))
-    if not codes:
-        return results, EXIT_DONE
-    return results, codes.pop() if len(codes) == 1 else EXIT_BAD_INPUT
-
-
 def settings(start: Start) -> Found:
     steps = start.config.grad_accumulation_steps(start.world_size)
     here = f" ({start.processes_here} on this machine)" if start.processes_here != start.world_size else ""
-    if start.processes_here > 1:
-        _check_loopback()
-    size = f"{start.config.train.micro_batch_size} x {start.config.model.n_ctx}"
-    return Found(f"{start.world_size} process(es){here}, micro-batch {size}, {steps} accumulation step(s)")
-
-
-def _check_loopback() -> None:
-    """Raises UserError where this machine's processes cannot reach each other, as in a container without a network."""
     try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            socket.create_connection(server.getsockname(), timeout=5).close()
+        if start.processes_here > 1:  # which a container without a network may keep apart
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
         raise UserError(
             f"Cannot connect processes on this machine: 127.0.0.1: {error.strerror or error}. Run "
             "ip link set lo up, or set NPROC=1."
         ) from None
+    size = f"{start.config.train.micro_batch_size} x {start.config.model.n_ctx}"
+    return Found(f"{start.world_size} process(es){here}, micro-batch {size}, {steps} accumulation step(s)")
 
 
 def device(start: Start) -> Found:
@@ -204,20 +179,25 @@ def expected_cost(config: Config, gpus: int, peak_tflops: float) -> str:
 
 def dataset(start: Start) -> Found:
     """Checks the dataset, or the source that it will be prepared from."""
-    config, folder, request = start.config, start.dataset, start.request
-    if request or start.awaited:
-        _check_vocabulary(config, folder, Tokenizer.name, Tokenizer.n_vocab)
-        if request is None:
-            return Found(f"{folder}, which node 0 prepares")
-        files = f", {_check_texts(request):,} of them" if request.paths else ""
-        return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
-    manifest = read_manifest(folder)
-    if start.made_for and (changes := differences(start.made_for, folder, manifest)):
+    config, folder = start.config, start.dataset
+    is_to_come = start.to_prepare or (start.awaited and not os.path.exists(folder / MANIFEST))
+    manifest = None if is_to_come else read_manifest(folder)
+    if manifest and start.request and (changes := differences(start.request, folder, manifest)):
         raise UserError(
             f"Cannot prepare {folder}: it holds another dataset: {changes}. Leave out DATA_DIR or set it to another "
             f"name, or train on this one with --data.dir {folder.name}."
         )
-    _check_vocabulary(config, folder, manifest.tokenizer, manifest.n_vocab)
+    name, n_vocab = (manifest.tokenizer, manifest.n_vocab) if manifest else (Tokenizer.name, Tokenizer.n_vocab)
+    if n_vocab > config.model.n_vocab:
+        raise UserError(
+            f"Cannot train on {folder}: it has {n_vocab} different ids, those of {name}, but model.n_vocab = "
+            f"{config.model.n_vocab}. Set --model.n-vocab {n_vocab}."
+        )
+    if request := start.to_prepare:
+        files = f", {_check_texts(request):,} of them" if request.paths else ""
+        return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
+    if manifest is None:
+        return Found(f"{folder}, which node 0 prepares")
     for shards, at_least in ((manifest.train, config.batch_size), (manifest.validation, 1)):
         WindowDataset(folder, shards, config.model.n_ctx, config.model.n_vocab, at_least)
     return Found(f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards")
@@ -242,18 +222,10 @@ def _check_texts(request: Request) -> int:
     return len(files)
 
 
-def _check_vocabulary(config: Config, folder: Path, name: str, n_vocab: int) -> None:
-    if n_vocab > config.model.n_vocab:
-        raise UserError(
-            f"Cannot train on {folder}: it has {n_vocab} different ids, those of {name}, but model.n_vocab = "
-            f"{config.model.n_vocab}. Set --model.n-vocab {n_vocab}."
-        )
-
-
 def folder(start: Start) -> Found:
     """Checks that the run's folder is free and writable, and the dataset's if it will be prepared."""
     refuse_dangling(start.run_dir)
-    to_write = [start.run_dir, start.run_dir / "checkpoints"] + ([start.dataset] if start.request else [])
+    to_write = [start.run_dir, start.run_dir / "checkpoints"] + ([start.dataset] if start.to_prepare else [])
     for path in sorted({existing_folder(path) for path in to_write}):
         check_writable(path)
     refuse_claimed(start.run_dir)
@@ -264,12 +236,9 @@ def disk(start: Start) -> Found:
     """Checks the room for checkpoints and for the dataset, of which half must fit: it can only be estimated."""
     checkpoints = checkpoints_need(start.config, start.run_dir / "checkpoints")
     place, data_place = existing_folder(start.run_dir), existing_folder(start.dataset)
-    request, data = start.request, 0
-    if request:
-        tokens = 0
-        with suppress(UserError):  # the check of the dataset reports it
-            tokens = SOURCES[request.sources[0]].tokens(request)
-        data = disk_needed(start.dataset, min(tokens, request.max_tokens or tokens))
+    request, data = start.to_prepare, 0
+    with suppress(UserError):  # the check of the dataset reports it
+        data = disk_needed(request, start.dataset) if request else 0
     free, free_for_data = free_bytes(place), free_bytes(data_place)
     on_one_disk = place.stat().st_dev == data_place.stat().st_dev
     is_full = checkpoints + on_one_disk * data // 2 > free or data // 2 > free_for_data
@@ -284,7 +253,7 @@ def disk(start: Start) -> Found:
 
 def hub(start: Start) -> Found:
     """Checks the source of HellaSwag's items, and the hub if the dataset comes from it."""
-    source = start.request.sources[0] if start.request else ""
+    source = start.to_prepare.sources[0] if start.to_prepare else ""
     offline, evaluation = hub_settings.HF_HUB_OFFLINE, start.config.eval
     if source and SOURCES[source].uses_hub and not offline and not hub_answers():
         raise UserError(
@@ -313,12 +282,16 @@ def trackers(start: Start) -> Found:
 def checkpoint(start: Start) -> Found:
     """Checks the checkpoint to resume from, except its bytes, which training verifies."""
     folder, resume = start.run_dir / "checkpoints", start.config.resume
-    if resume == "never":
-        return _beginning(start, "; an existing run is set aside")
-    steps = [int(resume)] if resume.isdecimal() else checkpoint_steps(folder)
+    steps = [int(resume)] if resume.isdecimal() else checkpoint_steps(folder) if resume == "auto" else []
     if not steps:
-        refuse_lost(folder)
-        return _beginning(start)
+        origin, rest = "none", "an existing run is set aside"
+        if resume == "auto":
+            rest = "training starts at step 0"
+            refuse_lost(folder)
+        if start.config.init_from:
+            _, path, step = read_initial(start.config)
+            origin = f"the weights of {path}, step {step}"
+        return Found(f"{origin}; {rest}")
     try:
         saved = read_unverified(step_dir(folder, steps[-1]))
     except UserError as error:
@@ -329,23 +302,7 @@ def checkpoint(start: Start) -> Found:
     return Found(f"step {saved.step} of {start.config.total_steps}, if its files verify")
 
 
-def _beginning(start: Start, rest: str = "; training starts at step 0") -> Found:
-    if not start.config.init_from:
-        return Found(f"none{rest}")
-    _, path, step = read_initial(start.config)
-    return Found(f"the weights of {path}, step {step}{rest}")
-
-
-CHECKS: dict[str, Callable[[Start], Found]] = {
-    "settings": settings,
-    "device": device,
-    "dataset": dataset,
-    "folder": folder,
-    "disk": disk,
-    "hub": hub,
-    "trackers": trackers,
-    "checkpoint": checkpoint,
-}
+CHECKS = (settings, device, dataset, folder, disk, hub, trackers, checkpoint)
 
 if __name__ == "__main__":
     exit_with(main)

@@ -276,6 +276,6 @@ def test_it_takes_seconds(commands: Commands):
 
 
 def test_a_dataset_of_another_request(data: Path):
-    start = replace(start_of(small(debug()), data), made_for=request("pydocs", max_tokens=5))
+    start = replace(start_of(small(debug()), data), request=request("pydocs", max_tokens=5))
     with pytest.raises(UserError, match="it holds another dataset: source was random, is pydocs; paths was absent"):
         preflight.dataset(start)

@@ -7,6 +7,7 @@ python -m src.data_processing.data_downloader --verify --out my_text     (or --r
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import shutil
@@ -24,15 +25,15 @@ from src.data_processing.document_shuffle import (
     Journal,
     SortedDocuments,
     claimed_work,
-    disk_needed,
     fill_buckets,
-    plan_shards,
     resume,
     start_over,
     write_shards,
 )
+from src.data_processing.inspect_dataset import inspect, inspect_skipped
 from src.data_processing.shards import (
     MANIFEST,
+    TOKEN_DTYPE,
     Manifest,
     check_shard,
     ensure_verified,
@@ -42,11 +43,11 @@ from src.data_processing.shards import (
     stray_files,
     write_manifest,
 )
-from src.data_processing.text_sources import SOURCES, Request, find_files, name_of, open_sources
+from src.data_processing.text_sources import SOURCES, Request, Source, find_files
 from src.data_processing.tokenizer import Tokenizer
-from src.model_configs.arguments import Parser, whole_number
+from src.model_configs.arguments import Parser, whole
 from src.utils.errors import StorageError, UserError, cause_of, exit_with, print_result, say
-from src.utils.files import fingerprint, free_bytes, size_text, storage_errors, sync
+from src.utils.files import bytes_below, fingerprint, free_bytes, size_text, storage_errors, sync
 from src.utils.root import dataset_dir, run_dir
 
 _REPAIR_FOLDER = ".repairing"
@@ -57,14 +58,16 @@ def main() -> None:
     start = time.monotonic()
     folder = dataset_dir(args.out)
     if args.inspect:
-        from src.data_processing.inspect_dataset import inspect, inspect_skipped  # imports matplotlib
-
         page, figures = inspect_skipped(folder, run_dir(args.skipped)) if args.skipped else inspect(folder)
         print(page)
         print_result(figures)
         return
     if args.verify:
-        manifest = verify(folder)
+        manifest = read_manifest(folder)
+        ensure_verified(folder, manifest, trust_stamp=False)
+        if strays := stray_files(folder, manifest):
+            say(strays)
+        say(f"verified: {folder}")
     elif args.repair:
         manifest = repair(folder, args.workers)
     else:
@@ -93,7 +96,10 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
         details, journal = resume(folder, work, request)
         if journal is None or not journal.is_complete:
             say(f"preparing {folder} from {', '.join(request.sources)}")
-            sources = open_sources(request, expected.sources if expected else details, work / DOWNLOADS)
+            sources: list[Source] = []
+            for name in request.sources:
+                pinned = [entry for entry in (expected.sources if expected else details) if entry.get("name") == name]
+                sources += SOURCES[name].open(request, pinned, work / DOWNLOADS)
             # Files are hashed again at each start; of the hub and of a dataset under repair, the pinned version counts.
             current = [source.details for source in sources]
             if expected and (changes := _changes(_content(expected.sources), _content(current))):
@@ -102,14 +108,17 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
                 details, journal = current, start_over(folder, work, request, current)
             elif journal.is_kept:
                 say(f"resuming after {journal.counts['tokens']:,} tokens")
-            _check_disk(request, folder)
+            needed, free = disk_needed(request, folder), free_bytes(folder)
+            if needed > 2 * free:  # the estimate is rough
+                raise StorageError(
+                    f"Cannot prepare {folder}: some {size_text(needed)} of disk needed, {size_text(free)} free. Make "
+                    "room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens."
+                )
             fill_buckets(sources, request, journal, workers)
         else:
             say(f"resuming {folder}: all documents are tokenised, {len(journal.shards)} shards are written")
         documents = SortedDocuments(journal, request.drop_duplicates, len(details))
-        plans = plan_shards(documents.group_tokens, request.tokens_per_shard)
-        say(f"writing {len(plans)} shards")
-        write_shards(documents, plans, folder, "+".join(request.sources), journal)
+        write_shards(documents, request, folder, journal)
         # Last, because it makes the folder a dataset. Deleting the unfinished work follows at the end of the block.
         write_manifest(folder, _manifest(request, details, documents, journal))
     if journal.replaced_in:
@@ -119,16 +128,6 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
             "is in another encoding, convert it and prepare the dataset again: iconv -f LATIN1 -t UTF-8 FILE > NEW"
         )
     return read_manifest(folder)
-
-
-def verify(folder: Path) -> Manifest:
-    """Return the manifest of the dataset in `folder` after reading every byte; raises UserError naming each fault."""
-    manifest = read_manifest(folder)
-    ensure_verified(folder, manifest, trust_stamp=False)
-    if strays := stray_files(folder, manifest):
-        say(strays)
-    say(f"verified: {folder}")
-    return manifest
 
 
 def repair(folder: Path, workers: int) -> Manifest:
@@ -146,9 +145,9 @@ def repair(folder: Path, workers: int) -> Manifest:
         say(f"nothing to repair: {folder}")
         return manifest
     say("\n".join(faults.values()))
-    damaged = [manifest.shards[number] for number in faults]
+    damaged, fields = [manifest.shards[number] for number in faults], dict(manifest.request)
     try:
-        prepare(Request.from_stored(manifest.request), again, workers, expected=manifest)
+        prepare(Request(fields.pop("source"), **fields), again, workers, expected=manifest)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # also of a request that another program wrote
         raise UserError(
             f"Cannot repair {folder}: {cause_of(error)}. Restore the sources, or the shards from a copy."
@@ -166,6 +165,14 @@ def repair(folder: Path, workers: int) -> Manifest:
         shutil.rmtree(again)
     say(f"repaired {len(faults)} of {len(manifest.shards)} shards in {folder}")
     return manifest
+
+
+def disk_needed(request: Request, folder: Path) -> int:
+    """Estimate the bytes that preparing `request` in `folder` needs beyond the leftovers of an earlier start."""
+    limits = (request.max_tokens or math.inf, (request.max_documents or math.inf) * 1_100)  # FineWeb-Edu's mean
+    tokens = int(min(sum(SOURCES[name].tokens(request) for name in request.sources), *limits))
+    # The buckets, which go as the shards come, with an eighth for records and what exists twice meanwhile.
+    return max(0, tokens * TOKEN_DTYPE.itemsize * 9 // 8 - bytes_below(folder))
 
 
 def _existing(request: Request, folder: Path) -> Manifest:
@@ -187,29 +194,21 @@ def _existing(request: Request, folder: Path) -> Manifest:
 def differences(request: Request, folder: Path, manifest: Manifest) -> str:
     """Describe how the dataset in `folder` differs from the one that `request` describes; empty for no difference.
 
-    Files of the user's are compared by content where they were written to since.
+    Files are compared by name and size, and by content where one was written to, or a link made, since the preparation.
     """
     changes = _changes(manifest.request, request.stored())
-    if not changes and "files" in request.sources:
-        changes = _changed_files(manifest, request.paths, (folder / MANIFEST).stat().st_mtime)
-    return changes
-
-
-def _changed_files(manifest: Manifest, paths: list[str], prepared: float) -> str:
-    """Describe how the files that `paths` lead to differ from the dataset's, by name, size and content.
-
-    The content is read only where a file was written to, or a link made, since the time `prepared`.
-    """
+    if changes or "files" not in request.sources:
+        return changes
     then = {entry["path"]: entry for source in manifest.sources for entry in source.get("files", ())}
     now: dict[str, Any] = {}
-    with suppress(UserError, OSError):
-        for path in chain(*find_files(paths).values()):
+    with suppress(UserError, OSError):  # of files that are gone since: the dataset stands without them
+        for path in chain(*find_files(request.paths).values()):
             now[str(path)] = entry = {"path": str(path)} | then.get(str(path), {})
             written = max(path.stat().st_mtime, path.lstat().st_mtime)
-            if path.stat().st_size != entry.get("bytes") or written > prepared:
+            if path.stat().st_size != entry.get("bytes") or written > (folder / MANIFEST).stat().st_mtime:
                 entry.update(fingerprint(path))
-        return _changes(_content([{"files": then.values()}]), _content([{"files": now.values()}]))
-    return ""  # gone since; the dataset stands without them
+        changes = _changes(_content([{"files": then.values()}]), _content([{"files": now.values()}]))
+    return changes
 
 
 def _content(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -224,39 +223,36 @@ def _content(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Describe the differences; empty for none."""
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-    return "; ".join(_change(name, then, now) for name in changed[:5]) + more
-
-
-def _change(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    if str(then.get(name, now.get(name))).startswith("sha256 ") and (name not in then or name not in now):
-        return f"{name} is {'new' if name in now else 'gone'}"
-    return f"{name} was {_shown(then, name)}, is {_shown(now, name)}"
-
-
-def _shown(values: Mapping[str, Any], name: str) -> str:
-    value = values.get(name, "absent")
-    return ", ".join(value) or "none" if isinstance(value, list) else "none" if value is None else str(value)
+    described = []
+    for name in changed[:5]:
+        old, new = (values.get(name, "absent") for values in (then, now))
+        old, new = (", ".join(value) if isinstance(value, list) else value for value in (old, new))
+        change = f"was {'none' if old in (None, '') else old}, is {'none' if new in (None, '') else new}"
+        if name.startswith("/") and "absent" in (old, new):  # a file
+            change = "is new" if old == "absent" else "is gone"
+        described.append(f"{name} {change}")
+    return "; ".join(described + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else []))
 
 
 def _manifest(
     request: Request, details: Sequence[dict[str, Any]], documents: SortedDocuments, journal: Journal
 ) -> Manifest:
-    total = {name: int(getattr(documents, name).sum()) for name in ("documents", "tokens", "text_bytes")}
+    read, by_source = journal.counts, {name: getattr(documents, name) for name in ("documents", "tokens", "text_bytes")}
+    total = {name: int(numbers.sum()) for name, numbers in by_source.items()}
     sources = [
         {
             **entry,
-            **{name: int(getattr(documents, name)[number]) for name in total},
-            "share": round(float(documents.tokens[number]) / max(1, total["tokens"]), 6),
+            **{name: int(numbers[source]) for name, numbers in by_source.items()},
+            "share": round(float(documents.tokens[source]) / max(1, total["tokens"]), 6),
         }
-        for number, entry in enumerate(details)
+        for source, entry in enumerate(details)
     ]
     counts = {
         **total,
-        "documents_read": journal.counts["documents"] + journal.counts["skipped_empty"],
-        "dropped_duplicates": journal.counts["documents"] - total["documents"],
-        "skipped_empty": journal.counts["skipped_empty"],
-        "replaced_invalid": journal.counts["replaced_invalid"],
+        "documents_read": read["documents"] + read["skipped_empty"],
+        "dropped_duplicates": read["documents"] - total["documents"],
+        "skipped_empty": read["skipped_empty"],
+        "replaced_invalid": read["replaced_invalid"],
     }
     return Manifest(
         sources=sources,
@@ -272,57 +268,7 @@ def _manifest(
     )
 
 
-def _check_disk(request: Request, folder: Path) -> None:
-    """Raise StorageError if not even half of the disk is free that the documents need by a rough estimate."""
-    limits = (request.max_tokens or math.inf, (request.max_documents or math.inf) * 1_100)  # FineWeb-Edu's mean
-    tokens = min(sum(SOURCES[name].tokens(request) for name in request.sources), *limits)
-    needed, free = disk_needed(folder, int(tokens)), free_bytes(folder)
-    if needed > 2 * free:
-        raise StorageError(
-            f"Cannot prepare {folder}: some {size_text(needed)} of disk needed, {size_text(free)} free. Make room, "
-            "choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens."
-        )
-
-
-def _request(args: argparse.Namespace) -> Request:
-    content = ("text_field", "tokens_per_shard", "seed", "max_documents", "max_tokens", "drop_duplicates")
-    names = (*content, "dataset", "config", "split")
-    paths = [os.path.abspath(os.path.expanduser(path)) for path in args.path]
-    return Request(list(dict.fromkeys(args.source)), paths, **{name: getattr(args, name) for name in names})
-
-
 def _parse_arguments() -> argparse.Namespace:
-    parser = _parser()
-    args = parser.parse_args()
-    sources = args.source or []
-    if not (sources or args.verify or args.repair or args.inspect):
-        parser.error(f"--source is needed: {', '.join(SOURCES)}")
-    if "" in (*args.path, args.out, args.dataset, args.skipped):
-        parser.error("an option is empty; perhaps a variable that is not set")
-    if bool(args.path) != any(SOURCES[name].needs_paths for name in sources):
-        parser.error("--source files needs --path FILE_OR_GLOB ..., and --path is for --source files")
-    if bool(args.dataset) != ("hub" in sources):
-        parser.error("--source hub needs --dataset OWNER/NAME, and --dataset is for --source hub")
-    if args.skipped and not args.inspect:
-        parser.error("--skipped is for --inspect")
-    args.out = args.out or _default_out(args)
-    if not args.out:
-        parser.error("--out DIR is needed: the name of a dataset, or a folder")
-    return args
-
-
-def _default_out(args: argparse.Namespace) -> str:
-    """Return the dataset's name by its sources; empty without any."""
-    own = {"files": name_of(args.path), "hub": (args.dataset or "").replace("/", "_")}
-    name = "+".join(SOURCES[source].dataset_name or own[source] for source in args.source or [])
-    if not name:
-        return ""
-    for limit, unit in ((args.max_tokens, "tokens"), (args.max_documents, "documents")):
-        name += f"-max-{limit}-{unit}" if limit else ""  # a trial must never pass for the whole
-    return name
-
-
-def _parser() -> Parser:
     parser = Parser(
         prog="python -m src.data_processing.data_downloader",
         description="Turns documents into token shards for training: shuffled, tokenised with r50k_base, split into "
@@ -332,58 +278,66 @@ def _parser() -> Parser:
         "resume a preparation that was stopped, from the last 64M tokens.",
     )
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in SOURCES.items())
+    taken = "take the first documents of the sources, of a hub dataset a random part, up to this many"
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     number: dict[str, Any] = {"type": _number_from(1), "metavar": "N"}
-    parser.add_argument(
-        "--source", **several, choices=tuple(SOURCES), help=f"{kinds}; several are mixed in their given order"
+    add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--source", **several, choices=tuple(SOURCES), help=f"{kinds}; several are mixed in their given order")
+    help = (
+        "for --source files: files, folders (searched to any depth) or patterns; .txt and .md are one document each; "
     )
-    path_help = "for --source files: files, folders (searched to any depth) or patterns; .txt and .md are one document "
-    path_help += "each; .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow one a line or row"
-    parser.add_argument("--path", **several, default=[], metavar="FILE_OR_GLOB", help=path_help)
-    parser.add_argument("--dataset", metavar="OWNER/NAME", help="for --source hub: the dataset's name on the hub")
-    parser.add_argument("--config", metavar="NAME", help="for --source hub: the dataset's configuration")
-    parser.add_argument("--split", metavar="NAME", help="for --source hub: the dataset's split")
-    parser.add_argument(
-        "--text-field", metavar="NAME", default="text", help="field or column that holds the text (%(default)s)"
-    )
-    taken = "take the first documents of the sources, of a hub dataset a random part, up to this many"
-    parser.add_argument("--max-tokens", **number, help=f"{taken} tokens (default: all)")
-    parser.add_argument("--max-documents", **number, help=f"{taken} (default: all)")
-    parser.add_argument(
-        "--drop-duplicates", action="store_true", help="keep one of documents that are equal to the byte"
-    )
-    out_help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source)"
-    parser.add_argument("--out", metavar="DIR", help=out_help)
-    workers_help = "processes that tokenise; the result is the same for any number (default: one a core, %(default)s)"
-    parser.add_argument(
-        "--workers", type=_number_from(1, 1_024), metavar="N", default=available_cores(), help=workers_help
-    )
-    shard_help = "a shard holds at most this many tokens, or one longer document (default: %(default)s)"
-    parser.add_argument("--tokens-per-shard", **number, default=100_000_000, help=shard_help)
-    parser.add_argument(
-        "--seed",
-        type=_number_from(0, 2**63 - 1),
-        metavar="N",
-        default=42,
-        help="seed of the shuffle (default: %(default)s)",
-    )
-    modes = parser.add_mutually_exclusive_group()
+    help += ".jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow one a line or row"
+    add("--path", **several, default=[], metavar="FILE_OR_GLOB", help=help)
+    add("--dataset", metavar="OWNER/NAME", help="for --source hub: the dataset's name on the hub")
+    add("--config", metavar="NAME", help="for --source hub: the dataset's configuration")
+    add("--split", metavar="NAME", help="for --source hub: the dataset's split")
+    help = "field or column that holds the text (%(default)s)"
+    add("--text-field", metavar="NAME", default=Request.text_field, help=help)
+    add("--max-tokens", **number, help=f"{taken} tokens (default: all)")
+    add("--max-documents", **number, help=f"{taken} (default: all)")
+    add("--drop-duplicates", action="store_true", help="keep one of documents that are equal to the byte")
+    help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source)"
+    add("--out", metavar="DIR", help=help)
+    help = "processes that tokenise; the result is the same for any number (default: one a core, %(default)s)"
+    add("--workers", type=_number_from(1, 1_024), metavar="N", default=available_cores(), help=help)
+    help = "a shard holds at most this many tokens, or one longer document (default: %(default)s)"
+    add("--tokens-per-shard", **number, default=Request.tokens_per_shard, help=help)
+    help = "seed of the shuffle (default: %(default)s)"
+    add("--seed", type=_number_from(0, 2**63 - 1), metavar="N", default=Request.seed, help=help)
     modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
     modes.add_argument("--repair", action="store_true", help="replace the damaged shards of --out, and exit")
     modes.add_argument("--inspect", action="store_true", help="show the content of the dataset in --out, and exit")
-    parser.add_argument(
-        "--skipped", metavar="RUN", help="with --inspect: show the text behind the steps that this run skipped"
-    )
-    return parser
+    add("--skipped", metavar="RUN", help="with --inspect: show the text behind the steps that this run skipped")
+    args = parser.parse_args()
+    sources = args.source or []
+    if not (sources or args.verify or args.repair or args.inspect):
+        parser.error(f"--source is needed: {', '.join(SOURCES)}")
+    if "" in (*args.path, args.out, args.dataset, args.skipped):
+        parser.error("an option is empty; perhaps a variable that is not set")
+    if bool(args.path) != ("files" in sources):
+        parser.error("--source files needs --path FILE_OR_GLOB ..., and --path is for --source files")
+    if bool(args.dataset) != ("hub" in sources):
+        parser.error("--source hub needs --dataset OWNER/NAME, and --dataset is for --source hub")
+    if args.skipped and not args.inspect:
+        parser.error("--skipped is for --inspect")
+    if not (args.out or sources):
+        parser.error("--out DIR is needed: the name of a dataset, or a folder")
+    args.out = args.out or _request(args).default_name
+    return args
+
+
+def _request(args: argparse.Namespace) -> Request:
+    fields = {field.name for field in dataclasses.fields(Request)} - {"sources", "paths"}
+    paths = [os.path.abspath(os.path.expanduser(path)) for path in args.path]
+    return Request(list(dict.fromkeys(args.source)), paths, **{name: getattr(args, name) for name in fields})
 
 
 def _number_from(minimum: int, maximum: int = 10**15) -> Callable[[str], int]:
     def number(text: str) -> int:
-        digits = text.replace("_", "")
-        value = int(digits) if digits.isdecimal() and len(digits) < 20 else whole_number(text)
-        if value is None or not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {minimum} to {maximum:,}")
-        return value
+        with suppress(argparse.ArgumentTypeError):
+            if minimum <= (value := whole(text)) <= maximum:
+                return value
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {minimum} to {maximum:,}")
 
     return number
 

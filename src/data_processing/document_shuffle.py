@@ -31,8 +31,8 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import chain, islice
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,16 +43,16 @@ from src.data_processing.shards import (
     SHARD_NAME,
     TOKEN_DTYPE,
     Shard,
+    check_shard,
     check_shards,
     check_sources,
     check_types,
-    shard_fault,
     write_shard,
 )
 from src.data_processing.text_sources import Request, Source
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer, replace_surrogates
 from src.utils.errors import BusyError, StorageError, UserError, now_and_then, say
-from src.utils.files import bytes_below, lies_in, open_regular, read_json, replacing, storage_errors, try_lock
+from src.utils.files import lies_in, open_regular, read_json, replacing, storage_errors, try_lock
 
 WORK = ".preparing"
 DOWNLOADS = "downloads"
@@ -120,12 +120,11 @@ class Journal:
         if not (work / JOURNAL).exists():
             return cls(work)
         content = read_json(work / JOURNAL)
-        content["position"] = position = Position(*content["position"])
+        content["position"] = Position(*content["position"])
         content["shards"] = [Shard(**entry) for entry in content["shards"]]
-        journal, numbers = cls(work, **content), {**content["counts"], **content["replaced_in"], **content["files"]}
-        check_types([(flag, bool, "journal") for flag in (journal.is_complete, journal.is_kept)])
-        check_types((number, int, "journal") for number in (*numbers.values(), *position[:3]))
-        check_types([(position.share, float, "share")])
+        for name, value in content.items():
+            check_types(value, cls.__annotations__[name], name)
+        journal = cls(work, **content)
         if journal.counts.keys() != cls(work).counts.keys() or not all(map(_BUCKET_FILE.fullmatch, journal.files)):
             raise ValueError("these are not the counts and files of a journal")
         check_shards(journal.shards)
@@ -137,8 +136,7 @@ class Journal:
                 raise ValueError(f"{path} is cut short or leads elsewhere")
             os.truncate(path, length)
         for shard in journal.shards:
-            if fault := shard_fault(folder, shard, Tokenizer.n_vocab, full=True):
-                raise ValueError(fault)
+            check_shard(folder, shard, Tokenizer.n_vocab, full=True)
         return journal
 
     def append(self, name: str, content: bytes) -> None:
@@ -258,6 +256,7 @@ class Document(NamedTuple):
     """An encoded document."""
 
     key: bytes = b""
+    """Its place in the dataset's order: 16 bytes that look random, from its UTF-8 and the seed."""
     ids: bytes = b""
     """The end-of-text token and the text's ids, uint16; nothing for a document of white space, which is left out."""
     text_bytes: int = 0
@@ -289,8 +288,12 @@ def encode_all(
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
     try:
         for position, documents in chain(head, batches):
-            with _without_ctrl_c():  # which the worker that this may start inherits: it ends with its parent instead
+            # The worker that this may start inherits that Ctrl-C is held back: it ends with its parent instead.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
                 pending.append((position, pool.submit(encode_batch, documents, seed, position.source)))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             while pending and (len(pending) >= ahead or pending[0][1].done()):
                 position, job = pending.popleft()
                 yield position, job.result()
@@ -307,23 +310,14 @@ def encode_all(
 
 def _follow_parent() -> None:
     """End this process with its parent, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent
 
-    def follow(parent: BaseProcess) -> None:
+    def follow() -> None:
         parent.join()
         os._exit(1)
 
-    if parent := multiprocessing.parent_process():
-        threading.Thread(target=follow, args=(parent,), daemon=True).start()
-
-
-@contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Document]:
@@ -343,16 +337,10 @@ def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Docum
             replaced = mended.count("\ufffd") - text.count("\ufffd")
             text, data, replaced_in = mended, mended.encode(), str(documents.path)
         ids = mark + tokenizer.encode_to_numpy(text).tobytes()
-        encoded.append(Document(document_key(data, seed), ids, len(data), source, replaced_in, replaced))
+        # Different documents have different keys, but for a chance of 1e-24 in ten million.
+        key = hashlib.blake2b(data, digest_size=16, key=str(seed).encode()).digest()
+        encoded.append(Document(key, ids, len(data), source, replaced_in, replaced))
     return encoded
-
-
-def document_key(data: bytes, seed: int) -> bytes:
-    """Return the document's place in the dataset's order: 16 bytes that look random, from its UTF-8 and the seed.
-
-    Equal documents have the same key; different ones do not (a chance of 1e-24 for ten million documents).
-    """
-    return hashlib.blake2b(data, digest_size=16, key=str(seed).encode()).digest()
 
 
 class SortedDocuments:
@@ -376,7 +364,7 @@ class SortedDocuments:
         self.lengths: list[int] = np.trim_zeros(lengths, "b").tolist()
         """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens."""
         self._first_groups = np.cumsum([0, *map(len, group_tokens)])
-        self._loaded: dict[int, tuple[np.ndarray, ...]] = {}  # the last bucket: neighbouring shards share it
+        self._load = lru_cache(maxsize=1)(self._read_bucket)  # neighbouring shards share a bucket
 
     def read(self, begin: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield records and tokens of groups `begin` to `end`, in order, a bucket at a time. Raises StorageError."""
@@ -384,9 +372,7 @@ class SortedDocuments:
             offset, next_offset = self._first_groups[bucket : bucket + 2]
             first, last = max(begin, offset), min(end, next_offset)
             if first < last:
-                if bucket not in self._loaded:
-                    self._loaded = {bucket: self._load(bucket)}
-                records, tokens, bounds, starts = self._loaded[bucket]
+                records, tokens, bounds, starts = self._load(bucket)
                 low, high = starts[first - offset], starts[last - offset]
                 yield records[low:high], tokens[bounds[low] : bounds[high]]
 
@@ -401,14 +387,12 @@ class SortedDocuments:
         """Return a bucket's sorted records, their places in the file, and where each group starts."""
         records = self._content(f"{bucket:02x}.records", RECORD)
         order = np.argsort(records["key"], kind="stable")  # of equal documents the first stays the first
-        keys = records["key"][order]
-        is_first = np.ones(len(keys), bool)
-        is_first[1:] = keys[1:] != keys[:-1]
+        starts = np.unique(records["key"][order], return_index=True)[1]
         if self._drop:
-            order, is_first = order[is_first], is_first[is_first]
-        return records[order], order, np.flatnonzero(is_first)
+            order, starts = order[starts], np.arange(len(starts))
+        return records[order], order, starts
 
-    def _load(self, bucket: int) -> tuple[np.ndarray, ...]:
+    def _read_bucket(self, bucket: int) -> tuple[np.ndarray, ...]:
         """Return sorted records and tokens, the documents' bounds among the tokens, and the groups' among records."""
         records, order, starts = self._sorted(bucket)
         tokens = self._content(f"{bucket:02x}.tokens", TOKEN_DTYPE)
@@ -464,22 +448,16 @@ def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[Ranges]
     return shards
 
 
-def write_shards(
-    documents: SortedDocuments, plans: Sequence[Ranges], folder: Path, prefix: str, journal: Journal
-) -> None:
-    """Write the planned shards that the journal does not list yet into `folder`. Raises StorageError."""
+def write_shards(documents: SortedDocuments, request: Request, folder: Path, journal: Journal) -> None:
+    """Write the shards that the journal does not list yet. Raises UserError as `plan_shards`, StorageError."""
+    plans, prefix = plan_shards(documents.group_tokens, request.tokens_per_shard), "+".join(request.sources)
+    say(f"writing {len(plans)} shards")
     for index, ranges in enumerate(plans):
         if index >= len(journal.shards):
             journal.shards.append(_write_shard(documents, ranges, folder, prefix, index))
             journal.write()
         if index:  # validation may lie behind training documents that are still needed
             documents.forget(ranges[-1][1])
-
-
-def disk_needed(folder: Path, tokens: int) -> int:
-    """Estimate the bytes that preparing `tokens` tokens in `folder` needs beyond the leftovers of an earlier start."""
-    # The buckets, which go as the shards come, with an eighth for records and what exists twice meanwhile.
-    return max(0, tokens * TOKEN_DTYPE.itemsize * 9 // 8 - bytes_below(folder))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -502,15 +480,16 @@ def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Posit
 
 def _within_limits(batch: list[Document], request: Request, journal: Journal) -> list[Document]:
     """Return the documents of `batch` that the request allows, all if no limit is reached, and count them."""
-    counts, allowed, end = journal.counts, len(batch), 0
+    counts, allowed = journal.counts, 0
     documents, tokens = counts["documents"], counts["tokens"]
     for number, document in enumerate(batch, start=1):
         if document.ids:
             documents, tokens = documents + 1, tokens + document.tokens
             if documents > (request.max_documents or math.inf) or tokens > (request.max_tokens or math.inf):
-                allowed = end  # empty documents behind the last one don't count
-                break
-            end = number
+                break  # empty documents behind the last one don't count
+            allowed = number
+    else:
+        allowed = len(batch)
     for document in batch[:allowed]:
         counts["documents"] += bool(document.ids)
         counts["tokens"] += document.tokens

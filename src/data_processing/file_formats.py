@@ -10,13 +10,11 @@ import json
 import re
 import shlex
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from src.utils.errors import UserError, cause_of
 
@@ -34,8 +32,6 @@ _MARKS = {
 }
 _LFS_POINTER = re.compile(rb"\s*version https?://\S+\s+(ext-\S+ \S+\s+)*oid \w+:\w+\s+size \d+\s*")
 _ANNEX_POINTER = re.compile(rb"/annex/objects/\S+\s*")
-
-
 _CONVERT = "Convert it to UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW."
 
 
@@ -85,20 +81,18 @@ class Column:
 
 
 Documents = Texts | Lines | Column
-_Reader = Callable[[Path, str], Iterator[tuple[Documents, float]]]
+Batches = Iterator[tuple[Documents, float]]
+"""Each with the share of its file, or of a source's unit, that is read after it."""
 
 
-def read_batches(
-    path: Path, text_field: str, skip: int = 0, divide_long: bool = False
-) -> Iterator[tuple[Documents, float]]:
-    """Yield the documents of one file without the first `skip` batches, each batch with the share of the file read.
+def read_batches(path: Path, text_field: str, skip: int = 0, divide_long: bool = False) -> Batches:
+    """Yield the documents of one file without the first `skip` batches.
 
-    A .txt or .md file is one document, or with `divide_long` several, as of `parts_of`. The others hold one a line or
-    row, in the field `text_field`. The batches are the same every time. Raises UserError for a file that is
-    damaged or has no such field.
+    A .txt or .md file is one document, or with `divide_long` perhaps several. The others hold one a line or row, in the
+    field `text_field`. The batches are the same every time. Raises UserError for a file that is damaged or has no such
+    field.
     """
-    read_text: _Reader = partial(_read_text, divide_long=divide_long)
-    read: dict[str, _Reader] = {".txt": read_text, ".md": read_text, ".parquet": _read_parquet, ".arrow": _read_arrow}
+    kind, read = path.suffix.lower(), {".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
         with open(path, "rb") as file:
             head = file.read(1_025)  # pointers are shorter
@@ -106,11 +100,13 @@ def read_batches(
             raise UserError(f"Cannot read {path}: it is a Git LFS pointer. Run git lfs pull to fetch the file.")
         if _ANNEX_POINTER.fullmatch(head):
             raise UserError(f"Cannot read {path}: it is a git-annex pointer. Run git annex get to fetch the file.")
-        yield from islice(read.get(path.suffix.lower(), _read_lines)(path, text_field), skip, None)
+        is_text = kind in (".txt", ".md")
+        batches = _read_text(path, divide_long) if is_text else read.get(kind, _read_lines)(path, text_field)
+        yield from islice(batches, skip, None)
     except UserError:
         raise
     except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:  # pyarrow's are among them
-        if path.suffix.lower() == ".zst" and "too much memory" in str(error):  # its window exceeds pyarrow's 128 MiB
+        if kind == ".zst" and "too much memory" in str(error):  # its window exceeds pyarrow's 128 MiB
             new = shlex.quote(f"{path.with_suffix('').with_suffix('')}-small-window.jsonl.zst")
             raise UserError(
                 f"Cannot read {path}: its zstd window is larger than 128 MiB. Compress it again and give that file: "
@@ -138,7 +134,7 @@ def check_column(schema: Any, text_field: str, where: Path | str) -> None:
         )
 
 
-def parts_of(text: str) -> Iterator[str]:
+def _parts(text: str) -> Iterator[str]:
     """Divide a text of more than LONG_TEXT characters at ends of paragraphs, or of lines where it has none.
 
     Each part has about PART_OF_LONG_TEXT characters; together they are the text, without the empty lines between them.
@@ -154,7 +150,7 @@ def parts_of(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _read_text(path: Path, text_field: str, divide_long: bool) -> Iterator[tuple[Texts, float]]:
+def _read_text(path: Path, divide_long: bool) -> Batches:
     """Read a file as a text, decoded from UTF-8, or from UTF-16 or UTF-32 with a mark; its line ends become "\\n"."""
     data = path.read_bytes()
     encoding = _encoding_of(data, path)
@@ -173,14 +169,9 @@ def _read_text(path: Path, text_field: str, divide_long: bool) -> Iterator[tuple
             "Convert it from its encoding: iconv -f LATIN1 -t UTF-8 FILE > NEW (iconv -l lists encodings)."
         )
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not divide_long or len(text) <= LONG_TEXT:
-        yield Texts([text], path), 1.0
-        return
-    parts, begin = list(parts_of(text)), 0
-    while begin < len(parts):
-        batch = parts[begin : begin + max(1, BATCH_BYTES // PART_OF_LONG_TEXT)]
-        begin += len(batch)
-        yield Texts(batch, path), begin / len(parts)
+    parts, size = list(_parts(text)) if divide_long else [text], BATCH_BYTES // PART_OF_LONG_TEXT
+    for begin in range(0, len(parts), size):
+        yield Texts(parts[begin : begin + size], path), min(1.0, (begin + size) / len(parts))
 
 
 def _encoding_of(head: bytes, path: Path) -> str:
@@ -196,9 +187,14 @@ def _encoding_of(head: bytes, path: Path) -> str:
     return "utf-8-sig"
 
 
-def _read_lines(path: Path, text_field: str) -> Iterator[tuple[Lines, float]]:
-    size = path.stat().st_size
-    with open(path, "rb") as file, _decompressed(file, path) as stream:
+def _read_lines(path: Path, text_field: str) -> Batches:
+    size, kind = path.stat().st_size, path.suffix.lower()
+    with open(path, "rb") as file:
+        stream: Any = gzip.GzipFile(fileobj=file) if kind == ".gz" else file
+        if kind == ".zst":
+            import pyarrow as pa
+
+            stream = pa.input_stream(file, compression="zstd")
         line_number, chunks = 1, list[bytes]()
         while chunk := stream.read(BATCH_BYTES):
             if line_number == 1 and not chunks:
@@ -214,16 +210,6 @@ def _read_lines(path: Path, text_field: str) -> Iterator[tuple[Lines, float]]:
             chunks.append(tail)
         if any(chunks):
             yield Lines(path, line_number, b"".join(chunks), text_field), 1.0
-
-
-def _decompressed(file: IO[bytes], path: Path) -> AbstractContextManager[Any]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(file)
-    if path.suffix.lower() == ".zst":
-        import pyarrow as pa
-
-        return pa.input_stream(file, compression="zstd")
-    return nullcontext(file)
 
 
 def _text_of(line: str, where: str, text_field: str) -> str:
@@ -242,7 +228,7 @@ def _text_of(line: str, where: str, text_field: str) -> str:
     return text
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
+def _read_parquet(path: Path, text_field: str) -> Batches:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
@@ -256,7 +242,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[Column, float]]
                 yield Column(batch.column(0), path), rows_read / file.metadata.num_rows
 
 
-def _read_arrow(path: Path, text_field: str) -> Iterator[tuple[Column, float]]:
+def _read_arrow(path: Path, text_field: str) -> Batches:
     """Read both forms of Arrow's IPC format: a file, and a stream as the package datasets writes it."""
     import pyarrow as pa
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +37,7 @@ from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers, validate_repo_id
 
-from src.data_processing.file_formats import Column, Documents, check_column, read_batches
+from src.data_processing.file_formats import Batches, Column, check_column, read_batches
 from src.data_processing.text_sources import Request, Source
 from src.utils.errors import StorageError, UserError, hub_errors, hub_failure, hub_reason, say
 from src.utils.files import fingerprint, free_bytes, open_regular, size_text, storage_errors, sync
@@ -64,6 +64,10 @@ class HubFile:
     sha256: str | None
     """None for a small file that the hub keeps in git."""
 
+    @property
+    def local_name(self) -> str:
+        return self.path.replace("/", "--")
+
     def __post_init__(self) -> None:
         """Raise ValueError or TypeError for values that must not reach a path, an address or a comparison."""
         validate_repo_id(self.repository)
@@ -71,7 +75,7 @@ class HubFile:
         if not (
             re.fullmatch("[0-9a-f]{40}", self.revision)
             and (self.path.endswith(".parquet") and self.path.isprintable() and not elsewhere)
-            and len(_local_name(self).encode()) < 240  # .partial is appended to it
+            and len(self.local_name.encode()) < 240  # .partial is appended to it
             and (type(self.bytes) is int and 0 <= self.bytes < 1 << 50)
             and (self.sha256 is None or re.fullmatch("[0-9a-f]{64}", self.sha256))
         ):
@@ -84,10 +88,13 @@ def open_hub(name: str, request: Request, pinned: Sequence[dict[str, Any]], down
     `pinned`: the details that an earlier preparation recorded. They keep its revision and files, and need no network.
     Raises UserError if the hub is out of reach or has no such dataset.
     """
+    if name == "fineweb-edu":
+        request = replace(request, dataset="HuggingFaceFW/fineweb-edu", config="sample-10BT", split="train")
+        request = replace(request, text_field="text")
     try:
         details = pinned[0] if pinned else _details(name, request)
         files = [HubFile(details["repository"], details["revision"], **file) for file in details["hub_files"]]
-        if len(set(map(_local_name, files))) < len(files):
+        if len({file.local_name for file in files}) < len(files):
             raise ValueError("two of its files would have one name here")
     except UserError:
         raise
@@ -110,18 +117,15 @@ class _WholeFiles(Source):
         super().__init__(details, [file.bytes for file in files])
         self._files, self._text_field, self._folder = files, text_field, downloads / details["revision"]
 
-    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+    def batches(self, unit: int, skip: int) -> Batches:
         with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if unit > 1:  # a resumed preparation may need the last unit once more, but rarely an earlier one
-                self._path(unit - 2).unlink(missing_ok=True)
-        file, path = self._files[unit], self._path(unit)
+                (self._folder / self._files[unit - 2].local_name).unlink(missing_ok=True)
+        file, path = self._files[unit], self._folder / self._files[unit].local_name
         if not path.is_file() or path.stat().st_size != file.bytes:
             _retry(file.path, file.repository, lambda: _download(file, path))
         return read_batches(path, self._text_field, skip)
-
-    def _path(self, unit: int) -> Path:
-        return self._folder / _local_name(self._files[unit])
 
 
 class _RandomPart(Source):
@@ -131,7 +135,7 @@ class _RandomPart(Source):
         super().__init__(details | {"order": "row groups"}, [sum(file.bytes for file in files)])
         self._files, self._text_field, self._seed = files, text_field, seed
 
-    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+    def batches(self, unit: int, skip: int) -> Batches:
         with ThreadPoolExecutor(8) as threads:
             footers = list(threads.map(self._footer, self._files))
         ends = np.cumsum([footer.num_row_groups for footer in footers])
@@ -154,10 +158,6 @@ class _RandomPart(Source):
             return column.cast(pa.large_binary()).combine_chunks()
 
         return _retry(f"row group {group} of {file.path}", file.repository, read)
-
-
-def _local_name(file: HubFile) -> str:
-    return file.path.replace("/", "--")
 
 
 class _RemoteFile(io.RawIOBase):
@@ -203,7 +203,7 @@ def choose_files(
 ) -> list[str]:
     """Return those of `paths` that hold `split` of `config`, sorted. `card`: the YAML of the dataset's card.
 
-    Raises UserError that lists what exists. Raises KeyError, TypeError or AttributeError for a damaged card.
+    Raises UserError that lists what exists, and KeyError, TypeError or AttributeError for a damaged card.
     """
     entries = {str(entry["config_name"]): entry for entry in card.get("configs") or []}
     if entries and config is None:
@@ -218,8 +218,8 @@ def choose_files(
     else:
         names = [f"{folder}{split}{end}.parquet" for folder in ("", "data/") for end in ("", "-*", "/*")]
     patterns = [posixpath.normpath(f"{entry.get('data_dir') or '.'}/{name}") for name in names]
-    parquet = sorted({path for path in paths if path.endswith(".parquet")})
-    chosen = [path for path in parquet if any(_matches(path, pattern) for pattern in patterns)]
+    parquet = {path for path in paths if path.endswith(".parquet")}
+    chosen = sorted(path for path in parquet if any(_matches(path, pattern) for pattern in patterns))
     if not chosen:
         raise UserError(
             f"Cannot choose files of {repository}: no parquet file belongs to split {split!r} of config {config!r}; it "
@@ -326,22 +326,18 @@ def _retry(name: str, repository: str, attempt: Callable[[], T], attempts: int =
         except (UserError, StorageError):
             raise
         except hub_errors() as error:
-            if number == attempts or _is_refusal(error):
+            answer = error.response if isinstance(error, HfHubHTTPError) else None
+            # After a redirect the storage refused, not the hub, which signs a new address for each attempt.
+            is_refusal = answer and not answer.history and answer.status_code in (400, 401, 403, 404, 410, 451)
+            is_hopeless = isinstance(error, OfflineModeIsEnabled | httpx2.UnsupportedProtocol | httpx2.InvalidURL)
+            if number == attempts or is_refusal or is_hopeless:
                 page = f"{constants.ENDPOINT}/datasets/{repository}"
                 remedy = f"Check {page}, accept its conditions if it has any, set HF_TOKEN, and rerun to resume"
                 raise hub_failure(f"get {name} of {repository} from", error, remedy) from error
             delay_s = BASE_DELAY_S * 2 ** (number - 1) * random.uniform(0.75, 1.25)
-            limits = parse_ratelimit_headers(error.response.headers) if isinstance(error, HfHubHTTPError) else None
+            limits = parse_ratelimit_headers(answer.headers) if answer else None
             if limits and not limits.remaining:
                 delay_s = max(delay_s, min(300, limits.reset_in_seconds))  # 300 s: the hub's longest window
             number += 1
             say(f"Attempt {number} of {attempts} for {name} in {delay_s:.0f} s: {hub_reason(error)}")
             time.sleep(delay_s)
-
-
-def _is_refusal(error: Exception) -> bool:
-    """True if another attempt would end in the same way."""
-    if isinstance(error, HfHubHTTPError):
-        # After a redirect the storage refused, not the hub, which signs a new address for each attempt.
-        return not error.response.history and error.response.status_code in (400, 401, 403, 404, 410, 451)
-    return isinstance(error, OfflineModeIsEnabled | httpx2.UnsupportedProtocol | httpx2.InvalidURL)

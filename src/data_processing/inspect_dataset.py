@@ -33,18 +33,14 @@ _SAMPLE_LINES, _SKIPPED_LINES = 6, 4  # of each document
 _WINDOWS_SHOWN = 4  # of each skipped step
 
 
-Inspection = tuple[str, dict[str, Any]]
-"""A page for people, and figures for programs, to be written as JSON."""
-
-
-def inspect(folder: Path) -> Inspection:
-    """Describe the dataset in `folder`. The page names a damaged shard.
-
-    Raises UserError if there is no dataset, or its manifest is damaged.
-    """
+def inspect(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return a page on the dataset in `folder`, which names a damaged shard, and figures for JSON. Raises UserError."""
     manifest = read_manifest(folder)
     documents, tokens, text_bytes = _totals(manifest.shards)
-    parts = [_identity(folder, manifest), _sources(manifest), _splits(manifest), _histogram(manifest)]
+    tokenizer = f"{manifest.tokenizer}, {manifest.n_vocab:,} ids, the end-of-text token is {manifest.end_of_text}"
+    rows = {"dataset": folder, "manifest": f"sha256 {manifest.sha256}", "tokenizer": tokenizer, "seed": manifest.seed}
+    identity = _table([[name, str(value)] for name, value in rows.items()], "<<")
+    parts = [identity, _sources(manifest), _splits(manifest), _histogram(manifest)]
     figures = {
         "dataset": str(folder),
         "documents": documents,
@@ -58,11 +54,10 @@ def inspect(folder: Path) -> Inspection:
     return "\n\n".join([*parts, *_samples(folder, manifest)]), figures
 
 
-def inspect_skipped(folder: Path, run_dir: Path) -> Inspection:
-    """Show the beginnings of the documents in up to four windows of each step that a run skipped.
+def inspect_skipped(folder: Path, run_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Return the beginnings of the documents in up to four windows of each step that a run skipped, and figures.
 
-    `folder` is the dataset that it trained on. Raises UserError if there is no such run or dataset, if the run used
-    another, or if what it recorded makes no sense.
+    `folder` is the dataset that it trained on. Raises UserError for another one, and for records that make no sense.
     """
     manifest, log = read_manifest(folder), RunLogger(run_dir, is_main=False)
     events = [r for r in log.records() if (r["kind"], r.get("name")) == ("event", "skipped step")]
@@ -80,9 +75,9 @@ def inspect_skipped(folder: Path, run_dir: Path) -> Inspection:
             for index, window in places[:_WINDOWS_SHOWN]:
                 shard = manifest.shards[index]
                 page.append(excerpt(folder, manifest, shard, window * n_ctx, n_ctx + 1, _SKIPPED_LINES))
+    except UserError:
+        raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"Cannot read what {run_dir} skipped: its config.json or metrics.jsonl is missing or damaged "
             f"({cause_of(error)}). Give the folder of a run, or the name of one in temp_data/runs."
@@ -94,8 +89,7 @@ def inspect_skipped(folder: Path, run_dir: Path) -> Inspection:
 def excerpt(folder: Path, manifest: Manifest, shard: Shard, first: int, n_tokens: int, document_lines: int) -> str:
     """Return a heading, and the text of `n_tokens` tokens from token `first` on, in lines behind a margin.
 
-    Each end-of-text token is a line without margin. Lines fit the terminal, or 100 columns; a document has up to
-    `document_lines`. A cut character is U+FFFD. Ids of another tokenizer are numbers. Says so if the shard is damaged.
+    Each end-of-text token is a line without margin. A document has up to `document_lines`.
     """
     page = [harmless(f"{shard.file}, from token {first:,}")]
     try:
@@ -112,12 +106,6 @@ def excerpt(folder: Path, manifest: Manifest, shard: Shard, first: int, n_tokens
 def _totals(shards: Sequence[Shard]) -> tuple[int, int, int]:
     """Documents, tokens and text bytes."""
     return sum(s.documents for s in shards), sum(s.tokens for s in shards), sum(s.text_bytes for s in shards)
-
-
-def _identity(folder: Path, manifest: Manifest) -> str:
-    tokenizer = f"{manifest.tokenizer}, {manifest.n_vocab:,} ids, the end-of-text token is {manifest.end_of_text}"
-    rows = {"dataset": folder, "manifest": f"sha256 {manifest.sha256}", "tokenizer": tokenizer, "seed": manifest.seed}
-    return _table([[name, str(value)] for name, value in rows.items()], "<<")
 
 
 def _sources(manifest: Manifest) -> str:

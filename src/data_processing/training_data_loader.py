@@ -91,7 +91,9 @@ class SampleOrder:
 
         # An epoch walks through one group after the other, so only the current orders are cached.
         self._group_order = lru_cache(maxsize=2)(self._make_group_order)
-        self._window_order = lru_cache(maxsize=2)(self._make_window_order)
+        self._window_order = lru_cache(maxsize=2)(
+            lambda epoch, group: permutation(self.groups[group][2], seed, epoch, 1 + group)
+        )
 
     def __getitem__(self, number: int) -> tuple[int, int]:
         """Group of sequence `number`, counted over all epochs, and the window inside it."""
@@ -106,9 +108,6 @@ class SampleOrder:
         groups = permutation(len(self.groups), self.seed, epoch, 0)
         sizes = np.array([windows for _, _, windows in self.groups])[groups]
         return groups, np.cumsum(sizes) - sizes
-
-    def _make_window_order(self, epoch: int, group: int) -> np.ndarray:
-        return permutation(self.groups[group][2], self.seed, epoch, 1 + group)
 
 
 class TrainingDataLoader:
@@ -167,7 +166,6 @@ class TrainingDataLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the thread. The loader yields nothing after that."""
         self._thread.shutdown(cancel_futures=True)
 
     def _prefetch(self) -> None:

@@ -76,25 +76,23 @@ class PeerError(RuntimeError):
 def exit_with(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits with its code. An error that has an `exit_code` is printed without a traceback."""
     patient_streams()
-    code = EXIT_FAILED
     try:
         code = main() or EXIT_DONE
     except SystemExit as exit:  # from a command-line parser
-        _leave_exit_code(exit.code if isinstance(exit.code, int) else EXIT_FAILED)
-        raise
+        code = exit.code if isinstance(exit.code, int) else EXIT_FAILED
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
         say("interrupted")
-    except PeerError as error:
-        code = error.exit_code
     except Exception as error:
         code = getattr(error, "exit_code", EXIT_FAILED)
-        if hasattr(error, "exit_code"):
+        if not hasattr(error, "exit_code"):
+            traceback.print_exc()
+        elif not isinstance(error, PeerError):
             rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
             say(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}")
-        else:
-            traceback.print_exc()
-    _leave_exit_code(code)
+    if path := os.environ.get("EXIT_CODE_FILE"):  # for the launcher: torchrun answers 1 whatever its processes said
+        with suppress(OSError), open(path, "a", encoding="ascii") as file:  # the disk may be full
+            file.write(f"{code}\n")
     sys.stdout.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # gloo's threads take Python's lock once more, and abort a process that is shutting down (LOG.md).
@@ -138,10 +136,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """Return the errors that the Hugging Face hub's client raises, for an `except` clause.
-
-    They mean that the hub is out of reach, refuses, or sends something unexpected, or that a proxy needs a package.
-    """
+    """Return the errors of the Hugging Face hub's client: no answer, a refusal, nonsense, a proxy without a package."""
     import httpx2  # takes a third of a second, and most commands don't use the hub
 
     return httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError, ImportError
@@ -198,13 +193,6 @@ def hub_reason(error: Exception) -> str:
     return text.splitlines()[0][:200].rstrip(".")
 
 
-def _leave_exit_code(code: int) -> None:
-    """Appends the code to EXIT_CODE_FILE for the launcher, since torchrun answers 1 whatever its processes said."""
-    if path := os.environ.get("EXIT_CODE_FILE"):
-        with suppress(OSError), open(path, "a", encoding="ascii") as file:  # the disk may be full
-            file.write(f"{code}\n")
-
-
 def recorded_exit_code() -> int | None:
     """The exit code of a run by the codes in EXIT_CODE_FILE; None where no process left one.
 
@@ -219,10 +207,7 @@ def recorded_exit_code() -> int | None:
 
 
 def harmless(text: str, keep: str = "") -> str:
-    """`text` with everything escaped that a terminal would act on, such as ESC, newlines or changes of direction.
-
-    `keep`: characters to leave.
-    """
+    """`text` with all escaped but `keep` that a terminal would act on: ESC, newlines, changes of direction."""
     return "".join(
         char
         if char in keep or char.isprintable() or unicodedata.category(char) == "Zs"

@@ -103,18 +103,18 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> IO[bytes]:
     return os.fdopen(descriptor, "rb+" if flags & os.O_RDWR else "rb", buffering=0)
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file, as of `parse_json`. Raises UserError, or OSError where it cannot be read."""
     with open_regular(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     try:
-        return parse_json(text, kind)
+        return parse_json(text)
     except ValueError as error:
         raise UserError(f"Cannot read {path}: {error}. Restore the file.") from error
 
 
-def parse_json(text: bytes, kind: type = dict) -> Any:
-    """The content of JSON whose top level is a `kind`. Raises ValueError.
+def parse_json(text: bytes) -> dict[str, Any]:
+    """The content of a JSON object. Raises ValueError.
 
     Also refuses what Python's parser accepts and later code stumbles over: NaN, numbers that no float can hold, lone
     surrogates, great depth, and a key given twice, of which one value would be lost.
@@ -126,8 +126,8 @@ def parse_json(text: bytes, kind: type = dict) -> Any:
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"expected a JSON {kind.__name__} at its top level")
+    if not isinstance(content, dict):
+        raise ValueError("expected a JSON object")
     return content
 
 
@@ -199,6 +199,15 @@ def fingerprint(path: Path, from_disk: bool = False) -> dict[str, int | str]:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def identity(path: Path) -> dict[str, int]:
+    """Size, times and inode of a file: another content has others. Empty for a file that is gone."""
+    with suppress(OSError):
+        file = os.stat(path)
+        times = {"mtime_ns": file.st_mtime_ns, "ctime_ns": file.st_ctime_ns}
+        return {"size": file.st_size, **times, "inode": file.st_ino}
+    return {}
 
 
 def lies_in(folder: Path, name: str) -> bool:

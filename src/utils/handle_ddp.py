@@ -136,9 +136,8 @@ class Processes:
         failures = self.gather(failure)
         if error is not None and failure not in failures[: self.rank]:  # the same message is printed once
             raise error
-        for peer_failure in failures:
-            if peer_failure is not None:
-                raise PeerError(*peer_failure)
+        for peer_failure in filter(None, failures):
+            raise PeerError(*peer_failure)
         return cast(T, result)
 
     def together_for_long(self, action: Callable[[], T]) -> T:

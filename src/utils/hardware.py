@@ -127,13 +127,15 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """The machine as plain data, for config.json and benchmarks."""
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": platform.processor() or platform.machine(),
         "cores": available_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gb": round(_memory_bytes() / 1e9, 1),
         "threads": torch.get_num_threads(),
         "device": str(device),
     }
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        machine["cpu"] = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         machine |= {"gpu": gpu.name, "gpu_memory_gb": round(gpu.total_memory / 1e9, 1), "cuda": torch.version.cuda}
@@ -142,9 +144,3 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _cpu_name() -> str:
-    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()

@@ -9,8 +9,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,8 @@ class RunLogger:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Replaces a whole file of the run directory at once."""
         if self.is_main:
-            try:
+            with self._one_warning():
                 self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            except OSError as error:
-                self._warn(error)
 
     def write_status(self, state: str, step: int, total_steps: int, exit_code: int | None, message: str) -> None:
         """status.json: the state of the run for scripts, with a message for people."""
@@ -107,12 +105,11 @@ class RunLogger:
             if os.path.lexists(path):
                 with open_regular(path, os.O_RDONLY | os.O_NOFOLLOW) as file:
                     content = file.read()
-            for line in content.splitlines():
-                with suppress(ValueError, RecursionError):  # a line cut off by a kill
-                    record = json.loads(line.decode("utf-8", "replace"))
-                    named = isinstance(record, dict) and isinstance(record.get("kind"), str)
-                    if named and isinstance(record.get("step"), int):
-                        records.append(record)
+        for line in content.splitlines():
+            with suppress(ValueError, RecursionError, TypeError, KeyError):  # a line cut off by a kill
+                record = json.loads(line.decode("utf-8", "replace"))
+                if isinstance(record["kind"], str) and isinstance(record["step"], int):
+                    records.append(record)
         return records
 
     def recorded(self) -> set[tuple[str, int]]:
@@ -122,33 +119,24 @@ class RunLogger:
     def forget_after(self, step: int) -> None:
         """Drops the records of later steps, the training line of a stop, and a half-written last line.
 
-        So a resumed run repeats none and has the lines of one that never stopped.
-
-        Raises StorageError where the file cannot be rewritten.
+        So a resumed run has the lines of one that never stopped. Raises StorageError if the file cannot be rewritten.
         """
         path = self.run_dir / "metrics.jsonl"
-        records = self.records()
-
-        def keep(record: dict[str, Any]) -> bool:
-            return record["step"] <= step and not record.get("stopped")
-
+        kept = [record for record in self.records() if record["step"] <= step and not record.get("stopped")]
         with storage_errors(path):
             if self.is_main and path.exists():
-                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if keep(record)]
-                self._replace("metrics.jsonl", "".join(lines))
+                self._replace(path.name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
     def before_save(self) -> None:
         """Makes metrics.jsonl survive a power cut, as the checkpoint that follows it will. Raises as `check_place`."""
         self.check_place()
         if self.is_main and (self.run_dir / "metrics.jsonl").exists():
-            try:
+            with self._one_warning():
                 sync(self.run_dir / "metrics.jsonl")
-            except OSError as error:
-                self._warn(error)
 
     def start_bar(self, step: int, total_steps: int) -> None:
         """A progress bar, on a terminal only."""
-        if self.is_main and sys.stderr and sys.stderr.isatty():
+        if self.is_main and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance_bar(self, **shown: str) -> None:
@@ -159,7 +147,6 @@ class RunLogger:
     def close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
-            self._bar = None
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
@@ -190,21 +177,23 @@ class RunLogger:
     def _append(self, name: str, line: str) -> None:
         if self._is_lost():
             return
-        try:
-            # A link could lead to a file of the user's.
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            with open_regular(self.run_dir / name, flags) as file:
-                end, rest = file.seek(0, os.SEEK_END), memoryview((line + "\n").encode("utf-8", errors="replace"))
-                try:
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except OSError:
-                    file.truncate(end)  # half a line would spoil the next one, once there is room
-                    raise
-        except OSError as error:
-            self._warn(error)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link could lead to a file of the user's
+        with self._one_warning(), open_regular(self.run_dir / name, flags) as file:
+            end, rest = file.seek(0, os.SEEK_END), memoryview((line + "\n").encode("utf-8", errors="replace"))
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(end)  # half a line would spoil the next one, once there is room
+                raise
 
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
+    @contextmanager
+    def _one_warning(self) -> Iterator[None]:
+        """Turns the first OSError in such a block into a warning, and drops the others."""
+        try:
+            yield
+        except OSError as error:
+            if self._warned:
+                return
             self._warned = True
             say(f"warning: Cannot write the log in {self.run_dir}: {error.__cause__ or error}. Training continues.")

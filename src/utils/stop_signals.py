@@ -98,14 +98,8 @@ def follow_launcher() -> None:
     LAUNCHER_PID: the process id of the parent. torchrun alone does not set it; then the present parent counts.
     """
     launcher = os.environ.get("LAUNCHER_PID", "")
-    if launcher.isdecimal() or "TORCHELASTIC_RUN_ID" in os.environ:
-        follow_parent(int(launcher) if launcher.isdecimal() else os.getppid())
-
-
-def follow_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """On Linux: signal `number` comes to this process once process `parent`, which started it, dies."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+    if sys.platform == "linux" and (launcher.isdecimal() or "TORCHELASTIC_RUN_ID" in os.environ):
+        parent, pr_set_pdeathsig = int(launcher) if launcher.isdecimal() else os.getppid(), 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
         if os.getppid() != parent:  # it died before the call
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -62,8 +62,7 @@ def main() -> int:
             return EXIT_FAILED
         except ChildFailedError as error:
             ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            code = recorded_exit_code()
-            return exit_code(ends, code if code in FINAL_CODES else 0)
+            return exit_code(ends, recorded_exit_code())
         except DistError as error:
             reason = str(error).splitlines()[0]
             say(f"Cannot reach all machines: {reason}. Start the same command on all of them again.")
@@ -71,12 +70,12 @@ def main() -> int:
     return EXIT_DONE
 
 
-def exit_code(ends: Mapping[int, int], recorded: int) -> int:
+def exit_code(ends: Mapping[int, int], recorded: int | None) -> int:
     """Returns the exit code of a run whose ranks ended with these codes, and prints the ends if none is final.
 
-    `recorded` is the final code that a process left in EXIT_CODE_FILE, else 0. The disk may have been too full for it.
+    `recorded`: as of `recorded_exit_code`. The disk may have been too full for it.
     """
-    final = recorded or next((end for end in ends.values() if end in FINAL_CODES), 0)
+    final = next((code for code in (recorded, *ends.values()) if code in FINAL_CODES), None)
     crashed = any(end < 0 and -end not in STOP_SIGNALS for end in ends.values())
     if final and not (final == EXIT_STOPPED and crashed):  # torchrun stops the others after a crash
         return final

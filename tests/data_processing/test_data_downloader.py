@@ -10,8 +10,8 @@ import pytest
 
 from src import launcher_settings
 from src.data_processing import data_downloader, text_sources
-from src.data_processing.data_downloader import prepare, repair, verify
-from src.data_processing.shards import check_shard, read_manifest
+from src.data_processing.data_downloader import prepare, repair
+from src.data_processing.shards import check_shard, ensure_verified, read_manifest
 from src.utils import root
 from src.utils.errors import StorageError, UserError, exit_with
 from tests.conftest import Commands
@@ -167,7 +167,7 @@ def test_verify_names_every_fault(tmp_path: Path, commands: Commands) -> None:
     assert damaged.stdout == ""
     check_shard(folder, manifest.shards[0], manifest.n_vocab, full=True)
     with pytest.raises(UserError, match="2 of"):
-        verify(folder)
+        ensure_verified(folder, manifest, trust_stamp=False)
 
 
 def test_a_damaged_dataset_is_not_called_prepared(tmp_path: Path) -> None:
@@ -183,10 +183,13 @@ def test_a_damaged_dataset_is_not_called_prepared(tmp_path: Path) -> None:
 
 
 def test_a_trial_has_a_separate_folder(tmp_path: Path, commands: Commands) -> None:
-    done = commands.module(MODULE, "--source", "pydocs", "--max-tokens", "50_000")
+    done = commands.module(MODULE, "--source", "pydocs", "--max-tokens", "50_000", "--max-documents", "60")
     assert done.returncode == 0, done.stderr
-    manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-50000-tokens")
+    manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-50000-tokens-max-60-documents")
+    assert manifest.sources[0]["name"] == "pydocs"
+    assert manifest.counts["documents"] <= 60
     assert 40_000 < manifest.counts["tokens"] <= 50_000
+    assert manifest.shards[0].file == f"pydocs_i_000000_t_{manifest.shards[0].tokens}.npy"
     assert json.loads(done.stdout)["tokens"] == manifest.counts["tokens"]
 
 
@@ -218,7 +221,7 @@ def test_only_the_damaged_shards_are_written_again(tmp_path: Path, limits: dict)
     second.unlink()
     os.truncate(third, 17)
     with pytest.raises(UserError, match=r"4 of \d+ shards are not as prepared"):
-        verify(folder)
+        ensure_verified(folder, manifest, trust_stamp=False)
     assert repair(folder, 1) == repair(folder, 1) == manifest
     assert contents(folder) == before
     changed = {name for name in before if (folder / name).stat().st_mtime_ns != times[name]}
@@ -306,12 +309,3 @@ def test_the_command(tmp_path: Path, commands: Commands) -> None:
     assert f"repaired 1 of 2 shards in {folder}" in done.stderr
     assert commands.module(MODULE, "--verify", "--out", "mine").returncode == 0
     assert commands.module(MODULE, "--repair", "--verify", "--out", "mine").returncode == 2
-
-
-def test_pydocs_command(tmp_path: Path, commands: Commands) -> None:
-    done = commands.module(MODULE, "--source", "pydocs", "--max-documents", "60")
-    assert done.returncode == 0, done.stderr
-    manifest = read_manifest(tmp_path / "datasets" / "pydocs-max-60-documents")
-    assert manifest.sources[0]["name"] == "pydocs"
-    assert manifest.counts["documents"] == 60
-    assert manifest.shards[0].file == f"pydocs_i_000000_t_{manifest.shards[0].tokens}.npy"

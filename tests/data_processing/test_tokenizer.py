@@ -214,8 +214,8 @@ def test_loading_needs_no_network_and_leaves_no_cache(tmp_path: Path) -> None:
 def test_other_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     read = module._read_ranks
 
-    def swapped(folder: Path) -> dict[bytes, int]:
-        ranks = read(folder)
+    def swapped(encoder: Path) -> dict[bytes, int]:
+        ranks = read(encoder)
         ranks[b" the"], ranks[b" of"] = ranks[b" of"], ranks[b" the"]
         return ranks
 

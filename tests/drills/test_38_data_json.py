@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from src.data_processing.document_shuffle import START, Journal
+from src.data_processing.document_shuffle import PLAN_VERSION, START, Journal
 from tests.conftest import Commands
 from tests.data_processing.documents import MODULE, contents, request, some_texts, write_json_lines
 
@@ -103,7 +103,7 @@ def test_journals_start_over(tmp_path: Path, commands: Commands, prepared: Path,
     source = json.loads((prepared / "datasets" / "x" / "manifest.json").read_text())["sources"][0]
     details = {name: source[name] for name in ("name", "path", "files")}
     asked = request(prepared / "a.jsonl", tokens_per_shard=100_000_000, seed=42).stored()
-    (work / "plan.json").write_text(json.dumps({"version": 3, "request": asked, "sources": [details]}))
+    (work / "plan.json").write_text(json.dumps({"version": PLAN_VERSION, "request": asked, "sources": [details]}))
     Journal(work, START, is_kept=True).write()
     content = json.loads((work / "journal.json").read_text())
     (work / "journal.json").write_text(change if isinstance(change, str) else json.dumps(content | change))

@@ -101,6 +101,7 @@ def test_what_is_not_a_file_is_refused_by_name(tmp_path: Path, kind: str):
     [
         b"",
         b"null",
+        b"[1]",
         b"{",
         b'{"a": NaN}',
         b'{"a": 1e999}',
@@ -124,8 +125,6 @@ def test_sound_json_is_read(tmp_path: Path):
     content = {"text": "naïve \U0001f600", "state": 2**128 - 1, "rate": -1.5e-300, "none": None, "list": [True]}
     path.write_text(json.dumps(content))
     assert read_json(path) == content
-    path.write_text("[1]")
-    assert read_json(path, list) == [1]
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "missing.json")
 
