@@ -62,7 +62,7 @@ FAITHFUL = (
 )
 FAST = (
     "--model.residual-dropout 0 --model.ffn-dropout 0 --model.no-bias --model.qk-norm --model.zero-init "
-    "--optim.optimizer muon --optim.max-lr 4e-3 --optim.embedding-lr 3e-3 --optim.schedule linear "
+    "--optim.optimizer muon --optim.max-lr 4e-3 --optim.embedding-lr 1e-2 --optim.schedule linear "
     "--optim.decay-ratio 0.85 --optim.min-lr-ratio 0 --optim.warmup-ratio 0.05"
 )
 
@@ -94,8 +94,8 @@ LADDER = {
     "fast-no-zero-init": "--model.no-zero-init",
     "fast-cosine": "--optim.schedule cosine --optim.decay-ratio 1 --optim.min-lr-ratio 0.1",
     "fast-one-rate": "--optim.embedding-lr None",
+    "fast-embedding-3e-3": "--optim.embedding-lr 3e-3",
     "fast-embedding-6e-3": "--optim.embedding-lr 6e-3",
-    "fast-embedding-1e-2": "--optim.embedding-lr 1e-2",
     "fast-embedding-2e-2": "--optim.embedding-lr 2e-2",
     "fast-adamw": "--optim.optimizer adamw",
 }
