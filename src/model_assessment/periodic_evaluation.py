@@ -3,7 +3,7 @@
 A new evaluation is a method that returns records, and its row in `Assessment.evaluations`.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +17,7 @@ from src.model import LLM
 from src.model_assessment import hellaswag, sampling, validation
 from src.params import Config
 from src.utils.errors import StoppedError, UserError
+from src.utils.handle_ddp import Processes
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ class Assessment:
         model: LLM,
         batch_size: int,
         autocast: AbstractContextManager[Any],
-        rank: int,
-        world_size: int,
-        sum_over_ranks: Callable[[Sequence[float]], Sequence[float]],
+        procs: Processes,
         stop: Callable[[], bool],
     ) -> list[Record]:
         """The records of one kind. All processes call it together, with the same model, which then is in training mode.
@@ -84,17 +83,17 @@ class Assessment:
 
         def check(*_: object, done: bool = False) -> bool:
             """True once a process calls it with `done`. All call it equally often, or they wait for each other."""
-            stopped, finished = sum_over_ranks([float(stop()), float(done)])
+            stopped, finished = procs.sum([float(stop()), float(done)])
             if stopped and not finished:
                 raise StoppedError("stopped during an evaluation")
             return bool(finished)
 
-        shared = {"rank": rank, "world_size": world_size, "sum_over_ranks": sum_over_ranks, "between_batches": check}
-        _, make_records = self.evaluations()[kind]
+        shared: Shared = {"rank": procs.rank, "world_size": procs.world_size}
+        shared |= {"sum_over_ranks": procs.sum, "between_batches": check}
         model.eval()
         try:
             with autocast:
-                return make_records(model, batch_size, shared)
+                return self.evaluations()[kind][1](model, batch_size, shared)
         finally:
             model.train()
 
@@ -103,8 +102,9 @@ class Assessment:
         if not settings.hellaswag_items:
             return "none", []
         try:
-            data, limit = settings.hellaswag_data, settings.hellaswag_items
-            return hellaswag.choose_items(data, limit, validation_shard, self.tokenizer)
+            return hellaswag.choose_items(
+                settings.hellaswag_data, settings.hellaswag_items, validation_shard, self.tokenizer
+            )
         except UserError as error:
             if settings.hellaswag_data != "held-out":
                 raise
