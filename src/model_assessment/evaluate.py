@@ -162,7 +162,6 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def main() -> int:
-    """The command line."""
     args = _parser().parse_args()
     if not 1 <= args.val_tokens <= MAX_COUNT:
         raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to between 1 and {MAX_COUNT:,}.")
@@ -172,9 +171,7 @@ def main() -> int:
         tokenizer, held_out = load_tokenizer(), manifest.validation[0]
         check_shard(folder, held_out, tokenizer.n_vocab)
         limit = HELD_OUT_ITEMS if args.limit is None and args.hellaswag == "held-out" else args.limit
-        protocol, items = hellaswag.choose_items(
-            args.hellaswag, limit, folder / held_out.file, tokenizer, "--hellaswag"
-        )
+        protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
         ask = partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol)
     results: list[dict[str, Any]] = []
     for checkpoint in args.checkpoint:

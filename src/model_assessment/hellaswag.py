@@ -28,7 +28,7 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.lm_loss import linear_losses
 from src.model import LLM
 from src.model_assessment.held_out_items import held_out_items
-from src.model_assessment.hellaswag_items import OPTION, Item, fetch_items, load_items
+from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
 from src.model_configs.arguments import whole
 from src.model_utils.load_model import load_model
 from src.params import MAX_COUNT
@@ -58,12 +58,12 @@ Question = tuple[list[int], list[list[int]]]
 
 
 def choose_items(
-    data: str, limit: int | None, validation_shard: Path | None, tokenizer: Tokenizer, option: str = OPTION
+    data: str, limit: int | None, validation_shard: Path | None, tokenizer: Tokenizer
 ) -> tuple[str, list[Item]]:
     """The text of the reference's protocol and the first `limit` items of `data`.
 
     "auto" fetches HellaSwag. "held-out" makes a stand-in from the documents of `validation_shard`, always the same one.
-    Anything else is a file. `option`: the one that `data` comes from, for messages. Raises UserError.
+    Anything else is a file. Raises UserError.
     """
     if limit is not None and not 1 <= limit <= MAX_COUNT:
         raise UserError(f"Cannot use {limit} items. Set --limit to between 1 and {MAX_COUNT:,}.")
@@ -71,7 +71,7 @@ def choose_items(
         assert validation_shard is not None, "held-out items need held-out text"
         tokens = np.load(validation_shard, mmap_mode="r", allow_pickle=False)
         return HELD_OUT_PROTOCOL, held_out_items(tokens, tokenizer, limit or len(tokens), seed=0)
-    return HELLASWAG_PROTOCOL, (fetch_items(limit, option) if data == "auto" else load_items(Path(data), limit, option))
+    return HELLASWAG_PROTOCOL, (fetch_items(limit) if data == "auto" else load_items(Path(data), limit))
 
 
 def measure(model: LLM, items: Sequence[Item], tokenizer: Tokenizer, protocol: str) -> dict[str, dict[str, Any]]:
@@ -234,7 +234,6 @@ def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: i
 
 
 def main() -> int:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m src.model_assessment.hellaswag",
         description="Measure a trained model on HellaSwag. Prints, except on a terminal, one JSON object as the last "
@@ -250,7 +249,7 @@ def main() -> int:
     if args.data == "held-out":
         raise UserError("Cannot make held-out items here. Use src.model_assessment.evaluate --hellaswag held-out.")
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
-    protocol, items = choose_items(args.data, args.limit, None, tokenizer, "--data")
+    protocol, items = choose_items(args.data, args.limit, None, tokenizer)
     say(f"{len(items):,} items on {loaded.device}")
     with loaded.autocast():
         results = measure(loaded.model, items, tokenizer, protocol)

@@ -16,7 +16,10 @@ from src.utils.files import open_regular, parse_json
 
 MAX_BYTES = 1_000_000_000  # HellaSwag has 13 MB; a small .gz can hold terabytes
 NEEDED = "Needed: ind (an integer), ctx (text), endings (four texts) and label (0 to 3)"
-OPTION = "--eval.hellaswag-data"  # of training; other commands have other options for the same
+INSTEAD = (
+    "Give a local copy in its original format, FILE.jsonl, or held-out for a stand-in from held-out text. Training "
+    "does without at --eval.hellaswag-items 0"
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Item:
     """The second part of `ctx`, which may be empty."""
 
 
-def load_items(path: Path, limit: int | None = None, option: str = OPTION) -> list[Item]:
-    """The first `limit` items of a .jsonl or .jsonl.gz in HellaSwag's format. `option`: the one that names the file.
+def load_items(path: Path, limit: int | None = None) -> list[Item]:
+    """The first `limit` items of a .jsonl or .jsonl.gz in HellaSwag's format.
 
     Raises UserError with file and line number for a file that is missing, damaged, empty or of another format.
     """
@@ -44,49 +47,43 @@ def load_items(path: Path, limit: int | None = None, option: str = OPTION) -> li
         with open_regular(path) as file:
             text = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
-            raise UserError(f"Cannot read {path}: it has more than {MAX_BYTES:,} bytes. {_instead(option)}.")
+            raise UserError(f"Cannot read {path}: it has more than {MAX_BYTES:,} bytes. {INSTEAD}.")
         lines = [(number, line) for number, line in enumerate(text.split(b"\n"), start=1) if line.strip()][:limit]
     except StorageError as error:  # a FIFO, folder or device
-        raise UserError(f"{error} {_instead(option)}.") from None
+        raise UserError(f"{error} {INSTEAD}.") from None
     except (OSError, EOFError, zlib.error) as error:
         cause = getattr(error, "strerror", None) or error
-        raise UserError(f"Cannot read {path}: {cause}. {_instead(option)}.") from None
+        raise UserError(f"Cannot read {path}: {cause}. {INSTEAD}.") from None
     if not lines:
         raise UserError(f"{path} is empty. {NEEDED}, one JSON object per line.")
     return [_item(line, f"{path}, line {number}") for number, line in lines]
 
 
-def fetch_items(limit: int | None = None, option: str = OPTION) -> list[Item]:
+def fetch_items(limit: int | None = None) -> list[Item]:
     """The first `limit` of the 10,042 items of HellaSwag's validation set, from the Hugging Face hub or its cache.
 
     Raises UserError, within seconds, where the hub cannot be reached.
     """
     import datasets  # used here only, and its import takes a second
 
-    refuse_silent_hub(option)  # `datasets` itself would retry for half a minute
+    refuse_silent_hub()  # `datasets` itself would retry for half a minute
     try:
         records = datasets.load_dataset("Rowan/hellaswag", split="validation")
     except Exception as error:  # of any library below: httpx, pyarrow, the hub's client
-        raise UserError(f"Cannot fetch HellaSwag from {hub.ENDPOINT}: {error}. {_instead(option)}.") from error
+        raise UserError(f"Cannot fetch HellaSwag from {hub.ENDPOINT}: {error}. {INSTEAD}.") from error
     return [
         _item(json.dumps(record).encode(), f"Rowan/hellaswag, record {i}")
         for i, record in enumerate(islice(records, limit))
     ]
 
 
-def refuse_silent_hub(option: str = OPTION) -> None:
+def refuse_silent_hub() -> None:
     """Raises UserError, within seconds, where `fetch_items` would wait for a hub that does not answer."""
     if not hub.HF_HUB_OFFLINE and not hub_answers():
         raise UserError(
-            f"Cannot fetch HellaSwag: {hub.ENDPOINT} does not answer. {connection_advice()}. {_instead(option)}. "
+            f"Cannot fetch HellaSwag: {hub.ENDPOINT} does not answer. {connection_advice()}. {INSTEAD}. "
             "If it was fetched before, HF_HUB_OFFLINE=1 uses the cached copy."
         )
-
-
-def _instead(option: str) -> str:
-    stand_in = "" if option == "--data" else f", or use {option} held-out for a stand-in from held-out text"
-    none = f", or {option.replace('data', 'items')} 0 for none" if option == OPTION else ""
-    return f"Give a local copy in its original format with {option} FILE.jsonl{stand_in}{none}"
 
 
 def cached_items() -> Path | None:
