@@ -14,6 +14,7 @@ from src.model_utils.checkpoint_utils import Checkpoint
 from src.model_utils.load_model import load_weights
 from src.params import Config, from_dict, to_dict
 from src.utils.errors import UserError, cause_of
+from src.utils.files import set_aside
 from src.utils.handle_ddp import Processes
 from src.utils.logger import RunLogger
 
@@ -136,8 +137,9 @@ def resume_point(
     if checkpoint is not None:
         ours = checkpoint.state["precision"] if config.train.precision == "auto" else str(precision)
         check_settings(checkpoint, config, dataset_sha256, ours)
-        for name in checkpoint_utils.set_aside_after(root, checkpoint.step):
-            notes.append(f"kept a checkpoint after step {checkpoint.step} as {name}")
+        for later in (step for step in checkpoint_utils.checkpoint_steps(root) if step > checkpoint.step):
+            moved = set_aside(checkpoint_utils.step_dir(root, later))  # so that the run can save that step
+            notes.append(f"kept a checkpoint after step {checkpoint.step} as {moved.name}")
     for name in checkpoint_utils.remove_leftovers(root):
         notes.append(f"removed {name}, left by an interrupted save")
     return checkpoint, notes

@@ -195,13 +195,6 @@ def test_leftovers_are_removed_and_checkpoints_are_not(root: Path):
     assert sorted(p.name for p in root.iterdir()) == ["step_0000005", "step_0000007.set-aside-1"]
 
 
-def test_later_checkpoints_are_set_aside_not_lost(root: Path):
-    for step in (1, 2, 3):
-        ck.save_checkpoint(root, step, PARTS, {})
-    assert ck.set_aside_after(root, 1) == ["step_0000002.set-aside-1", "step_0000003.set-aside-1"]
-    assert ck.checkpoint_steps(root) == [1]
-
-
 def test_finding_by_run_and_by_step(root: Path):
     for step in (1, 2):
         ck.save_checkpoint(root, step, PARTS, {})
