@@ -16,6 +16,8 @@ from src.utils.errors import UserError, say
 from src.utils.hardware import autocast, choose_device, choose_precision
 from src.utils.root import run_dir
 
+Read = tuple[Config, dict[str, torch.Tensor], Path, int, str]
+"""The config, weights by our names, path, step and the dataset's sha256, as in LoadedModel."""
 WEIGHT_DTYPES = ("auto", "float32", "bf16")
 
 
@@ -108,26 +110,20 @@ def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtyp
     return torch.bfloat16
 
 
-def _read(checkpoint: str | Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
-    """The config, weights by our names, path, step and the dataset's sha256, as in LoadedModel."""
+def _read(checkpoint: str | Path) -> Read:
     path = run_dir(str(checkpoint))
     if not path.exists() and Path(checkpoint).exists():
         path = Path(checkpoint).absolute()
-    is_export = is_model_folder(path) or os.path.lexists(path / EXPORT)
-    return _read_export(path) if is_export else _read_checkpoint(path)
-
-
-def _read_checkpoint(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
-    """The same as `_read`."""
-    checkpoint, rejected = find_checkpoint(path)
+    if is_model_folder(path) or os.path.lexists(path / EXPORT):
+        return _read_export(path)
+    found, rejected = find_checkpoint(path)
     for reason in rejected:
         say(f"warning: passed over a damaged checkpoint: {reason}")
-    config, sha256 = from_dict(checkpoint.state["config"]), checkpoint.state.get("dataset_sha256", "")
-    return config, checkpoint.tensors("model"), checkpoint.path, checkpoint.step, sha256
+    config, sha256 = from_dict(found.state["config"]), found.state.get("dataset_sha256", "")
+    return config, found.tensors("model"), found.path, found.step, sha256
 
 
-def _read_export(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
-    """The same as `_read`."""
+def _read_export(path: Path) -> Read:
     if any(path.glob("*.gguf")):
         raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
     origin = read_origin(path, "config.json", WEIGHTS)

@@ -63,5 +63,5 @@ def test_other_folders_are_not_exports(tiny_run: Path, tmp_path: Path):
     assert read_origin(tmp_path) is None
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert is_model_folder(tmp_path)
-    with pytest.raises(UserError, match=r"vocab_size is missing\. Save the model again"):
+    with pytest.raises(UserError, match=r"vocab_size is missing"):
         read_model_folder(tmp_path)

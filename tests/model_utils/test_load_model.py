@@ -120,7 +120,7 @@ def test_older_transformers_and_configs_without_sizes(foreign: Path):
         load_model(foreign, "cpu")
     for wrong in ({"hidden_size": None}, {"hidden_size": 0}, {"hidden_size": 32, "rope_scaling": [1]}):
         change(foreign / "config.json", **wrong)
-        with pytest.raises(UserError, match="Cannot use"):
+        with pytest.raises(UserError, match=r"Cannot read .*config\.json"):
             load_model(foreign, "cpu")
 
 
