@@ -8,7 +8,6 @@ from other documents. Right and wrong endings are drawn alike, so that only the 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,14 +24,6 @@ CHOICES = 4
 _MOST_TOKENS = 4_000_000
 
 
-@dataclass(frozen=True)
-class _Passage:
-    document: int
-    """Position of its end-of-text token."""
-    context: str
-    ending: str
-
-
 def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: int) -> list[Item]:
     """At most `count` items from `tokens`, uint16 ids of documents that each follow an end-of-text token.
 
@@ -40,31 +31,29 @@ def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: i
     UserError where fewer than four documents are long enough.
     """
     # Boilerplate of two documents would be right and wrong at once, so only the first passage of an ending counts.
-    by_ending: dict[str, _Passage] = {}
-    for passage in _passages(np.asarray(tokens[:_MOST_TOKENS]), tokenizer):
-        by_ending.setdefault(passage.ending, passage)
-    passages = list(by_ending.values())
-    documents = len({passage.document for passage in passages})
-    if documents < CHOICES:
+    passages: dict[str, tuple[str, int]] = {}
+    for context, ending, document in _passages(np.asarray(tokens[:_MOST_TOKENS]), tokenizer):
+        passages.setdefault(ending, (context, document))
+    all_endings, document_of = list(passages), np.array([document for _, document in passages.values()])
+    if (n_documents := len(set(document_of.tolist()))) < CHOICES:
         raise UserError(
-            f"Cannot make multiple-choice items: {documents} held-out documents with at least "
+            f"Cannot make multiple-choice items: {n_documents} held-out documents with at least "
             f"{MAX_CONTEXT_TOKENS + ENDING_TOKENS} tokens of running text are too few. Prepare a dataset of more "
             "documents, give a HellaSwag file with --eval.hellaswag-data FILE, or use --eval.hellaswag-items 0."
         )
     rng = np.random.default_rng(seed)
-    document_of = np.array([passage.document for passage in passages])
     items = []
     for ind, right in enumerate(rng.permutation(len(passages))[:count].tolist()):
         others = np.flatnonzero(document_of != document_of[right])
-        endings = [passages[i].ending for i in rng.choice(others, CHOICES - 1, replace=False)]
+        endings = [all_endings[i] for i in rng.choice(others, CHOICES - 1, replace=False)]
         label = int(rng.integers(CHOICES))
-        endings.insert(label, passages[right].ending)
-        items.append(Item(ind, passages[right].context, tuple(endings), label))
+        endings.insert(label, all_endings[right])
+        items.append(Item(ind, passages[all_endings[right]][0], tuple(endings), label))
     return items
 
 
-def _passages(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[_Passage]:
-    """Passages in the text's order, none of which overlap."""
+def _passages(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[tuple[str, str, int]]:
+    """Contexts, endings and documents of passages in the text's order, none of which overlap."""
     is_cut = _word_cuts(tokens, tokenizer)
     cuts = np.flatnonzero(is_cut)
     middles = cuts[cuts < len(tokens) - ENDING_TOKENS]
@@ -77,7 +66,7 @@ def _passages(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[_Passage]:
     for start, middle, end in np.stack([starts, middles, ends], axis=1)[good].tolist():
         if start >= free_from:
             context, ending = (tokenizer.decode(part.tolist()) for part in (tokens[start:middle], tokens[middle:end]))
-            yield _Passage(int(document_at[start]), context.removeprefix(" "), ending.removeprefix(" "))
+            yield context.removeprefix(" "), ending.removeprefix(" "), int(document_at[start])
             free_from = end
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from src.model_utils.spike_guard import SpikeGuard
 from src.utils.errors import UserError
 from src.utils.logger import RunLogger
 from src.utils.root import ROOT, instead_of
@@ -27,7 +28,7 @@ Record = dict[str, Any]  # a line of metrics.jsonl; see `read_run`
 
 CHANCE = 0.25  # accuracy of guessing: every multiple-choice item has four endings
 SILENT_SECONDS = 600.0
-SPIKE_LINES, SPIKE_DEVIATIONS, SPIKE_SHARE = 19, 8.0, 0.02
+SPIKE_DEVIATIONS = 8.0
 LARGEST_NUMBER = 1e30  # beyond it sums and axis limits overflow
 
 PUBLISHED_RUN = ROOT / "assets" / "data" / "published_run_269m.csv"
@@ -194,19 +195,13 @@ def choice_name(run: Run) -> str:
 
 
 def spikes(run: Run) -> Series:
-    """Training records whose loss is 8 standard deviations, and 2%, above the median of the 19 before.
-
-    The deviation is that of the changes between successive records, because the slope of the curve spreads its values.
-    """
+    """Training records whose loss the spike guard would call one at 8 standard deviations."""
     steps, losses = run.series("train", "loss").finite()
-    if losses.size <= SPIKE_LINES:
-        return Series(steps[:0], losses[:0])
-    before = np.lib.stride_tricks.sliding_window_view(losses, SPIKE_LINES)[:-1]
-    level = np.median(before, axis=1)
-    # 1.4826 makes a median absolute deviation a standard deviation; a change has twice the variance of a value.
-    deviation = 1.4826 * np.median(np.abs(np.diff(before, axis=1)), axis=1) / math.sqrt(2)
-    high = losses[SPIKE_LINES:] - level > np.maximum(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * level)
-    return Series(steps[SPIKE_LINES:][high], losses[SPIKE_LINES:][high])
+    guard, is_spike = SpikeGuard(SPIKE_DEVIATIONS), np.zeros(losses.size, dtype=bool)
+    for i, loss in enumerate(losses.tolist()):
+        is_spike[i] = guard.is_spike(loss)
+        guard.add(loss)
+    return Series(steps[is_spike], losses[is_spike])
 
 
 def key_figures(run: Run) -> list[KeyFigure]:

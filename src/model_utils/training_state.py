@@ -58,7 +58,10 @@ class TrainingState:
 
     def parts(self, procs: Processes) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors of a checkpoint by file, not copied; all processes call it."""
-        random_states = procs.gather(_random_state(procs.device))
+        random_state = {"cpu": torch.get_rng_state()}
+        if procs.device.type != "cpu":
+            random_state[procs.device.type] = torch.get_device_module(procs.device).get_rng_state()
+        random_states = procs.gather(random_state)
         return {
             "model": {name: p.detach() for name, p in self.model.named_parameters()},  # a shared weight once
             "optimizer": optimizer_tensors(self.model, self.optimizers),
@@ -96,7 +99,9 @@ class TrainingState:
                 elif name == "optimizer":
                     load_optimizer_tensors(self.model, self.optimizers, tensors)
                 elif name == f"rank_{procs.rank:05d}" and state["world_size"] == procs.world_size:
-                    _set_random_state(tensors, procs.device)
+                    torch.set_rng_state(tensors["cpu"])
+                    if (kind := procs.device.type) != "cpu" and kind in tensors:
+                        torch.get_device_module(kind).set_rng_state(tensors[kind])
             except (UserError, torch.OutOfMemoryError):
                 raise
             except (LookupError, TypeError, RuntimeError, ValueError) as error:
@@ -219,20 +224,3 @@ def _deciding(config: Config, dataset_sha256: str, precision: str) -> dict[str, 
     settings["init_from"] = config.init_from
     settings |= {"train.total_steps": config.total_steps, "optim.warmup_steps": config.warmup_steps}
     return settings | {"data (sha256 of its manifest)": dataset_sha256, "train.precision": precision}
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def _set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    elif device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
