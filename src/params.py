@@ -25,17 +25,18 @@ MAX_TOKENS = 10**15
 Reporter = Literal["tensorboard", "wandb"]
 
 # Types of settings with the least and the greatest value that each may have.
-_LEAST, _BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
+ABOVE_0, _BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
 Count = Annotated[int, 1, MAX_COUNT]
 CountOr0 = Annotated[int, 0, MAX_COUNT]
 Steps = Annotated[int, 1, MAX_STEPS]
 StepsOr0 = Annotated[int, 0, MAX_STEPS]
 Width = Annotated[int, 1, MAX_WIDTH]
 Layers = Annotated[int, 1, MAX_LAYERS]
-Positive = Annotated[float, _LEAST, MAX_REAL]
+Positive = Annotated[float, ABOVE_0, MAX_REAL]
 PositiveOr0 = Annotated[float, 0, MAX_REAL]
 Share = Annotated[float, 0, 1]
 ShareBelow1 = Annotated[float, 0, _BELOW_1]
+Seed = Annotated[int, 0, 2**63 - 1]
 
 
 class ConfigError(ValueError):
@@ -89,7 +90,7 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """All reasons why this shape cannot work, each with a remedy."""
-        problems = _outside(self, "model.")
+        problems = outside(self, "model.")
         # RoPE rotates pairs inside each head.
         if self.n_head > 0 and self.n_embd % (pairs := 2 * self.n_head):
             nearest = max(1, round(self.n_embd / pairs)) * pairs
@@ -157,7 +158,7 @@ class TrainConfig:
     micro_batch_size: Count | Literal["auto"] = 16
     """Sequences in one forward pass of one process; gradient accumulation follows from it. auto: as many as fit.
     Affects only rounding and dropout's random numbers."""
-    seed: Annotated[int, 0, 2**63 - 1] = 42
+    seed: Seed = 42
     """Seeds initial weights, dropout and data order."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """bf16 autocast or float32. auto: bf16 on GPUs since Ampere and on CPUs with AMX, else float32; a resumed run keeps
@@ -243,7 +244,7 @@ class Config:
         # First, because the other checks compare numbers.
         if problems := [problem for leaf in _leaves(self) if (problem := _wrong_type(*leaf))]:
             raise ConfigError(problems)
-        problems = list(dict.fromkeys([*self.model.problems(), *_outside(self)]))  # each once
+        problems = list(dict.fromkeys([*self.model.problems(), *outside(self)]))  # each once
         if not self.run_name or self.run_name in (".", "..") or set(self.run_name) & set("/\\\0"):
             problems.append(f"run_name = {self.run_name!r} must be a plain folder name")
         if (length := len(self.run_name.encode(errors="replace"))) > MAX_NAME_BYTES:
@@ -373,14 +374,14 @@ def _wrong_type(name: str, value: Any, kind: Any) -> str:
     return ""
 
 
-def _outside(group: Any, prefix: str = "") -> list[str]:
+def outside(group: Any, prefix: str = "") -> list[str]:
     """The problems of all numbers that lie outside their limits."""
     problems = []
     for name, value, kind in _leaves(group, prefix):
         for limits in (each.__metadata__ for each in (kind, *get_args(kind)) if get_origin(each) is Annotated):
             if isinstance(value, int | float) and not limits[0] <= value <= limits[1]:  # also true for NaN
                 low, high = (f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for limit in limits)
-                low = "above 0" if limits[0] == _LEAST else f"at least {low}"
+                low = "above 0" if limits[0] == ABOVE_0 else f"at least {low}"
                 high = "below 1" if limits[1] == _BELOW_1 else f"at most {high}"
                 problems.append(f"{name} = {value} must be {low} and {high}")
     return problems
