@@ -27,12 +27,13 @@ from torch.nn.utils.rnn import pad_sequence
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.lm_loss import linear_losses
 from src.model import LLM
-from src.model_assessment.held_out_items import held_out_items
-from src.model_assessment.hellaswag_items import Item, fetch_items, load_items
+from src.model_assessment.hellaswag_items import Item, fetch_items, held_out_items, load_items
+from src.model_assessment.validation import ALONE
 from src.model_configs.arguments import whole
 from src.model_utils.load_model import load_model
 from src.params import MAX_COUNT
 from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
+from src.utils.handle_ddp import Processes
 from src.utils.hardware import attention_for_any_shape
 
 # Recorded with every result. The last one must never be read as the first.
@@ -174,9 +175,7 @@ def score_endings(
     model: LLM,
     questions: Sequence[Question],
     *,
-    rank: int = 0,
-    world_size: int = 1,
-    sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
+    procs: Processes = ALONE,
     between_batches: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[list[float]]:
     """The log-probability of each ending of each question, summed over its tokens, in nats; equal in every process.
@@ -191,14 +190,14 @@ def score_endings(
     # All processes form the same batches and deal them out: rounding depends on the rows that share a batch.
     batches = _batches([len(tokens) - 1 for tokens, _ in rows], batch_tokens)
     log_probs, done = [0.0] * len(rows), 0
-    for first in range(0, len(batches), world_size):
+    for first in range(0, len(batches), procs.world_size):
         between_batches(done, len(rows))
-        dealt = batches[first : first + world_size]
-        for batch in dealt[rank : rank + 1]:
+        dealt = batches[first : first + procs.world_size]
+        for batch in dealt[procs.rank : procs.rank + 1]:
             for i, log_prob in zip(batch, _score(model, [rows[i] for i in batch], logit_positions), strict=True):
                 log_probs[i] = log_prob
         done += sum(map(len, dealt))
-    sums = iter(sum_over_ranks(log_probs))  # exact: an ending is 0 in all processes but one
+    sums = iter(procs.sum(log_probs))  # exact: an ending is 0 in all processes but one
     return [[next(sums) for _ in endings] for _, endings in questions]
 
 

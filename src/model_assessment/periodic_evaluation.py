@@ -29,8 +29,9 @@ class Record:
     words: str
 
 
-Shared = dict[str, Any]
-"""The arguments of `validate` and `score_endings` by which processes share their work."""
+Check = Callable[..., bool]
+"""To be called between batches, equally often in all processes; raises StoppedError in all once one should stop."""
+MakeRecords = Callable[[LLM, int, Processes, Check], list[Record]]
 
 
 class Assessment:
@@ -48,7 +49,7 @@ class Assessment:
         self.protocol, self.items = self._choose_items(folder / held_out.file)
         self.encode = cache(tokenizer.encode)  # the texts of all items take a second, each time
 
-    def evaluations(self) -> dict[str, tuple[int, Callable[[LLM, int, Shared], list[Record]]]]:
+    def evaluations(self) -> dict[str, tuple[int, MakeRecords]]:
         """The table of what is measured, in its order: kind, steps between (0 turns it off), function."""
         settings = self.config.eval
         return {
@@ -88,12 +89,10 @@ class Assessment:
                 raise StoppedError("stopped during an evaluation")
             return bool(finished)
 
-        shared: Shared = {"rank": procs.rank, "world_size": procs.world_size}
-        shared |= {"sum_over_ranks": procs.sum, "between_batches": check}
         model.eval()
         try:
             with autocast:
-                return self.evaluations()[kind][1](model, batch_size, shared)
+                return self.evaluations()[kind][1](model, batch_size, procs, check)
         finally:
             model.train()
 
@@ -111,14 +110,15 @@ class Assessment:
             self.note = f"no multiple choice in this run: {error}"  # a small corpus can still be trained on
             return "none", []
 
-    def _validation(self, model: LLM, batch_size: int, shared: Shared) -> list[Record]:
+    def _validation(self, model: LLM, batch_size: int, procs: Processes, check: Check) -> list[Record]:
         result = validation.validate(
             model,
             self.windows,
             n_windows=self.n_windows,
             batch_size=batch_size,
             bytes_per_token=self.bytes_per_token,
-            **shared,
+            procs=procs,
+            between_batches=check,
         )
         error = "" if result.stderr is None else f" +- {result.stderr:.4f}"
         words = (
@@ -127,17 +127,16 @@ class Assessment:
         )
         return [Record("validation", {**vars(result), "unigram_entropy": self.unigram_entropy}, words)]
 
-    def _multiple_choice(self, model: LLM, _: int, shared: Shared) -> list[Record]:
-        result = hellaswag.evaluate(model, self.items, self.encode, self.protocol, **shared)
+    def _multiple_choice(self, model: LLM, _: int, procs: Processes, check: Check) -> list[Record]:
+        result = hellaswag.evaluate(model, self.items, self.encode, self.protocol, procs=procs, between_batches=check)
         is_hellaswag = self.protocol == hellaswag.HELLASWAG_PROTOCOL
         name = "HellaSwag" if is_hellaswag else "held-out choice (not HellaSwag)"
         right = f"{result['correct']:,} of {result['total']:,} right"
         words = f"{name}: {right}, {result['acc_norm']:.2%} +- {result['stderr']:.2%}"
         return [Record("hellaswag", result, words)]
 
-    def _samples(self, model: LLM, _: int, shared: Shared) -> list[Record]:
-        check = shared["between_batches"]
-        if shared["rank"] != 0:  # joins the checks of process 0, which samples
+    def _samples(self, model: LLM, _: int, procs: Processes, check: Check) -> list[Record]:
+        if not procs.is_main:  # joins the checks of process 0, which samples
             while not check():
                 pass
             return []
