@@ -92,8 +92,6 @@ Stop = Callable[[], str | bool]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run."""
-
     run_dir: Path
     step: int
     """Completed optimizer steps."""
@@ -125,8 +123,6 @@ class Run:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The numbers of one optimizer step."""
-
     loss: float
     """Mean over all processes, nats."""
     grad_norm: float
@@ -688,7 +684,6 @@ def summary(settings: dict[str, Any], train_tokens: int) -> str:
 
 
 def main() -> int:
-    """The command line: a preset, and overrides of any of its fields."""
     dry_run = "--dry-run" in sys.argv[1:]
     if dry_run:
         sys.argv.remove("--dry-run")

@@ -273,14 +273,12 @@ class Config:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
         if self.train.total_steps is not None:
             return self.train.total_steps
         return self.train.total_tokens // self.train.batch_tokens
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of linear warm-up."""
         if self.optim.warmup_steps is not None:
             return self.optim.warmup_steps
         if self.train.total_steps is not None:
@@ -330,7 +328,6 @@ def divisors(number: int) -> list[int]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain data, ready for JSON."""
     return dataclasses.asdict(config)
 
 

@@ -157,7 +157,6 @@ def _clean(text: str) -> str:
 
 
 def _count_right(items: Sequence[Item], values: list[list[float]]) -> int:
-    """The number of items whose right ending has the highest value."""
     # A model that gives NaN or infinity knows nothing, and must not score 25% by the order of endings.
     return sum(
         math.isfinite(sum(endings)) and endings.index(max(endings)) == item.label

@@ -42,12 +42,10 @@ class Series(NamedTuple):
     values: NDArray[np.float64]
 
     def finite(self) -> "Series":
-        """The same series without NaN."""
         known = np.isfinite(self.values)
         return Series(self.steps[known], self.values[known])
 
     def median(self) -> float:
-        """The median of the finite values, or NaN."""
         known = self.finite().values
         return float(np.median(known)) if known.size else math.nan
 
@@ -70,7 +68,6 @@ class Run:
         return sorted((record for record in self.records if record["kind"] == kind), key=lambda record: record["step"])
 
     def last(self, kind: str) -> Record:
-        """The last record of one kind; empty if there is none."""
         return next(reversed(self.of_kind(kind)), {})
 
     def series(self, kind: str, key: str) -> Series:
@@ -92,7 +89,6 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps planned."""
         planned = number(self.setting("derived", "total_steps"))
         return int(planned) if planned >= 1 else None
 
@@ -165,7 +161,6 @@ def read_run(folder: Path) -> Run:
 
 
 def published_run() -> Run:
-    """Losses of the published 269M run."""
     records: list[Record] = []
     for row in csv.DictReader(PUBLISHED_RUN.read_text(encoding="ascii").splitlines()):
         step = int(row["step"]) + 1  # its log counts from 0: the first line has the first step's learning rate

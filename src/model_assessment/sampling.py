@@ -110,7 +110,6 @@ class TextModel:
         return f"<{self.path}: step {self.step:,}, {shape}, {precision} on {self.device}>"
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context to call `model` in."""
         return autocast(self.device, self.precision)
 
     def generate(self, prompt: str = "", n: int = 1, **settings: Any) -> list[Sample]:

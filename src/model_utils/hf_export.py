@@ -223,7 +223,6 @@ def _push(out: Path, files: list[str], repository: str, is_upload: bool) -> dict
 
 
 def main() -> int:
-    """The command line."""
     args, started = _parse(), time.perf_counter()
     if args.checkpoint is not None:
         export(args.checkpoint, args.out, args.format, args.dtype)

@@ -23,8 +23,6 @@ WEIGHT_DTYPES = ("auto", "float32", "bf16")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and its origin."""
-
     model: LLM
     """In eval mode, on `device`, weights in float32."""
     config: Config
@@ -40,7 +38,6 @@ class LoadedModel:
     """The dtype of matmuls on this machine: bfloat16 or float32."""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context to call the model in."""
         return autocast(self.device, self.precision)
 
 

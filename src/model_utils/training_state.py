@@ -37,21 +37,17 @@ class Progress:
     """The spike guard's memory."""
 
     def add_loss(self, loss: float, seconds: float) -> None:
-        """Counts a step that was not skipped."""
         self.skipped_in_a_row = 0
         self.loss_sum += loss
         self.loss_steps += 1
         self.seconds += seconds
 
     def start_line(self) -> None:
-        """Resets the sums after a training line."""
         self.loss_sum, self.loss_steps, self.seconds = 0.0, 0, 0.0
 
 
 @dataclass
 class TrainingState:
-    """Everything that changes during training."""
-
     model: LLM
     optimizers: list[torch.optim.Optimizer]
     progress: Progress
