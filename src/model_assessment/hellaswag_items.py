@@ -131,7 +131,7 @@ def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: i
     """At most `count` items from `tokens`, uint16 ids of documents that each follow an end-of-text token.
 
     A stand-in for HellaSwag that needs no network and that a small model can learn: it chooses the continuation of a
-    passage of its own dataset's validation text. A passage is a context and the ENDING_TOKENS tokens after it. An item
+    passage of the validation text. A passage is a context and the ENDING_TOKENS tokens after it. An item
     is one passage with the endings of three others, from other documents. Right and wrong endings are drawn alike, so
     that only the context tells which one is right.
 
