@@ -153,7 +153,7 @@ def _fits(model: LLM, precision: torch.dtype, procs: Processes, size: int) -> bo
     """True if a micro-batch of `size` fits. On a GPU this is tried out; elsewhere it is estimated."""
     device, has_ddp = procs.device, procs.world_size > 1
     if device.type != "cuda":
-        needed = estimate_memory(Step(model.config, size, precision.itemsize, device.type, True, has_ddp)).total
+        needed = estimate_memory(Step(model.config, size, precision.itemsize, device.type, 1 + has_ddp)).total
         return needed <= (1 - SPARE_CPU) * hardware.available_memory_bytes() / processes_here()
     fits = True
     try:

@@ -101,7 +101,7 @@ class Cost(NamedTuple):
 def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = "cuda") -> Step:
     """The run's step with this micro-batch. Raises ConfigError where the processes cannot share the batch evenly."""
     sized = replace(config, train=replace(config.train, micro_batch_size=micro_batch_size))
-    accumulates, has_ddp = sized.grad_accumulation_steps(world_size) > 1, world_size > 1
+    accumulates = sized.grad_accumulation_steps(world_size) > 1
     itemsize = FLOAT32 if config.train.precision == "float32" else 2
     # A micro-batch "auto" is tried uncompiled (autotune.py), which takes more memory.
     is_compiled = kind == "cuda" and config.train.compile != "off" and config.train.micro_batch_size != "auto"
@@ -110,8 +110,7 @@ def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = 
         micro_batch_size,
         itemsize,
         kind,
-        gradients_stay=accumulates or has_ddp,
-        beside_buckets=accumulates and has_ddp,
+        kept_gradients=accumulates + (world_size > 1),
         is_compiled=is_compiled,
         has_muon=config.optim.optimizer == "muon",
     )

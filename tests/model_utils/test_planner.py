@@ -37,10 +37,10 @@ def test_the_published_run_took_what_the_planner_says():
 def test_the_step_follows_from_settings_and_processes():
     """16 x 8 of 256 sequences: two passes per step, so gradients lie beside DDP's buckets. CUDA compiles by default."""
     config = lf_llm_269m()
-    assert step_of(config, 16, 8) == Step(config.model, 16, 2, "cuda", True, True, True)
-    assert step_of(config, 32, 8) == Step(config.model, 32, 2, "cuda", True, False, True)
+    assert step_of(config, 16, 8) == Step(config.model, 16, 2, "cuda", 2, True)
+    assert step_of(config, 32, 8) == Step(config.model, 32, 2, "cuda", 1, True)
     alone = replace(config, train=replace(config.train, batch_tokens=16 * 2048, precision="float32"))
-    assert step_of(alone, 16, 1, "cpu") == Step(config.model, 16, 4, "cpu", False, False, False)
+    assert step_of(alone, 16, 1, "cpu") == Step(config.model, 16, 4, "cpu", 0, False)
     for train in (replace(config.train, compile="off"), replace(config.train, micro_batch_size="auto")):
         assert not step_of(replace(config, train=train), 16, 8).is_compiled  # auto is tried uncompiled
 
@@ -157,9 +157,7 @@ def test_without_a_gpu_it_is_about_this_machine(monkeypatch: pytest.MonkeyPatch,
     run(monkeypatch, "debug", "--train.device", "cpu", "--train.precision", "float32")
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (plan["device"], plan["matmuls_in"]) == ("cpu", "float32")
-    assert (
-        plan["memory_bytes"]["total"] == estimate_memory(Step(debug().model, 4, 4, "cpu", False, has_muon=True)).total
-    )
+    assert plan["memory_bytes"]["total"] == estimate_memory(Step(debug().model, 4, 4, "cpu", 0, has_muon=True)).total
     assert "hours" not in plan
 
 
