@@ -253,7 +253,7 @@ def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
 
     Otherwise the run would start over without a word.
     """
-    newest = procs.gather((max(checkpoint_steps(root), default=-1), socket.gethostname()))
+    newest = procs.gather((procs.together(lambda: max(checkpoint_steps(root), default=-1)), socket.gethostname()))
     step, machine = max(newest)
     if step > newest[0][0]:
         raise UserError(
