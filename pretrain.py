@@ -27,7 +27,7 @@ import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -459,12 +459,11 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
                 loss.backward()
         micro_losses.append(loss.detach())
     mean_loss = procs.mean(torch.stack(micro_losses).sum())
-    parameters = list(run.state.model.parameters())
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    layers = [run.state.model.embedding, *run.state.model.blocks] if is_logged(config, progress.step + 1) else []
-    layer_norms = [
-        nn.utils.get_total_norm([p.grad for p in layer.parameters() if p.grad is not None]) for layer in layers
-    ]
+    model = run.state.model
+    layers = [model.embedding, *model.blocks] if is_logged(config, progress.step + 1) else []
+    grad_norm, *layer_norms = (
+        nn.utils.get_total_norm([p.grad for p in part.parameters() if p.grad is not None]) for part in (model, *layers)
+    )
     # The step's only wait for the device. Loss and gradients are the same in all processes, so all decide alike.
     loss_value, norm_value, *layer_values = torch.stack([mean_loss, grad_norm, *layer_norms]).tolist()
     skipped = ""
@@ -473,12 +472,12 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     elif run.guard.is_spike(loss_value):
         skipped = f"a spike: loss {loss_value}, gradient norm {norm_value}"
     else:
-        nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad_norm, grad_norm)
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.clip_grad_norm, grad_norm)
         with procs.collective():  # Muon's updates
             for optimizer in optimizers:
                 optimizer.step()
     run.guard.add(loss_value)  # a spike too: after enough of them, they are the new level
-    run.state.model.zero_grad()
+    model.zero_grad()
     progress.step += 1  # a skipped step counts: the next one must see other data
     return StepResult(loss_value, norm_value, layer_values, lr, skipped)
 
@@ -614,10 +613,8 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
         log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")
     if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
         cause = f"the file {STOP_FILE}"  # also where a signal came first: the file decides the next start
-        try:
+        with suppress(OSError):  # else the next start stops at once and names the file
             stop_file.unlink()
-        except OSError as error:
-            log.info(f"warning: Cannot remove {stop_file}: {error.strerror}. The next start will stop at once.")
     if cause:
         log.event("stop", step, f"requested by {cause}")
     if done:
