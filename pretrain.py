@@ -202,10 +202,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
 
 
 def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, WindowDataset, Assessment]:
-    """The dataset, verified; its training windows; and all that is evaluated during training.
-
-    Raises UserError where the dataset is missing or damaged or does not suit the model.
-    """
+    """The dataset, verified; its training windows; and all that is evaluated during training. Raises UserError."""
     folder = dataset_dir(config.data.dir)
     manifest = procs.together(lambda: read_manifest(folder))
     procs.activity = "verifying the dataset"
@@ -319,8 +316,8 @@ def prepare(
     origin = log.settings().get("init_from") if checkpoint else None
     if config.init_from and checkpoint is None:
         procs.activity = "loading the initial weights"
-        read_by_main = partial(read_initial, config) if procs.is_main else lambda: ({}, Path(), 0)
-        tensors, path, step = procs.together_for_long(read_by_main)
+        nothing: tuple[dict[str, torch.Tensor], Path, int] = ({}, Path(), 0)
+        tensors, path, step = procs.together_for_long(lambda: read_initial(config) if procs.is_main else nothing)
         load_weights(model, procs.tensors_from_main(tensors), path)
         origin = {"path": str(path), "step": step}
         log.event("init", 0, f"weights of {path}, step {step}")

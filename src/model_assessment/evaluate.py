@@ -91,10 +91,7 @@ def less(result: dict[str, Any], first: dict[str, Any]) -> dict[str, Any] | None
 
 
 def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manifest]:
-    """The dataset `data`, or else the first model's, after a check that it suits every model.
-
-    Raises UserError for a missing model or dataset, and for a dataset of another tokenizer.
-    """
+    """The dataset `data`, or else the first model's. Raises UserError where it does not suit every model."""
     models = [(m.path, m.config, m.dataset_sha256) for m in (load_model(name, "cpu") for name in checkpoints)]
     path, config, trained_on = models[0]
     if data is None and not trained_on:

@@ -50,10 +50,7 @@ class Item:
 
 
 def load_items(path: Path, limit: int | None = None) -> list[Item]:
-    """The first `limit` items of a .jsonl or .jsonl.gz in HellaSwag's format.
-
-    Raises UserError with file and line number for a file that is missing, damaged, empty or of another format.
-    """
+    """The first `limit` items of a .jsonl or .jsonl.gz in HellaSwag's format. Raises UserError with file and line."""
     try:
         with open_regular(path) as file:
             text = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(MAX_BYTES + 1)
@@ -71,10 +68,7 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
 
 
 def fetch_items(limit: int | None = None) -> list[Item]:
-    """The first `limit` of the 10,042 items of HellaSwag's validation set, from the Hugging Face hub or its cache.
-
-    Raises UserError, within seconds, where the hub cannot be reached.
-    """
+    """The first `limit` of HellaSwag's 10,042 validation items, from the hub or its cache. Raises UserError."""
     import datasets  # used here only, and its import takes a second
 
     refuse_silent_hub()  # `datasets` itself would retry for half a minute

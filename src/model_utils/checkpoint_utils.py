@@ -225,7 +225,7 @@ def _is_step_of(path: Path, step: Any) -> bool:
 
 def _wrong_claim(path: Path, state: dict[str, Any]) -> str | None:
     """The first entry of a state.json that later code could not use, as after a change by hand."""
-    step, processes = state.get("step"), state.get("world_size", 1)
+    step, processes = state.get("step", -1), state.get("world_size", 1)
     progress = state.get("progress", {})
     is_dict = isinstance(progress, dict)
     losses = progress.get("recent_losses", []) if is_dict else None

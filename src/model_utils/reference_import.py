@@ -61,10 +61,7 @@ class _HParams:
 
 
 def read_reference(path: Path) -> Reference:
-    """Returns the checkpoint in the file `path`, every tensor checked. Nothing in the file is run.
-
-    Raises UserError for any other file, with the first problem in one line.
-    """
+    """Returns the checkpoint in the file `path`, every tensor checked. Nothing in it is run. Raises UserError."""
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError("it is not a file")
@@ -88,10 +85,7 @@ def read_reference(path: Path) -> Reference:
 
 
 def import_reference(path: Path, run_name: str) -> dict[str, Any]:
-    """Makes the run `run_name` of the reference's checkpoint file `path`, whole or not at all.
-
-    Returns a summary as plain data. Raises UserError, and StorageError if the run cannot be written.
-    """
+    """Makes the run `run_name` of the file `path`, whole or not at all. Raises UserError and StorageError."""
     run = run_dir(run_name)
     with new_folder(run) as folder:
         model, weights, step = read_reference(path)
