@@ -21,10 +21,10 @@ from src.model_assessment import hellaswag
 from src.model_assessment.validation import validate
 from src.model_configs.arguments import whole
 from src.model_utils.debugging import count_parameters
-from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, convert_weights, load_model
+from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model
 from src.params import MAX_COUNT
 from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
-from src.utils.hardware import autocast, choose_device, describe_machine
+from src.utils.hardware import choose_device, describe_machine
 from src.utils.root import dataset_dir
 
 BATCH_TOKENS = 2_048  # per validation batch, equal for all models: otherwise their batches would not be pairs
@@ -45,16 +45,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """The figures of a model on the first `val_tokens` of the held-out text in `folder`, and by `ask`.
 
-    Converts the model to the dtype `weights`. Raises UserError where the text does not suit the model.
+    `weights` names the dtype that they were loaded in. Raises UserError where the text does not suit the model.
     """
     config, held_out, model = loaded.config.model, manifest.validation[0], loaded.model
-    precision = convert_weights(model, weights, loaded.precision)
     windows = WindowDataset(folder, manifest.validation, config.n_ctx, config.n_vocab, at_least=1)
     n_windows = min(max(1, val_tokens // config.n_ctx), windows.n_windows)
     batch_size = max(1, BATCH_TOKENS // config.n_ctx)
     losses: list[float] = []
     progress = now_and_then()
-    with autocast(loaded.device, precision):
+    with loaded.autocast():
         result = validate(
             model,
             windows,
@@ -69,7 +68,7 @@ def evaluate(
         "checkpoint": str(loaded.path),
         "step": loaded.step,
         "weights": weights,
-        "matmuls": str(precision).removeprefix("torch."),
+        "matmuls": str(loaded.precision).removeprefix("torch."),
         "n_ctx": config.n_ctx,
         "parameters": count_parameters(model),
         "validation": asdict(result),
@@ -169,7 +168,7 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     for checkpoint in args.checkpoint:
         for weights in args.weights:
-            loaded = load_model(checkpoint, args.device)  # once per dtype: `evaluate` converts it
+            loaded = load_model(checkpoint, args.device, weights)
             say(f"measuring {loaded.path}, weights {weights}, on {loaded.device}")
             results.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, ask))
             del loaded  # frees its memory before the next one is loaded

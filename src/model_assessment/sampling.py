@@ -23,11 +23,11 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_configs.arguments import whole
 from src.model_utils.debugging import count_parameters
-from src.model_utils.load_model import WEIGHT_DTYPES, convert_weights, load_model
+from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model
 from src.model_utils.packed_linear import pack_linears
 from src.params import ABOVE_0, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_VOCAB, PositiveOr0, Seed, Share, outside
 from src.utils.errors import UserError, exit_with, harmless, print_result, say
-from src.utils.hardware import attention_for_any_shape, autocast
+from src.utils.hardware import attention_for_any_shape
 
 # Sorting the whole vocabulary takes longer than a small model needs for a token. So many nearly always reach top_p.
 CANDIDATES = 1_024
@@ -85,7 +85,7 @@ class Sample:
         return f"<{self.prompt!r} + {self.text!r}, {len(self.tokens)} tokens, ended by {self.finish_reason}>"
 
 
-class TextModel:
+class TextModel(LoadedModel):
     """A trained model for Python and notebooks, made by `load`.
 
     `settings` of its methods are fields of SamplingConfig, such as temperature=0.8, top_k=50 or max_new_tokens=100.
@@ -94,13 +94,9 @@ class TextModel:
     def __init__(self, checkpoint: str | Path, device: str = "auto", weights: str = "auto") -> None:
         if weights not in WEIGHT_DTYPES:
             raise UserError(f"Cannot load weights as {weights!r}: it must be one of {', '.join(WEIGHT_DTYPES)}.")
-        loaded = load_model(checkpoint, device)
-        self.model, self.config = loaded.model, loaded.config
-        self.path, self.step, self.device = loaded.path, loaded.step, loaded.device
+        super().__init__(**vars(load_model(checkpoint, device, weights)))
         self.tokenizer = load_tokenizer()
         self.parameters = count_parameters(self.model)
-        self.precision = convert_weights(self.model, weights, loaded.precision)
-        """The dtype of matmuls."""
         if self.precision == torch.bfloat16:
             pack_linears(self.model)
 
@@ -108,9 +104,6 @@ class TextModel:
         shape = f"{self.parameters:,} parameters, context {self.config.model.n_ctx:,} tokens"
         precision = str(self.precision).removeprefix("torch.")
         return f"<{self.path}: step {self.step:,}, {shape}, {precision} on {self.device}>"
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.device, self.precision)
 
     def generate(self, prompt: str = "", n: int = 1, **settings: Any) -> list[Sample]:
         """Continues the prompt `n` times. An empty prompt starts a new document. Raises UserError."""

@@ -21,10 +21,10 @@ Read = tuple[Config, dict[str, torch.Tensor], Path, int, str]
 WEIGHT_DTYPES = ("auto", "float32", "bf16")
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class LoadedModel:
     model: LLM
-    """In eval mode, on `device`, weights in float32."""
+    """In eval mode, on `device`."""
     config: Config
     """The run's."""
     path: Path
@@ -35,14 +35,16 @@ class LoadedModel:
     """Of the training dataset's manifest; empty where unknown."""
     device: torch.device
     precision: torch.dtype
-    """The dtype of matmuls on this machine: bfloat16 or float32."""
+    """The dtype of matmuls: bfloat16 or float32."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.precision)
 
 
-def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
+def load_model(checkpoint: str | Path, device: str = "auto", weights: str = "float32") -> LoadedModel:
     """Loads a run directory (its newest good checkpoint), a step_* directory or a Hugging Face folder.
+
+    `weights` is one of WEIGHT_DTYPES, as in `convert_weights`.
 
     A bare name means a run under temp_data/runs, or else a folder here; ./NAME always means a folder. Raises UserError
     for one that is missing, damaged or of another architecture.
@@ -52,8 +54,9 @@ def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
     with torch.device("meta"):  # no memory, and no initial values to compute
         model = LLM(config.model)
     load_weights(model, tensors, path, assign=True)
-    precision = choose_precision(config.train.precision, chosen)
-    return LoadedModel(model.to(chosen).eval(), config, path, step, dataset_sha256, chosen, precision)
+    model.to(chosen).eval()
+    precision = convert_weights(model, weights, choose_precision(config.train.precision, chosen))
+    return LoadedModel(model, config, path, step, dataset_sha256, chosen, precision)
 
 
 def read_initial(config: Config) -> tuple[dict[str, torch.Tensor], Path, int]:
