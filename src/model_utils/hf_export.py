@@ -56,27 +56,24 @@ def export(checkpoint: str | Path, out: Path, form: str, dtype: str) -> None:
         raise UserError(f"Cannot store {dtype} in a Hugging Face folder. Add --format gguf, or use --dtype bf16.")
     with new_folder(out) as folder:
         loaded, tokenizer = load_model(checkpoint, "cpu"), load_tokenizer()
-        model, config, name = loaded.model, loaded.config.model, loaded.config.run_name
+        model, config, name = loaded.model.requires_grad_(False), loaded.config.model, loaded.config.run_name
         llama_settings(config)  # refuses a model that transformers and llama.cpp have no class for
         has_tokenizer = config.n_vocab >= tokenizer.n_vocab
+        vocabulary, merges = _tokenizer_tables() if has_tokenizer else ({}, [])
+        origin = _origin(loaded)
         if form == "gguf":
             check_gguf(config, dtype, tokenizer.n_vocab)
+            file, tokens = f"{name}-{dtype}.gguf", sorted(vocabulary, key=vocabulary.__getitem__)
+            write_gguf(folder / file, name, config, dict(model.named_parameters()), tokens, merges, dtype)
         else:
-            model.to(_TORCH_DTYPES[dtype])  # rounded here, so that the comparison below is exact
-        vocabulary, merges = _tokenizer_tables() if has_tokenizer else ({}, [])
-        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        file = WEIGHTS if form == "hf" else f"{name}-{dtype}.gguf"
-        origin = _origin(loaded)
-        (folder / "README.md").write_text(_card(origin, loaded, dtype, file, has_tokenizer), encoding="utf-8")
-        if form == "gguf":
-            tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-            write_gguf(folder / file, name, config, weights, tokens, merges, dtype)
-            _write_origin(folder, origin)
-        else:
+            file = WEIGHTS
             if not has_tokenizer:
                 say(f"warning: exported without a tokenizer: the model's tokens are not {tokenizer.name}'s")
-            _write_folder(folder, config, weights, vocabulary, merges)
-            _write_origin(folder, origin)
+            model.to(_TORCH_DTYPES[dtype])  # rounded here, so that the comparison below is exact
+            _write_folder(folder, config, dict(model.named_parameters()), vocabulary, merges)
+        (folder / "README.md").write_text(_card(origin, loaded, dtype, file, has_tokenizer), encoding="utf-8")
+        _write_origin(folder, origin)
+        if form == "hf":
             _compare_logits(folder, model.float())
 
 
