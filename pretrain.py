@@ -252,7 +252,7 @@ def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
     """
     newest = procs.gather((procs.together(lambda: max(checkpoint_steps(root), default=-1)), socket.gethostname()))
     step, machine = max(newest)
-    if step > newest[0][0]:
+    if procs.is_main and step > newest[0][0]:
         raise UserError(
             f"Cannot resume: {machine} has checkpoints up to step {step} in {root}, but on the machine of process 0 "
             f"they end at step {max(newest[0][0], 0)}. Start with NODE_RANK=0 on {machine}, or copy its run directory."
