@@ -27,7 +27,7 @@ import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -610,8 +610,10 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
         log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")
     if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
         cause = f"the file {STOP_FILE}"  # also where a signal came first: the file decides the next start
-        with suppress(OSError):  # else the next start stops at once and names the file
+        try:
             stop_file.unlink()
+        except OSError as error:
+            log.info(f"warning: Cannot remove {stop_file}: {error.strerror}. The next start will stop at once.")
     if cause:
         log.event("stop", step, f"requested by {cause}")
     if done:
