@@ -332,10 +332,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Config:
-    """The Config that `to_dict` wrote as `data`, read back from JSON.
-
-    Raises ConfigError on unknown fields and wrong types, as a file changed by hand may have.
-    """
+    """The Config that `to_dict` wrote as `data`. Raises ConfigError on unknown fields and wrong types."""
     return _from_dict(Config, data, "")
 
 

@@ -129,11 +129,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Returns the shape of the model in `folder`, and its weights in float32 under our names.
-
-    The model is an export or another program's. Raises UserError for another architecture, and for weights that are
-    unreadable or do not fit.
-    """
+    """The shape and the float32 weights, by our names, of the model in `folder`. Raises UserError where they do not fit."""
     path = folder / WEIGHTS
     if os.path.lexists(folder / EXPORT):
         with _reading(folder / EXPORT):

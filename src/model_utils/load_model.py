@@ -60,10 +60,7 @@ def load_model(checkpoint: str | Path, device: str = "auto", weights: str = "flo
 
 
 def read_initial(config: Config) -> tuple[dict[str, torch.Tensor], Path, int]:
-    """The weights that `config.init_from` names, by our names, with their path and step.
-
-    Raises UserError for one that is missing or damaged, and for a model of another architecture, with its settings.
-    """
+    """The weights that `config.init_from` names, with their path and step. Raises UserError."""
     origin, tensors, path, step, _ = _read(config.init_from)
     theirs, ours = asdict(origin.model), asdict(config.model)
     # Neither changes the meaning of a weight.
