@@ -194,7 +194,7 @@ def _compare_logits(folder: Path, model: LLM) -> None:
 
 
 def _push(out: Path, files: list[str], repository: str, is_upload: bool) -> dict[str, Any]:
-    """Lists the files of an upload; with `is_upload`, sends them to a repository, which is private if new. Raises UserError."""
+    """Lists the files of an upload; with `is_upload`, sends them. A new repository is private. Raises UserError."""
     # Only the weights must be unchanged: a person may have edited the card.
     origin = read_origin(out, *(name for name in files if name.endswith((".safetensors", ".gguf"))))
     for name in files:

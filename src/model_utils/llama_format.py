@@ -129,7 +129,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """The shape and the float32 weights, by our names, of the model in `folder`. Raises UserError where they do not fit."""
+    """The shape and the float32 weights, by our names, of the model in `folder`. Raises UserError."""
     path = folder / WEIGHTS
     if os.path.lexists(folder / EXPORT):
         with _reading(folder / EXPORT):
