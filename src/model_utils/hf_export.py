@@ -7,9 +7,10 @@ Everything is written to a new folder, opened again and compared with the model;
 import argparse
 import glob
 import json
+import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,9 @@ from src.model_utils.llama_format import (
     EXPORT_FORMAT,
     HEAD,
     WEIGHTS,
-    Origin,
-    is_model_folder,
     llama_settings,
     llama_tensors,
     read_export,
-    read_origin,
 )
 from src.model_utils.load_model import LoadedModel, load_model
 from src.params import ModelConfig, to_dict
@@ -77,10 +75,10 @@ def export(checkpoint: str | Path, out: Path, form: str, dtype: str) -> None:
             _compare_logits(folder, model.float())
 
 
-def _origin(loaded: LoadedModel) -> Origin:
-    """Returns the origin of a model: of an export, or of a checkpoint, with the records of the run around it."""
-    if is_model_folder(loaded.path) and (origin := read_origin(loaded.path)):
-        return origin
+def _origin(loaded: LoadedModel) -> dict[str, Any]:
+    """Returns what export.json will hold but for the files: of an export, or of a checkpoint and the run around it."""
+    if os.path.lexists(loaded.path / EXPORT):
+        return read_export(loaded.path)
     # Paths and commands of the person who trained the model stay private.
     data, evaluation, run = loaded.config.data, loaded.config.eval, loaded.path.parent.parent
     config = replace(
@@ -98,15 +96,22 @@ def _origin(loaded: LoadedModel) -> Origin:
             sources = [{k: v for k, v in source.items() if k != "path"} for source in dataset["sources"]]
     kinds, records = ("train", "validation", "hellaswag"), RunLogger(run, is_main=False).records()
     figures = {r["kind"]: r for r in records if r["kind"] in kinds and r["step"] <= loaded.step}  # the last of each
-    return Origin(loaded.step, to_dict(config), loaded.dataset_sha256, sources, figures)
+    return {
+        "format": EXPORT_FORMAT,
+        "step": loaded.step,
+        "config": to_dict(config),
+        "dataset_sha256": loaded.dataset_sha256,
+        "sources": sources,
+        "figures": figures,
+    }
 
 
-def _card(origin: Origin, loaded: LoadedModel, dtype: str, file: str, has_tokenizer: bool) -> str:
+def _card(origin: dict[str, Any], loaded: LoadedModel, dtype: str, file: str, has_tokenizer: bool) -> str:
     """Returns the README.md of an export. Unknown figures are left out."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["thousands"] = "{:,}".format
     template = environment.from_string(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
-    figures = {kind: origin.figures.get(kind, {}) for kind in ("train", "validation", "hellaswag")}
+    figures = {kind: origin["figures"].get(kind, {}) for kind in ("train", "validation", "hellaswag")}
     config, parameters = loaded.config.model, count_parameters(loaded.model)
     return template.render(
         figures,
@@ -170,14 +175,14 @@ def _tokenizer_files(config: ModelConfig, vocabulary: dict[str, int], merges: li
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}
 
 
-def _write_origin(folder: Path, origin: Origin) -> None:
+def _write_origin(folder: Path, origin: dict[str, Any]) -> None:
     """Writes export.json last, with size and hash of every other file, and syncs all."""
     files = {}
     for path in sorted(folder.iterdir()):
         path.chmod(0o644)  # safetensors makes files that only their owner reads
         sync(path)
         files[path.name] = fingerprint(path)
-    content = {"format": EXPORT_FORMAT, **asdict(origin), "files": files}
+    content = {**origin, "files": files}
     (folder / EXPORT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(folder / EXPORT)
     sync(folder)
@@ -196,7 +201,7 @@ def _compare_logits(folder: Path, model: LLM) -> None:
 def _push(out: Path, files: list[str], repository: str, is_upload: bool) -> dict[str, Any]:
     """Lists the files of an upload; with `is_upload`, sends them. A new repository is private. Raises UserError."""
     # Only the weights must be unchanged: a person may have edited the card.
-    origin = read_origin(out, *(name for name in files if name.endswith((".safetensors", ".gguf"))))
+    origin = read_export(out, *(name for name in files if name.endswith((".safetensors", ".gguf"))))
     for name in files:
         say(f"{size_text((out / name).stat().st_size):>10}  {name}")
     if not is_upload:
@@ -208,7 +213,7 @@ def _push(out: Path, files: list[str], repository: str, is_upload: bool) -> dict
             repo_id=repository,
             folder_path=out,
             allow_patterns=[glob.escape(name) for name in files],
-            commit_message=f"{origin.config['run_name']}, step {origin.step}" if origin else None,
+            commit_message=f"{origin['config']['run_name']}, step {origin['step']}",
         )
     except hub_errors() as error:
         remedy = "Check the name, and that the token in HF_TOKEN or of `hf auth login` may write there"

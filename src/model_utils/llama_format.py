@@ -8,7 +8,6 @@ gate of the feed-forward network.
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +36,14 @@ _BLOCK_PARTS = {
     "ffn.in_proj": ("mlp.up_proj", "mlp.gate_proj"),  # value, then gate
     "ffn.out_proj": ("mlp.down_proj",),
 }
-_TYPES = {"step": int, "config": dict, "dataset_sha256": str, "sources": list, "figures": dict, "files": dict}
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The run that an exported model comes from. Fields are empty if unknown."""
-
-    step: int
-    config: dict[str, Any]
-    """The run's, from params.to_dict, with names in place of paths."""
-    dataset_sha256: str
-    """Hash of the manifest of the training data."""
-    sources: list[dict[str, Any]]
-    """The dataset's sources from its manifest, without folders."""
-    figures: dict[str, dict[str, Any]]
-    """By kind (train, validation, hellaswag) the last line of metrics.jsonl up to the step."""
+_TYPES = {  # of what export.json holds
+    "step": int,
+    "config": dict,  # the run's, from params.to_dict, with names in place of paths
+    "dataset_sha256": str,  # of the manifest of the training data; empty where unknown
+    "sources": list,  # the dataset's, without folders
+    "figures": dict,  # by kind (train, validation, hellaswag) the last line of metrics.jsonl up to the step
+    "files": dict,  # size and hash by name
+}
 
 
 def llama_settings(config: ModelConfig) -> dict[str, Any]:
@@ -183,33 +174,22 @@ def _config_of_llama(path: Path) -> ModelConfig:
         return config
 
 
-def read_origin(folder: Path, *loaded: str) -> Origin | None:
-    """Returns the content of export.json, None without one.
-
-    `loaded` names files that must be unchanged since the export. Raises UserError if one is not.
-    """
-    if not os.path.lexists(folder / EXPORT):
-        return None
-    content = read_export(folder)
-    for name in loaded:
-        with _reading(folder / name):
-            if fingerprint(folder / name) != content["files"].get(name):
-                raise UserError(
-                    f"Cannot use {folder / name}: it is missing or differs from what was exported. Copy the folder "
-                    "again, or export the model again."
-                )
-    return Origin(**{field.name: content[field.name] for field in fields(Origin)})
-
-
-def read_export(folder: Path) -> dict[str, Any]:
-    """Returns all of export.json: an Origin, and `files` with size and hash by name. Raises UserError."""
+def read_export(folder: Path, *unchanged: str) -> dict[str, Any]:
+    """Returns export.json. Raises UserError, also where a file in `unchanged` is not as it was exported."""
     with _reading(folder / EXPORT):
         content = read_json(folder / EXPORT)
         if content.get("format") != EXPORT_FORMAT:
             raise ValueError(f"its format is not {EXPORT_FORMAT}")
         if wrong := [name for name, kind in _TYPES.items() if not isinstance(content.get(name), kind)]:
             raise ValueError(f"{wrong[0]} is missing or of another type")
-        return content
+    for name in unchanged:
+        with _reading(folder / name):
+            if fingerprint(folder / name) != content["files"].get(name):
+                raise UserError(
+                    f"Cannot use {folder / name}: it is missing or differs from what was exported. Copy the folder "
+                    "again, or export the model again."
+                )
+    return content
 
 
 def _llama_names(ours: str) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from src.model import LLM
 from src.model_utils.checkpoint_utils import find_checkpoint
-from src.model_utils.llama_format import EXPORT, WEIGHTS, is_model_folder, read_model_folder, read_origin
+from src.model_utils.llama_format import EXPORT, WEIGHTS, is_model_folder, read_export, read_model_folder
 from src.params import Config, TrainConfig, from_dict
 from src.utils.errors import UserError, say
 from src.utils.hardware import autocast, choose_device, choose_precision
@@ -123,10 +123,10 @@ def _read(checkpoint: str | Path) -> Read:
 def _read_export(path: Path) -> Read:
     if any(path.glob("*.gguf")):
         raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
-    origin = read_origin(path, "config.json", WEIGHTS)
+    origin = read_export(path, "config.json", WEIGHTS) if os.path.lexists(path / EXPORT) else None
     shape, tensors = read_model_folder(path)
     if origin is None:
         say(f"note: {path} is another program's model; here it reads and writes the tokens of GPT-2")
         # A batch of one sequence, because the default one is not a multiple of every context.
         return Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1)), tensors, path, 0, ""
-    return from_dict(origin.config), tensors, path, origin.step, origin.dataset_sha256
+    return from_dict(origin["config"]), tensors, path, origin["step"], origin["dataset_sha256"]
