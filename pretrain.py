@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -91,8 +92,6 @@ Stop = Callable[[], str | bool]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run."""
-
     run_dir: Path
     step: int
     """Completed optimizer steps."""
@@ -124,8 +123,6 @@ class Run:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The numbers of one optimizer step."""
-
     loss: float
     """Mean over all processes, nats."""
     grad_norm: float
@@ -150,7 +147,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
         procs.main_only(lambda: require_packages(config.report_to))
         manifest, training, evaluation = open_data(config, procs, stop)
         precision = hardware.choose_precision(config.train.precision, procs.device)
-        refuse_differences(config, procs, manifest, precision, evaluation)
+        procs.together(lambda: refuse_differences(config, procs, manifest, precision, evaluation))
 
         procs.activity = "claiming the run's folder"
         run_dir = RUNS / config.run_name
@@ -159,16 +156,21 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
         procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
         log = RunLogger(run_dir, procs.is_main)
         procs.activity = "looking for a checkpoint"
-        # Only this setting: data.dir may differ between machines.
-        config = replace(config, resume=procs.main_only(lambda: resume_of_this_launch(config, log)))
+        # Where this launch has begun the run, it resumes: a restart must not set it aside again.
+        launch = os.environ.get("LAUNCH_ID")
+        if procs.main_only(lambda: bool(launch) and log.settings().get("launch") == launch):
+            config = replace(config, resume="auto")
         if config.resume == "auto":
-            refuse_newer_elsewhere(run_dir / "checkpoints", procs)
+            procs.together(lambda: refuse_newer_elsewhere(run_dir / "checkpoints", procs))
         checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log), for_long=True)
         if checkpoint and config.train.precision == "auto":
             precision = getattr(torch, checkpoint.state["precision"].removeprefix("torch."))
         at_the_end = checkpoint is not None and checkpoint.step == config.total_steps
         if procs.main_only(lambda: at_the_end and not evaluation.missing(config.total_steps, log.recorded())):
-            return already_done(config, procs, log)
+            # Also after a kill between the last save and its log line.
+            step, keep = config.total_steps, config.checkpoint
+            procs.main_only(lambda: prune(run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {step}))
+            return end_done(log, step)
         for note in (procs.main_only(lambda: stray_files(dataset_dir(config.data.dir), manifest)), evaluation.note):
             if note:
                 log.info(f"warning: {note}")
@@ -201,10 +203,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
 
 
 def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, WindowDataset, Assessment]:
-    """The dataset, verified; its training windows; and all that is evaluated during training.
-
-    Raises UserError where the dataset is missing or damaged or does not suit the model.
-    """
+    """The dataset, verified; its training windows; and all that is evaluated during training. Raises UserError."""
     folder = dataset_dir(config.data.dir)
     manifest = procs.together(lambda: read_manifest(folder))
     procs.activity = "verifying the dataset"
@@ -240,22 +239,11 @@ def refuse_differences(
         "multiple-choice items (sha256)": hashlib.sha256(repr(evaluation.items).encode()).hexdigest(),
     }
     main = procs.from_main(local)
-    different = [f"{name}: {value}, in process 0 {main[name]}" for name, value in local.items() if value != main[name]]
-
-    def refuse() -> None:
-        if different:
-            raise UserError(
-                "Cannot train with processes that differ. Give all of them the same settings and data:\n  - "
-                + "\n  - ".join(different)
-            )
-
-    procs.together(refuse)
-
-
-def resume_of_this_launch(config: Config, log: RunLogger) -> str:
-    """The setting `resume`, but auto where this launch has begun the run: a restart must not set it aside again."""
-    launch = os.environ.get("LAUNCH_ID")
-    return "auto" if launch and log.settings().get("launch") == launch else config.resume
+    if different := [f"{k}: {value}, in process 0 {main[k]}" for k, value in local.items() if value != main[k]]:
+        raise UserError(
+            "Cannot train with processes that differ. Give all of them the same settings and data:\n  - "
+            + "\n  - ".join(different)
+        )
 
 
 def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
@@ -265,16 +253,11 @@ def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
     """
     newest = procs.gather((procs.together(lambda: max(checkpoint_steps(root), default=-1)), socket.gethostname()))
     step, machine = max(newest)
-
-    def refuse() -> None:
-        if step > newest[0][0]:
-            raise UserError(
-                f"Cannot resume: {machine} has checkpoints up to step {step} in {root}, but on the machine of process "
-                f"0 they end at step {max(newest[0][0], 0)}. Start with NODE_RANK=0 on {machine}, or copy its run "
-                "directory."
-            )
-
-    procs.main_only(refuse)
+    if procs.is_main and step > newest[0][0]:
+        raise UserError(
+            f"Cannot resume: {machine} has checkpoints up to step {step} in {root}, but on the machine of process 0 "
+            f"they end at step {max(newest[0][0], 0)}. Start with NODE_RANK=0 on {machine}, or copy its run directory."
+        )
 
 
 def check_origin(config: Config, run_dir: Path) -> None:
@@ -340,7 +323,11 @@ def prepare(
     origin = log.settings().get("init_from") if checkpoint else None
     if config.init_from and checkpoint is None:
         procs.activity = "loading the initial weights"
-        origin = start_from(model, config, procs, log)
+        nothing: tuple[dict[str, torch.Tensor], Path, int] = ({}, Path(), 0)
+        tensors, path, step = procs.together_for_long(lambda: read_initial(config) if procs.is_main else nothing)
+        load_weights(model, procs.tensors_from_main(tensors), path)
+        origin = {"path": str(path), "step": step}
+        log.event("init", 0, f"weights of {path}, step {step}")
     model.to(procs.device).train()
     procs.activity = "choosing the micro-batch and compiling"
     saved = checkpoint.state["config"]["train"] if checkpoint else None
@@ -375,17 +362,6 @@ def prepare(
         precision=precision,
         stop=stop,
     )
-
-
-def start_from(model: LLM, config: Config, procs: Processes, log: RunLogger) -> dict[str, Any]:
-    """Copies the weights that config.init_from names into `model`; only the main process reads them.
-
-    Returns their origin for config.json. Raises UserError.
-    """
-    tensors, path, step = procs.together_for_long(lambda: read_initial(config) if procs.is_main else ({}, Path(), 0))
-    load_weights(model, procs.tensors_from_main(tensors), path)
-    log.event("init", 0, f"weights of {path}, step {step}")
-    return {"path": str(path), "step": step}
 
 
 def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outcome:
@@ -436,14 +412,17 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
             result = train_step(run, batches)
             log.advance_bar(loss=f"{result.loss:.3f}")
             if result.skipped:
-                record_skip(run, batches, result)
+                procs.together(partial(record_skip, run, batches, result))
             else:
                 progress.add_loss(result.loss, time.perf_counter() - step_started)
             if recording:
                 recording.step()
             if is_logged(config, progress.step):
                 pace = (time.perf_counter() - started) / (progress.step - first_step)
-                log_training(run, result, seconds_left=pace * (config.total_steps - progress.step))
+                write_status(run, "running", None, "")
+                run.watching.refresh()
+                log_line(run, result, f"  {timedelta(seconds=round(pace * (config.total_steps - progress.step)))} left")
+                progress.start_line()
 
 
 def stop_cause(run: Run) -> str:
@@ -484,12 +463,11 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
                 loss.backward()
         micro_losses.append(loss.detach())
     mean_loss = procs.mean(torch.stack(micro_losses).sum())
-    parameters = list(run.state.model.parameters())
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    layers = [run.state.model.embedding, *run.state.model.blocks] if is_logged(config, progress.step + 1) else []
-    layer_norms = [
-        nn.utils.get_total_norm([p.grad for p in layer.parameters() if p.grad is not None]) for layer in layers
-    ]
+    model = run.state.model
+    layers = [model.embedding, *model.blocks] if is_logged(config, progress.step + 1) else []
+    grad_norm, *layer_norms = (
+        nn.utils.get_total_norm([p.grad for p in part.parameters() if p.grad is not None]) for part in (model, *layers)
+    )
     # The step's only wait for the device. Loss and gradients are the same in all processes, so all decide alike.
     loss_value, norm_value, *layer_values = torch.stack([mean_loss, grad_norm, *layer_norms]).tolist()
     skipped = ""
@@ -498,12 +476,12 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     elif run.guard.is_spike(loss_value):
         skipped = f"a spike: loss {loss_value}, gradient norm {norm_value}"
     else:
-        nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad_norm, grad_norm)
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.clip_grad_norm, grad_norm)
         with procs.collective():  # Muon's updates
             for optimizer in optimizers:
                 optimizer.step()
     run.guard.add(loss_value)  # a spike too: after enough of them, they are the new level
-    run.state.model.zero_grad()
+    model.zero_grad()
     progress.step += 1  # a skipped step counts: the next one must see other data
     return StepResult(loss_value, norm_value, layer_values, lr, skipped)
 
@@ -514,28 +492,18 @@ def is_logged(config: Config, step: int) -> bool:
 
 def answer_to_stop(run: Run) -> str:
     """Says what a requested stop still does and how long that may take, by the last lines of the log."""
-    records = run.log.records()
-
-    def last(kind: str, name: str) -> Any:
-        return next((record.get(name) for record in reversed(records) if record["kind"] == kind), None)
-
-    progress, activity, saved = run.state.progress, run.procs.activity, last("checkpoint", "step")
-    step_ms = progress.seconds / progress.loss_steps * 1e3 if progress.loss_steps else last("train", "step_ms")
+    last = {record["kind"]: record for record in run.log.records()}
+    progress, activity, saved = run.state.progress, run.procs.activity, last.get("checkpoint", {})
+    step_ms = last.get("train", {}).get("step_ms")
+    if progress.loss_steps:
+        step_ms = progress.seconds / progress.loss_steps * 1e3
     verb = "finishing" if activity.startswith("step ") else "leaving" if " at step " in activity else "waiting for"
     text = f"stopping: {verb} {activity}, then saving"
     if step_ms:
-        text += f", in about {math.ceil(step_ms / 1e3 + (last('checkpoint', 'seconds') or 0))} s"
+        text += f", in about {math.ceil(step_ms / 1e3 + (saved.get('seconds') or 0))} s"
     if sys.stderr.isatty() and second_ctrl_c_quits():
-        text += f". Ctrl-C again quits without saving; then the run resumes from step {saved or 0}"
+        text += f". Ctrl-C again quits without saving; then the run resumes from step {saved.get('step', 0)}"
     return text
-
-
-def log_training(run: Run, result: StepResult, seconds_left: float) -> None:
-    """The regular training line, and the files that show how far the run is."""
-    write_status(run, "running", None, "")
-    run.watching.refresh()
-    log_line(run, result, f"  {timedelta(seconds=round(seconds_left))} left")
-    run.state.progress.start_line()
 
 
 def log_line(run: Run, result: StepResult, rest: str = "", **values: Any) -> None:
@@ -587,33 +555,24 @@ def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> No
     )
     # A run whose every step is skipped has failed, even one shorter than MAX_SKIPPED_STEPS.
     if progress.skipped_in_a_row >= min(MAX_SKIPPED_STEPS, config.total_steps):
-        run.procs.together(lambda: give_up(run))
-
-
-def give_up(run: Run) -> None:
-    """Raises the error of a run that only skips."""
-    progress = run.state.progress
-    raise NonFiniteError(
-        f"Cannot continue: the last {progress.skipped_in_a_row} step(s), up to step {progress.step}, were skipped, "
-        "because loss or gradient was not finite or the loss a spike. They changed no weights. Restart with a lower "
-        "--optim.max-lr or a longer --optim.warmup-steps under another --run-name."
-    )
+        raise NonFiniteError(
+            f"Cannot continue: the last {progress.skipped_in_a_row} step(s), up to step {progress.step}, were skipped, "
+            "because loss or gradient was not finite or the loss a spike. They changed no weights. Restart with a "
+            "lower --optim.max-lr or a longer --optim.warmup-steps under another --run-name."
+        )
 
 
 def evaluate(run: Run, evaluation: Assessment, kind: str) -> bool:
     """Makes and logs the records of one kind for this step; False, and no records, if a stop interrupts it."""
     procs, step = run.procs, run.state.progress.step
     procs.activity = f"{kind} at step {step}"
-    context = hardware.autocast(procs.device, run.precision)
     try:
         records = evaluation.run(
             kind,
             run.state.model,
             run.config.micro_batch_size,
-            context,
-            procs.rank,
-            procs.world_size,
-            procs.sum,
+            hardware.autocast(procs.device, run.precision),
+            procs,
             lambda: bool(local_stop_cause(run)),
         )
     except StoppedError:
@@ -673,13 +632,6 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
     return Outcome(log.run_dir, step, EXIT_STOPPED)
 
 
-def already_done(config: Config, procs: Processes, log: RunLogger) -> Outcome:
-    """The end of a start that has nothing left to do, also after a kill between the last save and its log line."""
-    step, keep = config.total_steps, config.checkpoint
-    procs.main_only(lambda: prune(log.run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {step}))
-    return end_done(log, step)
-
-
 def end_done(log: RunLogger, step: int) -> Outcome:
     message = f"all {step} steps are done"
     log.info(f"{message}; everything is in {log.run_dir}")
@@ -736,7 +688,6 @@ def summary(settings: dict[str, Any], train_tokens: int) -> str:
 
 
 def main() -> int:
-    """The command line: a preset, and overrides of any of its fields."""
     dry_run = "--dry-run" in sys.argv[1:]
     if dry_run:
         sys.argv.remove("--dry-run")

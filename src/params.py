@@ -5,9 +5,11 @@ under each field is its help text on the command line.
 """
 
 import dataclasses
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 MAX_STEPS = 10_000_000  # 500 times the published run's
 MAX_NAME_BYTES = 200  # of run_name: file systems take 255, and folders set aside get longer names
@@ -21,6 +23,20 @@ MAX_NEW_TOKENS = 1_000_000
 MAX_REAL = 1e12
 MAX_TOKENS = 10**15
 Reporter = Literal["tensorboard", "wandb"]
+
+# Types of settings with the least and the greatest value that each may have.
+ABOVE_0, _BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
+Count = Annotated[int, 1, MAX_COUNT]
+CountOr0 = Annotated[int, 0, MAX_COUNT]
+Steps = Annotated[int, 1, MAX_STEPS]
+StepsOr0 = Annotated[int, 0, MAX_STEPS]
+Width = Annotated[int, 1, MAX_WIDTH]
+Layers = Annotated[int, 1, MAX_LAYERS]
+Positive = Annotated[float, ABOVE_0, MAX_REAL]
+PositiveOr0 = Annotated[float, 0, MAX_REAL]
+Share = Annotated[float, 0, 1]
+ShareBelow1 = Annotated[float, 0, _BELOW_1]
+Seed = Annotated[int, 0, 2**63 - 1]
 
 
 class ConfigError(Exception):
@@ -37,25 +53,25 @@ class ConfigError(Exception):
 class ModelConfig:
     """The shape of the model. Everything here decides what a checkpoint holds."""
 
-    n_vocab: int = 50_257
+    n_vocab: Annotated[int, 1, MAX_VOCAB] = 50_257
     """Tokens in the vocabulary; r50k_base has 50,257."""
-    n_ctx: int = 2_048
+    n_ctx: Annotated[int, 1, MAX_CONTEXT] = 2_048
     """Longest sequence, in tokens."""
-    n_embd: int = 1_024
+    n_embd: Width = 1_024
     """Width: the size of a token's vector between blocks."""
-    n_head: int = 16
+    n_head: Width = 16
     """Attention heads; n_embd / n_head is the head dimension, which must be even."""
-    n_layer: int = 16
+    n_layer: Layers = 16
     """Transformer blocks."""
-    ffn_mult: int = 4
+    ffn_mult: Layers = 4
     """Hidden size of the feed-forward network, in multiples of n_embd."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Added to the mean square inside RMSNorm."""
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     """Base of the rotary position frequencies."""
-    residual_dropout: float = 0.1
+    residual_dropout: ShareBelow1 = 0.1
     """Dropout after attention, on the way into the residual stream."""
-    ffn_dropout: float = 0.15
+    ffn_dropout: ShareBelow1 = 0.15
     """Dropout after the activation of the feed-forward network."""
     bias: bool = True
     """Biases in the linear layers of the blocks."""
@@ -74,19 +90,14 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """All reasons why this shape cannot work, each with a remedy."""
-        limits = {"n_vocab": MAX_VOCAB, "n_ctx": MAX_CONTEXT, "n_embd": MAX_WIDTH, "n_head": MAX_WIDTH}
-        problems = _outside(self, "model", {**limits, "n_layer": MAX_LAYERS, "ffn_mult": MAX_LAYERS})
-        problems += _not_positive(self, "model", "norm_eps rope_theta")
+        problems = outside(self, "model.")
         # RoPE rotates pairs inside each head.
-        if not problems and self.n_embd % (pairs := 2 * self.n_head):
+        if self.n_head > 0 and self.n_embd % (pairs := 2 * self.n_head):
             nearest = max(1, round(self.n_embd / pairs)) * pairs
             problems.append(
                 f"model.n_embd = {self.n_embd} is not divisible by 2 x model.n_head = {pairs}; the nearest width that "
                 f"is: {nearest}"
             )
-        for name in ("residual_dropout", "ffn_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                problems.append(f"model.{name} = {getattr(self, name)} must be at least 0 and below 1")
         return problems
 
 
@@ -97,9 +108,6 @@ class DataConfig:
     dir: str = "pydocs"
     """Dataset folder made by src.data_processing.data_downloader; a bare name means temp_data/datasets/NAME."""
 
-    def problems(self) -> list[str]:
-        return [] if self.dir else ["data.dir is empty; name a dataset folder"]
-
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -107,67 +115,50 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw for all parameters. muon: Muon for the matrices in blocks, AdamW for the others."""
-    max_lr: float = 2.1e-3
+    max_lr: Positive = 2.1e-3
     """Learning rate at the end of warm-up."""
-    embedding_lr: float | None = None
+    embedding_lr: Positive | None = None
     """With muon: the same for AdamW's parameters, which are the embedding, biases and gains; None takes max_lr."""
-    momentum: float = 0.95
+    momentum: ShareBelow1 = 0.95
     """Decay of Muon's running mean of gradients."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """Form of the decay."""
-    decay_ratio: float = 1.0
+    decay_ratio: Share = 1.0
     """Share of the steps after warm-up over which the learning rate decays, at the end of the run."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Share = 0.1
     """Final learning rate of the decay, as a share of max_lr."""
-    warmup_ratio: float = 0.0119
+    warmup_ratio: Share = 0.0119
     """Share of all tokens over which the learning rate rises linearly."""
-    warmup_steps: int | None = None
+    warmup_steps: StepsOr0 | None = None
     """Warm-up in steps; None derives it from warmup_ratio."""
-    beta1: float = 0.9
+    beta1: ShareBelow1 = 0.9
     """Decay of the running mean of gradients."""
-    beta2: float = 0.95
+    beta2: ShareBelow1 = 0.95
     """Decay of the running mean of squared gradients."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the denominator of AdamW's update."""
-    weight_decay: float = 0.1
+    weight_decay: PositiveOr0 = 0.1
     """Decoupled decay of matrices and the embedding; biases and norm gains have none."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: Positive = 1.0
     """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
-    spike_z: float = 0.0
+    spike_z: PositiveOr0 = 0.0
     """Skip steps whose loss lies this many standard deviations above the recent ones; 0 turns it off."""
-
-    def problems(self) -> list[str]:
-        problems = _not_positive(self, "optim", "max_lr eps clip_grad_norm")
-        if self.embedding_lr is not None:
-            problems += _not_positive(self, "optim", "embedding_lr")
-        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= MAX_STEPS:
-            problems.append(f"optim.warmup_steps = {self.warmup_steps} must be at least 0 and at most {MAX_STEPS:,}")
-        for name in ("min_lr_ratio", "warmup_ratio", "decay_ratio"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                problems.append(f"optim.{name} = {getattr(self, name)} must be between 0 and 1")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                problems.append(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
-        for name in ("weight_decay", "spike_z"):
-            if not 0.0 <= getattr(self, name) <= MAX_REAL:
-                problems.append(f"optim.{name} = {getattr(self, name)} must be at least 0 and at most {MAX_REAL:g}")
-        return problems
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Length of the run, batch and device."""
 
-    total_tokens: int = 10_000_000_000
+    total_tokens: Annotated[int, 1, MAX_TOKENS] = 10_000_000_000
     """Tokens to train on; the number of steps follows from it and batch_tokens."""
-    total_steps: int | None = None
+    total_steps: Steps | None = None
     """Optimizer steps; None derives them from total_tokens."""
-    batch_tokens: int = 524_288
+    batch_tokens: Count = 524_288
     """Tokens in one optimizer step, over all processes and accumulation steps."""
-    micro_batch_size: int | Literal["auto"] = 16
+    micro_batch_size: Count | Literal["auto"] = 16
     """Sequences in one forward pass of one process; gradient accumulation follows from it. auto: as many as fit.
     Affects only rounding and dropout's random numbers."""
-    seed: int = 42
+    seed: Seed = 42
     """Seeds initial weights, dropout and data order."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """bf16 autocast or float32. auto: bf16 on GPUs since Ampere and on CPUs with AMX, else float32; a resumed run keeps
@@ -179,86 +170,50 @@ class TrainConfig:
     only with it. No effect on a CPU, where runs always have."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on; auto takes CUDA, else MPS, else the CPU."""
-    log_every_steps: int = 50
+    log_every_steps: Count = 50
     """Steps between training lines in metrics.jsonl and on the console."""
-    timeout_s: float = 600.0
+    timeout_s: Annotated[float, 1, MAX_COUNT] = 600.0
     """Seconds that a process waits for another one before it gives up and names the step."""
-
-    def problems(self) -> list[str]:
-        limits = {"total_tokens": MAX_TOKENS, "batch_tokens": MAX_COUNT, "log_every_steps": MAX_COUNT}
-        problems = _outside(self, "train", limits)
-        if self.micro_batch_size != "auto":
-            problems += _outside(self, "train", {"micro_batch_size": MAX_COUNT})
-        if not 1 <= self.timeout_s <= MAX_COUNT:
-            problems.append(f"train.timeout_s = {self.timeout_s} must be at least 1 and at most {MAX_COUNT:,}")
-        if self.total_steps is not None and not 1 <= self.total_steps <= MAX_STEPS:
-            problems.append(f"train.total_steps = {self.total_steps} must be at least 1 and at most {MAX_STEPS:,}")
-        if not 0 <= self.seed < 2**63:
-            problems.append(f"train.seed = {self.seed} must be between 0 and 2^63 - 1")
-        return problems
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluations during training. All of them also run before the first and after the last step."""
 
-    val_every_steps: int = 100
+    val_every_steps: Count = 100
     """Steps between validations."""
-    val_tokens: int = 2_097_152
+    val_tokens: Count = 2_097_152
     """Validation tokens, the same ones every time; fewer where shard 0 holds fewer. A quarter of the published
     recipe's, which take 5% of its time; the standard error is logged."""
-    hellaswag_every_steps: int = 500
+    hellaswag_every_steps: Count = 500
     """Steps between multiple-choice evaluations."""
     hellaswag_data: str = "auto"
     """A HellaSwag .jsonl or .jsonl.gz; 'auto' downloads it, 'held-out' makes items from validation documents."""
-    hellaswag_items: int = 10_042
+    hellaswag_items: CountOr0 = 10_042
     """Items to evaluate, from the first; 0 turns the evaluation off."""
-    sample_every_steps: int = 500
+    sample_every_steps: Count = 500
     """Steps between samples."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts to continue; none turns sampling off."""
-    samples_per_prompt: int = 4
+    samples_per_prompt: Annotated[int, 1, MAX_SAMPLES] = 4
     """Continuations of each prompt."""
-    sample_tokens: int = 20
+    sample_tokens: Annotated[int, 1, MAX_NEW_TOKENS] = 20
     """New tokens in each continuation."""
-
-    def problems(self) -> list[str]:
-        names = "val_every_steps val_tokens hellaswag_every_steps sample_every_steps"
-        samples = {"samples_per_prompt": MAX_SAMPLES, "sample_tokens": MAX_NEW_TOKENS}
-        problems = _outside(self, "eval", dict.fromkeys(names.split(), MAX_COUNT) | samples)
-        if not 0 <= self.hellaswag_items <= MAX_COUNT:
-            problems.append(
-                f"eval.hellaswag_items = {self.hellaswag_items} must be at least 0 and at most {MAX_COUNT:,}; "
-                "0 turns it off"
-            )
-        if not self.hellaswag_data:
-            problems.append("eval.hellaswag_data is empty; give a file, 'auto' or 'held-out'")
-        return problems
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """The steps to save at and the checkpoints to keep. The last step is always saved."""
 
-    every_steps: int = 500
+    every_steps: Count = 500
     """Steps between checkpoints."""
-    keep_last: int = 2
+    keep_last: Annotated[int, 2, MAX_COUNT] = 2
     """Newest checkpoints to keep; at least 2, so that a damaged one has a predecessor."""
-    keep_every_steps: int = 0
+    keep_every_steps: CountOr0 = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 turns it off."""
     after_save: str = ""
     """Shell command to run in the run's folder after each save, such as a copy to another machine. Variables for it:
     CHECKPOINT (checkpoints/step_0000500), STEP, RUN_NAME. Training does not wait; a failure is a warning."""
-
-    def problems(self) -> list[str]:
-        problems = _outside(self, "checkpoint", {"every_steps": MAX_COUNT})
-        if not 2 <= self.keep_last <= MAX_COUNT:
-            problems.append(f"checkpoint.keep_last = {self.keep_last} must be at least 2 and at most {MAX_COUNT:,}")
-        if not 0 <= self.keep_every_steps <= MAX_COUNT:
-            problems.append(f"checkpoint.keep_every_steps = {self.keep_every_steps} must be at least 0; 0 turns it off")
-        if "\0" in self.after_save:
-            problems.append("checkpoint.after_save holds a zero byte; give a shell command")
-        return problems
 
 
 @dataclass(frozen=True)
@@ -272,11 +227,11 @@ class Config:
     resume from its checkpoint and set later ones aside."""
     init_from: str = ""
     """Start with the weights of this run, step_* folder or export, at step 0 of a new run. Random ones without it."""
-    profile: int = 0
+    profile: CountOr0 = 0
     """Steps to record with PyTorch's profiler, near the start; the trace opens at ui.perfetto.dev."""
     report_to: tuple[Reporter, ...] = ()
     """Trackers to report to: tensorboard, wandb or both; they must be installed. Affects no result."""
-    price_per_gpu_hour: float | None = None
+    price_per_gpu_hour: Positive | None = None
     """Dollars. With it, preflight and the report say what the run costs; affects nothing else."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -287,10 +242,9 @@ class Config:
 
     def __post_init__(self) -> None:
         # First, because the other checks compare numbers.
-        if problems := _wrong_types(self):
+        if problems := [problem for leaf in _leaves(self) if (problem := _wrong_type(*leaf))]:
             raise ConfigError(problems)
-        groups = (self.model, self.data, self.optim, self.train, self.eval, self.checkpoint)
-        problems = [problem for group in groups for problem in group.problems()]
+        problems = list(dict.fromkeys([*self.model.problems(), *outside(self)]))  # each once
         if not self.run_name or self.run_name in (".", "..") or set(self.run_name) & set("/\\\0"):
             problems.append(f"run_name = {self.run_name!r} must be a plain folder name")
         if (length := len(self.run_name.encode(errors="replace"))) > MAX_NAME_BYTES:
@@ -299,10 +253,6 @@ class Config:
             problems.append(f"init_from = {self.init_from!r} is the run itself; give the new run another run_name")
         if self.resume not in ("auto", "never") and not re.fullmatch("[0-9]{1,9}", self.resume):
             problems.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
-        if not 0 <= self.profile <= MAX_COUNT:
-            problems.append(f"profile = {self.profile} must be at least 0 and at most {MAX_COUNT:,}; 0 records nothing")
-        if self.price_per_gpu_hour is not None and not 0 < self.price_per_gpu_hour <= MAX_REAL:
-            problems.append(f"price_per_gpu_hour = {self.price_per_gpu_hour} must be above 0 and at most {MAX_REAL:g}")
         if not problems and self.train.batch_tokens % self.model.n_ctx:
             multiple = max(1, round(self.train.batch_tokens / self.model.n_ctx)) * self.model.n_ctx
             problems.append(
@@ -323,14 +273,12 @@ class Config:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
         if self.train.total_steps is not None:
             return self.train.total_steps
         return self.train.total_tokens // self.train.batch_tokens
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of linear warm-up."""
         if self.optim.warmup_steps is not None:
             return self.optim.warmup_steps
         if self.train.total_steps is not None:
@@ -380,15 +328,11 @@ def divisors(number: int) -> list[int]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain data, ready for JSON."""
     return dataclasses.asdict(config)
 
 
 def from_dict(data: dict[str, Any]) -> Config:
-    """The Config that `to_dict` wrote as `data`, read back from JSON.
-
-    Raises ConfigError on unknown fields and wrong types, as a file changed by hand may have.
-    """
+    """The Config that `to_dict` wrote as `data`. Raises ConfigError on unknown fields and wrong types."""
     return _from_dict(Config, data, "")
 
 
@@ -404,31 +348,56 @@ def _from_dict(kind: Any, data: Any, prefix: str) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _wrong_types(config: Any, prefix: str = "") -> list[str]:
+def _leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and annotated type of every setting, and of a group that is not one."""
+    for name, kind in get_type_hints(type(group), include_extras=True).items():
+        value = getattr(group, name)
+        if isinstance(kind, type) and isinstance(value, kind) and dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield prefix + name, value, kind
+
+
+def _wrong_type(name: str, value: Any, kind: Any) -> str:
+    """The problem of a value whose type is not `kind`, or ""."""
+    if not _has_type(value, kind):
+        return f"{name} = {repr(value)[:80]} must be {kind_text(kind)}"
+    # Python's stand-ins for bytes of the command line; no file of the run could hold them.
+    if re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, (list, tuple)) else str(value)):
+        return f"{name} = {repr(value)[:80]} must be UTF-8 text; set LC_ALL=C.UTF-8"
+    return ""
+
+
+def outside(group: Any, prefix: str = "") -> list[str]:
+    """The problems of all numbers that lie outside their limits."""
     problems = []
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            problems += _wrong_types(value, f"{name}.") if isinstance(value, kind) else [f"{name} is not a group"]
-        elif not _has_type(value, kind):
-            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be {kind_text(kind)}")
-        elif re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, (list, tuple)) else str(value)):
-            # Python's stand-ins for bytes of the command line; no file of the run could hold them.
-            problems.append(f"{prefix}{name} = {repr(value)[:80]} must be UTF-8 text; set LC_ALL=C.UTF-8")
+    for name, value, kind in _leaves(group, prefix):
+        for limits in (each.__metadata__ for each in (kind, *get_args(kind)) if get_origin(each) is Annotated):
+            if isinstance(value, int | float) and not limits[0] <= value <= limits[1]:  # also true for NaN
+                low, high = (f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for limit in limits)
+                low = "above 0" if limits[0] == ABOVE_0 else f"at least {low}"
+                high = "below 1" if limits[1] == _BELOW_1 else f"at most {high}"
+                problems.append(f"{name} = {value} must be {low} and {high}")
     return problems
 
 
 def kind_text(kind: Any) -> str:
     """The values that a field of this type takes, for people."""
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
+    if get_origin(kind) is Annotated:
+        return kind_text(kind.__origin__)
     if kind in names:
         return names[kind]
+    if isinstance(kind, type):
+        return f"a {kind.__name__}"
     if get_origin(kind) is tuple:
         return f"a list of: {kind_text(get_args(kind)[0])}"
     return _either([each if isinstance(each, str) else kind_text(each) for each in get_args(kind)])
 
 
 def _has_type(value: object, kind: Any) -> bool:
+    if get_origin(kind) is Annotated:
+        return _has_type(value, kind.__origin__)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     origin, kinds = get_origin(kind), get_args(kind)
@@ -437,22 +406,6 @@ def _has_type(value: object, kind: Any) -> bool:
     if origin is tuple:
         return isinstance(value, (list, tuple)) and all(_has_type(each, kinds[0]) for each in value)
     return any(_has_type(value, each) for each in kinds) if kinds else type(value) is kind
-
-
-def _outside(group: Any, prefix: str, limits: dict[str, int]) -> list[str]:
-    return [
-        f"{prefix}.{name} = {getattr(group, name)} must be at least 1 and at most {limit:,}"
-        for name, limit in limits.items()
-        if not 1 <= getattr(group, name) <= limit
-    ]
-
-
-def _not_positive(group: Any, prefix: str, names: str) -> list[str]:
-    return [
-        f"{prefix}.{name} = {getattr(group, name)} must be above 0 and at most {MAX_REAL:g}"
-        for name in names.split()
-        if not 0 < getattr(group, name) <= MAX_REAL
-    ]
 
 
 def _either(values: Any) -> str:

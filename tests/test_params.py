@@ -49,8 +49,12 @@ def test_a_shape_that_cannot_work_says_what_would(model: ModelConfig, expected: 
 
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
 def test_a_limit_for_spikes_that_cannot_work(value: float):
-    assert OptimConfig(spike_z=value).problems() == [f"optim.spike_z = {value} must be at least 0 and at most 1e+12"]
-    assert OptimConfig(spike_z=6.0).problems() == []
+    with pytest.raises(ConfigError) as caught:
+        Config(optim=OptimConfig(spike_z=value))
+    assert caught.value.problems == [f"optim.spike_z = {value} must be at least 0 and at most 1e+12"]
+    assert Config(optim=OptimConfig(spike_z=6.0)).optim.spike_z == 6.0
+    with pytest.raises(ConfigError, match=r"price_per_gpu_hour = \S+ must be above 0 and at most 1e\+12"):
+        Config(price_per_gpu_hour=value)
 
 
 def test_a_batch_that_context_does_not_divide():

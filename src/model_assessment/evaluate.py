@@ -20,14 +20,20 @@ from src.model_assessment import hellaswag
 from src.model_assessment.validation import validate
 from src.model_configs.arguments import Parser, whole
 from src.model_utils.debugging import count_parameters
-from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, convert_weights, load_model
+from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model
 from src.params import MAX_COUNT
 from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
-from src.utils.hardware import autocast, choose_device, describe_machine
+from src.utils.hardware import choose_device, describe_machine
 from src.utils.root import dataset_dir
 
 BATCH_TOKENS = 2_048  # per validation batch, equal for all models: otherwise their batches would not be pairs
 HELD_OUT_ITEMS = 500  # default for the stand-in, which can make any number of items
+# Of multiple choice: the protocol, its figure, and that figure's standard error.
+CHOICE_FIGURES = (
+    ("reference", "acc_norm", "stderr"),
+    ("lm_eval", "acc", "acc_stderr"),
+    ("lm_eval", "acc_norm", "acc_norm_stderr"),
+)
 
 Ask = Callable[[LLM], dict[str, dict[str, Any]]]
 """`hellaswag.measure`, with the items that were chosen once for all models."""
@@ -38,16 +44,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """The figures of a model on the first `val_tokens` of the held-out text in `folder`, and by `ask`.
 
-    Converts the model to the dtype `weights`. Raises UserError where the text does not suit the model.
+    `weights` names the dtype that they were loaded in. Raises UserError where the text does not suit the model.
     """
     config, held_out, model = loaded.config.model, manifest.validation[0], loaded.model
-    precision = convert_weights(model, weights, loaded.precision)
     windows = WindowDataset(folder, manifest.validation, config.n_ctx, config.n_vocab, at_least=1)
     n_windows = min(max(1, val_tokens // config.n_ctx), windows.n_windows)
     batch_size = max(1, BATCH_TOKENS // config.n_ctx)
     losses: list[float] = []
     progress = now_and_then()
-    with autocast(loaded.device, precision):
+    with loaded.autocast():
         result = validate(
             model,
             windows,
@@ -62,7 +67,7 @@ def evaluate(
         "checkpoint": str(loaded.path),
         "step": loaded.step,
         "weights": weights,
-        "matmuls": str(precision).removeprefix("torch."),
+        "matmuls": str(loaded.precision).removeprefix("torch."),
         "n_ctx": config.n_ctx,
         "parameters": count_parameters(model),
         "validation": asdict(result),
@@ -84,10 +89,7 @@ def less(result: dict[str, Any], first: dict[str, Any]) -> dict[str, Any] | None
 
 
 def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manifest]:
-    """The dataset `data`, or else the first model's, after a check that it suits every model.
-
-    Raises UserError for a missing model or dataset, and for a dataset of another tokenizer.
-    """
+    """The dataset `data`, or else the first model's. Raises UserError where it does not suit every model."""
     models = [(m.path, m.config, m.dataset_sha256) for m in (load_model(name, "cpu") for name in checkpoints)]
     path, config, trained_on = models[0]
     if data is None and not trained_on:
@@ -108,60 +110,49 @@ def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manife
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The figures as Markdown tables, one row per model."""
-    rows = [["model", "step", "weights", "parameters", "loss", "perplexity", "bits per byte", "loss minus the first"]]
+    figures, choices = [], []
     for result in results:
-        values, change = result["validation"], less(result, results[0])
-        rows.append(
-            [
-                *_first_cells(result),
-                f"{result['parameters']:,}",
-                _with_error(values["loss"], values["stderr"], ".4f"),
-                f"{values['perplexity']:.2f}",
-                f"{values['bits_per_byte']:.4f}",
-                _with_error(change["difference"], change["stderr"], "+.4f") if change else "",
-            ]
-        )
-    tables = [_markdown(rows)]
+        path, values, change = Path(result["checkpoint"]), result["validation"], less(result, results[0])
+        computed = " (computed in bf16)" if (result["weights"], result["matmuls"]) == ("float32", "bfloat16") else ""
+        model = {
+            "model": path.parent.parent.name if path.parent.name == "checkpoints" else path.name,  # or an export's
+            "step": f"{result['step']:,}",
+            "weights": result["weights"] + computed,
+        }
+        losses = {
+            "parameters": f"{result['parameters']:,}",
+            "loss": _with_error(values["loss"], values["stderr"], ".4f"),
+            "perplexity": f"{values['perplexity']:.2f}",
+            "bits per byte": f"{values['bits_per_byte']:.4f}",
+            "loss minus the first": _with_error(change["difference"], change["stderr"], "+.4f") if change else "",
+        }
+        figures.append(model | losses)
+        for key, share, stderr in CHOICE_FIGURES:
+            if choice := result["multiple_choice"].get(key):
+                model.setdefault("items", f"{choice['total']:,}")
+                column = f"{choice['protocol'].split(' ')[0]} {share}"
+                model[column] = _with_error(choice[share], choice[stderr], ".2%")
+        choices.append(model)
+    tables = [_markdown(figures)]
     if protocols := [choice["protocol"] for choice in results[0]["multiple_choice"].values()]:
-        tables += [_markdown(_choice_rows(results)), "\n".join(": ".join(text.split(" ", 1)) for text in protocols)]
+        tables += [_markdown(choices), "\n".join(": ".join(text.split(" ", 1)) for text in protocols)]
     return "\n\n".join(tables)
-
-
-def _choice_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    columns = [("reference", "acc_norm", "stderr")]
-    columns += [("lm_eval", "acc", "acc_stderr"), ("lm_eval", "acc_norm", "acc_norm_stderr")]
-    columns = [column for column in columns if column[0] in results[0]["multiple_choice"]]
-    rows = [["model", "step", "weights", "items"]]
-    for key, share, _ in columns:
-        rows[0].append(f"{results[0]['multiple_choice'][key]['protocol'].split(' ')[0]} {share}")
-    for result in results:
-        choice = result["multiple_choice"]
-        shares = [_with_error(choice[key][share], choice[key][stderr], ".2%") for key, share, stderr in columns]
-        rows.append([*_first_cells(result), f"{choice['reference']['total']:,}", *shares])
-    return rows
-
-
-def _first_cells(result: dict[str, Any]) -> list[str]:
-    """Name (the run's or the export's folder), step and weights."""
-    path = Path(result["checkpoint"])
-    name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
-    computed = " (computed in bf16)" if (result["weights"], result["matmuls"]) == ("float32", "bfloat16") else ""
-    return [name, f"{result['step']:,}", result["weights"] + computed]
 
 
 def _with_error(value: float, stderr: float | None, form: str) -> str:
     return f"{value:{form}}" + ("" if stderr is None else f" ± {stderr:{form.removeprefix('+')}}")
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    rule = "| " + " | ".join("-" * width for width in widths) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
+def _markdown(rows: list[dict[str, str]]) -> str:
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    rule = {name: "-" * width for name, width in widths.items()}
+    lines = (
+        " | ".join(row[name].ljust(widths[name]) for name in widths) for row in ({n: n for n in widths}, rule, *rows)
+    )
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def main() -> int:
-    """The command line."""
     args = _parser().parse_args()
     if not 1 <= args.val_tokens <= MAX_COUNT:
         raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to between 1 and {MAX_COUNT:,}.")
@@ -171,25 +162,22 @@ def main() -> int:
         tokenizer, held_out = load_tokenizer(), manifest.validation[0]
         check_shard(folder, held_out, tokenizer.n_vocab)
         limit = HELD_OUT_ITEMS if args.limit is None and args.hellaswag == "held-out" else args.limit
-        protocol, items = hellaswag.choose_items(
-            args.hellaswag, limit, folder / held_out.file, tokenizer, "--hellaswag"
-        )
+        protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
         ask = partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol)
     results: list[dict[str, Any]] = []
     for checkpoint in args.checkpoint:
         for weights in args.weights:
-            loaded = load_model(checkpoint, args.device)  # once per dtype: `evaluate` converts it
+            loaded = load_model(checkpoint, args.device, weights)
             say(f"measuring {loaded.path}, weights {weights}, on {loaded.device}")
             results.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, ask))
             del loaded  # frees its memory before the next one is loaded
     print(table(results))
-    for result in results:
-        result["loss_less_first"] = less(result, results[0])
-    for result in results:
+    changes = [less(result, results[0]) for result in results]
+    for result, change in zip(results, changes, strict=True):
         del result["batch_losses"]
+        result["loss_less_first"] = change
     machine = describe_machine(choose_device(args.device))
-    summary = {"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine}
-    print_result(summary)
+    print_result({"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine})
     return 0
 
 

@@ -26,12 +26,13 @@ from torch.nn.utils.rnn import pad_sequence
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.lm_loss import linear_losses
 from src.model import LLM
-from src.model_assessment.held_out_items import held_out_items
-from src.model_assessment.hellaswag_items import OPTION, Item, fetch_items, load_items
+from src.model_assessment.hellaswag_items import Item, fetch_items, held_out_items, load_items
+from src.model_assessment.validation import ALONE
 from src.model_configs.arguments import Parser, whole
 from src.model_utils.load_model import load_model
 from src.params import MAX_COUNT
 from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
+from src.utils.handle_ddp import Processes
 from src.utils.hardware import attention_for_any_shape
 
 # Recorded with every result. The last one must never be read as the first.
@@ -57,12 +58,12 @@ Question = tuple[list[int], list[list[int]]]
 
 
 def choose_items(
-    data: str, limit: int | None, validation_shard: Path | None, tokenizer: Tokenizer, option: str = OPTION
+    data: str, limit: int | None, validation_shard: Path | None, tokenizer: Tokenizer
 ) -> tuple[str, list[Item]]:
     """The text of the reference's protocol and the first `limit` items of `data`.
 
     "auto" fetches HellaSwag. "held-out" makes a stand-in from the documents of `validation_shard`, always the same one.
-    Anything else is a file. `option`: the one that `data` comes from, for messages. Raises UserError.
+    Anything else is a file. Raises UserError.
     """
     if limit is not None and not 1 <= limit <= MAX_COUNT:
         raise UserError(f"Cannot use {limit} items. Set --limit to between 1 and {MAX_COUNT:,}.")
@@ -70,7 +71,7 @@ def choose_items(
         assert validation_shard is not None, "held-out items need held-out text"
         tokens = np.load(validation_shard, mmap_mode="r", allow_pickle=False)
         return HELD_OUT_PROTOCOL, held_out_items(tokens, tokenizer, limit or len(tokens), seed=0)
-    return HELLASWAG_PROTOCOL, (fetch_items(limit, option) if data == "auto" else load_items(Path(data), limit, option))
+    return HELLASWAG_PROTOCOL, (fetch_items(limit) if data == "auto" else load_items(Path(data), limit))
 
 
 def measure(model: LLM, items: Sequence[Item], tokenizer: Tokenizer, protocol: str) -> dict[str, dict[str, Any]]:
@@ -155,7 +156,6 @@ def _clean(text: str) -> str:
 
 
 def _count_right(items: Sequence[Item], values: list[list[float]]) -> int:
-    """The number of items whose right ending has the highest value."""
     # A model that gives NaN or infinity knows nothing, and must not score 25% by the order of endings.
     return sum(
         math.isfinite(sum(endings)) and endings.index(max(endings)) == item.label
@@ -173,9 +173,7 @@ def score_endings(
     model: LLM,
     questions: Sequence[Question],
     *,
-    rank: int = 0,
-    world_size: int = 1,
-    sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
+    procs: Processes = ALONE,
     between_batches: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[list[float]]:
     """The log-probability of each ending of each question, summed over its tokens, in nats; equal in every process.
@@ -190,14 +188,14 @@ def score_endings(
     # All processes form the same batches and deal them out: rounding depends on the rows that share a batch.
     batches = _batches([len(tokens) - 1 for tokens, _ in rows], batch_tokens)
     log_probs, done = [0.0] * len(rows), 0
-    for first in range(0, len(batches), world_size):
+    for first in range(0, len(batches), procs.world_size):
         between_batches(done, len(rows))
-        dealt = batches[first : first + world_size]
-        for batch in dealt[rank : rank + 1]:
+        dealt = batches[first : first + procs.world_size]
+        for batch in dealt[procs.rank : procs.rank + 1]:
             for i, log_prob in zip(batch, _score(model, [rows[i] for i in batch], logit_positions), strict=True):
                 log_probs[i] = log_prob
         done += sum(map(len, dealt))
-    sums = iter(sum_over_ranks(log_probs))  # exact: an ending is 0 in all processes but one
+    sums = iter(procs.sum(log_probs))  # exact: an ending is 0 in all processes but one
     return [[next(sums) for _ in endings] for _, endings in questions]
 
 
@@ -233,7 +231,6 @@ def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: i
 
 
 def main() -> int:
-    """The command line."""
     parser = Parser(
         prog="python -m src.model_assessment.hellaswag",
         description="Measure a trained model on HellaSwag. Prints, except on a terminal, one JSON object as the last "
@@ -249,7 +246,7 @@ def main() -> int:
     if args.data == "held-out":
         raise UserError("Cannot make held-out items here. Use src.model_assessment.evaluate --hellaswag held-out.")
     loaded, tokenizer = load_model(args.checkpoint, args.device), load_tokenizer()
-    protocol, items = choose_items(args.data, args.limit, None, tokenizer, "--data")
+    protocol, items = choose_items(args.data, args.limit, None, tokenizer)
     say(f"{len(items):,} items on {loaded.device}")
     with loaded.autocast():
         results = measure(loaded.model, items, tokenizer, protocol)

@@ -3,7 +3,7 @@
 A new evaluation is a method that returns records, and its row in `Assessment.evaluations`.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +17,7 @@ from src.model import LLM
 from src.model_assessment import hellaswag, sampling, validation
 from src.params import Config
 from src.utils.errors import StoppedError, UserError
+from src.utils.handle_ddp import Processes
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Record:
     words: str
 
 
-Shared = dict[str, Any]
-"""The arguments of `validate` and `score_endings` by which processes share their work."""
+Check = Callable[..., bool]
+"""To be called between batches, equally often in all processes; raises StoppedError in all once one should stop."""
+MakeRecords = Callable[[LLM, int, Processes, Check], list[Record]]
 
 
 class Assessment:
@@ -47,7 +49,7 @@ class Assessment:
         self.protocol, self.items = self._choose_items(folder / held_out.file)
         self.encode = cache(tokenizer.encode)  # the texts of all items take a second, each time
 
-    def evaluations(self) -> dict[str, tuple[int, Callable[[LLM, int, Shared], list[Record]]]]:
+    def evaluations(self) -> dict[str, tuple[int, MakeRecords]]:
         """The table of what is measured, in its order: kind, steps between (0 turns it off), function."""
         settings = self.config.eval
         return {
@@ -71,9 +73,7 @@ class Assessment:
         model: LLM,
         batch_size: int,
         autocast: AbstractContextManager[Any],
-        rank: int,
-        world_size: int,
-        sum_over_ranks: Callable[[Sequence[float]], Sequence[float]],
+        procs: Processes,
         stop: Callable[[], bool],
     ) -> list[Record]:
         """The records of one kind. All processes call it together, with the same model, which then is in training mode.
@@ -84,17 +84,15 @@ class Assessment:
 
         def check(*_: object, done: bool = False) -> bool:
             """True once a process calls it with `done`. All call it equally often, or they wait for each other."""
-            stopped, finished = sum_over_ranks([float(stop()), float(done)])
+            stopped, finished = procs.sum([float(stop()), float(done)])
             if stopped and not finished:
                 raise StoppedError("stopped during an evaluation")
             return bool(finished)
 
-        shared = {"rank": rank, "world_size": world_size, "sum_over_ranks": sum_over_ranks, "between_batches": check}
-        _, make_records = self.evaluations()[kind]
         model.eval()
         try:
             with autocast:
-                return make_records(model, batch_size, shared)
+                return self.evaluations()[kind][1](model, batch_size, procs, check)
         finally:
             model.train()
 
@@ -103,22 +101,24 @@ class Assessment:
         if not settings.hellaswag_items:
             return "none", []
         try:
-            data, limit = settings.hellaswag_data, settings.hellaswag_items
-            return hellaswag.choose_items(data, limit, validation_shard, self.tokenizer)
+            return hellaswag.choose_items(
+                settings.hellaswag_data, settings.hellaswag_items, validation_shard, self.tokenizer
+            )
         except UserError as error:
             if settings.hellaswag_data != "held-out":
                 raise
             self.note = f"no multiple choice in this run: {error}"  # a small corpus can still be trained on
             return "none", []
 
-    def _validation(self, model: LLM, batch_size: int, shared: Shared) -> list[Record]:
+    def _validation(self, model: LLM, batch_size: int, procs: Processes, check: Check) -> list[Record]:
         result = validation.validate(
             model,
             self.windows,
             n_windows=self.n_windows,
             batch_size=batch_size,
             bytes_per_token=self.bytes_per_token,
-            **shared,
+            procs=procs,
+            between_batches=check,
         )
         error = "" if result.stderr is None else f" +- {result.stderr:.4f}"
         words = (
@@ -127,17 +127,16 @@ class Assessment:
         )
         return [Record("validation", {**vars(result), "unigram_entropy": self.unigram_entropy}, words)]
 
-    def _multiple_choice(self, model: LLM, _: int, shared: Shared) -> list[Record]:
-        result = hellaswag.evaluate(model, self.items, self.encode, self.protocol, **shared)
+    def _multiple_choice(self, model: LLM, _: int, procs: Processes, check: Check) -> list[Record]:
+        result = hellaswag.evaluate(model, self.items, self.encode, self.protocol, procs=procs, between_batches=check)
         is_hellaswag = self.protocol == hellaswag.HELLASWAG_PROTOCOL
         name = "HellaSwag" if is_hellaswag else "held-out choice (not HellaSwag)"
         right = f"{result['correct']:,} of {result['total']:,} right"
         words = f"{name}: {right}, {result['acc_norm']:.2%} +- {result['stderr']:.2%}"
         return [Record("hellaswag", result, words)]
 
-    def _samples(self, model: LLM, _: int, shared: Shared) -> list[Record]:
-        check = shared["between_batches"]
-        if shared["rank"] != 0:  # joins the checks of process 0, which samples
+    def _samples(self, model: LLM, _: int, procs: Processes, check: Check) -> list[Record]:
+        if not procs.is_main:  # joins the checks of process 0, which samples
             while not check():
                 pass
             return []

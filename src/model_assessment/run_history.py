@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from src.model_utils.spike_guard import SpikeGuard
 from src.utils.errors import UserError
 from src.utils.logger import RunLogger
 from src.utils.root import ROOT, instead_of
@@ -27,7 +28,7 @@ Record = dict[str, Any]  # a line of metrics.jsonl; see `read_run`
 
 CHANCE = 0.25  # accuracy of guessing: every multiple-choice item has four endings
 SILENT_SECONDS = 600.0
-SPIKE_LINES, SPIKE_DEVIATIONS, SPIKE_SHARE = 19, 8.0, 0.02
+SPIKE_DEVIATIONS = 8.0
 LARGEST_NUMBER = 1e30  # beyond it sums and axis limits overflow
 
 PUBLISHED_RUN = ROOT / "assets" / "data" / "published_run_269m.csv"
@@ -41,12 +42,10 @@ class Series(NamedTuple):
     values: NDArray[np.float64]
 
     def finite(self) -> "Series":
-        """The same series without NaN."""
         known = np.isfinite(self.values)
         return Series(self.steps[known], self.values[known])
 
     def median(self) -> float:
-        """The median of the finite values, or NaN."""
         known = self.finite().values
         return float(np.median(known)) if known.size else math.nan
 
@@ -69,7 +68,6 @@ class Run:
         return sorted((record for record in self.records if record["kind"] == kind), key=lambda record: record["step"])
 
     def last(self, kind: str) -> Record:
-        """The last record of one kind; empty if there is none."""
         return next(reversed(self.of_kind(kind)), {})
 
     def series(self, kind: str, key: str) -> Series:
@@ -91,7 +89,6 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps planned."""
         planned = number(self.setting("derived", "total_steps"))
         return int(planned) if planned >= 1 else None
 
@@ -164,7 +161,6 @@ def read_run(folder: Path) -> Run:
 
 
 def published_run() -> Run:
-    """Losses of the published 269M run."""
     records: list[Record] = []
     for row in csv.DictReader(PUBLISHED_RUN.read_text(encoding="ascii").splitlines()):
         step = int(row["step"]) + 1  # its log counts from 0: the first line has the first step's learning rate
@@ -194,19 +190,13 @@ def choice_name(run: Run) -> str:
 
 
 def spikes(run: Run) -> Series:
-    """Training records whose loss is 8 standard deviations, and 2%, above the median of the 19 before.
-
-    The deviation is that of the changes between successive records, because the slope of the curve spreads its values.
-    """
+    """Training records whose loss the spike guard would call one at 8 standard deviations."""
     steps, losses = run.series("train", "loss").finite()
-    if losses.size <= SPIKE_LINES:
-        return Series(steps[:0], losses[:0])
-    before = np.lib.stride_tricks.sliding_window_view(losses, SPIKE_LINES)[:-1]
-    level = np.median(before, axis=1)
-    # 1.4826 makes a median absolute deviation a standard deviation; a change has twice the variance of a value.
-    deviation = 1.4826 * np.median(np.abs(np.diff(before, axis=1)), axis=1) / math.sqrt(2)
-    high = losses[SPIKE_LINES:] - level > np.maximum(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * level)
-    return Series(steps[SPIKE_LINES:][high], losses[SPIKE_LINES:][high])
+    guard, is_spike = SpikeGuard(SPIKE_DEVIATIONS), np.zeros(losses.size, dtype=bool)
+    for i, loss in enumerate(losses.tolist()):
+        is_spike[i] = guard.is_spike(loss)
+        guard.add(loss)
+    return Series(steps[is_spike], losses[is_spike])
 
 
 def key_figures(run: Run) -> list[KeyFigure]:

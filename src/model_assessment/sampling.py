@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,14 +22,15 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_configs.arguments import Parser, whole
 from src.model_utils.debugging import count_parameters
-from src.model_utils.load_model import WEIGHT_DTYPES, convert_weights, load_model
+from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model
 from src.model_utils.packed_linear import pack_linears
-from src.params import MAX_NEW_TOKENS, MAX_REAL, MAX_SAMPLES, MAX_VOCAB
+from src.params import ABOVE_0, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_VOCAB, PositiveOr0, Seed, Share, outside
 from src.utils.errors import UserError, exit_with, harmless, print_result, say
-from src.utils.hardware import attention_for_any_shape, autocast
+from src.utils.hardware import attention_for_any_shape
 
 # Sorting the whole vocabulary takes longer than a small model needs for a token. So many nearly always reach top_p.
 CANDIDATES = 1_024
+LEAST_TEMPERATURE = 1e-6  # logits divided by less overflow
 
 
 @dataclass(frozen=True)
@@ -39,39 +40,23 @@ class SamplingConfig:
     The penalty comes first, then the temperature, then top_k, top_p and min_p, each on the remaining tokens.
     """
 
-    max_new_tokens: int = 50
-    temperature: float = 1.0
-    """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int = 0
+    max_new_tokens: Annotated[int, 1, MAX_NEW_TOKENS] = 50
+    temperature: PositiveOr0 = 1.0
+    """Divides the logits; below LEAST_TEMPERATURE, 0 say, the likeliest token is always taken."""
+    top_k: Annotated[int, 0, MAX_VOCAB] = 0
     """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, ABOVE_0, 1] = 1.0
     """Keep the likeliest tokens that together reach this probability (nucleus sampling, arXiv:1904.09751)."""
-    seed: int = 0
-    min_p: float = 0.0
+    seed: Seed = 0
+    min_p: Share = 0.0
     """Keep tokens at least this share as likely as the likeliest one (arXiv:2407.01082)."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, 0.001, 1_000] = 1.0
     """Divides positive logits of tokens already in the text, multiplies negative ones (arXiv:1909.05858)."""
     stop: tuple[str, ...] = ()
     """Texts at whose first appearance a continuation ends, without them."""
 
     def __post_init__(self) -> None:
-        rules = {
-            "max_new_tokens": (1 <= self.max_new_tokens <= MAX_NEW_TOKENS, f"between 1 and {MAX_NEW_TOKENS:,}"),
-            "temperature": (
-                self.temperature == 0 or 1e-6 <= self.temperature <= MAX_REAL,
-                f"0, or between 1e-06 and {MAX_REAL:g}",
-            ),
-            "top_k": (0 <= self.top_k <= MAX_VOCAB, f"between 0 and {MAX_VOCAB:,} (0 keeps all tokens)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (
-                0.001 <= self.repetition_penalty <= 1_000,
-                "between 0.001 and 1,000 (1 turns it off)",
-            ),
-            "seed": (0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
-            "stop": (all(self.stop), "without an empty text"),
-        }
-        problems = [f"{name} = {getattr(self, name)} must be {rule}" for name, (ok, rule) in rules.items() if not ok]
+        problems = outside(self) if all(self.stop) else [*outside(self), "stop must be without an empty text"]
         if problems:
             raise UserError(f"Cannot sample: {'; '.join(problems)}. Change these settings.")
 
@@ -99,7 +84,7 @@ class Sample:
         return f"<{self.prompt!r} + {self.text!r}, {len(self.tokens)} tokens, ended by {self.finish_reason}>"
 
 
-class TextModel:
+class TextModel(LoadedModel):
     """A trained model for Python and notebooks, made by `load`.
 
     `settings` of its methods are fields of SamplingConfig, such as temperature=0.8, top_k=50 or max_new_tokens=100.
@@ -108,13 +93,9 @@ class TextModel:
     def __init__(self, checkpoint: str | Path, device: str = "auto", weights: str = "auto") -> None:
         if weights not in WEIGHT_DTYPES:
             raise UserError(f"Cannot load weights as {weights!r}: it must be one of {', '.join(WEIGHT_DTYPES)}.")
-        loaded = load_model(checkpoint, device)
-        self.model, self.config = loaded.model, loaded.config
-        self.path, self.step, self.device = loaded.path, loaded.step, loaded.device
+        super().__init__(**vars(load_model(checkpoint, device, weights)))
         self.tokenizer = load_tokenizer()
         self.parameters = count_parameters(self.model)
-        self.precision = convert_weights(self.model, weights, loaded.precision)
-        """The dtype of matmuls."""
         if self.precision == torch.bfloat16:
             pack_linears(self.model)
 
@@ -123,14 +104,8 @@ class TextModel:
         precision = str(self.precision).removeprefix("torch.")
         return f"<{self.path}: step {self.step:,}, {shape}, {precision} on {self.device}>"
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context to call `model` in."""
-        return autocast(self.device, self.precision)
-
     def generate(self, prompt: str = "", n: int = 1, **settings: Any) -> list[Sample]:
         """Continues the prompt `n` times. An empty prompt starts a new document. Raises UserError."""
-        if not 1 <= n <= MAX_SAMPLES:
-            raise UserError(f"Cannot draw {n} samples: it must be between 1 and {MAX_SAMPLES:,}.")
         return sample(self.model, self.tokenizer, [prompt], _sampling_config(settings), n, self.autocast())
 
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
@@ -186,8 +161,10 @@ def sample(
     """Continues each prompt `num_samples` times, in one batch per prompt. The model must be in eval mode.
 
     An empty prompt starts a new document. `autocast` is the context to call the model in. `between_tokens` may raise to
-    give up. Raises UserError for a prompt with tokens unknown to the model.
+    give up. Raises UserError for a prompt with tokens unknown to the model, and for an impossible number of samples.
     """
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise UserError(f"Cannot draw {num_samples} samples of a prompt: it must be between 1 and {MAX_SAMPLES:,}.")
     samples: list[Sample] = []
     with autocast or nullcontext():
         for prompt in prompts:
@@ -287,7 +264,7 @@ def _choose(logits_V: torch.Tensor, row: list[int], draw: torch.Tensor, config: 
     used = torch.tensor(sorted(set(row)))
     values, penalty = logits_V[used], config.repetition_penalty
     logits_V = logits_V.index_copy(0, used, torch.where(values > 0, values / penalty, values * penalty))
-    if config.temperature == 0:
+    if config.temperature < LEAST_TEMPERATURE:
         return int(logits_V.argmax())
     probs_V = torch.softmax(logits_V.double() / config.temperature, dim=-1)
     probs_K, ids_K = _candidates(probs_V, config) if config.top_k or config.top_p < 1 else (probs_V, None)
@@ -347,11 +324,8 @@ def _encode(tokenizer: Tokenizer, prompt: str, model: LLM, quiet: bool = False) 
 
 
 def main() -> int:
-    """Runs the command line."""
     args = _parser().parse_args()
     prompts = args.prompt or [""]
-    if not 1 <= args.num_samples <= MAX_SAMPLES:
-        raise UserError(f"Cannot draw {args.num_samples} samples. Set --num-samples to between 1 and {MAX_SAMPLES:,}.")
     if (args.stream or args.interactive) and len(prompts) * args.num_samples > 1:
         raise UserError("Cannot draw several samples: --stream and --interactive show one. Leave them out.")
     values = {each.name: getattr(args, each.name) for each in fields(SamplingConfig)}

@@ -5,7 +5,7 @@ Shapes: B sequences, T positions.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from src.data_processing.training_data_loader import WindowDataset
+from src.utils.handle_ddp import Processes
+
+ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))  # shares its work with nobody
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,8 @@ def validate(
     n_windows: int,
     batch_size: int,
     bytes_per_token: float,
-    rank: int = 0,
-    world_size: int = 1,
-    sum_over_ranks: Callable[[Sequence[float]], Sequence[float]] = list,
-    between_batches: Callable[[], None] = lambda: None,
+    procs: Processes = ALONE,
+    between_batches: Callable[[], object] = lambda: None,
     batch_losses: list[float] | None = None,
 ) -> ValidationResult:
     """The loss of `model`, in eval mode, over the first `n_windows` windows; equal in every process.
@@ -51,7 +52,7 @@ def validate(
     device = next(model.parameters()).device
     started = time.perf_counter()
     sums = np.zeros(4)  # of nats, of squared losses weighted by tokens, of tokens, of batches
-    local, most = range(rank, n_windows, world_size), len(range(0, n_windows, world_size))
+    local, most = range(procs.rank, n_windows, procs.world_size), len(range(0, n_windows, procs.world_size))
     for first in range(0, most, batch_size):
         between_batches()
         numbers = local[first : first + batch_size]
@@ -62,7 +63,7 @@ def validate(
         sums += [loss * n_tokens, loss**2 * n_tokens, n_tokens, 1]
         if batch_losses is not None:
             batch_losses.append(loss)
-    nats, squares, tokens, batches = sum_over_ranks(sums.tolist())
+    nats, squares, tokens, batches = procs.sum(sums.tolist())
     loss = nats / tokens
     variance = max(0.0, squares / tokens - loss**2)  # of the batches' means
     return ValidationResult(

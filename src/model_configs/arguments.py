@@ -23,11 +23,6 @@ def checked(arguments: list[str], presets: Collection[str], command: str, also: 
     if {"-h", "--help"} & set(arguments) or any(argument.startswith("--tyro-") for argument in arguments):
         return arguments
     names = ", ".join(presets)
-    for number, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--preset":
-            value = value or next(iter(arguments[number + 1 :]), "NAME")
-            raise UserError(f"Cannot use --preset: the preset comes first, alone. Type: {command} {value} ...")
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"The preset is missing. Type: {command} PRESET ..., with one of: {names}.")
     if arguments[0] not in presets:

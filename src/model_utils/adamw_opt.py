@@ -90,10 +90,7 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
 def load_optimizer_tensors(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` returned, on the parameters' devices.
-
-    Raises KeyError for an unknown name, and ValueError for a shape that is not its parameter's.
-    """
+    """Put back what `optimizer_tensors` returned, on the parameters' devices. Raises KeyError and ValueError."""
     parameters = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for key, tensor in tensors.items():

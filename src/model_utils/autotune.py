@@ -55,7 +55,6 @@ class CompiledForward(nn.Module):
         self._softmax = compile_softmax(compiled)
 
     def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        """The mean loss in nats, as the model gives it."""
         x_BTD = self.model.embedding(inputs_BT)
         for block in self._blocks:
             x_BTD = block(x_BTD)
@@ -154,7 +153,7 @@ def _fits(model: LLM, precision: torch.dtype, procs: Processes, size: int) -> bo
     """True if a micro-batch of `size` fits. On a GPU this is tried out; elsewhere it is estimated."""
     device, has_ddp = procs.device, procs.world_size > 1
     if device.type != "cuda":
-        needed = estimate_memory(Step(model.config, size, precision.itemsize, device.type, True, has_ddp)).total
+        needed = estimate_memory(Step(model.config, size, precision.itemsize, device.type, 1 + has_ddp)).total
         return needed <= (1 - SPARE_CPU) * hardware.available_memory_bytes() / processes_here()
     fits = True
     try:
@@ -173,7 +172,6 @@ def _fits(model: LLM, precision: torch.dtype, procs: Processes, size: int) -> bo
 
 
 def _compile(config: Config, was: dict[str, Any] | None, procs: Processes) -> tuple[bool, str]:
-    """True if the model is to be compiled, and the reason."""
     setting, reason, kind = config.train.compile, "as set", procs.device.type
     if setting == "auto":
         setting, reason = "on" if kind == "cuda" else "off", f"the default on {kind}"
@@ -201,7 +199,6 @@ def _compile_now(forward: nn.Module, config: Config, precision: torch.dtype, dev
 
 
 def _one_pass(forward: nn.Module, config: ModelConfig, size: int, precision: torch.dtype, device: torch.device) -> None:
-    """A forward and a backward pass over random tokens."""
     inputs_BT, targets_BT = (torch.randint(config.n_vocab, (size, config.n_ctx), device=device) for _ in range(2))
     with hardware.autocast(device, precision):
         loss = forward(inputs_BT, targets_BT)

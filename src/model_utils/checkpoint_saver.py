@@ -213,7 +213,9 @@ def checkpoints_need(config: Config, root: Path) -> int:
     if not planned:
         return 0
     # The number held never falls from one save to the next, but at the first, if fewer are to be kept than before.
-    before_last = _kept([*now, *planned[:-1]], config) if len(planned) > 1 else [*now]
+    before_last, last, multiple = [*now, *planned[:-1]], config.checkpoint.keep_last, config.checkpoint.keep_every_steps
+    if len(planned) > 1:  # else nothing is pruned before the last save
+        before_last = [s for s in before_last[:-last] if multiple and s % multiple == 0] + before_last[-last:]
     at_last_save = sum(now.get(step, size) for step in before_last) + size
     held_now = sum(now.values())
     leftovers = sum(bytes_below(path) for path in root.glob("step_*.*-*") if ".set-aside-" not in path.name)
@@ -229,9 +231,3 @@ def refuse_full_disk(config: Config, run_dir: Path) -> None:
             f"Cannot hold the run's checkpoints on the disk of {root}: they need {needed:,} bytes more, {free:,} "
             f"are free, and one takes {size_text(checkpoint_bytes(config))}. Choose one: {MAKE_ROOM}."
         )
-
-
-def _kept(steps: list[int], config: Config) -> list[int]:
-    """The steps that remain after the last of `steps` is saved and older ones are pruned."""
-    keep_last, keep_every = config.checkpoint.keep_last, config.checkpoint.keep_every_steps
-    return [step for step in steps[:-keep_last] if keep_every and step % keep_every == 0] + steps[-keep_last:]

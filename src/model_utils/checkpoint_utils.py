@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from src.params import MAX_STEPS, ConfigError, from_dict
 from src.utils.errors import StorageError, UserError, cause_of
-from src.utils.files import fingerprint, free_bytes, lies_in, move, read_json, set_aside, storage_errors, sync
+from src.utils.files import fingerprint, free_bytes, lies_in, move, read_json, storage_errors, sync
 from src.utils.root import instead_of
 
 STEP_NAME = re.compile(r"step_([0-9]{7,})")
@@ -180,99 +180,77 @@ def remove_leftovers(root: Path) -> list[str]:
     return names
 
 
-def set_aside_after(root: Path, step: int) -> list[str]:
-    """Renames the checkpoints after `step`, so that a run resumed from it can save those steps; returns new names."""
-    moved = []
-    for later in (s for s in checkpoint_steps(root) if s > step):
-        moved.append(set_aside(step_dir(root, later)).name)
-    return moved
-
-
 def damage(path: Path, from_disk: bool = False) -> str | None:
     """The first problem of the checkpoint directory `path`, or None if every file verifies.
 
     `from_disk`: as in `fingerprint`. Raises StorageError for a file that may not be read, which is not damage.
     """
+    name = "manifest.json"
     try:
-        manifest = read_json(path / "manifest.json")
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        if type(step := manifest["step"]) is not int:
-            raise ValueError(f"step = {repr(step)[:80]}")
-    except PermissionError as error:
-        raise _denied(path / "manifest.json") from error
-    except OSError as error:
-        return f"manifest.json: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json is damaged ({cause_of(error)})"
-    if (match := STEP_NAME.fullmatch(path.name)) and match[1] != f"{step:07}":
-        return f"it holds step {step}, another than its name says"
-    for name in ("state.json", "model.safetensors"):
-        if name not in files:
-            return f"manifest.json does not list {name}"
-    for name, (size, sha256) in files.items():
-        # A file elsewhere may change or vanish without this folder.
-        if not lies_in(path, name):
-            return f"manifest.json lists {name!r}, which is not in this folder"
-        try:
+        manifest = read_json(path / name)
+        files = {file: (entry["bytes"], entry["sha256"]) for file, entry in manifest["files"].items()}
+        if not _is_step_of(path, step := manifest["step"]):
+            return f"it holds step {repr(step)[:80]}, another than its name says"
+        for name, (size, sha256) in files.items():
+            # A file elsewhere may change or vanish without this folder.
+            if not lies_in(path, name):
+                return f"manifest.json lists {name!r}, which is not in this folder"
             actual = fingerprint(path / name, from_disk)
-        except PermissionError as error:
-            raise _denied(path / name) from error
-        except OSError as error:
-            return f"{name}: {error.strerror or error}"
-        if actual["bytes"] != size:
-            return f"{name} has {actual['bytes']} bytes, expected {size}"
-        if actual["sha256"] != sha256:
-            return f"{name} has sha256 {actual['sha256']}, expected {sha256}: its content changed"
-    return _incomplete(path, set(files))
-
-
-def _denied(path: Path) -> StorageError:
-    return StorageError(f"Cannot read {path}: Permission denied. Fix the permissions of it and its folder, then rerun.")
-
-
-def _incomplete(path: Path, listed: set[str]) -> str | None:
-    """A file that a resume needs but the manifest does not list; an unlisted file would be used unverified."""
-    try:
+            if actual["bytes"] != size:
+                return f"{name} has {actual['bytes']} bytes, expected {size}"
+            if actual["sha256"] != sha256:
+                return f"{name} has sha256 {actual['sha256']}, expected {sha256}: its content changed"
+        name = "state.json"
         n_processes = read_unverified(path).state.get("world_size", 0)
-    except UserError as error:
-        return str(error)
-    # Bounded by the files listed: a claim of billions of processes must not make a list of them.
-    needed = [f"rank_{rank:05d}.safetensors" for rank in range(min(n_processes, len(listed)))]
-    for name in ["optimizer.safetensors", *needed] if n_processes else []:
-        if name not in listed:
-            return f"manifest.json does not list {name}"
-    return None
+    except PermissionError as error:
+        raise StorageError(
+            f"Cannot read {path / name}: Permission denied. Fix the permissions of it and its folder, then rerun."
+        ) from error
+    except OSError as error:
+        return f"{name}: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{name} is damaged ({cause_of(error)})"
+    # A resume would use unlisted files unverified. Bounded by the files listed, as the number may be a lie of billions.
+    ranks = [f"rank_{rank:05d}.safetensors" for rank in range(min(n_processes, len(files)))]
+    needed = ["state.json", "model.safetensors", *(["optimizer.safetensors"] if n_processes else []), *ranks]
+    missing = next((file for file in needed if file not in files), None)
+    return missing and f"manifest.json does not list {missing}"
+
+
+def _is_step_of(path: Path, step: Any) -> bool:
+    """True for the number of a step that the folder `path` may hold."""
+    match = STEP_NAME.fullmatch(path.name)
+    return type(step) is int and 0 <= step <= MAX_STEPS and (not match or match[1] == f"{step:07}")
 
 
 def _wrong_claim(path: Path, state: dict[str, Any]) -> str | None:
     """The first entry of a state.json that later code could not use, as after a change by hand."""
-    match, step = STEP_NAME.fullmatch(path.name), state.get("step")
-    if type(step) is not int or not 0 <= step <= MAX_STEPS or (match and match[1] != f"{step:07}"):
-        return f"step = {repr(step)[:80]}, which is not that of the folder's name"
-    processes, progress = state.get("world_size", 1), state.get("progress", {})
-    if type(processes) is not int or not 1 <= processes <= MAX_STEPS:
-        return f"world_size = {repr(processes)[:80]} must be a number of processes"
-    if state.get("precision", "torch.float32") not in ("torch.float32", "torch.bfloat16"):
-        return f"precision = {repr(state['precision'])[:80]} must be torch.float32 or torch.bfloat16"
-    if not isinstance(state.get("dataset_sha256", ""), str):
-        return f"dataset_sha256 = {repr(state['dataset_sha256'])[:80]} must be a string"
-    if not isinstance(progress, dict) or progress.get("step", step) != step:
-        return f"progress = {repr(progress)[:80]} must be that of step {step}"
-    for name, value in progress.items():
-        values = value if name == "recent_losses" and isinstance(value, list) else [value]
-        if not all(isinstance(each, (int, float)) for each in values):
-            return f"progress.{name} = {repr(value)[:80]} must be a number"
+    step, processes = state.get("step", -1), state.get("world_size", 1)
+    progress = state.get("progress", {})
+    is_dict = isinstance(progress, dict)
+    losses = progress.get("recent_losses", []) if is_dict else None
+    numbers = [value for name, value in progress.items() if name != "recent_losses"] if is_dict else []
+    is_good = {
+        "step": _is_step_of(path, step),
+        "world_size": type(processes) is int and 1 <= processes <= MAX_STEPS,
+        "precision": state.get("precision", "torch.float32") in ("torch.float32", "torch.bfloat16"),
+        "dataset_sha256": isinstance(state.get("dataset_sha256", ""), str),
+        "progress": isinstance(losses, list)
+        and progress.get("step", step) == step
+        and all(isinstance(each, int | float) for each in (*numbers, *losses)),
+    }
+    if wrong := next((name for name, good in is_good.items() if not good), ""):
+        return f"{wrong} = {repr(state.get(wrong))[:80]} cannot be that of {path.name}"
     needed = ("config", "dataset_sha256", "precision", "progress", "world_size")  # by a resume
     if missing := [name for name in needed if name not in state] if "progress" in state else []:
         return f"it lacks {missing[0]}"
-    if "config" in state:
-        try:
-            # Only what decides the run's length: limits of other settings may be narrower than when it was saved.
-            deciding = {name: state["config"][name] for name in ("model", "train") if name in state["config"]}
-            if step > (total := from_dict(deciding).total_steps):
-                return f"step = {step} is beyond the {total} of its run"
-        except (ConfigError, TypeError) as error:
-            return "; ".join(getattr(error, "problems", [f"config is {type(state['config']).__name__}"]))
+    try:
+        # Only what decides the run's length: limits of other settings may be narrower than when it was saved.
+        deciding = {name: state["config"][name] for name in ("model", "train") if name in state.get("config", {})}
+        if "config" in state and step > (total := from_dict(deciding).total_steps):
+            return f"step = {step} is beyond the {total} of its run"
+    except (ConfigError, TypeError) as error:
+        return "; ".join(getattr(error, "problems", [f"config is {type(state['config']).__name__}"]))
     return None
 
 

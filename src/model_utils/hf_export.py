@@ -7,9 +7,10 @@ Everything is written to a new folder, opened again and compared with the model;
 import argparse
 import glob
 import json
+import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,9 @@ from src.model_utils.llama_format import (
     EXPORT_FORMAT,
     HEAD,
     WEIGHTS,
-    Origin,
-    is_model_folder,
     llama_settings,
     llama_tensors,
     read_export,
-    read_origin,
 )
 from src.model_utils.load_model import LoadedModel, load_model
 from src.params import ModelConfig, to_dict
@@ -57,34 +55,31 @@ def export(checkpoint: str | Path, out: Path, form: str, dtype: str) -> None:
         raise UserError(f"Cannot store {dtype} in a Hugging Face folder. Add --format gguf, or use --dtype bf16.")
     with new_folder(out) as folder:
         loaded, tokenizer = load_model(checkpoint, "cpu"), load_tokenizer()
-        model, config, name = loaded.model, loaded.config.model, loaded.config.run_name
+        model, config, name = loaded.model.requires_grad_(False), loaded.config.model, loaded.config.run_name
         llama_settings(config)  # refuses a model that transformers and llama.cpp have no class for
         has_tokenizer = config.n_vocab >= tokenizer.n_vocab
+        vocabulary, merges = _tokenizer_tables() if has_tokenizer else ({}, [])
+        origin = _origin(loaded)
         if form == "gguf":
             check_gguf(config, dtype, tokenizer.n_vocab)
+            file, tokens = f"{name}-{dtype}.gguf", sorted(vocabulary, key=vocabulary.__getitem__)
+            write_gguf(folder / file, name, config, dict(model.named_parameters()), tokens, merges, dtype)
         else:
-            model.to(_TORCH_DTYPES[dtype])  # rounded here, so that the comparison below is exact
-        vocabulary, merges = _tokenizer_tables() if has_tokenizer else ({}, [])
-        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        file = WEIGHTS if form == "hf" else f"{name}-{dtype}.gguf"
-        origin = _origin(loaded)
-        (folder / "README.md").write_text(_card(origin, loaded, dtype, file, has_tokenizer), encoding="utf-8")
-        if form == "gguf":
-            tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-            write_gguf(folder / file, name, config, weights, tokens, merges, dtype)
-            _write_origin(folder, origin)
-        else:
+            file = WEIGHTS
             if not has_tokenizer:
                 say(f"warning: exported without a tokenizer: the model's tokens are not {tokenizer.name}'s")
-            _write_folder(folder, config, weights, vocabulary, merges)
-            _write_origin(folder, origin)
+            model.to(_TORCH_DTYPES[dtype])  # rounded here, so that the comparison below is exact
+            _write_folder(folder, config, dict(model.named_parameters()), vocabulary, merges)
+        (folder / "README.md").write_text(_card(origin, loaded, dtype, file, has_tokenizer), encoding="utf-8")
+        _write_origin(folder, origin)
+        if form == "hf":
             _compare_logits(folder, model.float())
 
 
-def _origin(loaded: LoadedModel) -> Origin:
-    """Returns the origin of a model: of an export, or of a checkpoint, with the records of the run around it."""
-    if is_model_folder(loaded.path) and (origin := read_origin(loaded.path)):
-        return origin
+def _origin(loaded: LoadedModel) -> dict[str, Any]:
+    """Returns what export.json will hold but for the files: of an export, or of a checkpoint and the run around it."""
+    if os.path.lexists(loaded.path / EXPORT):
+        return read_export(loaded.path)
     # Paths and commands of the person who trained the model stay private.
     data, evaluation, run = loaded.config.data, loaded.config.eval, loaded.path.parent.parent
     config = replace(
@@ -102,15 +97,22 @@ def _origin(loaded: LoadedModel) -> Origin:
             sources = [{k: v for k, v in source.items() if k != "path"} for source in dataset["sources"]]
     kinds, records = ("train", "validation", "hellaswag"), RunLogger(run, is_main=False).records()
     figures = {r["kind"]: r for r in records if r["kind"] in kinds and r["step"] <= loaded.step}  # the last of each
-    return Origin(loaded.step, to_dict(config), loaded.dataset_sha256, sources, figures)
+    return {
+        "format": EXPORT_FORMAT,
+        "step": loaded.step,
+        "config": to_dict(config),
+        "dataset_sha256": loaded.dataset_sha256,
+        "sources": sources,
+        "figures": figures,
+    }
 
 
-def _card(origin: Origin, loaded: LoadedModel, dtype: str, file: str, has_tokenizer: bool) -> str:
+def _card(origin: dict[str, Any], loaded: LoadedModel, dtype: str, file: str, has_tokenizer: bool) -> str:
     """Returns the README.md of an export. Unknown figures are left out."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["thousands"] = "{:,}".format
     template = environment.from_string(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
-    figures = {kind: origin.figures.get(kind, {}) for kind in ("train", "validation", "hellaswag")}
+    figures = {kind: origin["figures"].get(kind, {}) for kind in ("train", "validation", "hellaswag")}
     config, parameters = loaded.config.model, count_parameters(loaded.model)
     return template.render(
         figures,
@@ -174,14 +176,14 @@ def _tokenizer_files(config: ModelConfig, vocabulary: dict[str, int], merges: li
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}
 
 
-def _write_origin(folder: Path, origin: Origin) -> None:
+def _write_origin(folder: Path, origin: dict[str, Any]) -> None:
     """Writes export.json last, with size and hash of every other file, and syncs all."""
     files = {}
     for path in sorted(folder.iterdir()):
         path.chmod(0o644)  # safetensors makes files that only their owner reads
         sync(path)
         files[path.name] = fingerprint(path)
-    content = {"format": EXPORT_FORMAT, **asdict(origin), "files": files}
+    content = {**origin, "files": files}
     (folder / EXPORT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(folder / EXPORT)
     sync(folder)
@@ -198,12 +200,9 @@ def _compare_logits(folder: Path, model: LLM) -> None:
 
 
 def _push(out: Path, files: list[str], repository: str, is_upload: bool) -> dict[str, Any]:
-    """Lists the files of an upload. With `is_upload`, sends them to a new private repository or an existing one.
-
-    Returns a summary. Files of other names in the repository stay. Raises UserError.
-    """
+    """Lists the files of an upload; with `is_upload`, sends them. A new repository is private. Raises UserError."""
     # Only the weights must be unchanged: a person may have edited the card.
-    origin = read_origin(out, *(name for name in files if name.endswith((".safetensors", ".gguf"))))
+    origin = read_export(out, *(name for name in files if name.endswith((".safetensors", ".gguf"))))
     for name in files:
         say(f"{size_text((out / name).stat().st_size):>10}  {name}")
     if not is_upload:
@@ -215,7 +214,7 @@ def _push(out: Path, files: list[str], repository: str, is_upload: bool) -> dict
             repo_id=repository,
             folder_path=out,
             allow_patterns=[glob.escape(name) for name in files],
-            commit_message=f"{origin.config['run_name']}, step {origin.step}" if origin else None,
+            commit_message=f"{origin['config']['run_name']}, step {origin['step']}",
         )
     except hub_errors() as error:
         remedy = "Check the name, and that the token in HF_TOKEN or of `hf auth login` may write there"
@@ -224,7 +223,6 @@ def _push(out: Path, files: list[str], repository: str, is_upload: bool) -> dict
 
 
 def main() -> int:
-    """The command line."""
     args, started = _parse(), time.perf_counter()
     if args.checkpoint is not None:
         export(args.checkpoint, args.out, args.format, args.dtype)

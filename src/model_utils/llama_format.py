@@ -6,8 +6,8 @@ gate of the feed-forward network.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +36,14 @@ _BLOCK_PARTS = {
     "ffn.in_proj": ("mlp.up_proj", "mlp.gate_proj"),  # value, then gate
     "ffn.out_proj": ("mlp.down_proj",),
 }
-_TYPES = {"step": int, "config": dict, "dataset_sha256": str, "sources": list, "figures": dict, "files": dict}
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The run that an exported model comes from. Fields are empty if unknown."""
-
-    step: int
-    config: dict[str, Any]
-    """The run's, from params.to_dict, with names in place of paths."""
-    dataset_sha256: str
-    """Hash of the manifest of the training data."""
-    sources: list[dict[str, Any]]
-    """The dataset's sources from its manifest, without folders."""
-    figures: dict[str, dict[str, Any]]
-    """By kind (train, validation, hellaswag) the last line of metrics.jsonl up to the step."""
+_TYPES = {  # of what export.json holds
+    "step": int,
+    "config": dict,  # the run's, from params.to_dict, with names in place of paths
+    "dataset_sha256": str,  # of the manifest of the training data; empty where unknown
+    "sources": list,  # the dataset's, without folders
+    "figures": dict,  # by kind (train, validation, hellaswag) the last line of metrics.jsonl up to the step
+    "files": dict,  # size and hash by name
+}
 
 
 def llama_settings(config: ModelConfig) -> dict[str, Any]:
@@ -105,39 +97,48 @@ def our_tensors(theirs: dict[str, torch.Tensor], names: list[str]) -> dict[str, 
 
 def is_model_folder(path: Path) -> bool:
     """Returns True if `path` has a config.json of transformers, rather than that of a run."""
+    settings: dict[str, Any] = {}
     try:
         settings = read_json(path / "config.json")
-        return bool({"architectures", "model_type"} & settings.keys()) or os.path.lexists(path / WEIGHTS)
-    except (UserError, StorageError):
-        if os.path.lexists(path / WEIGHTS):  # not a run, whose damaged config.json does no harm
-            raise
-    except OSError:
+    except FileNotFoundError:
+        return False
+    except (UserError, OSError):  # reading it as a model's says why; a run's does no harm
         pass
-    return False
+    return bool({"architectures", "model_type"} & settings.keys()) or os.path.lexists(path / WEIGHTS)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what a missing or damaged file leads to in the block into a UserError that names `path`."""
+    try:
+        yield
+    except (UserError, StorageError):
+        raise
+    except (
+        ConfigError,
+        OSError,
+        SafetensorError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+        ValueError,
+    ) as error:
+        cause = "; ".join(getattr(error, "problems", [])) or cause_of(error)  # of a ConfigError
+        raise UserError(f"Cannot read {path}: {cause}. Copy the folder again, or save the model again.") from None
 
 
 def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Returns the shape of the model in `folder`, and its weights in float32 under our names.
-
-    The model is an export or another program's. Raises UserError for another architecture, and for weights that are
-    unreadable or do not fit.
-    """
+    """The shape and the float32 weights, by our names, of the model in `folder`. Raises UserError."""
     path = folder / WEIGHTS
-    try:
-        exported = os.path.lexists(folder / EXPORT)
-        config = (
-            from_dict(read_export(folder)["config"]).model if exported else _config_of_llama(folder / "config.json")
-        )
+    if os.path.lexists(folder / EXPORT):
+        with _reading(folder / EXPORT):
+            config = from_dict(read_export(folder)["config"]).model
+    else:
+        config = _config_of_llama(folder / "config.json")
+    with _reading(path):
         open_regular(path).close()  # load_file would wait for a FIFO
         theirs = load_file(path)
-    except (AttributeError, TypeError, ValueError, ConfigError) as error:  # settings of a wrong type
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder / EXPORT} is damaged ({cause_of(error)}). Copy the folder again.") from None
-    except StorageError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"Cannot read {path}: {cause_of(error)}. Copy the folder again.") from None
     with torch.device("meta"):
         parameters = dict(LLM(config).named_parameters())
     expected = llama_tensors(parameters)
@@ -151,11 +152,11 @@ def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor
 
 def _config_of_llama(path: Path) -> ModelConfig:
     """Returns the shape in another program's config.json. Raises UserError naming the first field that is not ours."""
-    settings = {"attention_bias": False, "mlp_bias": False, **read_json(path)}  # as transformers leaves them out
-    kind = settings.get("model_type")
-    if kind not in ("llama", "qwen3"):
-        raise UserError(f"Cannot use {path}: model_type is {kind!r}; our model needs 'llama' or 'qwen3'.")
-    try:
+    with _reading(path):
+        settings = {"attention_bias": False, "mlp_bias": False, **read_json(path)}  # as transformers leaves them out
+        kind = settings.get("model_type")
+        if kind not in ("llama", "qwen3"):
+            raise UserError(f"Cannot use {path}: model_type is {kind!r}; our model needs 'llama' or 'qwen3'.")
         rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # of transformers 5 and 4
         settings |= {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
         settings |= {"rope_theta": rope.get("rope_theta") or settings.get("rope_theta")}
@@ -175,59 +176,28 @@ def _config_of_llama(path: Path) -> ModelConfig:
         )
         # Checks types and sizes before anything of an absurd size is built.
         Config(model=config, train=TrainConfig(batch_tokens=config.n_ctx, total_steps=1))
-        _require(settings, {**llama_settings(config), "rope_type": "default", "quantization_config": None}, path)
-    except UserError:
-        raise
-    except KeyError as error:
-        raise UserError(f"Cannot use {path}: {cause_of(error)}. Save the model again.") from None
-    except (AttributeError, TypeError, ZeroDivisionError, ValueError, ConfigError) as error:
-        reason = "; ".join(getattr(error, "problems", [])) or cause_of(error)
-        raise UserError(f"Cannot use {path}: {reason}. Save the model again.") from None
-    return config
+        expected = {**llama_settings(config), "rope_type": "default", "quantization_config": None}
+        for field, value in expected.items():
+            if settings.get(field) != value:
+                raise UserError(f"Cannot use {path}: {field} is {settings.get(field)!r}; our model needs {value!r}.")
+        return config
 
 
-def _require(settings: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    for field, value in expected.items():
-        if settings.get(field) != value:
-            raise UserError(f"Cannot use {path}: {field} is {settings.get(field)!r}; our model needs {value!r}.")
-
-
-def read_origin(folder: Path, *loaded: str) -> Origin | None:
-    """Returns the content of export.json, None without one.
-
-    `loaded` names files that must be unchanged since the export. Raises UserError if one is not.
-    """
-    if not os.path.lexists(folder / EXPORT):
-        return None
-    content = read_export(folder)
-    for name in loaded:
-        try:
-            unchanged = fingerprint(folder / name) == content["files"].get(name)
-        except OSError:
-            unchanged = False
-        if not unchanged:
-            raise UserError(
-                f"Cannot use {folder / name}: it is missing or differs from what was exported. Copy the folder "
-                "again, or export the model again."
-            )
-    return Origin(**{field.name: content[field.name] for field in fields(Origin)})
-
-
-def read_export(folder: Path) -> dict[str, Any]:
-    """Returns all of export.json: an Origin, and `files` with size and hash by name. Raises UserError."""
-    path = folder / EXPORT
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not an export of ours: it has no {EXPORT}. Name a run or its export.") from None
-    except StorageError:
-        raise
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Copy the folder again.") from None
-    if content.get("format") != EXPORT_FORMAT:
-        raise UserError(f"Cannot read {path}: its format is not {EXPORT_FORMAT}. Export the model again.")
-    if wrong := [name for name, kind in _TYPES.items() if not isinstance(content.get(name), kind)]:
-        raise UserError(f"Cannot read {path}: {wrong[0]} is missing or of another type. Copy the folder again.")
+def read_export(folder: Path, *unchanged: str) -> dict[str, Any]:
+    """Returns export.json. Raises UserError, also where a file in `unchanged` is not as it was exported."""
+    with _reading(folder / EXPORT):
+        content = read_json(folder / EXPORT)
+        if content.get("format") != EXPORT_FORMAT:
+            raise ValueError(f"its format is not {EXPORT_FORMAT}")
+        if wrong := [name for name, kind in _TYPES.items() if not isinstance(content.get(name), kind)]:
+            raise ValueError(f"{wrong[0]} is missing or of another type")
+    for name in unchanged:
+        with _reading(folder / name):
+            if fingerprint(folder / name) != content["files"].get(name):
+                raise UserError(
+                    f"Cannot use {folder / name}: it is missing or differs from what was exported. Copy the folder "
+                    "again, or export the model again."
+                )
     return content
 
 

@@ -10,21 +10,21 @@ import torch
 
 from src.model import LLM
 from src.model_utils.checkpoint_utils import find_checkpoint
-from src.model_utils.llama_format import EXPORT, WEIGHTS, is_model_folder, read_model_folder, read_origin
+from src.model_utils.llama_format import EXPORT, WEIGHTS, is_model_folder, read_export, read_model_folder
 from src.params import Config, TrainConfig, from_dict
 from src.utils.errors import UserError, say
 from src.utils.hardware import autocast, choose_device, choose_precision
 from src.utils.root import run_dir
 
+Read = tuple[Config, dict[str, torch.Tensor], Path, int, str]
+"""The config, weights by our names, path, step and the dataset's sha256, as in LoadedModel."""
 WEIGHT_DTYPES = ("auto", "float32", "bf16")
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False, eq=False)
 class LoadedModel:
-    """A model and its origin."""
-
     model: LLM
-    """In eval mode, on `device`, weights in float32."""
+    """In eval mode, on `device`."""
     config: Config
     """The run's."""
     path: Path
@@ -35,15 +35,16 @@ class LoadedModel:
     """Of the training dataset's manifest; empty where unknown."""
     device: torch.device
     precision: torch.dtype
-    """The dtype of matmuls on this machine: bfloat16 or float32."""
+    """The dtype of matmuls: bfloat16 or float32."""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context to call the model in."""
         return autocast(self.device, self.precision)
 
 
-def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
+def load_model(checkpoint: str | Path, device: str = "auto", weights: str = "float32") -> LoadedModel:
     """Loads a run directory (its newest good checkpoint), a step_* directory or a Hugging Face folder.
+
+    `weights` is one of WEIGHT_DTYPES, as in `convert_weights`.
 
     A bare name means a run under temp_data/runs, or else a folder here; ./NAME always means a folder. Raises UserError
     for one that is missing, damaged or of another architecture.
@@ -53,15 +54,13 @@ def load_model(checkpoint: str | Path, device: str = "auto") -> LoadedModel:
     with torch.device("meta"):  # no memory, and no initial values to compute
         model = LLM(config.model)
     load_weights(model, tensors, path, assign=True)
-    precision = choose_precision(config.train.precision, chosen)
-    return LoadedModel(model.to(chosen).eval(), config, path, step, dataset_sha256, chosen, precision)
+    model.to(chosen).eval()
+    precision = convert_weights(model, weights, choose_precision(config.train.precision, chosen))
+    return LoadedModel(model, config, path, step, dataset_sha256, chosen, precision)
 
 
 def read_initial(config: Config) -> tuple[dict[str, torch.Tensor], Path, int]:
-    """The weights that `config.init_from` names, by our names, with their path and step.
-
-    Raises UserError for one that is missing or damaged, and for a model of another architecture, with its settings.
-    """
+    """The weights that `config.init_from` names, with their path and step. Raises UserError."""
     origin, tensors, path, step, _ = _read(config.init_from)
     if path.resolve().is_relative_to(run_dir(config.run_name).resolve()):
         raise UserError(f"Cannot start from {path}: it is the run {config.run_name} itself. Choose another --run-name.")
@@ -110,8 +109,7 @@ def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtyp
     return torch.bfloat16
 
 
-def _read(checkpoint: str | Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
-    """The config, weights by our names, path, step and the dataset's sha256, as in LoadedModel."""
+def _read(checkpoint: str | Path) -> Read:
     if not isinstance(checkpoint, str | os.PathLike):  # from a notebook
         raise UserError(
             f"Cannot load {checkpoint!r}: it is not a name or path. Give a run, a step_* folder or an export."
@@ -119,27 +117,22 @@ def _read(checkpoint: str | Path) -> tuple[Config, dict[str, torch.Tensor], Path
     path = run_dir(str(checkpoint))
     if not path.exists() and Path(checkpoint).exists():
         path = Path(checkpoint).absolute()
-    is_export = is_model_folder(path) or os.path.lexists(path / EXPORT)
-    return _read_export(path) if is_export else _read_checkpoint(path)
-
-
-def _read_checkpoint(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
-    """The same as `_read`."""
-    checkpoint, rejected = find_checkpoint(path)
+    if is_model_folder(path) or os.path.lexists(path / EXPORT):
+        return _read_export(path)
+    found, rejected = find_checkpoint(path)
     for reason in rejected:
         say(f"warning: passed over a damaged checkpoint: {reason}")
-    config, sha256 = from_dict(checkpoint.state["config"]), checkpoint.state.get("dataset_sha256", "")
-    return config, checkpoint.tensors("model"), checkpoint.path, checkpoint.step, sha256
+    config, sha256 = from_dict(found.state["config"]), found.state.get("dataset_sha256", "")
+    return config, found.tensors("model"), found.path, found.step, sha256
 
 
-def _read_export(path: Path) -> tuple[Config, dict[str, torch.Tensor], Path, int, str]:
-    """The same as `_read`."""
+def _read_export(path: Path) -> Read:
     if any(path.glob("*.gguf")):
         raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
-    origin = read_origin(path, "config.json", WEIGHTS)
+    origin = read_export(path, "config.json", WEIGHTS) if os.path.lexists(path / EXPORT) else None
     shape, tensors = read_model_folder(path)
     if origin is None:
         say(f"note: {path} is another program's model; here it reads and writes the tokens of GPT-2")
         # A batch of one sequence, because the default one is not a multiple of every context.
         return Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1)), tensors, path, 0, ""
-    return from_dict(origin.config), tensors, path, origin.step, origin.dataset_sha256
+    return from_dict(origin["config"]), tensors, path, origin["step"], origin["dataset_sha256"]

@@ -28,10 +28,9 @@ class Step:
     """Bytes of a number in matmuls: 2 for bf16 autocast, 4 for float32."""
     kind: str = "cuda"
     """Type of device."""
-    gradients_stay: bool = True
-    """True if gradients exist during forward passes: with accumulation or DDP."""
-    beside_buckets: bool = False
-    """True if gradients exist twice: with accumulation in DDP, whose buckets are filled by the last pass only."""
+    kept_gradients: int = 1
+    """Copies of all gradients during forward passes: one with accumulation or DDP, two with both, as DDP's buckets are
+    filled by the last pass only."""
     is_compiled: bool = False
     has_muon: bool = False
     logits: Literal["chunked", "full"] = "chunked"
@@ -74,8 +73,8 @@ def estimate_memory(step: Step) -> Memory:
     # of the feed-forward product before and after dropout, and that of the residual stream twice.
     in_last_block = activations + embedding
     in_last_block += step.positions * (2 * step.model.ffn_hidden * step.itemsize + 2 * step.model.n_embd * FLOAT32)
-    if step.gradients_stay:
-        held, peak = gradients * (2 if step.beside_buckets else 1), max(at_the_loss, in_last_block, 2 * embedding)
+    if step.kept_gradients:
+        held, peak = gradients * step.kept_gradients, max(at_the_loss, in_last_block, 2 * embedding)
     else:  # gradients appear while activations disappear, so they count only where both together exceed the peak
         peak = max(at_the_loss, in_last_block, gradients + embedding)
         held = min(gradients, max(0, peak - max(at_the_loss, in_last_block)))

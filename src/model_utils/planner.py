@@ -1,7 +1,7 @@
 """Estimates of a run before it costs money: parameters, work, memory, time, dollars, energy, disk.
 
     python -m src.model_utils.planner PRESET [--gpu a100-80g --gpus 8 --price-per-gpu-hour 1.8] [overrides]
-    python -m src.model_utils.planner PRESET --sweep --gpus 8 --price-per-gpu-hour a100-80g=1.8,h100-80g=2.9
+    python -m src.model_utils.planner PRESET --sweep --gpus 8
 
 Stderr gets a line per number, and one JSON object is the last line of stdout. Time follows from an assumed share of
 the GPU's peak rate (MFU), memory from src/model_utils/memory_estimate.py.
@@ -17,7 +17,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from src.model_utils.checkpoint_saver import checkpoint_bytes, checkpoints_need
 from src.model_utils.debugging import flops_per_token
 from src.model_utils.memory_estimate import FLOAT32, Memory, Step, estimate_memory, parameter_counts
 from src.model_utils.muon import Muon
-from src.params import Config, ConfigError, divisors
+from src.params import Config, divisors
 from src.utils.errors import EXIT_DONE, UserError, exit_with, print_result, say
 from src.utils.files import size_text
 from src.utils.hardware import PEAK_BF16_TFLOPS, choose_device, choose_precision
@@ -77,20 +77,9 @@ class Assumptions:
 
     mfu: float = REFERENCE_MFU
     price: float | None = None
-    """Dollars per GPU-hour, of a kind that is not in `prices`."""
-    prices: dict[str, float] = field(default_factory=dict)
-    """The same by the name of the GPU."""
+    """Dollars per GPU-hour; None for no estimate of the cost."""
     watts: float | None = None
     """Of one GPU; 0 stands for its board power, None for no estimate of energy."""
-
-    def at(self, gpu: str) -> "Assumptions":
-        """The same, with the price of this GPU."""
-        return replace(self, price=self.prices.get(gpu, self.price))
-
-    def source(self) -> dict[str, Any]:
-        """The share of the peak and its origin, for the result."""
-        is_assumed = self.mfu == REFERENCE_MFU
-        return {"mfu": self.mfu, "mfu_source": "assumed: the reference's, on A100" if is_assumed else "as given"}
 
 
 class Fit(NamedTuple):
@@ -112,7 +101,7 @@ class Cost(NamedTuple):
 def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = "cuda") -> Step:
     """The run's step with this micro-batch. Raises ConfigError where the processes cannot share the batch evenly."""
     sized = replace(config, train=replace(config.train, micro_batch_size=micro_batch_size))
-    accumulates, has_ddp = sized.grad_accumulation_steps(world_size) > 1, world_size > 1
+    accumulates = sized.grad_accumulation_steps(world_size) > 1
     itemsize = FLOAT32 if config.train.precision == "float32" else 2
     # A micro-batch "auto" is tried uncompiled (autotune.py), which takes more memory.
     is_compiled = kind == "cuda" and config.train.compile != "off" and config.train.micro_batch_size != "auto"
@@ -121,8 +110,7 @@ def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = 
         micro_batch_size,
         itemsize,
         kind,
-        gradients_stay=accumulates or has_ddp,
-        beside_buckets=accumulates and has_ddp,
+        kept_gradients=accumulates + (world_size > 1),
         is_compiled=is_compiled,
         has_muon=config.optim.optimizer == "muon",
     )
@@ -204,32 +192,22 @@ def plan_gpus(config: Config, name: str, count: int, given: Assumptions) -> dict
             f"{size_text(largest.memory.total)} of {size_text(usable_bytes(gpu))}. Choose a GPU with more memory, a "
             "smaller model, or a smaller --model.n-ctx."
         )
-    given = given.at(name)
     fit = largest if size == "auto" else Fit(size, accumulation, estimate_memory(step_of(config, size, count)))
-    return {
+    result = {
         "gpu": {"name": name} | asdict(gpu),
         "gpus": count,
         **_step_numbers(fit, FLOAT32 if config.train.precision == "float32" else 2),
         "usable_memory_bytes": usable_bytes(gpu),
         "fits": fit.memory.total <= usable_bytes(gpu),
         "largest_micro_batch_size": largest.micro_batch_size,
-        **given.source(),
         **cost(config, gpu, count, given)._asdict(),
-        **({"published_recipe": _published(gpu, count, given)} if _has_its_size(config) else {}),
     }
-
-
-def _has_its_size(config: Config) -> bool:
-    """Return True for another recipe for a model of the published one's size, to 1%."""
-    ours, published = (parameter_counts(c.model)[0] for c in (config, lf_llm_269m()))
-    return abs(ours / published - 1) < 0.01 and config.optim != lf_llm_269m().optim
-
-
-def _published(gpu: GPU, count: int, given: Assumptions) -> dict[str, Any]:
-    """Return what the published recipe takes on the same GPUs."""
     published = lf_llm_269m()
-    tokens = published.total_steps * published.train.batch_tokens
-    return {"tokens": tokens, **cost(published, gpu, count, given)._asdict()}
+    ours, theirs = (parameter_counts(each.model)[0] for each in (config, published))
+    if abs(ours / theirs - 1) < 0.01 and config.optim != published.optim:  # another recipe for the same size
+        tokens = published.total_steps * published.train.batch_tokens
+        result["published_recipe"] = {"tokens": tokens, **cost(published, gpu, count, given)._asdict()}
+    return result
 
 
 def _step_numbers(fit: Fit, itemsize: int) -> dict[str, Any]:
@@ -241,42 +219,32 @@ def _step_numbers(fit: Fit, itemsize: int) -> dict[str, Any]:
     }
 
 
-def sweep(
-    config: Config, names: Sequence[str], given: Assumptions, counts: Sequence[int] = COUNTS
-) -> list[dict[str, Any]]:
-    """One row per GPU and count: the largest micro-batch and the cost; 0 and None where nothing fits."""
+def sweep(config: Config, names: Sequence[str], given: Assumptions, counts: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """One row per GPU and count: the largest micro-batch and the cost; 0 and None where nothing fits.
+
+    `counts`: those of COUNTS that can share the batch by default. Raises ConfigError for one that can't.
+    """
     rows = []
-    for name, count in product(names, counts):
-        try:
-            fit = largest_fit(config, GPUS[name], count)
-        except ConfigError:
-            continue  # so many GPUs cannot share the batch
+    for name, count in product(names, counts or [n for n in COUNTS if config.batch_size % n == 0]):
+        fit = largest_fit(config, GPUS[name], count)
         row = {"gpu": name, "gpus": count, "fits": fit.micro_batch_size > 0}
         row |= {"micro_batch_size": fit.micro_batch_size, "accumulation_steps": fit.accumulation_steps}
-        numbers = cost(config, GPUS[name], count, given.at(name))._asdict()
+        numbers = cost(config, GPUS[name], count, given)._asdict()
         rows.append(row | (numbers if row["fits"] else dict.fromkeys(numbers)))
     return rows
 
 
-def _counts(config: Config, args: argparse.Namespace) -> list[int]:
-    """The numbers of GPUs to sweep: one line a kind, unless one kind is named. Raises ConfigError if none can work."""
-    if args.gpus:
-        step_of(config, 1, args.gpus)
-        return [args.gpus]
-    possible = [count for count in COUNTS if config.batch_size % count == 0]
-    return possible if args.gpu else [count for count in possible if count <= NODE][-1:]
-
-
 def main() -> int:
     args, config = _parse()
-    price, prices = args.price_per_gpu_hour or (config.price_per_gpu_hour, {})
-    if args.gpu and prices and args.gpu not in prices:
-        raise UserError(f"--price-per-gpu-hour names no price of {args.gpu}. Add {args.gpu}=DOLLARS.")
-    given = Assumptions(args.mfu, price, prices, args.watts)
+    given = Assumptions(args.mfu, config.price_per_gpu_hour, args.watts)
     result: dict[str, Any] = {"run_name": config.run_name, **describe(config)}
+    if args.gpu or args.sweep:
+        is_reference = args.mfu == REFERENCE_MFU
+        result |= {"mfu": args.mfu, "mfu_source": "assumed: the reference's, on A100" if is_reference else "as given"}
     if args.sweep:
-        rows = sweep(config, [args.gpu] if args.gpu else list(GPUS), given, _counts(config, args))
-        result |= {**given.source(), "sweep": rows}
+        node = max(n for n in COUNTS if n <= NODE and config.batch_size % n == 0)
+        counts = [args.gpus] if args.gpus else [] if args.gpu else [node]
+        result["sweep"] = sweep(config, [args.gpu] if args.gpu else list(GPUS), given, counts)
     elif args.gpu:
         result |= plan_gpus(config, args.gpu, args.gpus or 1, given)
     else:
@@ -290,43 +258,21 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(prog="planner.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--gpu", type=str.lower, choices=GPUS)
     parser.add_argument("--gpus", metavar="N", type=_between(int, 1, 10_000))
-    parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_prices)
     parser.add_argument("--mfu", metavar="SHARE", type=_between(float, 0.001, 1), default=REFERENCE_MFU)
     parser.add_argument("--watts", metavar="W", type=_between(float, 1, 1e6), nargs="?", const=0.0)
     parser.add_argument("--sweep", action="store_true")
     args, sys.argv[1:] = parser.parse_known_args()
-    if not (args.gpu or args.sweep) and (args.gpus or args.price_per_gpu_hour or args.watts is not None):
+    if not (args.gpu or args.sweep) and (args.gpus or args.watts is not None):
         parser.error("no GPU to plan for; name one with --gpu, or compare all with --sweep")
     config = config_from_command_line(
         "Estimate what a run takes. Options in addition to the overrides: --gpu NAME and --gpus N, where to train "
-        f"({', '.join(GPUS)}); --price-per-gpu-hour DOLLARS, or by kind, like l4=0.7,h200=3; --mfu SHARE of the GPU's "
-        f"peak, by default the reference's {REFERENCE_MFU}; --watts [W] for the energy, by default the board power; "
-        "--sweep, a line for each kind of GPU, or with --gpu for each number of them. Exit codes: 0 done, 2 the run "
-        "cannot work.",
+        f"({', '.join(GPUS)}); --mfu SHARE of the GPU's peak, by default the reference's {REFERENCE_MFU}; --watts [W] "
+        "for the energy, by default the board power; --sweep, a line for each kind of GPU, or with --gpu for each "
+        "number of them. Exit codes: 0 done, 2 the run cannot work.",
         prog="python -m src.model_utils.planner",
         also=parser._option_string_actions,
     )
     return args, config
-
-
-def _prices(text: str) -> tuple[float | None, dict[str, float]]:
-    """Dollars per GPU-hour, from "1.8" or "a100-80g=1.8,h100-80g=2.9": a price for all kinds, and prices by kind."""
-    price, prices, parts = None, {}, text.split(",")
-    if any("=" not in part for part in parts[1:]):  # a decimal comma
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number such as 2.9, or by kind such as l4=0.7,h200=3")
-    for part in parts:
-        name, equals, value = part.strip().lower().rpartition("=")
-        if equals and name not in GPUS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a GPU of the table: {', '.join(GPUS)}")
-        try:
-            dollars = _between(float, 0.001, 1e6)(value)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{value!r} is not a number of dollars") from None
-        if equals:
-            prices[name] = dollars
-        else:
-            price = dollars
-    return price, prices
 
 
 def _between(kind: type, at_least: float, at_most: float) -> Callable[[str], float]:

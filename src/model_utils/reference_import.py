@@ -7,7 +7,7 @@ below, and any other class or function is refused.
 
 import time
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from src.model import LLM
 from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import lf_llm_269m
 from src.model_utils.checkpoint_utils import save_checkpoint, step_dir
-from src.params import Config, DataConfig, ModelConfig, to_dict
+from src.params import DataConfig, ModelConfig, to_dict
 from src.utils.errors import (
     UserError,
     connection_advice,
@@ -52,25 +52,16 @@ _PARTS = {  # the reference's name of a part: ours
 _HEAD = "out_proj.weight"  # saved next to the embedding, whose weight it shares
 
 
-@dataclass(frozen=True)
-class ReferenceCheckpoint:
-    """The content of a file under our names. Tensors are float32 on the CPU."""
-
-    model: ModelConfig
-    weights: dict[str, torch.Tensor]
-    step: int
-    """Completed optimizer steps."""
+Reference = tuple[ModelConfig, dict[str, torch.Tensor], int]
+"""The content of a file under our names: shape, float32 weights on the CPU, completed optimizer steps."""
 
 
 class _HParams:
     """Stands in for the reference's class. A file's values become its attributes."""
 
 
-def read_reference(path: Path) -> ReferenceCheckpoint:
-    """Returns the checkpoint in the file `path`, every tensor checked. Nothing in the file is run.
-
-    Raises UserError for any other file, with the first problem in one line.
-    """
+def read_reference(path: Path) -> Reference:
+    """Returns the checkpoint in the file `path`, every tensor checked. Nothing in it is run. Raises UserError."""
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError("it is not a file")
@@ -94,33 +85,36 @@ def read_reference(path: Path) -> ReferenceCheckpoint:
 
 
 def import_reference(path: Path, run_name: str) -> dict[str, Any]:
-    """Makes the run `run_name` of the reference's checkpoint file `path`, whole or not at all.
-
-    Returns a summary as plain data. Raises UserError, and StorageError if the run cannot be written.
-    """
+    """Makes the run `run_name` of the file `path`, whole or not at all. Raises UserError and StorageError."""
     run = run_dir(run_name)
     with new_folder(run) as folder:
-        checkpoint = read_reference(path)
-        _write_run(folder, path, checkpoint, _config(run_name, checkpoint))
+        model, weights, step = read_reference(path)
+        # The recipe with the file's model and steps. The training data is unknown; no warm-up fits any number of steps.
+        recipe, imported = lf_llm_269m(), {"file": path.name, **fingerprint(path)}
+        train = replace(recipe.train, batch_tokens=recipe.micro_batch_size * model.n_ctx, total_steps=max(step, 1))
+        optim, data = replace(recipe.optim, warmup_steps=0), DataConfig(dir="unknown")
+        config = replace(recipe, run_name=run_name, model=model, train=train, optim=optim, data=data)
+        state = {"config": to_dict(config), "dataset_sha256": "", "precision": "torch.bfloat16"}  # the reference's
+        save_checkpoint(folder / "checkpoints", step, {"model": weights}, state)
+        log = RunLogger(folder, is_main=True)
+        log.write_json("config.json", {"config": to_dict(config), "dataset": {}, "imported": imported})
+        log.event("import", step, f"from {path.name}", **imported)
+        log.write_status("done", step, config.total_steps, None, f"imported from {path.name}")
     return {
         "run": str(run),
-        "checkpoint": str(step_dir(run / "checkpoints", checkpoint.step)),
-        "step": checkpoint.step,
-        "parameters": sum(tensor.numel() for tensor in checkpoint.weights.values()),
+        "checkpoint": str(step_dir(run / "checkpoints", step)),
+        "step": step,
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
     }
 
 
-def _checked(content: dict[str, Any]) -> ReferenceCheckpoint:
+def _checked(content: dict[str, Any]) -> Reference:
     """Returns the content of a file under our names. Raises any exception if it is not a reference checkpoint."""
     hparams = vars(content["hParams"])
     if hparams.keys() != _HPARAMS.keys():
         raise ValueError(f"hParams has the settings {', '.join(hparams)}, expected {', '.join(_HPARAMS)}")
     model = ModelConfig(**{ours: kind(hparams[name]) for name, (ours, kind) in _HPARAMS.items()})
-    if problems := model.problems():
-        raise ValueError("; ".join(problems))
     theirs = {_our_name(name): tensor for name, tensor in content["model_state_dict"].items()}
-    if model.n_layer > len(theirs):  # before building a model of absurd size
-        raise ValueError(f"hParams.n_layer is {model.n_layer}, more than model_state_dict has weights")
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in LLM(model).named_parameters()}
     head = theirs.pop(_HEAD, None)
@@ -131,7 +125,7 @@ def _checked(content: dict[str, Any]) -> ReferenceCheckpoint:
         raise ValueError(f"{_HEAD} differs from the embedding, whose weight the head shares")
     if (step := index(content["step"])) < 0:
         raise ValueError(f"step is {step}")
-    return ReferenceCheckpoint(model, weights, step)
+    return model, weights, step
 
 
 def _tensor(name: str, value: Any, shape: torch.Size) -> torch.Tensor:
@@ -153,26 +147,7 @@ def _our_name(name: str) -> str:
     return name
 
 
-def _config(run_name: str, checkpoint: ReferenceCheckpoint) -> Config:
-    """Returns the recipe with the file's model and steps. The training data is unknown."""
-    config, model, step = lf_llm_269m(), checkpoint.model, checkpoint.step
-    train = replace(config.train, batch_tokens=config.micro_batch_size * model.n_ctx, total_steps=max(step, 1))
-    optim = replace(config.optim, warmup_steps=0)  # fits any number of steps
-    return replace(config, run_name=run_name, model=model, train=train, optim=optim, data=DataConfig(dir="unknown"))
-
-
-def _write_run(folder: Path, path: Path, checkpoint: ReferenceCheckpoint, config: Config) -> None:
-    step, imported = checkpoint.step, {"file": path.name, **fingerprint(path)}
-    state = {"config": to_dict(config), "dataset_sha256": "", "precision": "torch.bfloat16"}  # the reference's
-    save_checkpoint(folder / "checkpoints", step, {"model": checkpoint.weights}, state)
-    log = RunLogger(folder, is_main=True)
-    log.write_json("config.json", {"config": to_dict(config), "dataset": {}, "imported": imported})
-    log.event("import", step, f"from {path.name}", **imported)
-    log.write_status("done", step, config.total_steps, None, f"imported from {path.name}")
-
-
 def main() -> int:
-    """The command line."""
     parser = Parser(
         prog="python -m src.model_utils.reference_import",
         description="Make a run of a checkpoint file of the reference implementation, for sampling, evaluation and "

@@ -14,6 +14,7 @@ from src.model_utils.checkpoint_utils import Checkpoint
 from src.model_utils.load_model import load_weights
 from src.params import Config, from_dict, to_dict
 from src.utils.errors import UserError, cause_of
+from src.utils.files import set_aside
 from src.utils.handle_ddp import Processes
 from src.utils.logger import RunLogger
 
@@ -36,28 +37,27 @@ class Progress:
     """The spike guard's memory."""
 
     def add_loss(self, loss: float, seconds: float) -> None:
-        """Counts a step that was not skipped."""
         self.skipped_in_a_row = 0
         self.loss_sum += loss
         self.loss_steps += 1
         self.seconds += seconds
 
     def start_line(self) -> None:
-        """Resets the sums after a training line."""
         self.loss_sum, self.loss_steps, self.seconds = 0.0, 0, 0.0
 
 
 @dataclass
 class TrainingState:
-    """Everything that changes during training."""
-
     model: LLM
     optimizers: list[torch.optim.Optimizer]
     progress: Progress
 
     def parts(self, procs: Processes) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors of a checkpoint by file, not copied; all processes call it."""
-        random_states = procs.gather(_random_state(procs.device))
+        random_state = {"cpu": torch.get_rng_state()}
+        if procs.device.type != "cpu":
+            random_state[procs.device.type] = torch.get_device_module(procs.device).get_rng_state()
+        random_states = procs.gather(random_state)
         return {
             "model": {name: p.detach() for name, p in self.model.named_parameters()},  # a shared weight once
             "optimizer": optimizer_tensors(self.model, self.optimizers),
@@ -95,7 +95,9 @@ class TrainingState:
                 elif name == "optimizer":
                     load_optimizer_tensors(self.model, self.optimizers, tensors)
                 elif name == f"rank_{procs.rank:05d}" and state["world_size"] == procs.world_size:
-                    _set_random_state(tensors, procs.device)
+                    torch.set_rng_state(tensors["cpu"])
+                    if (kind := procs.device.type) != "cpu" and kind in tensors:
+                        torch.get_device_module(kind).set_rng_state(tensors[kind])
             except (UserError, torch.OutOfMemoryError):
                 raise
             except (LookupError, TypeError, RuntimeError, ValueError) as error:
@@ -136,8 +138,9 @@ def resume_point(
     if checkpoint is not None:
         ours = checkpoint.state["precision"] if config.train.precision == "auto" else str(precision)
         check_settings(checkpoint, config, dataset_sha256, ours)
-        for name in checkpoint_utils.set_aside_after(root, checkpoint.step):
-            notes.append(f"kept a checkpoint after step {checkpoint.step} as {name}")
+        for later in (step for step in checkpoint_utils.checkpoint_steps(root) if step > checkpoint.step):
+            moved = set_aside(checkpoint_utils.step_dir(root, later))  # so that the run can save that step
+            notes.append(f"kept a checkpoint after step {checkpoint.step} as {moved.name}")
     for name in checkpoint_utils.remove_leftovers(root):
         notes.append(f"removed {name}, left by an interrupted save")
     return checkpoint, notes
@@ -217,20 +220,3 @@ def _deciding(config: Config, dataset_sha256: str, precision: str) -> dict[str, 
     settings["init_from"] = config.init_from
     settings |= {"train.total_steps": config.total_steps, "optim.warmup_steps": config.warmup_steps}
     return settings | {"data (sha256 of its manifest)": dataset_sha256, "train.precision": precision}
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def _set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    elif device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])

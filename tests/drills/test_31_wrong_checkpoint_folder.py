@@ -46,7 +46,7 @@ def test_a_manifest_that_leaves_out_a_file_is_damage(commands: Commands, dataset
     assert start(commands, data).returncode == 0
     names = ("optimizer.safetensors", "rank_00000.safetensors", "state.json", "model.safetensors")
     changes = {f"manifest.json does not list {name}": leave_out(name) for name in names}
-    changes["step = 3, which is not that of the folder's name"] = another_step_inside
+    changes["step = 3 cannot be that of step_0000004"] = another_step_inside
     for number, (expected, change) in enumerate(changes.items()):
         run = runs / f"case_{number}"
         shutil.copytree(runs / "drill", run)

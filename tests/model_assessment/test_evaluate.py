@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from src.data_processing import shards
 from src.data_processing.tokenizer import load_tokenizer
@@ -17,6 +18,7 @@ from src.model_assessment.evaluate import BATCH_TOKENS, less, main, table
 from src.model_assessment.periodic_evaluation import Assessment
 from src.model_utils.hf_export import export
 from src.params import Config, EvalConfig, TrainConfig
+from src.utils.handle_ddp import Processes
 from tests.conftest import manifest_of
 from tests.data_processing.documents import some_texts
 from tests.model_utils.exports import SHAPE, make_run, small_model
@@ -49,7 +51,8 @@ def test_a_run_has_the_loss_that_it_logged(dataset: Callable[..., Path], tmp_pat
     )
     assessment = Assessment(config, folder, shards.read_manifest(folder), load_tokenizer())
     batch = BATCH_TOKENS // SHAPE.n_ctx
-    (logged,) = assessment.run("validation", small_model(), batch, nullcontext(), 0, 1, list, lambda: False)
+    alone = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    (logged,) = assessment.run("validation", small_model(), batch, nullcontext(), alone, lambda: False)
     result, tables = evaluated("--checkpoint", str(run), str(other), "--data", "ids", "--val-tokens", "320")
     for figures, step in zip(result["results"], (40, 50), strict=True):
         assert figures["step"] == step

@@ -32,6 +32,7 @@ from src.model_assessment.hellaswag import (
 from src.model_assessment.hellaswag_items import Item, load_items
 from src.params import ModelConfig
 from src.utils.errors import UserError
+from src.utils.handle_ddp import Processes
 from tests.model_assessment.test_hellaswag_items import RECORD
 from tests.model_utils.exports import make_run
 
@@ -249,18 +250,17 @@ def test_any_number_of_processes_gives_the_same_result_to_the_bit(ranks: int, mo
     calls: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     alone = score_endings(model, QUESTIONS * 3)
 
-    def one_rank(rank: int) -> None:
-        def sum_over_ranks(values: Any) -> list[float]:
-            contributions[rank] = list(values)
+    class Rank(Processes):
+        def sum(self, values: Any) -> list[float]:
+            contributions[self.rank] = list(values)
             barrier.wait(timeout=30)
             return [sum(column) for column in zip(*contributions, strict=True)]
 
+    def one_rank(rank: int) -> None:
         scores[rank] = score_endings(
             model,
             QUESTIONS * 3,
-            rank=rank,
-            world_size=ranks,
-            sum_over_ranks=sum_over_ranks,
+            procs=Rank(rank, rank, ranks, torch.device("cpu")),
             between_batches=lambda done, total: calls[rank].append((done, total)),
         )
 

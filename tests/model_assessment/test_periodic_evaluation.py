@@ -17,6 +17,7 @@ from src.model_assessment.hellaswag import Item
 from src.model_assessment.periodic_evaluation import Assessment
 from src.params import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from src.utils.errors import StoppedError
+from src.utils.handle_ddp import Processes
 
 
 @pytest.fixture
@@ -55,7 +56,8 @@ def test_stops_soon_and_leaves_the_model_as_it_was(assessment: Assessment, kind:
         return forward(*arguments, **options)
 
     monkeypatch.setattr(nn.Embedding, "forward", counted)
-    run = (kind, model, assessment.config.micro_batch_size, nullcontext(), 0, 1, list)
+    procs = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    run = (kind, model, assessment.config.micro_batch_size, nullcontext(), procs)
     assert assessment.run(*run, lambda: False)
     whole = len(passes)
     assert whole > 4
@@ -72,15 +74,19 @@ def test_all_processes_ask_equally_often(assessment: Assessment, kind: str):
     """Otherwise they would wait for each other for ever."""
     asked = []
     for rank in range(3):
-        sums: list[Sequence[float]] = []
-
-        def add_up(values: Sequence[float], sums: list[Sequence[float]] = sums) -> Sequence[float]:
-            sums.append(values)
-            return values
-
+        procs = Counted(rank=rank, local_rank=rank, world_size=3, device=torch.device("cpu"))
         model = LLM(assessment.config.model)
-        batch_size = assessment.config.micro_batch_size
-        assessment.run(kind, model, batch_size, nullcontext(), rank, 3, add_up, lambda: False)
-        asked.append(len(sums))
+        assessment.run(kind, model, assessment.config.micro_batch_size, nullcontext(), procs, lambda: False)
+        asked.append(procs.asked)
     assert len(set(asked)) == 1
     assert asked[0] > 2
+
+
+class Counted(Processes):
+    """One of several processes, whose others add nothing."""
+
+    asked = 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        self.asked += 1
+        return list(values)

@@ -287,13 +287,6 @@ def test_a_vocabulary_other_than_the_tokenizers(n_vocab: int, prompt: str):
     assert max(made.tokens, default=0) < tokenizer.n_vocab
 
 
-def test_streaming_gives_the_same_text(word_model: LLM):
-    tokenizer = load_tokenizer()
-    config = SamplingConfig(40, temperature=1.0, seed=2)
-    (whole,) = sample(word_model, tokenizer, ["Naïve"], config)
-    assert "".join(stream(word_model, tokenizer, "Naïve", config)) == whole.text
-
-
 def test_settings_that_cannot_work_are_all_named():
     with pytest.raises(UserError, match=r"max_new_tokens = 0 .* temperature = -1 .* top_p = 0 .* min_p = 2 .* stop"):
         SamplingConfig(max_new_tokens=0, temperature=-1, top_p=0, min_p=2, stop=("",))

@@ -1,6 +1,6 @@
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from src.data_processing.training_data_loader import WindowDataset
 from src.model import LLM
 from src.model_assessment.validation import unigram_entropy, validate
 from src.params import ModelConfig
+from src.utils.handle_ddp import Processes
 
 
 @pytest.fixture
@@ -52,22 +53,15 @@ def test_any_number_of_processes_measures_the_same_tokens(windows: WindowDataset
     model = LLM(tiny_config).eval()
     alone = validate(model, windows, n_windows=7, batch_size=3, bytes_per_token=4.0)
     parts: list[list[float]] = []
-    for rank in range(world_size):
-        # every process but one has nothing to divide by on its own, so give each the known total to return
-        def collect(values):
-            parts.append(list(values))
-            return [1.0, 1.0, 1.0, 1.0]
 
-        validate(
-            model,
-            windows,
-            n_windows=7,
-            batch_size=3,
-            bytes_per_token=4.0,
-            rank=rank,
-            world_size=world_size,
-            sum_over_ranks=collect,
-        )
+    class Part(Processes):
+        def sum(self, values: Sequence[float]) -> list[float]:
+            parts.append(list(values))
+            return [1.0] * len(values)  # one process may have no tokens to divide by
+
+    for rank in range(world_size):
+        procs = Part(rank, rank, world_size, torch.device("cpu"))
+        validate(model, windows, n_windows=7, batch_size=3, bytes_per_token=4.0, procs=procs)
     nats, tokens = (sum(part[i] for part in parts) for i in (0, 2))
     assert tokens == alone.tokens
     assert nats / tokens == pytest.approx(alone.loss, rel=1e-6)

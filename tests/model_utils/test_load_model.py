@@ -1,4 +1,4 @@
-"""Models that --checkpoint may name: those of runs and exports."""
+"""Models that --checkpoint may name: those of runs, of exports, and of other programs."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from src.model_utils.hf_export import export
-from src.model_utils.llama_format import EXPORT, read_model_folder
+from src.model_utils.llama_format import EXPORT, HEAD, is_model_folder, llama_tensors, our_tensors, read_model_folder
 from src.model_utils.load_model import load_model
 from src.params import ModelConfig
 from src.utils import root
@@ -126,7 +126,7 @@ def test_older_transformers_and_configs_without_sizes(foreign: Path):
         load_model(foreign, "cpu")
     for wrong in ({"hidden_size": None}, {"hidden_size": 0}, {"hidden_size": 32, "rope_scaling": [1]}):
         change(foreign / "config.json", **wrong)
-        with pytest.raises(UserError, match="Cannot use"):
+        with pytest.raises(UserError, match=r"Cannot read .*config\.json"):
             load_model(foreign, "cpu")
 
 
@@ -178,3 +178,25 @@ def test_gguf_is_named_as_what_it_is(run: Path, tmp_path: Path):
         (tmp_path / "folder" / name).touch()
     with pytest.raises(UserError, match=r"it is GGUF, for llama.cpp"):
         load_model(tmp_path / "folder", "cpu")
+
+
+def test_names_map_to_a_llama_and_back():
+    model = small_model(replace(SHAPE, n_layer=3, ffn_mult=2))
+    ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    theirs = llama_tensors(ours)
+    assert theirs[HEAD].data_ptr() == ours["embedding.weight"].data_ptr()
+    back = our_tensors(theirs, list(ours))
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[name], ours[name]) for name in ours)
+    half = our_tensors({name: tensor.bfloat16() for name, tensor in theirs.items()}, list(ours))
+    assert all(torch.equal(half[name], ours[name].bfloat16().float()) for name in ours)
+
+
+def test_other_folders_are_not_models(run: Path, tmp_path: Path):
+    assert not is_model_folder(run)
+    assert not is_model_folder(run / "checkpoints" / "step_0000040")  # whose weights have the same name
+    assert not is_model_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert is_model_folder(tmp_path)
+    with pytest.raises(UserError, match="vocab_size is missing"):
+        read_model_folder(tmp_path)

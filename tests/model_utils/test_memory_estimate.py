@@ -96,7 +96,7 @@ def allocated_at_most(
 )
 def test_a_step_takes_the_memory_that_was_estimated(size: int, precision: str, accumulation: int, logits: str):
     config, dtype = small(), DTYPES[precision]
-    step = Step(config, size, dtype.itemsize, "cpu", accumulation > 1, logits=logits)  # type: ignore[arg-type]
+    step = Step(config, size, dtype.itemsize, "cpu", int(accumulation > 1), logits=logits)  # type: ignore[arg-type]
     most = allocated_at_most(config, size, dtype, accumulation, logits)
     assert estimate_memory(step).total == pytest.approx(most, rel=0.02)
 
@@ -104,14 +104,14 @@ def test_a_step_takes_the_memory_that_was_estimated(size: int, precision: str, a
 def test_so_does_a_step_of_the_fast_recipe():
     config = fast_model(small())
     most = allocated_at_most(config, 8, torch.bfloat16, 1, "chunked", FAST_OPTIM)
-    step = Step(config, 8, 2, "cpu", gradients_stay=False, has_muon=True)
+    step = Step(config, 8, 2, "cpu", kept_gradients=0, has_muon=True)
     assert estimate_memory(step).total == pytest.approx(most, rel=0.02)
 
 
 def test_so_does_a_step_of_several_pieces_of_logits():
     config = ModelConfig(n_vocab=301, n_ctx=64, n_embd=32, n_head=2, n_layer=1)
     most = allocated_at_most(config, 160, torch.bfloat16, 1, "chunked")
-    assert estimate_memory(Step(config, 160, 2, "cpu", False)).total == pytest.approx(most, rel=0.02)
+    assert estimate_memory(Step(config, 160, 2, "cpu", 0)).total == pytest.approx(most, rel=0.02)
 
 
 def test_parts_of_the_full_size():
@@ -119,10 +119,10 @@ def test_parts_of_the_full_size():
 
     Gradients 4, and with DDP and accumulation as much again for its buckets.
     """
-    step = Step(lf_llm_269m().model, 16, beside_buckets=True)
+    step = Step(lf_llm_269m().model, 16, kept_gradients=2)
     memory = estimate_memory(step)
     assert (memory.weights, memory.gradients, memory.optimizer) == (1_280_581_632, 2_561_163_264, 2_561_163_264)
-    assert estimate_memory(replace(step, beside_buckets=False)).gradients == 1_280_581_632
+    assert estimate_memory(replace(step, kept_gradients=1)).gradients == 1_280_581_632
     assert memory.weight_copies == 2 * (268_682_240 - 33 * 1024)
     assert memory.total == sum(memory.__dict__.values())
 
@@ -157,5 +157,5 @@ def test_the_allocator_of_cuda_agrees(recipe: Callable[[], Config], size: int, i
 
 def test_the_references_step_took_more_than_it_allocated():
     """72 GB per GPU at micro-batch 16 with full logits, CUDA context, NCCL and fragmentation included."""
-    step = Step(lf_llm_269m().model, 16, beside_buckets=True, logits="full")
+    step = Step(lf_llm_269m().model, 16, kept_gradients=2, logits="full")
     assert 0.8 * 72e9 < estimate_memory(step).total < 72e9

@@ -37,10 +37,10 @@ def test_the_published_run_took_what_the_planner_says():
 def test_the_step_follows_from_settings_and_processes():
     """16 x 8 of 256 sequences: two passes per step. So gradients and DDP's buckets both exist. CUDA compiles."""
     config = lf_llm_269m()
-    assert step_of(config, 16, 8) == Step(config.model, 16, 2, "cuda", True, True, True)
-    assert step_of(config, 32, 8) == Step(config.model, 32, 2, "cuda", True, False, True)
+    assert step_of(config, 16, 8) == Step(config.model, 16, 2, "cuda", 2, True)
+    assert step_of(config, 32, 8) == Step(config.model, 32, 2, "cuda", 1, True)
     alone = replace(config, train=replace(config.train, batch_tokens=16 * 2048, precision="float32"))
-    assert step_of(alone, 16, 1, "cpu") == Step(config.model, 16, 4, "cpu", False, False, False)
+    assert step_of(alone, 16, 1, "cpu") == Step(config.model, 16, 4, "cpu", 0, False)
     for train in (replace(config.train, compile="off"), replace(config.train, micro_batch_size="auto")):
         assert not step_of(replace(config, train=train), 16, 8).is_compiled  # auto is tried uncompiled
 
@@ -137,19 +137,18 @@ def test_the_command_prints_tables_and_one_object(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("price", ["2,9", "l4=1,8", "h200=3"])
-def test_a_price_with_a_decimal_comma_or_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch, price: str):
-    with pytest.raises((SystemExit, UserError)):
-        run(monkeypatch, "debug", "--gpu", "l4", "--price-per-gpu-hour", price)
+@pytest.mark.parametrize("price", ["2,9", "l4=1"])
+def test_a_price_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, price: str):
+    with pytest.raises(UserError, match="--price-per-gpu-hour"):
+        run(monkeypatch, "debug", "--gpu", "l4", f"--price-per-gpu-hour={price}")
 
 
 def test_a_sweep_has_a_line_a_kind_with_its_price(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    run(monkeypatch, "lf_llm_269m", "--sweep", "--price-per-gpu-hour", "2,h200=3.5")
+    run(monkeypatch, "lf_llm_269m", "--sweep", "--price-per-gpu-hour", "2")
     rows = {row["gpu"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]}
     assert set(rows) == set(GPUS)
     assert {row["gpus"] for row in rows.values()} == {8}
-    for kind, price in (("a100-80g", 2), ("h200", 3.5)):
-        assert rows[kind]["dollars"] == pytest.approx(price * 8 * rows[kind]["hours"])
+    assert rows["h200"]["dollars"] == pytest.approx(2 * 8 * rows["h200"]["hours"])
     run(monkeypatch, "lf_llm_269m", "--sweep", "--gpu", "l4")
     assert [row["gpus"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]] == [1, 2, 4, 8, 16]
 
@@ -158,9 +157,7 @@ def test_without_a_gpu_it_is_about_this_machine(monkeypatch: pytest.MonkeyPatch,
     run(monkeypatch, "debug", "--train.device", "cpu", "--train.precision", "float32")
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (plan["device"], plan["matmuls_in"]) == ("cpu", "float32")
-    assert (
-        plan["memory_bytes"]["total"] == estimate_memory(Step(debug().model, 4, 4, "cpu", False, has_muon=True)).total
-    )
+    assert plan["memory_bytes"]["total"] == estimate_memory(Step(debug().model, 4, 4, "cpu", 0, has_muon=True)).total
     assert "hours" not in plan
 
 
@@ -183,13 +180,9 @@ def test_what_cannot_work_is_said(
     [
         (["--gpu=t4"], "rtx-3090"),
         (["--gpus=8"], "name one with --gpu"),
-        (["--gpu=l4", "--price-per-gpu-hour=t4=1"], "'t4' is not a GPU of the table"),
         *(
             (["--gpu=l4", f"{option}={value}"], f"argument {option}: {value} must be at least ")
-            for option, value in [
-                *(("--gpus", "0"), ("--gpus", "9007199254740992"), ("--mfu", "32"), ("--watts", "-5")),
-                *(("--price-per-gpu-hour", value) for value in ("-1", "nan", "1e308")),
-            ]
+            for option, value in (("--gpus", "0"), ("--gpus", "9007199254740992"), ("--mfu", "32"), ("--watts", "-5"))
         ),
     ],
 )

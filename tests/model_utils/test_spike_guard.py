@@ -104,22 +104,6 @@ def test_a_new_level_with_more_noise_is_learned():
     assert max(steps) < 200 + 64 + 9  # half of the 128 changes are new then
 
 
-def test_a_level_of_two_kinds_of_batches_is_learned():
-    losses = 3.0 + noise(1_000, 0.02)
-    losses[200::2] += 1.0
-    steps = skipped(losses.tolist())
-    assert steps
-    assert max(steps) < 200 + 64 + 9
-
-
-def test_ten_in_a_row_are_never_skipped():
-    generator = np.random.default_rng(2)
-    losses = np.cumsum(generator.standard_t(1.5, 3_000)) + np.repeat(generator.normal(0, 50, 150), 20)
-    steps = set(skipped(losses.tolist(), 1.0))
-    in_a_row = "".join("x" if step in steps else " " for step in range(3_000)).split()
-    assert max(map(len, in_a_row)) == 9
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_forgotten_decides_nothing(seed: int):
     """Against the definition in the module's docstring, applied to all losses at once."""
