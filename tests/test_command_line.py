@@ -42,6 +42,7 @@ def test_a_mistake_is_named_with_exit_code_2(commands: Commands, arguments: list
     ("arguments", "expected"),
     [
         ("debgu", "Cannot find the preset 'debgu'. Choose one of: debug, laptop, lf_llm_269m, lf_llm_269m_fast."),
+        ("--preset debug", "the preset comes first, alone. Type: python pretrain.py debug ..."),
         ("--train.seed 1", "The preset is missing. Type: python pretrain.py PRESET"),
         ("debug --max-lr 1e-3", "Cannot find the setting --max-lr. Perhaps you mean --optim.max-lr."),
         ("debug --lr 1", "Perhaps you mean --optim.max-lr or "),

@@ -23,6 +23,9 @@ def checked(arguments: list[str], presets: Collection[str], command: str, also: 
     if {"-h", "--help"} & set(arguments) or any(argument.startswith("--tyro-") for argument in arguments):
         return arguments
     names = ", ".join(presets)
+    if arguments and arguments[0].partition("=")[0] == "--preset":
+        name = arguments[0].partition("=")[2] or [*arguments, "NAME"][1]
+        raise UserError(f"Cannot use --preset: the preset comes first, alone. Type: {command} {name} ...")
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"The preset is missing. Type: {command} PRESET ..., with one of: {names}.")
     if arguments[0] not in presets:

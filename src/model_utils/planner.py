@@ -1,7 +1,7 @@
 """Estimates of a run before it costs money: parameters, work, memory, time, dollars, energy, disk.
 
     python -m src.model_utils.planner PRESET [--gpu a100-80g --gpus 8 --price-per-gpu-hour 1.8] [overrides]
-    python -m src.model_utils.planner PRESET --sweep --gpus 8
+    python -m src.model_utils.planner PRESET --sweep --gpus 8 --price-per-gpu-hour a100-80g=1.8,h100-80g=2.9
 
 Stderr gets a line per number, and one JSON object is the last line of stdout. Time follows from an assumed share of
 the GPU's peak rate (MFU), memory from src/model_utils/memory_estimate.py.
@@ -219,24 +219,25 @@ def _step_numbers(fit: Fit, itemsize: int) -> dict[str, Any]:
     }
 
 
-def sweep(config: Config, names: Sequence[str], given: Assumptions, counts: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """One row per GPU and count: the largest micro-batch and the cost; 0 and None where nothing fits.
+def sweep(config: Config, given: dict[str, Assumptions], counts: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """One row per GPU in `given` and count: the largest micro-batch and the cost; 0 and None where nothing fits.
 
     `counts`: those of COUNTS that can share the batch by default. Raises ConfigError for one that can't.
     """
     rows = []
-    for name, count in product(names, counts or [n for n in COUNTS if config.batch_size % n == 0]):
+    for name, count in product(given, counts or [n for n in COUNTS if config.batch_size % n == 0]):
         fit = largest_fit(config, GPUS[name], count)
         row = {"gpu": name, "gpus": count, "fits": fit.micro_batch_size > 0}
         row |= {"micro_batch_size": fit.micro_batch_size, "accumulation_steps": fit.accumulation_steps}
-        numbers = cost(config, GPUS[name], count, given)._asdict()
+        numbers = cost(config, GPUS[name], count, given[name])._asdict()
         rows.append(row | (numbers if row["fits"] else dict.fromkeys(numbers)))
     return rows
 
 
 def main() -> int:
     args, config = _parse()
-    given = Assumptions(args.mfu, config.price_per_gpu_hour, args.watts)
+    prices = args.price_per_gpu_hour or dict.fromkeys(GPUS)
+    given = {name: Assumptions(args.mfu, prices[name], args.watts) for name in GPUS}
     result: dict[str, Any] = {"run_name": config.run_name, **describe(config)}
     if args.gpu or args.sweep:
         is_reference = args.mfu == REFERENCE_MFU
@@ -244,9 +245,9 @@ def main() -> int:
     if args.sweep:
         node = max(n for n in COUNTS if n <= NODE and config.batch_size % n == 0)
         counts = [args.gpus] if args.gpus else [] if args.gpu else [node]
-        result["sweep"] = sweep(config, [args.gpu] if args.gpu else list(GPUS), given, counts)
+        result["sweep"] = sweep(config, {args.gpu: given[args.gpu]} if args.gpu else given, counts)
     elif args.gpu:
-        result |= plan_gpus(config, args.gpu, args.gpus or 1, given)
+        result |= plan_gpus(config, args.gpu, args.gpus or 1, given[args.gpu])
     else:
         result |= plan_here(config)
     say("\n".join(_lines(result)))
@@ -260,6 +261,7 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--gpus", metavar="N", type=_between(int, 1, 10_000))
     parser.add_argument("--mfu", metavar="SHARE", type=_between(float, 0.001, 1), default=REFERENCE_MFU)
     parser.add_argument("--watts", metavar="W", type=_between(float, 1, 1e6), nargs="?", const=0.0)
+    parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_prices)
     parser.add_argument("--sweep", action="store_true")
     args, sys.argv[1:] = parser.parse_known_args()
     if not (args.gpu or args.sweep) and (args.gpus or args.watts is not None):
@@ -267,8 +269,8 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     config = config_from_command_line(
         "Estimate what a run takes. Options in addition to the overrides: --gpu NAME and --gpus N, where to train "
         f"({', '.join(GPUS)}); --mfu SHARE of the GPU's peak, by default the reference's {REFERENCE_MFU}; --watts [W] "
-        "for the energy, by default the board power; --sweep, a line for each kind of GPU, or with --gpu for each "
-        "number of them. Exit codes: 0 done, 2 the run cannot work.",
+        "for the energy, by default the board power; --price-per-gpu-hour also as a100-80g=1.8,h200=3.5; --sweep, a "
+        "line for each kind of GPU, or with --gpu for each number. Exit codes: 0 done, 2 the run cannot work.",
         prog="python -m src.model_utils.planner",
         also=parser._option_string_actions,
     )
@@ -282,6 +284,18 @@ def _between(kind: type, at_least: float, at_most: float) -> Callable[[str], flo
         return value
 
     return number
+
+
+def _prices(text: str) -> dict[str, float | None]:
+    """Dollars per GPU-hour by kind, from "1.8" for all or "a100-80g=1.8,h200=3.5"."""
+    number, prices = _between(float, 1e-6, 1e12), dict[str, float | None].fromkeys(GPUS)
+    if "=" not in text:
+        return dict.fromkeys(GPUS, number(text))
+    for name, _, value in (part.partition("=") for part in text.lower().split(",")):
+        if name not in GPUS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(GPUS)}")
+        prices[name] = number(value)
+    return prices
 
 
 def _lines(result: dict[str, Any], indent: str = "") -> Iterator[str]:

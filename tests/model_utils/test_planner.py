@@ -105,9 +105,9 @@ def plan_parameters(config: Config) -> int:
 def test_sweep_leaves_out_counts_that_cannot_share_and_says_what_does_not_fit():
     config = debug()
     config = replace(config, train=replace(config.train, batch_tokens=6 * 128))
-    assert [row["gpus"] for row in sweep(config, ["l4"], Assumptions())] == [1, 2]
+    assert [row["gpus"] for row in sweep(config, {"l4": Assumptions()})] == [1, 2]
     large = replace(lf_llm_269m(), model=ModelConfig(n_embd=4096, n_head=32, n_layer=20))
-    rows = {row["gpu"]: row for row in sweep(large, ["rtx-3090", "b200"], Assumptions(price=2.0))}
+    rows = {row["gpu"]: row for row in sweep(large, dict.fromkeys(["rtx-3090", "b200"], Assumptions(price=2.0)))}
     assert not rows["rtx-3090"]["fits"]
     assert rows["rtx-3090"]["dollars"] is None
     assert rows["b200"]["fits"]
@@ -137,18 +137,19 @@ def test_the_command_prints_tables_and_one_object(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("price", ["2,9", "l4=1"])
-def test_a_price_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, price: str):
-    with pytest.raises(UserError, match="--price-per-gpu-hour"):
+@pytest.mark.parametrize("price", ["2,9", "l4=1,8", "t4=1", "nan", "0"])
+def test_a_price_that_is_no_number_or_of_an_unknown_kind_is_refused(monkeypatch: pytest.MonkeyPatch, price: str):
+    with pytest.raises(SystemExit):
         run(monkeypatch, "debug", "--gpu", "l4", f"--price-per-gpu-hour={price}")
 
 
 def test_a_sweep_has_a_line_a_kind_with_its_price(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    run(monkeypatch, "lf_llm_269m", "--sweep", "--price-per-gpu-hour", "2")
+    run(monkeypatch, "lf_llm_269m", "--sweep", "--price-per-gpu-hour", "a100-80g=2,h200=3.5")
     rows = {row["gpu"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]}
     assert set(rows) == set(GPUS)
     assert {row["gpus"] for row in rows.values()} == {8}
-    assert rows["h200"]["dollars"] == pytest.approx(2 * 8 * rows["h200"]["hours"])
+    for kind, price in (("a100-80g", 2), ("h200", 3.5)):
+        assert rows[kind]["dollars"] == pytest.approx(price * 8 * rows[kind]["hours"])
     run(monkeypatch, "lf_llm_269m", "--sweep", "--gpu", "l4")
     assert [row["gpus"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]] == [1, 2, 4, 8, 16]
 
