@@ -150,6 +150,7 @@ def test_the_card_has_the_runs_figures_up_to_the_step(tiny_export: Path):
     parameters = sum(parameter.numel() for parameter in small_model().parameters())
     for figure in (f"{parameters:,} parameters", "5.4321", "228.60", "2.4567", "by step 30: 7,680", "28.75% ± 5.00%"):
         assert figure in card, figure
+    assert "A Llama with biases in all projections and a head" in card
     assert "some-protocol (x)" in card
     assert "Text: pydocs; 2,358,597 tokens" in card
     assert "4.9876" not in card  # of a later step
