@@ -151,15 +151,15 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
 
         procs.activity = "claiming the run's folder"
         run_dir = RUNS / config.run_name
-        procs.main_only(lambda: check_origin(config, run_dir), for_long=True)
-        # Before the search for a checkpoint: a killed launcher's run may still be saving one.
-        procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
         log = RunLogger(run_dir, procs.is_main)
-        procs.activity = "looking for a checkpoint"
         # Where this launch has begun the run, it resumes: a restart must not set it aside again.
         launch = os.environ.get("LAUNCH_ID")
         if procs.main_only(lambda: bool(launch) and log.settings().get("launch") == launch):
             config = replace(config, resume="auto")
+        procs.main_only(lambda: check_origin(config, run_dir), for_long=True)
+        # Before the search for a checkpoint: a killed launcher's run may still be saving one.
+        procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
+        procs.activity = "looking for a checkpoint"
         if config.resume == "auto":
             procs.together(lambda: refuse_newer_elsewhere(run_dir / "checkpoints", procs))
         checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log), for_long=True)
@@ -693,7 +693,8 @@ def main() -> int:
         sys.argv.remove("--dry-run")
     config = config_from_command_line(
         "Train a language model. The same command resumes a run that was stopped. With --dry-run, only check the "
-        "settings, for as many processes as the environment variable WORLD_SIZE says."
+        "settings, for as many processes as the environment variable WORLD_SIZE says.",
+        also=("--dry-run",),
     )
     if dry_run:
         config.grad_accumulation_steps(world_size())

@@ -1,6 +1,6 @@
 """Measure how long a save delays training: in the foreground and in the background.
 
-python -m benchmarks.checkpoint PRESET --out FOLDER [--saves 5 --micro-batch-size N] prints one JSON object.
+python -m benchmarks.checkpoint PRESET --out FOLDER [--saves 5 --micro-batch-size N]
 
 Steps are real, on random tokens of the preset's shapes. Figures are medians without the first save of each kind.
 

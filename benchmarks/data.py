@@ -1,4 +1,4 @@
-"""Measure the speed and memory of preparing and loading data. Prints one JSON object.
+"""Measure the speed and memory of preparing and loading data.
 
 python -m benchmarks.data [--path FILES ...] [--megabytes 300] [--workers 1 2] [--repeats 5] [--n-ctx 2048 256]
 

@@ -1,4 +1,4 @@
-"""Short runs, and checks in short runs, that need a GPU. Prints one JSON object. benchmarks/on_gpu.sh runs all of them.
+"""Short runs, and checks in short runs, that need a GPU. benchmarks/on_gpu.sh runs all of them.
 
 python -m benchmarks.gpu_parts PART PRESET --data DATASET --batch-tokens N [--out FOLDER]
 
@@ -7,7 +7,7 @@ profile                a profile of two steps, copied to --out
 plain_model            losses and gradients of compiled blocks and fused loss, next to the plain model's
 skip                   a loss that is not finite changes no weights, with both optimizers
 texts                  sampling and scoring with our choice of attention kernels, and with PyTorch's
-same_bits              a deterministic run, stopped and resumed, has the bits of one that was not; its speed
+same_bits              a deterministic run, resumed from the half, has the bits of one that was not; its speed
 waits                  the operators of each step that wait for the device
 nccl                   one process under torchrun with NCCL, or Gloo on a CPU, saved and resumed
 auto_micro_batch       the micro-batch that --train.micro-batch-size auto chooses
@@ -42,7 +42,7 @@ from src.model_utils.autotune import CompiledForward
 from src.model_utils.weight_init import init_weights
 from src.params import CheckpointConfig, Config
 from src.utils.errors import exit_with
-from src.utils.hardware import autocast, choose_device
+from src.utils.hardware import autocast, choose_device, describe_machine
 from src.utils.root import ROOT, RUNS
 
 Result = dict[str, Any]
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--out", type=Path, default=RUNS, help="folder for the profile")
     args = parser.parse_args()
-    print_figures(PARTS[args.part](args))
+    print_figures(PARTS[args.part](args) | {"machine": describe_machine(choose_device("auto"))})
 
 
 def short(args: argparse.Namespace, name: str, steps: int, **changes: Any) -> Config:

@@ -1,4 +1,4 @@
-"""Compare HellaSwag with the reference's protocol: our implementation and the reference's. Prints one JSON object.
+"""Compare HellaSwag with the reference's protocol: our implementation and the reference's.
 
 python -m benchmarks.hellaswag {debug,laptop,lf_llm_269m} --data FILE [--checkpoint DIR] [--items 100 --rounds 5]
 

@@ -1,7 +1,7 @@
 """Measure head and loss, forward and backward: ours with its softmax compiled, as training on a GPU runs it, ours with
 the softmax by rows, plain PyTorch, and plain PyTorch compiled.
 
-python -m benchmarks.lm_loss [--tokens N --width N --dtype {bf16,float32}] prints one JSON object. The benchmark fails
+python -m benchmarks.lm_loss [--tokens N --width N --dtype {bf16,float32}]. The benchmark fails
 if the losses differ. Figures are medians of --repeats passes after a warmup. Leave the other cores free.
 """
 

@@ -1,4 +1,4 @@
-"""Measure the training data loader on 10B tokens: memory, first batch, resume, speed, reads. Prints one JSON object.
+"""Measure the training data loader on 10B tokens: memory, first batch, resume, speed, reads.
 
 python -m benchmarks.loader [--data DIR] [--n-ctx 2048 256] [--seconds 3]
 

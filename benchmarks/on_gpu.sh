@@ -25,6 +25,10 @@ mkdir -p "$out"
 parts=(uncompiled compiled profile plain_model skip texts same_bits waits nccl auto_micro_batch train_step lm_loss startup
     checkpoint overheads sampling)
 [ $# -gt 0 ] || set -- "${parts[@]}"
+for part in "$@"; do
+    [[ " ${parts[*]} hellaswag_reference " == *" $part "* ]] ||
+        { echo "error: Cannot run '$part': unknown part. Choose from: ${parts[*]} hellaswag_reference" >&2; exit 2; }
+done
 
 choose() { # PART: set `seconds`, its limit, and `command`, its module and arguments
     case $1 in

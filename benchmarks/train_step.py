@@ -1,4 +1,4 @@
-"""Compare a training step with others: forward, backward, clipping and optimizer. Prints one JSON object.
+"""Compare a training step with others: forward, backward, clipping and optimizer.
 
 python -m benchmarks.train_step {debug,laptop,lf_llm_269m} --data DATASET [--micro-batch-size N --rounds N --steps N]
 

@@ -40,7 +40,10 @@ Seed = Annotated[int, 0, 2**63 - 1]
 
 
 class ConfigError(Exception):
-    """A setting that cannot work. The message lists every problem, one a line. No ValueError: tyro would frame it."""
+    """A setting that cannot work. The message lists every problem, one a line.
+
+    Not a ValueError, which tyro would print in a frame.
+    """
 
     exit_code = 2
 
@@ -249,6 +252,9 @@ class Config:
             problems.append(f"run_name = {self.run_name!r} must be a plain folder name")
         if (length := len(self.run_name.encode(errors="replace"))) > MAX_NAME_BYTES:
             problems.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; it can have {MAX_NAME_BYTES}")
+        for name, value in (("data.dir", self.data.dir), ("eval.hellaswag_data", self.eval.hellaswag_data)):
+            if not value:
+                problems.append(f"{name} is empty; give a name or path")
         if self.init_from == self.run_name:
             problems.append(f"init_from = {self.init_from!r} is the run itself; give the new run another run_name")
         if self.resume not in ("auto", "never") and not re.fullmatch("[0-9]{1,9}", self.resume):

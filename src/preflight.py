@@ -204,10 +204,12 @@ def dataset(start: Start) -> Found:
 
 
 def _check_texts(request: Request) -> int:
-    """Reads the first texts as the preparation will, and returns the number of files. Raises UserError as it would."""
+    """Reads the first texts, and returns the number of files. Raises UserError where the preparation would."""
     files = [file for each in find_files(request.paths, quiet=True).values() for file in each]
     texts, unread = set[str](), CHECKED_CHARACTERS
     for file in files:
+        if file.stat().st_size > CHECKED_CHARACTERS and file.suffix.lower() in (".txt", ".md"):
+            return len(files)  # it would be read whole
         for documents, _ in read_batches(file, request.text_field, divide_long=True):
             batch = [text for text in documents.texts() if text.strip()]
             texts.update(batch)

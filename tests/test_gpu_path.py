@@ -24,11 +24,9 @@ from src.model_configs.my_llm_config import FAST_OPTIM, fast_model
 from src.model_utils import autotune
 from src.model_utils.autotune import CompiledForward, settle
 from src.params import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from src.utils.handle_ddp import Processes
+from src.utils.handle_ddp import ALONE, Processes
 from src.utils.logger import RunLogger
 from tests.test_compiling import CountingBackend
-
-ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 # Methods that read a tensor's numbers, and operators that do or whose result has as many numbers as the data says.
 READS = {"tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"}

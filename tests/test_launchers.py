@@ -374,6 +374,7 @@ printf '%s|' "$@"
         ("export mine out --dtype bf16", "model_utils.hf_export|--checkpoint|mine|--dtype|bf16|--out|out"),
         ("export mine --out=out", "model_utils.hf_export|--checkpoint|mine|--out=out"),
         ("export ./x/mine", "model_utils.hf_export|--checkpoint|./x/mine|--out|/data/exports/mine"),
+        ("export mine --format gguf", "model_utils.hf_export|--checkpoint|mine|--format|gguf|--out|/data/exports/mine"),
         ("data a.txt b --workers 2", "data_processing.data_downloader|--source|files|--path|a.txt|b|--workers|2"),
         ("data pydocs", "data_processing.data_downloader|--source|pydocs"),
         ("data --verify --out x", "data_processing.data_downloader|--verify|--out|x"),

@@ -114,10 +114,10 @@ def test_the_launchers_variables(commands: Commands, tmp_path: Path):
         (tmp_path / "texts" / f"{name}.txt").write_text(name)
     commands.environment |= {"WORLD_SIZE": "4", "NPROC": "2", "STARTED_IN": str(tmp_path), "DATA": "prepare"}
     commands.environment |= {"DATA_SOURCE": "files", "DATA_PATH": "texts\n", "DATA_MAX_TOKENS": "1_000"}
-    batch = ("--train.batch-tokens", "8192", "--train.micro-batch-size", "8")
+    batch = ("--train.batch-tokens", "16384", "--train.micro-batch-size", "8")
     result = module(commands, "src.preflight", "laptop", *batch)
     assert result.returncode == 0, result.stderr
-    assert "ok    settings:   4 process(es) (2 on this machine), micro-batch 8 x 256, 1 accumulation" in result.stderr
+    assert "ok    settings:   4 process(es) (2 on this machine), micro-batch 8 x 512, 1 accumulation" in result.stderr
     assert f"{tmp_path}/datasets/my_text, to be prepared from files, 2 of them" in result.stderr
     commands.environment["DATA"] = "wait"
     waiting = module(commands, "src.preflight", "laptop", *batch)

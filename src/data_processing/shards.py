@@ -204,7 +204,7 @@ def find_faults(
         for done, (number, (entry, fault)) in enumerate(zip(unread, pool.map(read, unread), strict=True), start=1):
             if fault:
                 faults[number] = fault
-            else:
+            elif "inode" in entry:  # else the file appeared only after it was looked for
                 known[manifest.shards[number].file] = entry
             say_if_due(f"verifying {folder}: {done} of {len(unread)} shards read")
     finally:
@@ -340,7 +340,7 @@ def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # absent or damaged: everything is read
     entries = {shard.file: _entry(folder, shard, manifest) for shard in manifest.shards}
-    return {file: entry for file, entry in entries.items() if stamped.get(file) == entry}
+    return {file: entry for file, entry in entries.items() if "inode" in entry and stamped.get(file) == entry}
 
 
 def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any]:

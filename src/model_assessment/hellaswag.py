@@ -27,12 +27,11 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.lm_loss import linear_losses
 from src.model import LLM
 from src.model_assessment.hellaswag_items import Item, fetch_items, held_out_items, load_items
-from src.model_assessment.validation import ALONE
 from src.model_configs.arguments import Parser, whole
 from src.model_utils.load_model import load_model
 from src.params import MAX_COUNT
 from src.utils.errors import UserError, exit_with, now_and_then, print_result, say
-from src.utils.handle_ddp import Processes
+from src.utils.handle_ddp import ALONE, Processes
 from src.utils.hardware import attention_for_any_shape
 
 # Recorded with every result. The last one must never be read as the first.

@@ -20,8 +20,8 @@ from src.utils.files import open_regular, parse_json
 MAX_BYTES = 1_000_000_000  # HellaSwag has 13 MB; a small .gz can hold terabytes
 NEEDED = "Needed: ind (an integer), ctx (text), endings (four texts) and label (0 to 3)"
 INSTEAD = (
-    "Give a local copy in its original format, FILE.jsonl, or held-out for a stand-in from held-out text. Training "
-    "does without at --eval.hellaswag-items 0"
+    "Give a local copy in its original format, FILE.jsonl. In training and evaluate, held-out makes a stand-in from "
+    "held-out text; in training, --eval.hellaswag-items 0 turns it off"
 )
 
 ENDING_TOKENS = 16

@@ -27,7 +27,18 @@ import jinja2
 
 from src.model_assessment import run_history
 from src.model_assessment.report_figures import COLORS, Picture, draw
-from src.model_assessment.run_history import KeyFigure, Record, Run, choice_name, moment, number
+from src.model_assessment.run_history import (
+    KeyFigure,
+    Record,
+    Run,
+    choice_name,
+    compact,
+    duration,
+    fixed,
+    moment,
+    number,
+    percent,
+)
 from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.params import ModelConfig, to_dict
@@ -252,8 +263,7 @@ def _page(now: float, pictures: Sequence[Picture] = (), **sections: Any) -> byte
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("moment", "duration", "fixed", "percent", "compact", "number")
-    environment.filters |= {name: getattr(run_history, name) for name in names}
+    environment.filters |= {each.__name__: each for each in (moment, duration, fixed, percent, compact, number)}
     # As images they can neither run nor fetch anything, whatever a name in them says.
     images = [(picture, base64.b64encode(picture.svg).decode("ascii")) for picture in pictures]
     page = environment.get_template("report_template.html").render(now=now, images=images, **sections)

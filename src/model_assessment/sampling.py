@@ -42,7 +42,7 @@ class SamplingConfig:
 
     max_new_tokens: Annotated[int, 1, MAX_NEW_TOKENS] = 50
     temperature: PositiveOr0 = 1.0
-    """Divides the logits; below LEAST_TEMPERATURE, 0 say, the likeliest token is always taken."""
+    """Divides the logits. 0, or anything below LEAST_TEMPERATURE, takes the likeliest token."""
     top_k: Annotated[int, 0, MAX_VOCAB] = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: Annotated[float, ABOVE_0, 1] = 1.0

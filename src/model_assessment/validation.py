@@ -13,9 +13,7 @@ import torch
 from torch import nn
 
 from src.data_processing.training_data_loader import WindowDataset
-from src.utils.handle_ddp import Processes
-
-ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))  # shares its work with nobody
+from src.utils.handle_ddp import ALONE, Processes
 
 
 @dataclass(frozen=True)

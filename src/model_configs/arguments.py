@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that refuses an unknown option with those that may be meant."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program with exit code 2."""
+        """Raises UserError for an unknown option; else ends with exit code 2."""
         if unknown := re.fullmatch("unrecognized arguments: .*?(--[^ =]+).*", message):
             similar = _similar(unknown[1], self._option_string_actions, self.prog)
             raise UserError(f"Cannot find the option {unknown[1]}. {similar}")

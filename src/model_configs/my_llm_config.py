@@ -1,6 +1,6 @@
 """The presets, and the command line that overrides any of their fields.
 
-On two cores `debug` takes minutes and `laptop` a quarter of an hour; `lf_llm_269m` is the published recipe. A preset
+On two cores `debug` takes minutes and `laptop` some 18; `lf_llm_269m` is the published recipe. A preset
 also tells the launcher what text it trains on by default and how many processes it takes.
 """
 
@@ -30,7 +30,7 @@ class Preset:
 def config_from_command_line(description: str, prog: str = "python pretrain.py", also: Collection[str] = ()) -> Config:
     """Returns the Config that sys.argv describes: the name of a preset, then overrides of any field.
 
-    `prog` is the command's name in its help, `also` as of `checked`. Raises UserError or ConfigError for a
+    `prog` is the command's name in its help, `also`: see `checked`. Raises UserError or ConfigError for a
     setting that cannot work.
     """
     import tyro  # only commands need it
@@ -50,7 +50,7 @@ FAST_OPTIM = OptimConfig(
     min_lr_ratio=0.0,
     warmup_ratio=0.05,
 )
-# In some hundred steps the embedding learns best at a higher rate (docs/recipes.md). Full runs keep the cited one.
+# In some hundred steps the embedding learns best at a higher rate (LOG.md). Full runs keep the cited one.
 SHORT_OPTIM = replace(FAST_OPTIM, embedding_lr=1e-2)
 
 
@@ -84,7 +84,7 @@ def debug() -> Config:
 
 
 def laptop() -> Config:
-    """A small model on your own text, in a quarter of an hour on two cores. More train.total_tokens make it better."""
+    """A small model on your own text, in some 18 minutes on two cores. More train.total_tokens make it better."""
     return Config(
         run_name="laptop",
         model=fast_model(ModelConfig(n_ctx=512, n_embd=256, n_head=4, n_layer=6)),

@@ -128,12 +128,17 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(f"Cannot read {path}: {cause}. Copy the folder again, or save the model again.") from None
 
 
-def read_model_folder(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """The shape and the float32 weights, by our names, of the model in `folder`. Raises UserError."""
+def read_model_folder(
+    folder: Path, export: dict[str, Any] | None = None
+) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """The shape and the float32 weights, by our names, of the model in `folder`. Raises UserError.
+
+    `export`: what `read_export` returned, for a folder that we wrote.
+    """
     path = folder / WEIGHTS
-    if os.path.lexists(folder / EXPORT):
+    if export:
         with _reading(folder / EXPORT):
-            config = from_dict(read_export(folder)["config"]).model
+            config = from_dict(export["config"]).model
     else:
         config = _config_of_llama(folder / "config.json")
     with _reading(path):
@@ -185,6 +190,8 @@ def _config_of_llama(path: Path) -> ModelConfig:
 
 def read_export(folder: Path, *unchanged: str) -> dict[str, Any]:
     """Returns export.json. Raises UserError, also where a file in `unchanged` is not as it was exported."""
+    if not os.path.lexists(folder / EXPORT):
+        raise UserError(f"{folder} is not an export of ours: it has no {EXPORT}. Name a run or its export.")
     with _reading(folder / EXPORT):
         content = read_json(folder / EXPORT)
         if content.get("format") != EXPORT_FORMAT:

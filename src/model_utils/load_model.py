@@ -130,7 +130,7 @@ def _read_export(path: Path) -> Read:
     if any(path.glob("*.gguf")):
         raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
     origin = read_export(path, "config.json", WEIGHTS) if os.path.lexists(path / EXPORT) else None
-    shape, tensors = read_model_folder(path)
+    shape, tensors = read_model_folder(path, origin)
     if origin is None:
         say(f"note: {path} is another program's model; here it reads and writes the tokens of GPT-2")
         # A batch of one sequence, because the default one is not a multiple of every context.

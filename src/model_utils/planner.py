@@ -14,6 +14,7 @@ if __name__ == "__main__":
     end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -264,8 +265,10 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_prices)
     parser.add_argument("--sweep", action="store_true")
     args, sys.argv[1:] = parser.parse_known_args()
-    if not (args.gpu or args.sweep) and (args.gpus or args.watts is not None):
+    if not (args.gpu or args.sweep) and (args.gpus or args.watts is not None or args.price_per_gpu_hour):
         parser.error("no GPU to plan for; name one with --gpu, or compare all with --sweep")
+    if args.gpu and args.price_per_gpu_hour and not args.price_per_gpu_hour[args.gpu]:
+        parser.error(f"--price-per-gpu-hour has no price of {args.gpu}; add {args.gpu}=DOLLARS")
     config = config_from_command_line(
         "Estimate what a run takes. Options in addition to the overrides: --gpu NAME and --gpus N, where to train "
         f"({', '.join(GPUS)}); --mfu SHARE of the GPU's peak, by default the reference's {REFERENCE_MFU}; --watts [W] "
@@ -279,8 +282,12 @@ def _parse() -> tuple[argparse.Namespace, Config]:
 
 def _between(kind: type, at_least: float, at_most: float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        if not at_least <= (value := kind(text)) <= at_most:  # also false for NaN
-            raise argparse.ArgumentTypeError(f"{text} must be at least {at_least:g} and at most {at_most:,g}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not at_least <= value <= at_most:  # also false for NaN
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number from {at_least:g} to {at_most:,g}")
         return value
 
     return number

@@ -80,7 +80,8 @@ def read_reference(path: Path) -> Reference:
             f"Cannot read {path}: {error.strerror or error}. Name a checkpoint file of torch.save."
         ) from None
     except Exception as error:  # a file made to do harm may fail in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())[:300]
+        text = "; ".join(getattr(error, "problems", [])) or f"{type(error).__name__}: {error}"  # of a ConfigError
+        reason = " ".join(text.removeprefix("ValueError: ").split())[:300]
         raise UserError(f"Cannot import {path}: {reason}. Use a checkpoint of the reference implementation.") from None
 
 

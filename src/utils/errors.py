@@ -79,7 +79,9 @@ def exit_with(main: Callable[[], int | None]) -> None:
     try:
         code = main() or EXIT_DONE
     except SystemExit as exit:  # from a command-line parser
-        code = exit.code if isinstance(exit.code, int) else EXIT_FAILED
+        code = exit.code if isinstance(exit.code, int) else EXIT_FAILED if exit.code else EXIT_DONE
+        if isinstance(exit.code, str):
+            say(exit.code)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
         say("interrupted")

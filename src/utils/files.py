@@ -35,8 +35,7 @@ def storage_errors(path: Path, action: str = "write", needed_bytes: int = 0) -> 
         full = needed_bytes and error.errno in (errno.ENOSPC, errno.EDQUOT)
         needed = f", {needed_bytes:,} bytes more are needed and {free_bytes(path):,} are free" if full else ""
         raise StorageError(
-            f"Cannot {action} {path}: {error.strerror or error}{needed}. To resume, fix that and rerun, or use another "
-            "folder."
+            f"Cannot {action} {path}: {error.strerror or error}{needed}. Fix that and rerun, or use another folder."
         ) from error
 
 

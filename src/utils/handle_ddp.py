@@ -162,6 +162,9 @@ class Processes:
         return self.together(job.result)
 
 
+ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))  # shares its work with nobody
+
+
 @contextmanager
 def processes(device: str, timeout_s: float) -> Iterator[Processes]:
     """Joins the process group that torchrun describes in the environment, if any, and leaves it at the end.

@@ -15,10 +15,9 @@ from src.model_utils.memory_estimate import Step, estimate_memory
 from src.params import Config, ModelConfig, TrainConfig
 from src.utils import hardware
 from src.utils.errors import UserError
-from src.utils.handle_ddp import Processes
+from src.utils.handle_ddp import ALONE, Processes
 
 CPU = torch.device("cpu")
-ALONE = Processes(rank=0, local_rank=0, world_size=1, device=CPU)
 
 
 @pytest.fixture(autouse=True)

@@ -137,7 +137,7 @@ def test_the_command_prints_tables_and_one_object(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("price", ["2,9", "l4=1,8", "t4=1", "nan", "0"])
+@pytest.mark.parametrize("price", ["2,9", "l4=1,8", "t4=1", "h200=3", "nan", "0"])
 def test_a_price_that_is_no_number_or_of_an_unknown_kind_is_refused(monkeypatch: pytest.MonkeyPatch, price: str):
     with pytest.raises(SystemExit):
         run(monkeypatch, "debug", "--gpu", "l4", f"--price-per-gpu-hour={price}")

@@ -53,7 +53,7 @@ def test_an_error_is_reported_once_with_a_remedy(tmp_path: Path):
     path = tmp_path / "file"
     with pytest.raises(StorageError) as caught, storage_errors(tmp_path), storage_errors(path, "read"):
         path.read_bytes()
-    assert str(caught.value).startswith(f"Cannot read {path}: No such file or directory. To resume, fix that and rerun")
+    assert str(caught.value).startswith(f"Cannot read {path}: No such file or directory. Fix that and rerun")
     assert caught.value.exit_code == 4
 
 
