@@ -25,6 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 
+from assets import dark
 from benchmarks import print_figures
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import WindowDataset
@@ -34,7 +35,7 @@ from src.model_configs.arguments import Parser
 from src.model_utils.load_model import load_model
 from src.utils import hardware
 from src.utils.errors import exit_with, say
-from src.utils.plot_style import BLUE, GREY, STYLE, as_png, new_figure
+from src.utils.plot_style import BLUE, GREY, STYLE, as_svg, new_figure
 from src.utils.root import ROOT, RUNS, dataset_dir
 
 VALIDATION_WINDOWS = 400
@@ -126,12 +127,16 @@ def main() -> None:
     parser.add_argument("--dataset", default="recipes", help="name of the dataset and of the file of results")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose names contain one of these")
     parser.add_argument("--table", action="store_true", help="print the finished runs, and train nothing")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the losses of finished runs over tokens")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.svg", help="draw the finished runs, also as FILE_dark.svg"
+    )
     args = parser.parse_args()
     results_file = ROOT / "benchmarks" / f"{args.dataset}.jsonl"
     results = read_results(results_file)
     if args.picture:
-        args.picture.write_bytes(picture(results))
+        svg = picture(results)
+        args.picture.write_text(svg, encoding="utf-8")
+        args.picture.with_stem(f"{args.picture.stem}_dark").write_text(dark(svg), encoding="utf-8")
     elif not args.table:
         if not (dataset_dir(args.dataset) / "manifest.json").exists():
             command = [
@@ -169,11 +174,11 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def best_rates(results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Return the faithful recipe with the lowest loss by size, where all of its rates were tried."""
+    """Return by size the faithful recipe with the lowest loss of those tried; `planned` tries all rates first."""
     best = {}
     for size in SIZES:
-        tried = [Training(size, recipe) for recipe in RECIPES if recipe.startswith("faithful")]
-        if all(run.name in results for run in tried):
+        runs = [Training(size, recipe) for recipe in RECIPES if recipe.startswith("faithful")]
+        if tried := [run for run in runs if run.name in results]:
             best[size] = min(tried, key=lambda run: results[run.name]["loss"]).recipe
     return best
 
@@ -238,23 +243,22 @@ def shares(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
     Between two measured shares, loss is taken to be linear in the logarithm of tokens. NaN outside of all of them.
     """
-    found = {}
+    reached = {}
     for size, recipe in best_rates(results).items():
         for seed in (1, 2, 3):
             target = results.get(Training(size, recipe, seed=seed).name)
-            runs = [results.get(Training(size, "fast", share, seed).name) for share in SHARES]
-            if target is None or None in runs:
-                continue
-            losses = [run["loss"] for run in runs if run]  # falling with tokens, so rising here
-            logs = [math.log(share) for share in SHARES]
-            found[f"{size} seed {seed}"] = math.exp(
-                float(np.interp(target["loss"], losses, logs, left=math.nan, right=math.nan))
-            )
-    return found
+            runs = {share: results.get(Training(size, "fast", share, seed).name) for share in SHARES}
+            losses = {math.log(share): run["loss"] for share, run in runs.items() if run}  # rising, as tokens fall
+            if target and losses:
+                log_share = np.interp(
+                    target["loss"], list(losses.values()), list(losses), left=math.nan, right=math.nan
+                )
+                reached[f"{size} seed {seed}"] = math.exp(float(log_share))
+    return reached
 
 
-def picture(results: dict[str, dict[str, Any]]) -> bytes:
-    """Return a PNG with a panel for each size: validation loss over tokens of both recipes, one mark a seed."""
+def picture(results: dict[str, dict[str, Any]]) -> str:
+    """Return an SVG with a panel for each size: validation loss over tokens of both recipes, one mark a seed."""
     with matplotlib.rc_context(STYLE):
         figure = new_figure()
         best = best_rates(results)
@@ -276,7 +280,7 @@ def picture(results: dict[str, dict[str, Any]]) -> bytes:
             axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
             axes.legend()
         figure.axes[0].set_ylabel("validation loss, nats per token")
-        return as_png(figure)
+        return as_svg(figure).decode()
 
 
 if __name__ == "__main__":
