@@ -124,14 +124,18 @@ def chosen(variables: Mapping[str, str], overrides: list[str]) -> tuple[Mapping[
         text = {"DATA_SOURCE": "files", "DATA_PATH": "\n".join(paths)} if paths else {}
         variables = {**variables, "PRESET": preset, "DEBUG_MODE": "", **text}
         overrides = overrides[len(plain) :]
+        if paths and _has_data(overrides):
+            raise UserError(
+                f"Cannot use both {paths[0]!r} and --data.dir: texts become a new dataset. Leave out one of them."
+            )
     debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
     preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
     default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
     source = one_of("DATA_SOURCE", variables.get("DATA_SOURCE") or default or PRESETS[preset].source, SOURCES)
     if source == "files" and not variables.get("DATA_PATH") and not _has_data(overrides):
         raise UserError(
-            f"The text for preset {preset} is missing. Name files or folders: ./{SCRIPT} {preset} book.txt. Or use "
-            "DATA_SOURCE=pydocs, the documentation that comes with Python."
+            f"The text for preset {preset} is missing. Name files or folders before all settings: "
+            f"./{SCRIPT} {preset} book.txt. Or use DATA_SOURCE=pydocs, the documentation that comes with Python."
         )
     return variables, overrides, preset, source
 

@@ -43,6 +43,10 @@ def test_a_mistake_is_named_with_exit_code_2(commands: Commands, arguments: list
     [
         ("debgu", "Cannot find the preset 'debgu'. Choose one of: debug, laptop, lf_llm_269m, lf_llm_269m_fast."),
         ("--preset debug", "the preset comes first, alone. Type: python pretrain.py debug ..."),
+        (
+            "debug --train.seed 1 book.txt",
+            "Cannot use 'book.txt' here. Plain arguments, such as texts, come before settings.",
+        ),
         ("--train.seed 1", "The preset is missing. Type: python pretrain.py PRESET"),
         ("debug --max-lr 1e-3", "Cannot find the setting --max-lr. Perhaps you mean --optim.max-lr."),
         ("debug --lr 1", "Perhaps you mean --optim.max-lr or "),

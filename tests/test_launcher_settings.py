@@ -167,7 +167,7 @@ def test_another_machine_waits_for_the_data():
         ({"DATA_SOURCE": "hub"}, "DATA_DATASET is not set. DATA_SOURCE=hub needs"),
         (
             {"PRESET": "laptop"},
-            "The text for preset laptop is missing. Name files or folders: ./run_pre_training_e2e.sh lap",
+            "The text for preset laptop is missing. Name files or folders before all settings: ./run_pre_",
         ),
     ],
 )
@@ -176,6 +176,11 @@ def test_a_mistake_is_one_line(variables: dict[str, str], expected: str):
         settings({"PRESET": "debug", **variables}, [])
     assert expected in str(raised.value)
     assert len(str(raised.value)) < 600
+
+
+def test_texts_and_a_dataset_exclude_each_other():
+    with pytest.raises(UserError, match=r"Cannot use both 'book\.txt' and --data\.dir"):
+        settings({}, ["laptop", "book.txt", "--data.dir", "notes"])
 
 
 def test_what_runs_before_packages_are_installed_needs_none(commands: Commands):

@@ -323,6 +323,8 @@ def _parse_arguments() -> argparse.Namespace:
     if not (args.out or sources):
         parser.error("--out DIR is needed: the name of a dataset, or a folder")
     args.out = args.out or _request(args).default_name
+    if ".." in Path(args.out).parts:
+        parser.error(f"--out {args.out} leads out of its folder by '..'; name the folder itself")
     return args
 
 

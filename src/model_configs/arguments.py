@@ -31,16 +31,19 @@ def checked(arguments: list[str], presets: Collection[str], command: str, also: 
     if arguments[0] not in presets:
         raise UserError(f"Cannot find the preset {arguments[0]!r}. Choose one of: {names}.")
     options, result = dict(_options(Config)), arguments[:1]
-    rest = iter(arguments[1:])
+    rest, takes_more = iter(arguments[1:]), False
     for argument in rest:
         name, given, value = argument.partition("=")
         name = name.replace("_", "-")
         if not name.startswith("--"):
-            result.append(argument)  # a further value, or for the parser to refuse
+            if not takes_more:
+                raise UserError(f"Cannot use {argument!r} here. Plain arguments, such as texts, come before settings.")
+            result.append(argument)
             continue
         if name not in options:
             raise UserError(f"Cannot find the setting {name}. {_similar(name, [*options, *also], command)}")
         kind = options[name]
+        takes_more = get_origin(kind) is tuple
         if kind is bool or get_origin(kind) is tuple:
             result.append(argument)
             continue
