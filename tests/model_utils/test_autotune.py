@@ -112,6 +112,7 @@ def test_what_cannot_be_compiled_is_refused_only_if_it_was_requested(config: Con
 
 
 def test_known_problems_of_compilers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "__file__", "/nowhere/torch/__init__.py")  # the real folder may have a space in its name
     monkeypatch.setattr(autotune.os.path, "exists", lambda path: True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("CC", "no-such-c-compiler")
@@ -121,6 +122,7 @@ def test_known_problems_of_compilers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(autotune, "find_spec", lambda name: name)
     assert compile_problem("cuda") == "the compiler no-such-c-compiler is missing. Install it"
     monkeypatch.undo()
+    monkeypatch.setattr(torch, "__file__", "/nowhere/torch/__init__.py")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: f"/nowhere/{name}")
     for kind in ("cpu", "cuda"):  # a CPU's code and what starts a GPU's kernels include it
         assert "there is no Python.h in /nowhere/include. Install Python's headers" in compile_problem(kind)
