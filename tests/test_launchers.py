@@ -201,7 +201,8 @@ def test_a_stop_of_all_processes_saves_and_is_quiet(number: int, processes: str,
     assert re.search("stopping: finishing step [0-9]+, then saving, in about [0-9]+ s", messages)
     assert messages.splitlines()[-1] == (
         f"to resume: PRESET=laptop RUN_NAME=first TEMP_DATA_DIR='{tmp_path}/big disk' "
-        f"PYTHON={shlex.quote(sys.executable)} NPROC={processes} DATA_PATH='my texts' DATA_DIR=mine {shlex.quote(f'{ROOT}/run_pre_training_e2e.sh')} "
+        f"PYTHON={shlex.quote(sys.executable)} NPROC={processes} DATA_PATH='my texts' DATA_DIR=mine "
+        f"{shlex.quote(f'{ROOT}/run_pre_training_e2e.sh')} "
         f"--train.total-steps 40 {' '.join(settings)}"
     )
     assert logged_steps(run)  # the steps before the first regular line count too
