@@ -49,7 +49,7 @@ def evaluate(
     config, held_out, model = loaded.config.model, manifest.validation[0], loaded.model
     windows = WindowDataset(folder, manifest.validation, config.n_ctx, config.n_vocab, at_least=1)
     n_windows = min(max(1, val_tokens // config.n_ctx), windows.n_windows)
-    batch_size = max(1, min(BATCH_TOKENS // config.n_ctx, n_windows // 32))  # errors come from the batches' spread
+    batch_size = max(1, BATCH_TOKENS // config.n_ctx)
     losses: list[float] = []
     progress = now_and_then()
     with loaded.autocast():
