@@ -67,7 +67,9 @@ class ModelConfig:
     n_layer: Layers = 16
     """Transformer blocks."""
     ffn_mult: Layers = 4
-    """Hidden size of the feed-forward network, in multiples of n_embd."""
+    """Hidden size of the feed-forward network, in multiples of n_embd; half as much again with relu2."""
+    ffn: Literal["swiglu", "relu2"] = "swiglu"
+    """Kind of feed-forward network. relu2 is relu(x)^2, two matrices with as many numbers as SwiGLU's three."""
     norm_eps: Positive = 1e-5
     """Added to the mean square inside RMSNorm."""
     rope_theta: Positive = 10_000.0
@@ -89,7 +91,7 @@ class ModelConfig:
 
     @property
     def ffn_hidden(self) -> int:
-        return self.n_embd * self.ffn_mult
+        return self.n_embd * self.ffn_mult * (3 if self.ffn == "relu2" else 2) // 2
 
     def problems(self) -> list[str]:
         """All reasons why this shape cannot work, each with a remedy."""

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from src.attention import Attention, KVCache
-from src.ffn import FFN
+from src.ffn import FFN, ReluSquaredFFN
 from src.params import ModelConfig
 
 
@@ -17,7 +17,7 @@ class TransformerBlock(nn.Module):
         self.attn = Attention(config)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.ffn_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.ffn = FFN(config)
+        self.ffn = FFN(config) if config.ffn == "swiglu" else ReluSquaredFFN(config)
 
     def forward(self, x_BTD: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         x_BTD = x_BTD + self.dropout(self.attn(self.attn_norm(x_BTD), cache))

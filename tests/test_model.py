@@ -63,7 +63,11 @@ def test_training_follows_the_references_trajectory(shared: Path, one_thread: No
             assert (parameters[ours(name)] - final).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("change", [{}, {"bias": False}, {"bias": False, "qk_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"bias": False}, {"bias": False, "qk_norm": True}, {"bias": False, "qk_norm": True, "ffn": "relu2"}],
+    ids=str,
+)
 def test_logits_equal_transformers_llama_or_qwen3(change: dict[str, bool]):
     transformers = pytest.importorskip("transformers")
     config = ModelConfig(n_vocab=211, n_ctx=32, n_embd=48, n_head=4, n_layer=3, **change)

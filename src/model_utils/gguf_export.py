@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.model_utils.llama_format import HEAD, llama_tensors
+from src.model_utils.llama_format import HEAD, XIELU, architecture, llama_tensors
 from src.params import ModelConfig
 from src.utils.errors import StorageError, UserError
 
@@ -58,7 +58,7 @@ def write_gguf(
     matrix_type = gguf.GGMLQuantizationType[_TYPES[dtype][0]]
     metadata = {"general.name": name, **_metadata(config, tokens, merges, dtype)}
     tensors = _tensors(weights, config)
-    writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
+    writer = gguf.GGUFWriter(path, architecture(config).lower())
     add: dict[type, Any] = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
     add |= {float: writer.add_float32, list: writer.add_array}
     for key, value in metadata.items():
@@ -82,7 +82,8 @@ def _metadata(config: ModelConfig, tokens: list[str], merges: list[str], dtype: 
     # Ids of the model that the tokenizer never uses get names that no text contains.
     unused = [f"<|unused_{i}|>" for i in range(len(tokens), config.n_vocab)]
     kinds = [gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL]
-    kind = "qwen3" if config.qk_norm else "llama"
+    kind = architecture(config).lower()
+    xielu = {f"xielu.{key}": [value] * config.n_layer for key, value in XIELU.items()} if kind == "apertus" else {}
     return {
         "general.file_type": int(gguf.LlamaFileType[_TYPES[dtype][1]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
@@ -98,6 +99,7 @@ def _metadata(config: ModelConfig, tokens: list[str], merges: list[str], dtype: 
         f"{kind}.attention.layer_norm_rms_epsilon": config.norm_eps,
         f"{kind}.rope.dimension_count": config.head_dim,
         f"{kind}.rope.freq_base": config.rope_theta,
+        **xielu,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": [*tokens, *unused],
@@ -111,15 +113,16 @@ def _metadata(config: ModelConfig, tokens: list[str], merges: list[str], dtype: 
 
 
 def _tensors(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns the weights by their names in GGUF. Without a head, llama.cpp takes the embedding."""
+    """Returns the weights by their names in GGUF. Without a head, llama.cpp takes the embedding, except for Apertus."""
     import gguf
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH["QWEN3" if config.qk_norm else "LLAMA"], config.n_layer)
+    kind = architecture(config).lower()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.n_layer)
     tensors: dict[str, np.ndarray] = {}
     for llama_name, tensor in llama_tensors(weights).items():
-        if llama_name == HEAD:
+        if (llama_name == HEAD and kind != "apertus") or ".act_fn." in llama_name:
             continue
-        if not config.qk_norm and (".q_proj." in llama_name or ".k_proj." in llama_name):
+        if kind == "llama" and (".q_proj." in llama_name or ".k_proj." in llama_name):
             # In a Llama, llama.cpp rotates dimension 2i with 2i + 1, and we i with i + K/2 of a head's K. Interleaving
             # the rows of both projections maps one to the other and leaves every product of query and key as it was.
             halves = tensor.unflatten(0, (config.n_head, 2, config.head_dim // 2))
@@ -136,6 +139,8 @@ def _differences(
 
     for key, value in metadata.items():
         expected = float(np.float32(value)) if isinstance(value, float) else value
+        if key.startswith("xielu."):
+            expected = np.float32(value).tolist()
         if key not in reader.fields or reader.fields[key].contents() != expected:
             yield key
     stored = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}

@@ -31,6 +31,7 @@ from src.model_utils.llama_format import (
     EXPORT_FORMAT,
     HEAD,
     WEIGHTS,
+    architecture,
     llama_settings,
     llama_tensors,
     read_export,
@@ -56,7 +57,7 @@ def export(checkpoint: str | Path, out: Path, form: str, dtype: str) -> None:
     with new_folder(out) as folder:
         loaded, tokenizer = load_model(checkpoint, "cpu"), load_tokenizer()
         model, config, name = loaded.model.requires_grad_(False), loaded.config.model, loaded.config.run_name
-        llama_settings(config)  # refuses a model that transformers and llama.cpp have no class for
+        architecture(config)  # refuses a model that transformers and llama.cpp have no class for
         has_tokenizer = config.n_vocab >= tokenizer.n_vocab
         vocabulary, merges = _tokenizer_tables() if has_tokenizer else ({}, [])
         origin = _origin(loaded)
@@ -117,6 +118,7 @@ def _card(origin: dict[str, Any], loaded: LoadedModel, dtype: str, file: str, ha
     return template.render(
         figures,
         origin=origin,
+        architecture=architecture(config),
         config=config,
         parameters=parameters,
         dtype=dtype,

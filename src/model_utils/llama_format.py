@@ -1,10 +1,11 @@
-"""Our model as transformers' Llama or Qwen3: names of weights, settings, and reading a model folder.
+"""Our model as transformers' Llama, Qwen3 or Apertus: names of weights, settings, and reading a model folder.
 
 A Llama computes what our model computes, with or without biases, and a Qwen3 what it computes with QK-norm and without
-biases. Their weights are ours under other names: q, k and v are three matrices there and one here, as are value and
-gate of the feed-forward network.
+biases; an Apertus does that with ReLU^2. Their weights are ours under other names: q, k and v are three matrices there
+and one here, as are value and gate of the feed-forward network.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,8 +35,13 @@ _BLOCK_PARTS = {
     "attn.out_proj": ("self_attn.o_proj",),
     "ffn_norm": ("post_attention_layernorm",),
     "ffn.in_proj": ("mlp.up_proj", "mlp.gate_proj"),  # value, then gate
+    "ffn.up_proj": ("mlp.up_proj",),
     "ffn.out_proj": ("mlp.down_proj",),
 }
+_APERTUS_NAMES = {"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"}
+# Apertus's activation is p x^2 + beta x above 0, and n (exp(min(x, eps)) - 1 - x) + beta x below, with p =
+# softplus(alpha_p) and n = beta + softplus(alpha_n). With p = 1 and n = beta = 0 it is ReLU^2, in bf16 as in float32.
+XIELU = {"alpha_p": math.log(math.e - 1), "alpha_n": -1_000.0, "beta": 0.0, "eps": -1e-6}
 _TYPES = {  # of what export.json holds
     "step": int,
     "config": dict,  # the run's, from params.to_dict, with names in place of paths
@@ -46,17 +52,35 @@ _TYPES = {  # of what export.json holds
 }
 
 
-def llama_settings(config: ModelConfig) -> dict[str, Any]:
-    """Return config.json of a Llama or Qwen3 of this shape. Dropout has no counterpart there.
+def architecture(config: ModelConfig) -> str:
+    """Return the name of the architecture that computes what our model computes: Llama, Qwen3 or Apertus.
 
-    Raises UserError for biases with QK-norm, which neither has.
+    Raises UserError for biases with QK-norm and for ReLU^2 without QK-norm, which none has.
     """
     if config.qk_norm and config.bias:
         raise UserError(
             "Cannot describe the model to transformers: no class has both model.bias and model.qk_norm. Train with "
             "--model.no-bias."
         )
-    name = "Qwen3" if config.qk_norm else "Llama"
+    if config.ffn == "relu2":
+        if not config.qk_norm:
+            raise UserError(
+                "Cannot describe the model to transformers: no class has model.ffn = relu2 without model.qk_norm. "
+                "Train with --model.qk-norm --model.no-bias."
+            )
+        return "Apertus"
+    return "Qwen3" if config.qk_norm else "Llama"
+
+
+def llama_settings(config: ModelConfig) -> dict[str, Any]:
+    """Return config.json of the architecture in this shape. Dropout has no counterpart there. Raises UserError."""
+    name = architecture(config)
+    own = {
+        "Llama": {"mlp_bias": config.bias},
+        "Qwen3": {},
+        # Its defaults would stretch the positions.
+        "Apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "rope_scaling": None},
+    }
     return {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": name.lower(),
@@ -67,12 +91,12 @@ def llama_settings(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_head,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": "xielu" if name == "Apertus" else "silu",
         "max_position_embeddings": config.n_ctx,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "attention_bias": config.bias,
-        **({} if config.qk_norm else {"mlp_bias": config.bias}),
+        **own[name],
         "tie_word_embeddings": True,
     }
 
@@ -80,17 +104,22 @@ def llama_settings(config: ModelConfig) -> dict[str, Any]:
 def llama_tensors(ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our named parameters as the state dict of transformers' class; the tensors are views of ours."""
     theirs = {HEAD: ours["embedding.weight"]}
+    is_apertus = "blocks.0.ffn.up_proj.weight" in ours
     for name, tensor in ours.items():
-        names = _llama_names(name)
+        names = _llama_names(name, is_apertus)
         theirs |= dict(zip(names, tensor.chunk(len(names)), strict=True))
+        if name.endswith("ffn.up_proj.weight"):
+            activation = names[0].replace("up_proj.weight", "act_fn.")
+            shapes = {"alpha_p": (1,), "alpha_n": (1,)}
+            theirs |= {activation + key: torch.full(shapes.get(key, ()), value) for key, value in XIELU.items()}
     return theirs
 
 
 def our_tensors(theirs: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
     """The inverse of `llama_tensors` in float32, for our parameters `names`."""
-    ours = {}
+    ours, is_apertus = {}, "blocks.0.ffn.up_proj.weight" in names
     for name in names:
-        parts = [theirs[llama_name].float() for llama_name in _llama_names(name)]
+        parts = [theirs[llama_name].float() for llama_name in _llama_names(name, is_apertus)]
         ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]  # cat would copy a single one
     return ours
 
@@ -208,11 +237,14 @@ def read_export(folder: Path, *unchanged: str) -> dict[str, Any]:
     return content
 
 
-def _llama_names(ours: str) -> list[str]:
-    """Returns the Llama's names of one of our parameters, in the order in which it joins them."""
+def _llama_names(ours: str, is_apertus: bool) -> list[str]:
+    """Returns transformers' names of one of our parameters, in the order in which it joins them."""
     if ours in ("embedding.weight", "head.weight"):
         return ["model.embed_tokens.weight"]
     if ours == "norm.weight":
         return ["model.norm.weight"]
     _, layer, *part, kind = ours.split(".")
-    return [f"model.layers.{layer}.{theirs}.{kind}" for theirs in _BLOCK_PARTS[".".join(part)]]
+    names = _BLOCK_PARTS[".".join(part)]
+    if is_apertus:
+        names = tuple(_APERTUS_NAMES.get(name, name) for name in names)
+    return [f"model.layers.{layer}.{name}.{kind}" for name in names]

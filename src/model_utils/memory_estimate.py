@@ -105,7 +105,8 @@ def activation_bytes(step: Step) -> int:
     if config.qk_norm:  # root mean squares by head; where needed, float32 copies of queries and keys; a CPU's quotients
         attention += N * 2 * config.n_head * FLOAT32 + (0 if on_gpu else N * 2 * D * FLOAT32)
         attention += N * 2 * D * FLOAT32 if size != FLOAT32 and not step.is_compiled else 0
-    ffn = N * (D + 2 * F + F + F) * size  # input, value and gate, silu(gate), dropped-out product
+    hidden = 2 * F if config.ffn == "relu2" else 4 * F  # relu(up) and its square; value, gate, silu(gate) and product
+    ffn = N * (D + hidden) * size
     if step.is_compiled:
         # The backward pass computes two things a second time: silu(gate), and the second norm's input, of which only
         # out_proj's result is kept.

@@ -42,7 +42,10 @@ def run(model: LLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("gguf") / "tiny", model)
 
 
-@pytest.fixture(scope="module", params=[SHAPE, replace(SHAPE, bias=False, qk_norm=True)], ids=["llama", "qwen3"])
+QWEN3 = replace(SHAPE, bias=False, qk_norm=True)
+
+
+@pytest.fixture(scope="module", params=[SHAPE, QWEN3, replace(QWEN3, ffn="relu2")], ids=["llama", "qwen3", "apertus"])
 def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, Path]:
     model = trained_model(load_tokenizer().encode(TEXT), steps=25, shape=request.param)
     return model, make_run(tmp_path_factory.mktemp("gguf") / "tiny", model)

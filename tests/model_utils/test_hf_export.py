@@ -50,21 +50,22 @@ def test_logits_equal_ours(llama: Any):
     assert llama.get_input_embeddings().padding_idx is None
 
 
-def test_qk_norm_becomes_a_qwen3(tmp_path: Path):
+@pytest.mark.parametrize(("ffn", "kind"), [("swiglu", "Qwen3"), ("relu2", "Apertus")])
+def test_qk_norm_becomes_a_qwen3_or_with_relu2_an_apertus(tmp_path: Path, ffn: Any, kind: str):
     """Logits and greedy text are ours, and our own reader takes the folder."""
-    shape = replace(SHAPE, bias=False, qk_norm=True)
+    shape = replace(SHAPE, bias=False, qk_norm=True, ffn=ffn)
     model = small_model(shape)
     export(make_run(tmp_path / "fast", model), tmp_path / "out", "hf", "float32")
-    qwen = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert type(qwen) is transformers.Qwen3ForCausalLM
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(theirs).__name__ == f"{kind}ForCausalLM"
     ids_BT = torch.randint(shape.n_vocab, (3, shape.n_ctx))
     with torch.no_grad():
-        assert (qwen(ids_BT).logits - model(ids_BT)).abs().max() < 1e-4
+        assert (theirs(ids_BT).logits - model(ids_BT)).abs().max() < 1e-4
         assert torch.equal(load_model(tmp_path / "out", "cpu").model(ids_BT), model(ids_BT))
     prompt = [464, 1660, 6772]
     ours = [tokens[0] for tokens, _ in generate(model, [prompt], SamplingConfig(30, temperature=0), [0])]
-    theirs = qwen.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0].tolist()
-    assert theirs == prompt + ours
+    text = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0].tolist()
+    assert text == prompt + ours
 
 
 def test_biases_with_qk_norm_are_refused(tmp_path: Path):

@@ -25,7 +25,7 @@ def small(dropout: float = 0.1, n_vocab: int = 2003) -> ModelConfig:
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("config", [small(0.0), small(0.1), fast_model(small())])
+@pytest.mark.parametrize("config", [small(0.0), small(0.1), fast_model(small()), replace(small(), ffn="relu2")])
 def test_activations_are_what_autograd_keeps(precision: str, config: ModelConfig):
     dtype, kept = DTYPES[precision], {}
     model = LLM(config).train()
