@@ -110,7 +110,7 @@ def activation_bytes(step: Step) -> int:
     if step.is_compiled:
         # The backward pass computes two things a second time: silu(gate), and the second norm's input, of which only
         # out_proj's result is kept.
-        ffn -= N * F * size
+        ffn -= N * F * size if config.ffn == "swiglu" else 0
         attention -= N * D * (FLOAT32 - size)
     mask = 1 if on_gpu else size  # on a CPU, dropout keeps the factors themselves
     masks = N * D * mask * (config.residual_dropout > 0) + N * F * mask * (config.ffn_dropout > 0)
