@@ -87,7 +87,7 @@ class Training:
         return round(SIZES[self.size].steps * self.share)
 
 
-# One ingredient of the fast recipe taken away or changed.
+# One ingredient of the fast recipe taken away, changed or added.
 LADDER = {
     "fast-dropout": "--model.residual-dropout 0.1 --model.ffn-dropout 0.15",
     "fast-bias": "--model.bias",
@@ -99,6 +99,7 @@ LADDER = {
     "fast-embedding-6e-3": "--optim.embedding-lr 6e-3",
     "fast-embedding-2e-2": "--optim.embedding-lr 2e-2",
     "fast-adamw": "--optim.optimizer adamw",
+    "fast-relu2": "--model.ffn relu2",
 }
 RECIPES = {
     **{f"faithful-{rate}": f"{FAITHFUL} --optim.max-lr {rate}" for rate in ("1e-3", "2e-3", "4e-3")},
@@ -117,7 +118,7 @@ def planned(best: dict[str, str]) -> list[Training]:
             if size in best:
                 runs.append(Training(size, best[size], seed=seed))
             runs += [Training(size, "fast", share, seed) for share in SHARES]
-    runs += [Training("17m", recipe, 0.4) for recipe in LADDER]
+    runs += [Training("17m", recipe, 0.4) for recipe in LADDER] + [Training("33m", "fast-relu2", 0.4)]
     return list(dict.fromkeys(runs))
 
 
