@@ -1,7 +1,7 @@
 """One or several models on the same text and questions: a table for people, and JSON.
 
-The difference between two models' losses has a separate standard error. Both are measured on the same batches, so that
-a batch hard for both does not count.
+The difference between two models' losses has a separate standard error. Both are measured on the same windows of text,
+so that a window hard for both does not count.
 """
 
 import math
@@ -26,7 +26,7 @@ from src.utils.errors import UserError, exit_with, now_and_then, print_result, s
 from src.utils.hardware import choose_device, describe_machine
 from src.utils.root import dataset_dir
 
-BATCH_TOKENS = 2_048  # per validation batch, equal for all models: otherwise their batches would not be pairs
+BATCH_TOKENS = 2_048  # per validation batch
 HELD_OUT_ITEMS = 500  # default for the stand-in, which can make any number of items
 # Of multiple choice: the protocol, its figure, and that figure's standard error.
 CHOICE_FIGURES = (
@@ -59,8 +59,8 @@ def evaluate(
             n_windows=n_windows,
             batch_size=batch_size,
             bytes_per_token=held_out.text_bytes / held_out.tokens,
-            batch_losses=losses,
-            between_batches=lambda: progress(f"validation: {len(losses) * batch_size:,} of {n_windows:,} sequences"),
+            window_losses=losses,
+            between_batches=lambda: progress(f"validation: {len(losses):,} of {n_windows:,} sequences"),
         )
         choice = ask(model) if ask else {}
     return {
@@ -72,18 +72,18 @@ def evaluate(
         "parameters": count_parameters(model),
         "validation": asdict(result),
         "multiple_choice": choice,
-        "batch_losses": losses,
+        "window_losses": losses,
     }
 
 
 def less(result: dict[str, Any], first: dict[str, Any]) -> dict[str, Any] | None:
-    """The loss in `result` minus that in `first`, nats per token, with its standard error over pairs of batches.
+    """The loss in `result` minus that in `first`, nats per token, with its standard error over pairs of windows.
 
-    None for the first itself and for models whose contexts, and so batches, differ. A single batch has no error.
+    None for the first itself and for models whose contexts, and so windows, differ. A single window has no error.
     """
     if result is first or result["n_ctx"] != first["n_ctx"]:
         return None
-    changes = [a - b for a, b in zip(result["batch_losses"], first["batch_losses"], strict=True)]
+    changes = [a - b for a, b in zip(result["window_losses"], first["window_losses"], strict=True)]
     stderr = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
     return {"difference": result["validation"]["loss"] - first["validation"]["loss"], "stderr": stderr}
 
@@ -174,7 +174,7 @@ def main() -> int:
     print(table(results))
     changes = [less(result, results[0]) for result in results]
     for result, change in zip(results, changes, strict=True):
-        del result["batch_losses"]
+        del result["window_losses"]
         result["loss_less_first"] = change
     machine = describe_machine(choose_device(args.device))
     print_result({"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine})

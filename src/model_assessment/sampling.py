@@ -229,7 +229,8 @@ def generate(
             start, caches = moved, model.new_caches(len(rows), dtype)
         unread_BT = torch.tensor([row[start + caches[0].length :] for row in rows], device=device)
         with attention_for_any_shape():
-            logits_BV = _last_logits(model, unread_BT, caches)[:, :n_tokens].float().cpu()
+            # Of the last position only: the logits of a long prompt take gigabytes.
+            logits_BV = model.head(model.hidden(unread_BT, caches)[:, -1])[:, :n_tokens].float().cpu()
         log_probs_BV = logits_BV - logits_BV.logsumexp(dim=-1, keepdim=True)
         tokens = []
         for row, logits_V, generator in zip(rows, logits_BV, generators, strict=True):
@@ -243,14 +244,6 @@ def _window_start(length: int, n_ctx: int) -> int:
     """The first token that the model sees of a sequence of `length` tokens: it moves in strides of n_ctx / 2."""
     stride = max(1, n_ctx // 2)
     return max(0, -(-(length - n_ctx) // stride) * stride)
-
-
-def _last_logits(model: LLM, ids_BT: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
-    """`model(ids_BT, caches=caches)[:, -1]`, without computing the other positions' logits: they take gigabytes."""
-    x_BTD = model.embedding(ids_BT)
-    for block, cache in zip(model.blocks, caches, strict=True):
-        x_BTD = block(x_BTD, cache)
-    return model.head(model.norm(x_BTD[:, -1]))
 
 
 def _generator(seed: int, sample: int) -> torch.Generator:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from src.data_processing.training_data_loader import WindowDataset
+from src.lm_loss import linear_losses
+from src.model import LLM
 from src.utils.handle_ddp import ALONE, Processes
 
 
@@ -26,13 +27,13 @@ class ValidationResult:
     tokens: int
     """Predicted tokens."""
     stderr: float | None
-    """Standard error of `loss`, from the spread of the batches; None for a single batch."""
+    """Standard error of `loss`, from the spread of the windows' mean losses; None for a single window."""
     seconds: float
 
 
 @torch.no_grad()
 def validate(
-    model: nn.Module,
+    model: LLM,
     dataset: WindowDataset,
     *,
     n_windows: int,
@@ -40,16 +41,16 @@ def validate(
     bytes_per_token: float,
     procs: Processes = ALONE,
     between_batches: Callable[[], object] = lambda: None,
-    batch_losses: list[float] | None = None,
+    window_losses: list[float] | None = None,
 ) -> ValidationResult:
     """The loss of `model`, in eval mode, over the first `n_windows` windows; equal in every process.
 
-    `model(inputs_BT, targets_BT)` returns the mean loss in nats. Every process calls `between_batches` equally often,
-    and it may raise to give up. `batch_losses` collects this process's losses.
+    Every process calls `between_batches` equally often, and it may raise to give up. `window_losses` collects the mean
+    losses of this process's windows.
     """
     device = next(model.parameters()).device
     started = time.perf_counter()
-    sums = np.zeros(4)  # of nats, of squared losses weighted by tokens, of tokens, of batches
+    sums = np.zeros(5)  # of nats, tokens and windows, of the windows' mean losses and of their squares
     local, most = range(procs.rank, n_windows, procs.world_size), len(range(0, n_windows, procs.world_size))
     for first in range(0, most, batch_size):
         between_batches()
@@ -57,19 +58,22 @@ def validate(
         if not numbers:
             continue  # other processes have one window more
         batch_BT = torch.from_numpy(np.stack([dataset[number] for number in numbers]).astype(np.int64)).to(device)
-        loss, n_tokens = model(batch_BT[:, :-1], batch_BT[:, 1:]).item(), batch_BT[:, 1:].numel()
-        sums += [loss * n_tokens, loss**2 * n_tokens, n_tokens, 1]
-        if batch_losses is not None:
-            batch_losses.append(loss)
-    nats, squares, tokens, batches = procs.sum(sums.tolist())
+        targets_N = batch_BT[:, 1:].flatten()
+        losses_N = linear_losses(model.hidden(batch_BT[:, :-1]).flatten(0, 1), model.head.weight, targets_N)
+        means_B = losses_N.cpu().double().unflatten(0, (len(numbers), -1)).mean(dim=1)
+        nats = losses_N.mean().item() * len(targets_N)
+        sums += [nats, len(targets_N), len(means_B), means_B.sum().item(), means_B.square().sum().item()]
+        if window_losses is not None:
+            window_losses += means_B.tolist()
+    nats, tokens, windows, means, squares = procs.sum(sums.tolist())
     loss = nats / tokens
-    variance = max(0.0, squares / tokens - loss**2)  # of the batches' means
+    variance = max(0.0, squares / windows - (means / windows) ** 2)
     return ValidationResult(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # exp overflows a float beyond 709
         bits_per_byte=loss / math.log(2) / bytes_per_token,
         tokens=int(tokens),
-        stderr=math.sqrt(variance / (batches - 1)) if batches > 1 else None,
+        stderr=math.sqrt(variance / (windows - 1)) if windows > 1 else None,
         seconds=time.perf_counter() - started,
     )
 

@@ -38,14 +38,19 @@ def test_loss_is_the_mean_over_the_first_windows(windows: WindowDataset, tiny_co
     assert result.bits_per_byte == pytest.approx(expected / math.log(2) / 4.0, rel=1e-5)
 
 
-def test_the_standard_error_is_that_of_the_batches_means(windows: WindowDataset, tiny_config: ModelConfig):
+def test_the_standard_error_is_that_of_the_windows_means(windows: WindowDataset, tiny_config: ModelConfig):
     model = LLM(tiny_config).eval()
-    result = validate(model, windows, n_windows=8, batch_size=2, bytes_per_token=4.0)
-    batches = torch.from_numpy(np.stack([windows[i] for i in range(8)]).astype("int64")).split(2)
+    batches = torch.from_numpy(np.stack([windows[i] for i in range(8)]).astype("int64")).split(1)
     with torch.no_grad():
-        means = [model.eval()(batch[:, :-1], batch[:, 1:]).item() for batch in batches]
-    assert result.stderr == pytest.approx(np.std(means, ddof=1) / math.sqrt(4), rel=1e-3)
-    assert validate(model, windows, n_windows=2, batch_size=2, bytes_per_token=4.0).stderr is None
+        means = [model(batch[:, :-1], batch[:, 1:]).item() for batch in batches]
+    for batch_size in (3, 8):  # which does not matter
+        collected: list[float] = []
+        result = validate(
+            model, windows, n_windows=8, batch_size=batch_size, bytes_per_token=4.0, window_losses=collected
+        )
+        assert collected == pytest.approx(means, rel=1e-5)
+        assert result.stderr == pytest.approx(np.std(means, ddof=1) / math.sqrt(8), rel=1e-3)
+    assert validate(model, windows, n_windows=1, batch_size=2, bytes_per_token=4.0).stderr is None
 
 
 @pytest.mark.parametrize("world_size", [2, 9])
@@ -62,9 +67,10 @@ def test_any_number_of_processes_measures_the_same_tokens(windows: WindowDataset
     for rank in range(world_size):
         procs = Part(rank, rank, world_size, torch.device("cpu"))
         validate(model, windows, n_windows=7, batch_size=3, bytes_per_token=4.0, procs=procs)
-    nats, tokens = (sum(part[i] for part in parts) for i in (0, 2))
+    nats, tokens, windows, means, squares = map(sum, zip(*parts, strict=True))
     assert tokens == alone.tokens
     assert nats / tokens == pytest.approx(alone.loss, rel=1e-6)
+    assert math.sqrt((squares / windows - (means / windows) ** 2) / (windows - 1)) == pytest.approx(alone.stderr)
 
 
 def test_unigram_entropy_is_the_best_loss_without_context(windows: WindowDataset):
