@@ -10,8 +10,8 @@ import torch
 
 from src.model import LLM
 from src.model_utils.checkpoint_utils import find_checkpoint
-from src.model_utils.llama_format import EXPORT, WEIGHTS, is_model_folder, read_export, read_model_folder
-from src.params import Config, TrainConfig, from_dict
+from src.model_utils.llama_format import EXPORT, WEIGHTS, read_export, read_weights
+from src.params import Config, from_dict
 from src.utils.errors import UserError, say
 from src.utils.hardware import autocast, choose_device, choose_precision
 from src.utils.root import run_dir
@@ -117,8 +117,13 @@ def _read(checkpoint: str | Path) -> Read:
     path = run_dir(str(checkpoint))
     if not path.exists() and Path(checkpoint).exists():
         path = Path(checkpoint).absolute()
-    if is_model_folder(path) or os.path.lexists(path / EXPORT):
+    if os.path.lexists(path / EXPORT):
         return _read_export(path)
+    if os.path.lexists(path / "config.json") and os.path.lexists(path / WEIGHTS):
+        raise UserError(
+            f"Cannot load {path / 'config.json'}: it is another program's model, without {EXPORT}. Name a run or an "
+            "export of this program."
+        )
     found, rejected = find_checkpoint(path)
     for reason in rejected:
         say(f"warning: passed over a damaged checkpoint: {reason}")
@@ -129,10 +134,6 @@ def _read(checkpoint: str | Path) -> Read:
 def _read_export(path: Path) -> Read:
     if any(path.glob("*.gguf")):
         raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
-    origin = read_export(path, "config.json", WEIGHTS) if os.path.lexists(path / EXPORT) else None
-    shape, tensors = read_model_folder(path, origin)
-    if origin is None:
-        say(f"note: {path} is another program's model; here it reads and writes the tokens of GPT-2")
-        # A batch of one sequence, because the default one is not a multiple of every context.
-        return Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1)), tensors, path, 0, ""
-    return from_dict(origin["config"]), tensors, path, origin["step"], origin["dataset_sha256"]
+    origin = read_export(path, "config.json", WEIGHTS)
+    config, tensors = read_weights(path, origin)
+    return config, tensors, path, origin["step"], origin["dataset_sha256"]

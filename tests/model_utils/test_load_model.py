@@ -1,4 +1,4 @@
-"""Models that --checkpoint may name: those of runs, of exports, and of other programs."""
+"""Models that --checkpoint may name: those of runs and of exports."""
 
 import json
 from dataclasses import replace
@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from src.model_utils.hf_export import export
-from src.model_utils.llama_format import EXPORT, HEAD, is_model_folder, llama_tensors, our_tensors, read_model_folder
+from src.model_utils.llama_format import EXPORT, HEAD, llama_tensors, our_tensors, read_export, read_weights
 from src.model_utils.load_model import load_model
 from src.params import ModelConfig
 from src.utils import root
@@ -73,61 +72,17 @@ def test_weights_that_do_not_fit(exported: Path):
     weights = load_file(exported / "model.safetensors")
     save_file({**weights, "lm_head.weight": torch.zeros(3)}, exported / "model.safetensors")
     with pytest.raises(UserError, match=r"lm_head.weight is \(3,\), expected missing"):
-        read_model_folder(exported)
+        read_weights(exported, read_export(exported))
     weights.pop("model.norm.weight")
     save_file(weights, exported / "model.safetensors")
     with pytest.raises(UserError, match=r"model.norm.weight is missing, expected \(32,\)"):
-        read_model_folder(exported)
+        read_weights(exported, read_export(exported))
 
 
-@pytest.fixture
-def foreign(exported: Path) -> Path:
-    """The export as transformers saves it again, which leaves out what is ours."""
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
-    theirs.save_pretrained(exported.parent / "foreign")
-    return exported.parent / "foreign"
-
-
-def test_another_programs_llama_of_our_architecture(run: Path, foreign: Path):
-    assert not (foreign / EXPORT).exists()
-    theirs = load_model(foreign, "cpu")
-    assert (theirs.path, theirs.step, theirs.dataset_sha256) == (foreign, 0, "")
-    assert theirs.config.model == SHAPE
-    weights = load_model(run, "cpu").model.state_dict()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in theirs.model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "needed"),
-    [
-        ("model_type", "mistral", "'llama'"),
-        ("hidden_act", "gelu", "'silu'"),
-        ("num_key_value_heads", 1, "2"),
-        ("mlp_bias", None, "True"),
-        ("intermediate_size", 100, "96"),
-        ("tie_word_embeddings", False, "True"),
-        ("rope_type", "linear", "'default'"),
-        ("quantization_config", {"bits": 8}, "None"),
-    ],
-)
-def test_another_architecture_is_refused_by_its_first_field(foreign: Path, field: str, value: Any, needed: str):
-    changed = {"rope_parameters": {field: value, "rope_theta": 1.0}} if field == "rope_type" else {field: value}
-    change(foreign / "config.json", **changed)
-    with pytest.raises(UserError) as error:
-        load_model(foreign, "cpu")
-    assert f"config.json: {field} is {value!r}; our model needs {needed}" in str(error.value)
-
-
-def test_older_transformers_and_configs_without_sizes(foreign: Path):
-    change(foreign / "config.json", rope_parameters=None, rope_scaling=None, rope_theta=77.0)
-    assert load_model(foreign, "cpu").config.model == replace(SHAPE, rope_theta=77.0)
-    change(foreign / "config.json", rope_scaling={"type": "linear", "factor": 2.0})
-    with pytest.raises(UserError, match="rope_type is 'linear'"):
-        load_model(foreign, "cpu")
-    for wrong in ({"hidden_size": None}, {"hidden_size": 0}, {"hidden_size": 32, "rope_scaling": [1]}):
-        change(foreign / "config.json", **wrong)
-        with pytest.raises(UserError, match=r"Cannot read .*config\.json"):
-            load_model(foreign, "cpu")
+def test_another_programs_model_is_refused(exported: Path):
+    (exported / EXPORT).unlink()
+    with pytest.raises(UserError, match=r"hf/config\.json: it is another program's model, without export\.json"):
+        load_model(exported, "cpu")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -156,10 +111,10 @@ def test_unreadable_weights(exported: Path):
     weights = exported / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"Cannot read .*model.safetensors"):
-        read_model_folder(exported)
+        read_weights(exported, read_export(exported))
     weights.unlink()
     with pytest.raises(UserError, match=r"Cannot read .*model.safetensors"):
-        read_model_folder(exported)
+        read_weights(exported, read_export(exported))
 
 
 def test_links_as_in_the_hubs_cache_are_followed(exported: Path, tmp_path: Path):
@@ -190,13 +145,3 @@ def test_names_map_to_a_llama_and_back():
     assert all(torch.equal(back[name], ours[name]) for name in ours)
     half = our_tensors({name: tensor.bfloat16() for name, tensor in theirs.items()}, list(ours))
     assert all(torch.equal(half[name], ours[name].bfloat16().float()) for name in ours)
-
-
-def test_other_folders_are_not_models(run: Path, tmp_path: Path):
-    assert not is_model_folder(run)
-    assert not is_model_folder(run / "checkpoints" / "step_0000040")  # whose weights have the same name
-    assert not is_model_folder(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert is_model_folder(tmp_path)
-    with pytest.raises(UserError, match="vocab_size is missing"):
-        read_model_folder(tmp_path)
