@@ -22,8 +22,7 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_configs.arguments import Parser, whole
 from src.model_utils.debugging import count_parameters
-from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model
-from src.model_utils.packed_linear import pack_linears
+from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model, pack_linears
 from src.params import ABOVE_0, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_VOCAB, PositiveOr0, Seed, Share, outside
 from src.utils.errors import UserError, exit_with, harmless, print_result, say
 from src.utils.hardware import attention_for_any_shape
@@ -163,8 +162,7 @@ def sample(
     An empty prompt starts a new document. `autocast` is the context to call the model in. `between_tokens` may raise to
     give up. Raises UserError for a prompt with tokens unknown to the model, and for an impossible number of samples.
     """
-    if not 1 <= num_samples <= MAX_SAMPLES:
-        raise UserError(f"Cannot draw {num_samples} samples of a prompt: it must be between 1 and {MAX_SAMPLES:,}.")
+    _check_number(num_samples)
     samples: list[Sample] = []
     with autocast or nullcontext():
         for prompt in prompts:
@@ -181,6 +179,11 @@ def sample(
             rate = sum(len(each.tokens) for each in batch) / (time.perf_counter() - started)
             samples += [replace(each, tokens_per_second=rate) for each in batch]
     return samples
+
+
+def _check_number(num_samples: int) -> None:
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise UserError(f"Cannot draw {num_samples} samples of a prompt: it must be between 1 and {MAX_SAMPLES:,}.")
 
 
 def stream(
@@ -323,6 +326,7 @@ def main() -> int:
         raise UserError("Cannot draw several samples: --stream and --interactive show one. Leave them out.")
     values = {each.name: getattr(args, each.name) for each in fields(SamplingConfig)}
     config = SamplingConfig(**values | {"stop": tuple(args.stop)})
+    _check_number(args.num_samples)
     loaded = TextModel(args.checkpoint, args.device, args.weights)
     model, tokenizer = loaded.model, loaded.tokenizer
 
