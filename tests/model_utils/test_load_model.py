@@ -1,5 +1,6 @@
 """Models that --checkpoint may name: those of runs and of exports."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from src.model import LLM
 from src.model_utils.hf_export import export
 from src.model_utils.llama_format import EXPORT, HEAD, llama_tensors, our_tensors, read_export, read_weights
-from src.model_utils.load_model import load_model
+from src.model_utils.load_model import PackedLinear, load_model, pack_linears
 from src.params import ModelConfig
 from src.utils import root
 from src.utils.errors import UserError
@@ -145,3 +147,24 @@ def test_names_map_to_a_llama_and_back():
     assert all(torch.equal(back[name], ours[name]) for name in ours)
     half = our_tensors({name: tensor.bfloat16() for name, tensor in theirs.items()}, list(ours))
     assert all(torch.equal(half[name], ours[name].bfloat16().float()) for name in ours)
+
+
+@pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no bf16 kernels for this processor",
+)
+@torch.inference_mode()
+def test_a_packed_model_gives_the_same_logits_to_the_bit():
+    plain = small_model().bfloat16()
+    packed = copy.deepcopy(plain)
+    pack_linears(packed)
+    assert isinstance(packed.head, PackedLinear)
+    for shape in ((1, 1), (1, 7), (5, 33)):
+        ids_BT = torch.randint(plain.config.n_vocab, shape)
+        assert torch.equal(packed(ids_BT), plain(ids_BT))
+
+
+def test_weights_in_float32_stay_plain(tiny_config: ModelConfig):
+    model = LLM(tiny_config)
+    pack_linears(model)
+    assert not any(isinstance(part, PackedLinear) for part in model.modules())
