@@ -70,13 +70,6 @@ GPUS = {
 }
 
 
-class Fit(NamedTuple):
-    micro_batch_size: int
-    """0: not even one sequence fits."""
-    accumulation_steps: int
-    memory: Memory
-
-
 class Cost(NamedTuple):
     """Of the training steps, without evaluation and checkpoints."""
 
@@ -103,15 +96,14 @@ def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = 
     )
 
 
-def largest_fit(config: Config, gpu: GPU, count: int) -> Fit:
-    """The largest micro-batch that fits and divides a GPU's share. Raises ConfigError if the GPUs cannot share."""
+def largest_fit(config: Config, gpu: GPU, count: int) -> int:
+    """The largest micro-batch that fits and divides a GPU's share; 0 if not even one sequence fits.
+
+    Raises ConfigError if the GPUs cannot share the batch.
+    """
     step_of(config, 1, count)
-    share = config.batch_size // count
-    for size in divisors(share):
-        memory = estimate_memory(step_of(config, size, count))
-        if memory.total <= usable_bytes(gpu):
-            return Fit(size, share // size, memory)
-    return Fit(0, share, memory)
+    sizes = divisors(config.batch_size // count)
+    return next((n for n in sizes if estimate_memory(step_of(config, n, count)).total <= usable_bytes(gpu)), 0)
 
 
 def usable_bytes(gpu: GPU) -> int:
@@ -166,28 +158,28 @@ def plan_here(config: Config) -> dict[str, Any]:
     device = choose_device(config.train.device)
     precision = choose_precision(config.train.precision, device)
     step = replace(step_of(config, config.micro_batch_size, 1, device.type), itemsize=precision.itemsize)
-    fit = Fit(config.micro_batch_size, config.grad_accumulation_steps(1), estimate_memory(step))
-    return {"device": device.type, **_step_numbers(fit, precision.itemsize)}
+    return {"device": device.type, **_step_numbers(step, config.grad_accumulation_steps(1), estimate_memory(step))}
 
 
 def plan_gpus(config: Config, name: str, count: int, mfu: float, price: float | None) -> dict[str, Any]:
     """Memory, time and cost on `count` GPUs. Raises ConfigError or UserError for what cannot work."""
-    gpu, size, accumulation = GPUS[name], config.train.micro_batch_size, config.grad_accumulation_steps(count)
-    largest = largest_fit(config, gpu, count)
-    if not largest.micro_batch_size:
+    gpu, size = GPUS[name], config.train.micro_batch_size
+    config.grad_accumulation_steps(count)  # refuses a micro-batch that does not divide
+    if not (largest := largest_fit(config, gpu, count)):
         raise UserError(
             f"Cannot train on {name}: not even one sequence of {config.model.n_ctx} tokens fits, which takes "
-            f"{size_text(largest.memory.total)} of {size_text(usable_bytes(gpu))}. Choose a GPU with more memory, a "
-            "smaller model, or a smaller --model.n-ctx."
+            f"{size_text(estimate_memory(step_of(config, 1, count)).total)} of {size_text(usable_bytes(gpu))}. Choose "
+            "a GPU with more memory, a smaller model, or a smaller --model.n-ctx."
         )
-    fit = largest if size == "auto" else Fit(size, accumulation, estimate_memory(step_of(config, size, count)))
+    step = step_of(config, largest if size == "auto" else size, count)
+    memory = estimate_memory(step)
     result = {
         "gpu": {"name": name} | asdict(gpu),
         "gpus": count,
-        **_step_numbers(fit, FLOAT32 if config.train.precision == "float32" else 2),
+        **_step_numbers(step, config.batch_size // count // step.micro_batch_size, memory),
         "usable_memory_bytes": usable_bytes(gpu),
-        "fits": fit.memory.total <= usable_bytes(gpu),
-        "largest_micro_batch_size": largest.micro_batch_size,
+        "fits": memory.total <= usable_bytes(gpu),
+        "largest_micro_batch_size": largest,
         **cost(config, gpu, count, mfu, price)._asdict(),
     }
     published = lf_llm_269m()
@@ -198,12 +190,12 @@ def plan_gpus(config: Config, name: str, count: int, mfu: float, price: float | 
     return result
 
 
-def _step_numbers(fit: Fit, itemsize: int) -> dict[str, Any]:
+def _step_numbers(step: Step, accumulation: int, memory: Memory) -> dict[str, Any]:
     return {
-        "micro_batch_size": fit.micro_batch_size,
-        "accumulation_steps": fit.accumulation_steps,
-        "matmuls_in": "float32" if itemsize == FLOAT32 else "bfloat16",
-        "memory_bytes": asdict(fit.memory) | {"total": fit.memory.total},
+        "micro_batch_size": step.micro_batch_size,
+        "accumulation_steps": accumulation,
+        "matmuls_in": "float32" if step.itemsize == FLOAT32 else "bfloat16",
+        "memory_bytes": asdict(memory) | {"total": memory.total},
     }
 
 
@@ -214,11 +206,11 @@ def sweep(config: Config, prices: dict[str, float | None], counts: Sequence[int]
     """
     rows = []
     for (name, price), count in product(prices.items(), counts):
-        fit = largest_fit(config, GPUS[name], count)
-        row = {"gpu": name, "gpus": count, "fits": fit.micro_batch_size > 0}
-        row |= {"micro_batch_size": fit.micro_batch_size, "accumulation_steps": fit.accumulation_steps}
+        size = largest_fit(config, GPUS[name], count)
+        row = {"gpu": name, "gpus": count, "fits": size > 0, "micro_batch_size": size}
+        row["accumulation_steps"] = config.batch_size // count // max(1, size)
         numbers = cost(config, GPUS[name], count, mfu, price)._asdict()
-        rows.append(row | (numbers if row["fits"] else dict.fromkeys(numbers)))
+        rows.append(row | (numbers if size else dict.fromkeys(numbers)))
     return rows
 
 
