@@ -179,7 +179,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
         stack.callback(log.release)
 
         with out_of_memory_explained(procs):
-            run = prepare(config, procs, manifest, checkpoint, initial, precision, log, stop)
+            run = prepare(config, procs, manifest, checkpoint, precision, log, stop, initial)
         stack.callback(run.watching.close)
         stack.callback(run.saver.close)
         write_status(run, "running", None, "")  # not before: a start that is refused keeps the old status
@@ -306,10 +306,10 @@ def prepare(
     procs: Processes,
     manifest: Manifest,
     checkpoint: Checkpoint | None,
-    initial: tuple[dict[str, torch.Tensor], Path, int] | None,
     precision: torch.dtype,
     log: RunLogger,
     stop: Stop,
+    initial: tuple[dict[str, torch.Tensor], Path, int] | None = None,
 ) -> Run:
     """Builds model and optimizer, new or from the checkpoint, and writes config.json.
 

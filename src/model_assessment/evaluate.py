@@ -6,16 +6,14 @@ so that a window hard for both does not count.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from src.data_processing.shards import Manifest, check_shard, read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
-from src.model import LLM
 from src.model_assessment import hellaswag
 from src.model_assessment.validation import validate
 from src.model_configs.arguments import Parser, whole
@@ -35,16 +33,14 @@ CHOICE_FIGURES = (
     ("lm_eval", "acc_norm", "acc_norm_stderr"),
 )
 
-Ask = Callable[[LLM], dict[str, dict[str, Any]]]
-"""`hellaswag.measure`, with the items that were chosen once for all models."""
-
 
 def evaluate(
-    loaded: LoadedModel, weights: str, folder: Path, manifest: Manifest, val_tokens: int, ask: Ask | None
+    loaded: LoadedModel, weights: str, folder: Path, manifest: Manifest, val_tokens: int, choice: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The figures of a model on the first `val_tokens` of the held-out text in `folder`, and by `ask`.
+    """The figures of a model on the first `val_tokens` of the held-out text in `folder`, and on multiple choice.
 
-    `weights` names the dtype that they were loaded in. Raises UserError where the text does not suit the model.
+    `weights` names the dtype that they were loaded in; `choice`: the options of `hellaswag.measure`. Raises UserError
+    where the text does not suit the model.
     """
     config, held_out, model = loaded.config.model, manifest.validation[0], loaded.model
     windows = WindowDataset(folder, manifest.validation, config.n_ctx, config.n_vocab, at_least=1)
@@ -62,7 +58,7 @@ def evaluate(
             window_losses=losses,
             between_batches=lambda: progress(f"validation: {len(losses):,} of {n_windows:,} sequences"),
         )
-        choice = ask(model) if ask else {}
+        answers = hellaswag.measure(model, **choice) if choice else {}
     return {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
@@ -71,7 +67,7 @@ def evaluate(
         "n_ctx": config.n_ctx,
         "parameters": count_parameters(model),
         "validation": asdict(result),
-        "multiple_choice": choice,
+        "multiple_choice": answers,
         "window_losses": losses,
     }
 
@@ -157,19 +153,19 @@ def main() -> int:
     if not 1 <= args.val_tokens <= MAX_COUNT:
         raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to between 1 and {MAX_COUNT:,}.")
     folder, manifest = text_for(args.checkpoint, args.data)
-    ask = None
+    choice = None
     if args.hellaswag != "none":
         tokenizer, held_out = load_tokenizer(), manifest.validation[0]
         check_shard(folder, held_out, tokenizer.n_vocab)
         limit = HELD_OUT_ITEMS if args.limit is None and args.hellaswag == "held-out" else args.limit
         protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
-        ask = partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol)
+        choice = {"items": items, "tokenizer": tokenizer, "protocol": protocol}
     results: list[dict[str, Any]] = []
     for checkpoint in args.checkpoint:
         for weights in args.weights:
             loaded = load_model(checkpoint, args.device, weights)
             say(f"measuring {loaded.path}, weights {weights}, on {loaded.device}")
-            results.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, ask))
+            results.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, choice))
             del loaded  # frees its memory before the next one is loaded
     print(table(results))
     changes = [less(result, results[0]) for result in results]

@@ -40,7 +40,7 @@ from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.params import to_dict
 from src.utils import root
-from src.utils.errors import UserError, exit_with, harmless, print_result
+from src.utils.errors import StorageError, UserError, exit_with, harmless, print_result
 from src.utils.files import replacing, storage_errors
 
 # Groups of config.json that may explain a difference between runs. The others, command and times, always differ.
@@ -256,9 +256,14 @@ def _page(now: float, pictures: Sequence[Picture] = (), **sections: Any) -> byte
 
 
 def _replace(path: Path, content: bytes) -> Path:
-    """Writes a file so that a reader never sees half of it."""
-    with replacing(path) as file:
-        file.write(content)
+    """Writes a file so that a reader never sees half of it. The run and a person may do so at the same time."""
+    try:
+        with replacing(path) as file:
+            file.write(content)
+    except StorageError as error:
+        # The other one has just given the file its name, or is about to.
+        if not (isinstance(error.__cause__, FileNotFoundError | FileExistsError) and path.exists()):
+            raise
     return path
 
 

@@ -70,17 +70,13 @@ def read_initial(config: Config) -> tuple[dict[str, torch.Tensor], Path, int]:
     free = ("n_ctx", "residual_dropout", "ffn_dropout", "zero_init")
     if different := [name for name in ours if name not in free and theirs[name] != ours[name]]:
         lines = [f"\n  - model.{name}: {theirs[name]} there, {ours[name]} here" for name in different]
-        options = [name.replace("_", "-") for name in different]
-        given = [
-            f"--model.{'' if theirs[name] else 'no-'}{option}"
-            if isinstance(theirs[name], bool)
-            else f"--model.{option} {theirs[name]}"
-            for name, option in zip(different, options, strict=True)
-        ]
-        raise UserError(
-            f"Cannot start from {path}: it is another model:{''.join(lines)}\nTake its settings: {' '.join(given)}"
-        )
+        options = " ".join(_option(name.replace("_", "-"), theirs[name]) for name in different)
+        raise UserError(f"Cannot start from {path}: it is another model:{''.join(lines)}\nTake its settings: {options}")
     return tensors, path, step
+
+
+def _option(name: str, value: Any) -> str:
+    return f"--model.{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--model.{name} {value}"
 
 
 def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, assign: bool = False) -> None:

@@ -137,12 +137,9 @@ class FixedTaste(nn.Module):
         for word, value in logits.items():
             (token,) = encode(word)
             self.embedding.weight.data[token] = value
-        self.head = nn.Linear(1, self.config.n_vocab, bias=False)
-        self.head.weight = self.embedding.weight
-        self.blocks: list[nn.Module] = []
 
-    def norm(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ones(*x.shape[:-1], 1)
+    def hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return torch.ones(*ids_BT.shape, 1)
 
 
 def test_preference_by_each_rule() -> None:

@@ -67,10 +67,10 @@ def test_any_number_of_processes_measures_the_same_tokens(windows: WindowDataset
     for rank in range(world_size):
         procs = Part(rank, rank, world_size, torch.device("cpu"))
         validate(model, windows, n_windows=7, batch_size=3, bytes_per_token=4.0, procs=procs)
-    nats, tokens, windows, means, squares = map(sum, zip(*parts, strict=True))
+    nats, tokens, n_windows, means, squares = map(sum, zip(*parts, strict=True))
     assert tokens == alone.tokens
     assert nats / tokens == pytest.approx(alone.loss, rel=1e-6)
-    assert math.sqrt((squares / windows - (means / windows) ** 2) / (windows - 1)) == pytest.approx(alone.stderr)
+    assert math.sqrt((squares / n_windows - (means / n_windows) ** 2) / (n_windows - 1)) == pytest.approx(alone.stderr)
 
 
 def test_unigram_entropy_is_the_best_loss_without_context(windows: WindowDataset):
