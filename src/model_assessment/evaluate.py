@@ -4,8 +4,6 @@ The difference between two models' losses has a separate standard error. Both ar
 so that a window hard for both does not count.
 """
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +13,7 @@ from src.data_processing.shards import Manifest, check_shard, read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.model_assessment import hellaswag
-from src.model_assessment.validation import validate
+from src.model_assessment.validation import standard_error, validate
 from src.model_configs.arguments import Parser, whole
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model
@@ -56,7 +54,7 @@ def evaluate(
             batch_size=batch_size,
             bytes_per_token=held_out.text_bytes / held_out.tokens,
             window_losses=losses,
-            between_batches=lambda: progress(f"validation: {len(losses):,} of {n_windows:,} sequences"),
+            between_batches=lambda done: progress(f"validation: {done:,} of {n_windows:,} sequences"),
         )
         answers = hellaswag.measure(model, **choice) if choice else {}
     return {
@@ -80,8 +78,8 @@ def less(result: dict[str, Any], first: dict[str, Any]) -> dict[str, Any] | None
     if result is first or result["n_ctx"] != first["n_ctx"]:
         return None
     changes = [a - b for a, b in zip(result["window_losses"], first["window_losses"], strict=True)]
-    stderr = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
-    return {"difference": result["validation"]["loss"] - first["validation"]["loss"], "stderr": stderr}
+    difference = result["validation"]["loss"] - first["validation"]["loss"]
+    return {"difference": difference, "stderr": standard_error(changes)}
 
 
 def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manifest]:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from src.model_configs.my_llm_config import lf_llm_269m
+from src.params import to_dict
 from src.utils.errors import UserError
 from src.utils.logger import RunLogger
 from src.utils.root import ROOT, instead_of
@@ -159,6 +161,7 @@ def read_run(folder: Path) -> Run:
 
 
 def published_run() -> Run:
+    """The reference's own log, with the settings of the preset that follows it."""
     records: list[Record] = []
     for row in csv.DictReader(PUBLISHED_RUN.read_text(encoding="ascii").splitlines()):
         step = int(row["step"]) + 1  # its log counts from 0: the first line has the first step's learning rate
@@ -167,7 +170,8 @@ def published_run() -> Run:
         records.append({"kind": "train", **at, "loss": loss, "tokens_seen": step * PUBLISHED_TOKENS_PER_STEP})
         if row["validation_loss"]:
             records.append({"kind": "validation", **at, "loss": float(row["validation_loss"])})
-    return Run("published run", {"dataset": {"name": "10B tokens of FineWeb-Edu"}}, {}, records)
+    settings = {"config": to_dict(lf_llm_269m()), "dataset": {"name": "10B tokens of FineWeb-Edu"}}
+    return Run("published run", settings, {"state": "done"}, records)
 
 
 def protocols(run: Run) -> list[str]:

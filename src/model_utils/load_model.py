@@ -140,12 +140,8 @@ def pack_linears(model: nn.Module) -> None:
 
 
 def _read(checkpoint: str | Path) -> Read:
-    if not isinstance(checkpoint, str | os.PathLike):  # from a notebook
-        raise UserError(
-            f"Cannot load {checkpoint!r}: it is not a name or path. Give a run, a step_* folder or an export."
-        )
     path = run_dir(str(checkpoint))
-    if not path.exists() and Path(checkpoint).exists():
+    if not path.exists() and Path(str(checkpoint)).exists():
         path = Path(checkpoint).absolute()
     if os.path.lexists(path / EXPORT):
         return _read_export(path)

@@ -276,7 +276,8 @@ def test_events_are_marked_counted_and_cut_short(tmp_path: Path) -> None:
 def test_the_published_run_can_be_compared(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "mine")
     page = Page(write_comparison([folder, tmp_path / "published"]))
-    assert "published run" in page.text
+    assert "published run done, step 19,073" in page.text
+    assert "model.n_layer 4 16" in page.text
     assert "Tokens seen 1.02M 10.00B" in page.text
     with pytest.raises(UserError, match="does not exist"):
         write_comparison([folder, tmp_path / "nowhere"])
