@@ -156,7 +156,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
         launch = os.environ.get("LAUNCH_ID")
         if procs.main_only(lambda: bool(launch) and log.settings().get("launch") == launch):
             config = replace(config, resume="auto")
-        initial = procs.together_for_long(lambda: initial_weights(config, run_dir) if procs.is_main else None)
+        procs.main_only(lambda: check_origin(config, run_dir), for_long=True)
         # Before the search for a checkpoint: a killed launcher's run may still be saving one.
         procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
         procs.activity = "looking for a checkpoint"
@@ -179,7 +179,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
         stack.callback(log.release)
 
         with out_of_memory_explained(procs):
-            run = prepare(config, procs, manifest, checkpoint, precision, log, stop, initial)
+            run = prepare(config, procs, manifest, checkpoint, precision, log, stop)
         stack.callback(run.watching.close)
         stack.callback(run.saver.close)
         write_status(run, "running", None, "")  # not before: a start that is refused keeps the old status
@@ -260,13 +260,10 @@ def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
         )
 
 
-def initial_weights(config: Config, run_dir: Path) -> tuple[dict[str, torch.Tensor], Path, int] | None:
-    """The weights of a new run, their path and step, from config.init_from; None without it or for a resumed run.
-
-    Raises UserError where they don't fit, before anything of an old run is touched.
-    """
-    is_new = config.resume == "never" or not checkpoint_steps(run_dir / "checkpoints")
-    return read_initial(config) if config.init_from and is_new else None
+def check_origin(config: Config, run_dir: Path) -> None:
+    """Raises UserError where a new run cannot start from config.init_from, before anything of an old run is touched."""
+    if config.init_from and (config.resume == "never" or not checkpoint_steps(run_dir / "checkpoints")):
+        read_initial(config)
 
 
 def find_checkpoint(
@@ -309,12 +306,8 @@ def prepare(
     precision: torch.dtype,
     log: RunLogger,
     stop: Stop,
-    initial: tuple[dict[str, torch.Tensor], Path, int] | None = None,
 ) -> Run:
-    """Builds model and optimizer, new or from the checkpoint, and writes config.json.
-
-    `initial`: of `initial_weights`, in the main process.
-    """
+    """Builds model and optimizer, new or from the checkpoint, and writes config.json."""
     if procs.device.type == "cpu":
         hardware.keep_freed_memory()
     if procs.device.type == "cuda":
@@ -330,7 +323,8 @@ def prepare(
     origin = log.settings().get("init_from") if checkpoint else None
     if config.init_from and checkpoint is None:
         procs.activity = "loading the initial weights"
-        tensors, path, step = initial or ({}, Path(), 0)
+        nothing: tuple[dict[str, torch.Tensor], Path, int] = ({}, Path(), 0)
+        tensors, path, step = procs.together_for_long(lambda: read_initial(config) if procs.is_main else nothing)
         load_weights(model, procs.tensors_from_main(tensors), path)
         origin = {"path": str(path), "step": step}
         log.event("init", 0, f"weights of {path}, step {step}")
