@@ -107,7 +107,8 @@ class TextModel(LoadedModel):
 
     def generate(self, prompt: str = "", n: int = 1, **settings: Any) -> list[Sample]:
         """Continues the prompt `n` times. An empty prompt starts a new document. Raises UserError."""
-        return sample(self.model, self.tokenizer, [prompt], _sampling_config(settings), n, self.autocast())
+        with self.autocast():
+            return sample(self.model, self.tokenizer, [prompt], _sampling_config(settings), n)
 
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
         """Yields a continuation in pieces while it is generated. Raises UserError."""
@@ -156,30 +157,26 @@ def sample(
     prompts: Sequence[str],
     config: SamplingConfig,
     num_samples: int = 1,
-    autocast: AbstractContextManager[Any] | None = None,
     between_tokens: Callable[[], object] = lambda: None,
 ) -> list[Sample]:
     """Continues each prompt `num_samples` times, in one batch per prompt. The model must be in eval mode.
 
-    An empty prompt starts a new document. `autocast` is the context to call the model in. `between_tokens` may raise to
-    give up. Raises UserError for a prompt with tokens unknown to the model, and for an impossible number of samples.
+    An empty prompt starts a new document. Autocast is the caller's. `between_tokens` may raise to give up. Raises
+    UserError for a prompt with tokens unknown to the model, and for an impossible number of samples.
     """
     _check_number(num_samples)
     samples: list[Sample] = []
-    with autocast or nullcontext():
-        for prompt in prompts:
-            started = time.perf_counter()
-            ids, batch = _encode(tokenizer, prompt, model), [Sample(prompt) for _ in range(num_samples)]
-            for tokens, log_probs in generate(
-                model, [ids] * num_samples, config, range(num_samples), tokenizer.n_vocab
-            ):
-                between_tokens()
-                for each, token, log_prob in zip(batch, tokens, log_probs, strict=True):
-                    _add(each, token, log_prob, tokenizer, config.stop)
-                if all(each.finish_reason != "length" for each in batch):
-                    break
-            rate = sum(len(each.tokens) for each in batch) / (time.perf_counter() - started)
-            samples += [replace(each, tokens_per_second=rate) for each in batch]
+    for prompt in prompts:
+        started = time.perf_counter()
+        ids, batch = _encode(tokenizer, prompt, model), [Sample(prompt) for _ in range(num_samples)]
+        for tokens, log_probs in generate(model, [ids] * num_samples, config, range(num_samples), tokenizer.n_vocab):
+            between_tokens()
+            for each, token, log_prob in zip(batch, tokens, log_probs, strict=True):
+                _add(each, token, log_prob, tokenizer, config.stop)
+            if all(each.finish_reason != "length" for each in batch):
+                break
+        rate = sum(len(each.tokens) for each in batch) / (time.perf_counter() - started)
+        samples += [replace(each, tokens_per_second=rate) for each in batch]
     return samples
 
 
@@ -330,11 +327,10 @@ def main() -> int:
     config = SamplingConfig(**values | {"stop": tuple(args.stop)})
     _check_number(args.num_samples)
     loaded = TextModel(args.checkpoint, args.device, args.weights)
-    model, tokenizer = loaded.model, loaded.tokenizer
 
     def show(prompt: str, config: SamplingConfig) -> Iterator[str]:
         _show(prompt)
-        for piece in stream(model, tokenizer, prompt, config, loaded.autocast()):
+        for piece in loaded.stream(prompt, **vars(config)):
             _show(piece)
             yield piece
         _show("\n")
@@ -345,7 +341,7 @@ def main() -> int:
         list(show(prompts[0], config))
     else:
         try:
-            samples = sample(model, tokenizer, prompts, config, args.num_samples, loaded.autocast())
+            samples = [each for text in prompts for each in loaded.generate(text, args.num_samples, **vars(config))]
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise

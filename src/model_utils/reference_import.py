@@ -42,16 +42,15 @@ _PARTS = {  # the reference's name of a part: ours
 _HEAD = "out_proj.weight"  # saved next to the embedding, whose weight it shares
 
 
-Reference = tuple[ModelConfig, dict[str, torch.Tensor], int]
-"""The content of a file under our names: shape, float32 weights on the CPU, completed optimizer steps."""
-
-
 class _HParams:
     """Stands in for the reference's class. A file's values become its attributes."""
 
 
-def read_reference(path: Path) -> Reference:
-    """Returns the checkpoint in the file `path`, every tensor checked. Nothing in it is run. Raises UserError."""
+def read_reference(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], int]:
+    """Returns shape, float32 weights by our names and completed steps of the checkpoint in the file `path`.
+
+    Every tensor is checked, and nothing in the file is run. Raises UserError.
+    """
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError("it is not a file")
@@ -99,7 +98,7 @@ def import_reference(path: Path, run_name: str) -> dict[str, Any]:
     }
 
 
-def _checked(content: dict[str, Any]) -> Reference:
+def _checked(content: dict[str, Any]) -> tuple[ModelConfig, dict[str, torch.Tensor], int]:
     """Returns the content of a file under our names. Raises any exception if it is not a reference checkpoint."""
     hparams = vars(content["hParams"])
     if hparams.keys() != _HPARAMS.keys():
