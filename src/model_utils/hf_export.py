@@ -1,14 +1,12 @@
 """Export a trained model as a Hugging Face folder for transformers, or as GGUF for llama.cpp.
 
 The folder also holds the tokenizer, a model card with the run's figures, and export.json with the model's origin.
-Everything is written to a new folder, opened again and compared with the model; then the folder gets its name. The
-format GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Everything is written to a new folder, opened again and compared with the model; then the folder gets its name.
 """
 
 import json
 import os
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -25,6 +22,7 @@ from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_configs.arguments import Parser
 from src.model_utils.debugging import count_parameters
+from src.model_utils.gguf_export import check_gguf, write_gguf
 from src.model_utils.llama_format import (
     EXPORT,
     EXPORT_FORMAT,
@@ -42,13 +40,6 @@ from src.utils.logger import RunLogger
 
 _TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _END_OF_TEXT = "<|endoftext|>"
-# Names of a matrix's type and of a file's, and the most rounding relative to a matrix's largest number.
-_GGUF_TYPES = {
-    "float32": ("F32", "ALL_F32", 0.0),
-    "bf16": ("BF16", "MOSTLY_BF16", 2**-8),
-    "q8_0": ("Q8_0", "MOSTLY_Q8_0", 1 / 127),
-}
-_Q8_0_BLOCK = 32  # numbers that share a scale
 
 
 def export(checkpoint: str | Path, out: Path, form: str, dtype: str) -> None:
@@ -203,127 +194,6 @@ def _compare_logits(folder: Path, model: LLM) -> None:
     # Not to the bit: matmuls may add in another order where memory is aligned differently.
     if not torch.allclose(logits_BTV, expected_BTV, rtol=1e-4, atol=1e-4):
         raise StorageError("Cannot use the folder just written: its logits differ. Check the disk and export again.")
-
-
-def check_gguf(config: ModelConfig, dtype: str, n_tokens: int) -> None:
-    """Raises UserError if the gguf package is missing, or the model does not fit the format."""
-    if find_spec("gguf") is None:
-        raise UserError("Cannot write GGUF: the package gguf is missing. Run: pip install gguf==0.19.0")
-    if config.n_vocab < n_tokens:
-        raise UserError(
-            f"Cannot write GGUF: model.n_vocab is {config.n_vocab:,}, and the tokenizer, which GGUF needs, has "
-            f"{n_tokens:,} tokens. Use --format hf."
-        )
-    if dtype == "q8_0" and config.n_embd % _Q8_0_BLOCK:
-        raise UserError(
-            f"Cannot store q8_0: model.n_embd is {config.n_embd}, not a multiple of {_Q8_0_BLOCK}. Use --dtype bf16."
-        )
-
-
-def write_gguf(
-    path: Path,
-    name: str,
-    config: ModelConfig,
-    weights: dict[str, torch.Tensor],
-    tokens: list[str],
-    merges: list[str],
-    dtype: str,
-) -> None:
-    """Writes our named parameters `weights` to `path` as the model `name`, and compares what it reads back.
-
-    `dtype` is that of matrices; vectors are float32, as llama.cpp requires. `tokens` end with the end-of-text token.
-    Raises OSError, and StorageError if the file does not hold the model.
-    """
-    import gguf
-
-    matrix_type = gguf.GGMLQuantizationType[_GGUF_TYPES[dtype][0]]
-    metadata = {"general.name": name, **_gguf_metadata(config, tokens, merges, dtype)}
-    tensors = _gguf_tensors(weights, config)
-    writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
-    add: dict[type, Any] = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
-    add |= {float: writer.add_float32, list: writer.add_array}
-    for key, value in metadata.items():
-        add[type(value)](key, value)
-    for tensor_name, array in tensors.items():
-        kind = matrix_type if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(tensor_name, gguf.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    if difference := next(_gguf_differences(gguf.GGUFReader(path), metadata, tensors, _GGUF_TYPES[dtype][2]), ""):
-        raise StorageError(
-            f"Cannot use the GGUF file just written: {difference} differs. Check the disk and export again."
-        )
-
-
-def _gguf_metadata(config: ModelConfig, tokens: list[str], merges: list[str], dtype: str) -> dict[str, Any]:
-    import gguf
-
-    # Ids of the model that the tokenizer never uses get names that no text contains.
-    unused = [f"<|unused_{i}|>" for i in range(len(tokens), config.n_vocab)]
-    kinds = [gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL]
-    kind = "qwen3" if config.qk_norm else "llama"
-    return {
-        "general.file_type": int(gguf.LlamaFileType[_GGUF_TYPES[dtype][1]]),
-        "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        f"{kind}.vocab_size": config.n_vocab,
-        f"{kind}.context_length": config.n_ctx,
-        f"{kind}.embedding_length": config.n_embd,
-        f"{kind}.feed_forward_length": config.ffn_hidden,
-        f"{kind}.block_count": config.n_layer,
-        f"{kind}.attention.head_count": config.n_head,
-        f"{kind}.attention.head_count_kv": config.n_head,
-        f"{kind}.attention.key_length": config.head_dim,
-        f"{kind}.attention.value_length": config.head_dim,
-        f"{kind}.attention.layer_norm_rms_epsilon": config.norm_eps,
-        f"{kind}.rope.dimension_count": config.head_dim,
-        f"{kind}.rope.freq_base": config.rope_theta,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": [*tokens, *unused],
-        "tokenizer.ggml.token_type": [int(k) for k in [*kinds, *[gguf.TokenType.UNUSED] * len(unused)]],
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": len(tokens) - 1,
-        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.add_eos_token": False,
-    }
-
-
-def _gguf_tensors(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns the weights by their names in GGUF. Without a head, llama.cpp takes the embedding."""
-    import gguf
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH["QWEN3" if config.qk_norm else "LLAMA"], config.n_layer)
-    tensors: dict[str, np.ndarray] = {}
-    for llama_name, tensor in llama_tensors(weights).items():
-        if llama_name == HEAD:
-            continue
-        if not config.qk_norm and (".q_proj." in llama_name or ".k_proj." in llama_name):
-            # In a Llama, llama.cpp rotates dimension 2i with 2i + 1, and we i with i + K/2 of a head's K. Interleaving
-            # the rows of both projections maps one to the other and leaves every product of query and key as it was.
-            halves = tensor.unflatten(0, (config.n_head, 2, config.head_dim // 2))
-            tensor = halves.transpose(1, 2).flatten(0, 2)
-        tensors[str(names.get_name(llama_name, try_suffixes=(".weight", ".bias")))] = tensor.numpy()
-    return tensors
-
-
-def _gguf_differences(
-    reader: Any, metadata: dict[str, Any], tensors: dict[str, np.ndarray], rounding: float
-) -> Iterator[str]:
-    """Yields the names of fields and tensors that a file does not hold as given, up to the matrices' `rounding`."""
-    import gguf
-
-    for key, value in metadata.items():
-        expected = float(np.float32(value)) if isinstance(value, float) else value
-        if key not in reader.fields or reader.fields[key].contents() != expected:
-            yield key
-    stored = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-    for name, array in tensors.items():
-        limit = np.abs(array).max() * (rounding if array.ndim == 2 else 0.0)
-        if stored[name].shape != array.shape or not (np.abs(stored[name] - array) <= limit).all():
-            yield name
 
 
 def main() -> int:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from src.data_processing.tokenizer import load_tokenizer
 from src.model import LLM
 from src.model_assessment.sampling import SamplingConfig, generate
-from src.model_utils.hf_export import export, write_gguf
+from src.model_utils.gguf_export import write_gguf
+from src.model_utils.hf_export import export
 from src.params import ModelConfig
 from src.rope import apply_rope, rope_tables
 from src.utils.errors import StorageError, UserError
