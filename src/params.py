@@ -245,7 +245,7 @@ class Config:
 
     def __post_init__(self) -> None:
         # First, because the other checks compare numbers.
-        if problems := wrong_types(self):
+        if problems := [problem for leaf in _leaves(self) if (problem := _wrong_type(*leaf))]:
             raise ConfigError(problems)
         problems = list(dict.fromkeys([*self.model.problems(), *outside(self)]))  # each once
         if not self.run_name or self.run_name in (".", "..") or set(self.run_name) & set("/\\\0"):
@@ -362,11 +362,6 @@ def _leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from _leaves(value, f"{name}.")
         else:
             yield prefix + name, value, kind
-
-
-def wrong_types(group: Any) -> list[str]:
-    """The problems of all values whose type is not their field's."""
-    return [problem for leaf in _leaves(group) if (problem := _wrong_type(*leaf))]
 
 
 def _wrong_type(name: str, value: Any, kind: Any) -> str:

@@ -22,7 +22,7 @@ from src.model import LLM
 from src.model_configs.arguments import Parser, whole
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model, pack_linears
-from src.params import ABOVE_0, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_VOCAB, PositiveOr0, Seed, Share, outside, wrong_types
+from src.params import ABOVE_0, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_VOCAB, PositiveOr0, Seed, Share, outside
 from src.utils.errors import UserError, exit_with, harmless, print_result, say
 from src.utils.hardware import attention_for_any_shape
 
@@ -54,9 +54,7 @@ class SamplingConfig:
     """Texts at whose first appearance a continuation ends, without them."""
 
     def __post_init__(self) -> None:
-        problems = wrong_types(self) or outside(self)
-        if not all(self.stop):
-            problems.append("stop must be without an empty text")
+        problems = outside(self) if all(self.stop) else [*outside(self), "stop must be without an empty text"]
         if problems:
             raise UserError(f"Cannot sample: {'; '.join(problems)}. Change these settings.")
 

@@ -29,7 +29,7 @@ from src.model_configs.arguments import Parser
 from src.utils.errors import UserError, exit_with, print_result, say
 
 ADDRESS, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
-SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+SETTINGS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
 MOST_BYTES = 1_000_000  # of a request
 SILENT_SECONDS = 60.0  # a client that neither reads nor writes is dropped
 BUSY_SECONDS = 30.0  # how long a request waits for the one before
@@ -122,8 +122,13 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(400, "The request is not JSON.") from None
         if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
             raise _Refused(400, "The request needs a text named prompt.")
+        chosen = {name: values[name] for name in SETTINGS if name in values}
+        for name, value in chosen.items():
+            if type(value) not in (int, SETTINGS[name]):
+                kind = "a whole number" if SETTINGS[name] is int else "a number"
+                raise _Refused(400, f"{name} = {repr(value)[:40]} must be {kind}.")
         prompt = values["prompt"].encode(errors="replace").decode()  # JSON can hold half of a character
-        return self.server.model.stream(prompt, **{name: values[name] for name in SETTINGS if name in values})
+        return self.server.model.stream(prompt, **chosen)
 
     def _stream(self, pieces: Iterator[str]) -> None:
         started, tokens = time.perf_counter(), -1  # the last piece is a rest without a token

@@ -1,4 +1,4 @@
-"""Our model as transformers' Llama or Qwen3: names of weights, settings, and reading an export.
+"""Our model as transformers' Llama or Qwen3: names of weights, settings, and reading a model folder.
 
 A Llama computes what our model computes, with or without biases, and a Qwen3 what it computes with QK-norm and without
 biases. Their weights are ours under other names: q, k and v are three matrices there and one here, as are value and
