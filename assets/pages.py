@@ -16,7 +16,7 @@ from PIL import Image
 
 from src.model_assessment.report import write_comparison, write_index
 from src.model_assessment.sampling import TextModel
-from src.model_assessment.talk import server_of
+from src.model_assessment.talk import Server
 from src.model_configs.arguments import Parser
 from src.utils import root
 from src.utils.errors import exit_with, print_result
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("talk", metavar="RUN", help="the run whose page to talk to is shown")
     parser.add_argument("compared", metavar="RUN", nargs="+", help="the runs of the comparison")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as profile, server_of(TextModel(args.talk, "cpu"), 0) as server:
+    with tempfile.TemporaryDirectory() as profile, Server(TextModel(args.talk, "cpu"), 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         browser = Browser(Path(profile))
         browser("Emulation.setScrollbarsHidden", hidden=True)

@@ -203,7 +203,7 @@ def measure(run: Training, dataset: str) -> dict[str, Any]:
         n_windows=VALIDATION_WINDOWS,
         batch_size=1,
         bytes_per_token=shard.text_bytes / shard.tokens,
-        batch_losses=losses,
+        window_losses=losses,
     )
     lines = [json.loads(line) for line in (RUNS / f"{dataset}-{run.name}" / "metrics.jsonl").read_text().splitlines()]
     step_ms = statistics.median(line["step_ms"] for line in lines if line["kind"] == "train")

@@ -29,8 +29,7 @@ from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.model_utils.debugging import count_parameters
 from src.model_utils.llama_format import llama_settings, llama_tensors
-from src.model_utils.load_model import convert_weights
-from src.model_utils.packed_linear import pack_linears
+from src.model_utils.load_model import convert_weights, pack_linears
 from src.model_utils.weight_init import init_weights
 from src.utils import hardware
 from src.utils.errors import exit_with

@@ -40,14 +40,18 @@ class LLM(nn.Module):
 
         `caches`, one per block, hold the keys and values of earlier positions and receive those of `ids_BT`.
         """
-        x_BTD = self.embedding(ids_BT)
-        for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, caches[i] if caches else None)
-        x_BTD = self.norm(x_BTD)
+        x_BTD = self.hidden(ids_BT, caches)
         if targets_BT is None:
             return self.head(x_BTD)
         # The head is part of this loss, because the logits of a whole batch would be the peak of its memory.
         return linear_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, targets_BT.flatten())
+
+    def hidden(self, ids_BT: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
+        """The head's input, (B, T, D), for callers that need the logits of a few positions, or losses by position."""
+        x_BTD = self.embedding(ids_BT)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, caches[i] if caches else None)
+        return self.norm(x_BTD)
 
     def new_caches(self, batch_size: int, dtype: torch.dtype) -> list[KVCache]:
         """An empty cache for each block, on the model's device."""

@@ -41,7 +41,7 @@ from src.model_utils.autotune import compile_problem
 from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoints_need
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
 from src.model_utils.load_model import read_initial
-from src.model_utils.planner import GPU, Assumptions, cost, describe
+from src.model_utils.planner import GPU, REFERENCE_MFU, cost, describe
 from src.model_utils.training_state import check_settings, refuse_lost
 from src.params import Config, ConfigError
 from src.utils import hardware, root
@@ -168,13 +168,13 @@ def device(start: Start) -> Found:
 
 def expected_cost(config: Config, gpus: int, peak_tflops: float) -> str:
     """Hours and dollars of all steps on GPUs of this dense bf16 peak, at the reference's share of it."""
-    given = Assumptions(price=config.price_per_gpu_hour)
-    estimate = cost(config, GPU(0, peak_tflops, 0, ""), gpus, given)
+    per_hour = config.price_per_gpu_hour
+    estimate = cost(config, GPU(0, peak_tflops, ""), gpus, price=per_hour)
     price = "; --price-per-gpu-hour DOLLARS shows the cost"
     if estimate.dollars is not None:
-        price = f", {estimate.dollars:,.2f} dollars at {given.price:,.2f} per GPU-hour"
+        price = f", {estimate.dollars:,.2f} dollars at {per_hour:,.2f} per GPU-hour"
     steps = f"{config.total_steps:,} steps take about {duration(3600 * estimate.hours)}{price}"
-    return f"{steps}. Assumes {given.mfu:.0%} of the GPU's peak, as the reference had on A100, and no evaluation"
+    return f"{steps}. Assumes {REFERENCE_MFU:.0%} of the GPU's peak, as the reference had on A100, and no evaluation"
 
 
 def dataset(start: Start) -> Found:

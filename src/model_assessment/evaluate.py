@@ -1,23 +1,19 @@
 """One or several models on the same text and questions: a table for people, and JSON.
 
-The difference between two models' losses has a separate standard error. Both are measured on the same batches, so that
-a batch hard for both does not count.
+The difference between two models' losses has a separate standard error. Both are measured on the same windows of text,
+so that a window hard for both does not count.
 """
 
-import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from src.data_processing.shards import Manifest, check_shard, read_manifest
 from src.data_processing.tokenizer import load_tokenizer
 from src.data_processing.training_data_loader import WindowDataset
-from src.model import LLM
 from src.model_assessment import hellaswag
-from src.model_assessment.validation import validate
+from src.model_assessment.validation import standard_error, validate
 from src.model_configs.arguments import Parser, whole
 from src.model_utils.debugging import count_parameters
 from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model
@@ -26,7 +22,7 @@ from src.utils.errors import UserError, exit_with, now_and_then, print_result, s
 from src.utils.hardware import choose_device, describe_machine
 from src.utils.root import dataset_dir
 
-BATCH_TOKENS = 2_048  # per validation batch, equal for all models: otherwise their batches would not be pairs
+BATCH_TOKENS = 2_048  # per validation batch
 HELD_OUT_ITEMS = 500  # default for the stand-in, which can make any number of items
 # Of multiple choice: the protocol, its figure, and that figure's standard error.
 CHOICE_FIGURES = (
@@ -35,16 +31,14 @@ CHOICE_FIGURES = (
     ("lm_eval", "acc_norm", "acc_norm_stderr"),
 )
 
-Ask = Callable[[LLM], dict[str, dict[str, Any]]]
-"""`hellaswag.measure`, with the items that were chosen once for all models."""
-
 
 def evaluate(
-    loaded: LoadedModel, weights: str, folder: Path, manifest: Manifest, val_tokens: int, ask: Ask | None
+    loaded: LoadedModel, weights: str, folder: Path, manifest: Manifest, val_tokens: int, choice: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The figures of a model on the first `val_tokens` of the held-out text in `folder`, and by `ask`.
+    """The figures of a model on the first `val_tokens` of the held-out text in `folder`, and on multiple choice.
 
-    `weights` names the dtype that they were loaded in. Raises UserError where the text does not suit the model.
+    `weights` names the dtype that they were loaded in; `choice`: the options of `hellaswag.measure`. Raises UserError
+    where the text does not suit the model.
     """
     config, held_out, model = loaded.config.model, manifest.validation[0], loaded.model
     windows = WindowDataset(folder, manifest.validation, config.n_ctx, config.n_vocab, at_least=1)
@@ -59,10 +53,10 @@ def evaluate(
             n_windows=n_windows,
             batch_size=batch_size,
             bytes_per_token=held_out.text_bytes / held_out.tokens,
-            batch_losses=losses,
-            between_batches=lambda: progress(f"validation: {len(losses) * batch_size:,} of {n_windows:,} sequences"),
+            window_losses=losses,
+            between_batches=lambda done: progress(f"validation: {done:,} of {n_windows:,} sequences"),
         )
-        choice = ask(model) if ask else {}
+        answers = hellaswag.measure(model, **choice) if choice else {}
     return {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
@@ -71,21 +65,21 @@ def evaluate(
         "n_ctx": config.n_ctx,
         "parameters": count_parameters(model),
         "validation": asdict(result),
-        "multiple_choice": choice,
-        "batch_losses": losses,
+        "multiple_choice": answers,
+        "window_losses": losses,
     }
 
 
 def less(result: dict[str, Any], first: dict[str, Any]) -> dict[str, Any] | None:
-    """The loss in `result` minus that in `first`, nats per token, with its standard error over pairs of batches.
+    """The loss in `result` minus that in `first`, nats per token, with its standard error over pairs of windows.
 
-    None for the first itself and for models whose contexts, and so batches, differ. A single batch has no error.
+    None for the first itself and for models whose contexts, and so windows, differ. A single window has no error.
     """
     if result is first or result["n_ctx"] != first["n_ctx"]:
         return None
-    changes = [a - b for a, b in zip(result["batch_losses"], first["batch_losses"], strict=True)]
-    stderr = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
-    return {"difference": result["validation"]["loss"] - first["validation"]["loss"], "stderr": stderr}
+    changes = [a - b for a, b in zip(result["window_losses"], first["window_losses"], strict=True)]
+    difference = result["validation"]["loss"] - first["validation"]["loss"]
+    return {"difference": difference, "stderr": standard_error(changes)}
 
 
 def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manifest]:
@@ -157,24 +151,24 @@ def main() -> int:
     if not 1 <= args.val_tokens <= MAX_COUNT:
         raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to between 1 and {MAX_COUNT:,}.")
     folder, manifest = text_for(args.checkpoint, args.data)
-    ask = None
+    choice = None
     if args.hellaswag != "none":
         tokenizer, held_out = load_tokenizer(), manifest.validation[0]
         check_shard(folder, held_out, tokenizer.n_vocab)
         limit = HELD_OUT_ITEMS if args.limit is None and args.hellaswag == "held-out" else args.limit
         protocol, items = hellaswag.choose_items(args.hellaswag, limit, folder / held_out.file, tokenizer)
-        ask = partial(hellaswag.measure, items=items, tokenizer=tokenizer, protocol=protocol)
+        choice = {"items": items, "tokenizer": tokenizer, "protocol": protocol}
     results: list[dict[str, Any]] = []
     for checkpoint in args.checkpoint:
         for weights in args.weights:
             loaded = load_model(checkpoint, args.device, weights)
             say(f"measuring {loaded.path}, weights {weights}, on {loaded.device}")
-            results.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, ask))
+            results.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, choice))
             del loaded  # frees its memory before the next one is loaded
     print(table(results))
     changes = [less(result, results[0]) for result in results]
     for result, change in zip(results, changes, strict=True):
-        del result["batch_losses"]
+        del result["window_losses"]
         result["loss_less_first"] = change
     machine = describe_machine(choose_device(args.device))
     print_result({"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine})

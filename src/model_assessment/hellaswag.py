@@ -219,11 +219,9 @@ def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: i
     position_T = torch.arange(inputs_BT.shape[1])
     scored_BT = (starts_B1 <= position_T) & (position_T < ends_B1)
 
-    x_BTD = model.embedding(inputs_BT.to(device))
     with attention_for_any_shape():
-        for block in model.blocks:
-            x_BTD = block(x_BTD)
-    hidden_ND = model.norm(x_BTD)[scored_BT.to(device)]  # before the head, by far the largest matmul of a small model
+        hidden_BTD = model.hidden(inputs_BT.to(device))
+    hidden_ND = hidden_BTD[scored_BT.to(device)]  # before the head, by far the largest matmul of a small model
     losses_N = linear_losses(hidden_ND, model.embedding.weight, targets_BT[scored_BT].to(device), logit_positions)
     log_probs_N = -losses_N.cpu().double()
     return [part.sum().item() for part in log_probs_N.split((ends_B1 - starts_B1).flatten().tolist())]

@@ -1,23 +1,20 @@
 """The report on a run: one self-contained page made from the run folder.
 
-    python -m src.model_assessment.report RUN [--background RUN|published|none]
+    python -m src.model_assessment.report RUN
     python -m src.model_assessment.report RUN --compare RUN [RUN ...]
     python -m src.model_assessment.report --all
 
-RUN is a path, or the name of a run under temp_data/runs. The first form writes report.html and plots/*.png into the
-run folder; training regenerates them regularly. The second writes comparison.html into the folder of the first run, the
-third temp_data/runs/index.html, a table of all runs.
+RUN is a path, or the name of a run under temp_data/runs; in a comparison, "published" is the reference's. The first
+form writes report.html and plots/*.png into the run folder; training regenerates them regularly. The second writes
+comparison.html into the folder of the first run, the third temp_data/runs/index.html, a table of all runs.
 """
 
 import base64
-import glob
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,26 +38,23 @@ from src.model_assessment.run_history import (
 )
 from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
-from src.params import ModelConfig, to_dict
+from src.params import to_dict
 from src.utils import root
-from src.utils.errors import UserError, exit_with, harmless, print_result
-from src.utils.files import storage_errors
+from src.utils.errors import StorageError, UserError, exit_with, harmless, print_result
+from src.utils.files import replacing, storage_errors
 
-SHAPE = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "ffn_mult")
 # Groups of config.json that may explain a difference between runs. The others, command and times, always differ.
 COMPARED = ("config", "derived", "versions", "machine", "dataset")
-LONGEST_WRITE_SECONDS = 60.0
 Samples = dict[str, list[list[str]]]  # for each prompt, the texts in each column of a table
 
 
-def write_report(run_dir: Path, background: str | None = None) -> Path:
+def write_report(run_dir: Path) -> Path:
     """Writes report.html and plots/*.png into `run_dir` and returns the page's path.
 
-    `background`: "published", "none", or a run to draw in grey behind the losses. By default that is the published run
-    if it has the same shape. Raises UserError if a run cannot be read, StorageError if the page cannot be written.
+    Raises UserError if the run cannot be read, StorageError if the page cannot be written.
     """
     run, now = run_history.read_run(run_dir), time.time()
-    pictures = draw([run], _background(run, background))
+    pictures = draw([run])
     page = _page(
         now,
         run=run,
@@ -86,7 +80,10 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
     """Writes comparison.html into the first of `run_dirs` and returns its path. Raises like `write_report`."""
     if len(run_dirs) > len(COLORS):
         raise UserError(f"Cannot compare {len(run_dirs)} runs: more than {len(COLORS)} look alike. Name fewer.")
-    runs = [run_history.read_run(run_dir) for run_dir in run_dirs]
+    runs = [
+        run_history.published_run() if each.name == "published" and not each.exists() else run_history.read_run(each)
+        for each in run_dirs
+    ]
     count = Counter(run.name for run in runs)
     runs = [replace(run, name=f"{run.name} ({i})") if count[run.name] > 1 else run for i, run in enumerate(runs, 1)]
     figures = [{figure.label: figure for figure in run_history.key_figures(run)} for run in runs]
@@ -128,12 +125,8 @@ def main() -> None:
     )
     parser.add_argument("run_dir", metavar="RUN", nargs="?", help="a path, or the name of a run under temp_data/runs")
     options = parser.add_mutually_exclusive_group()
-    options.add_argument("--compare", metavar="RUN", nargs="+", help="write comparison.html about RUN and these runs")
-    options.add_argument(
-        "--background",
-        metavar="RUN|published|none",
-        help="run to draw in grey behind the losses; default: the published run, if it has the same shape",
-    )
+    compare = "write comparison.html about RUN and these runs; published is the reference's"
+    options.add_argument("--compare", metavar="RUN", nargs="+", help=compare)
     options.add_argument("--all", action="store_true", help="write temp_data/runs/index.html, a table of all runs")
     arguments = parser.parse_args()
     if arguments.all == bool(arguments.run_dir):
@@ -143,17 +136,9 @@ def main() -> None:
         print_result({"index": str(index)}, f"index: {index.as_uri()}")
         return
     run_dirs = [root.run_dir(name) for name in (arguments.run_dir, *(arguments.compare or []))]
-    page = write_comparison(run_dirs) if arguments.compare else write_report(run_dirs[0], arguments.background)
+    page = write_comparison(run_dirs) if arguments.compare else write_report(run_dirs[0])
     plots = page.read_text(encoding="utf-8").count('<figure id="')
     print_result({"report": str(page), "plots": plots}, f"report: {page.as_uri()}")
-
-
-def _background(run: Run, requested: str | None) -> Run | None:
-    same_shape = all(run.setting("config", "model", name) == getattr(ModelConfig(), name) for name in SHAPE)
-    name = requested or ("published" if same_shape else "none")
-    if name == "none":
-        return None
-    return run_history.published_run() if name == "published" else run_history.read_run(root.run_dir(name))
 
 
 def _state(run: Run, now: float) -> Any:
@@ -272,19 +257,14 @@ def _page(now: float, pictures: Sequence[Picture] = (), **sections: Any) -> byte
 
 def _replace(path: Path, content: bytes) -> Path:
     """Writes a file so that a reader never sees half of it. The run and a person may do so at the same time."""
-    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a report that was killed
-        with suppress(OSError):
-            if time.time() - leftover.lstat().st_mtime > LONGEST_WRITE_SECONDS:
-                leftover.unlink()
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with storage_errors(path):
-        unfinished.unlink(missing_ok=True)
-        try:
-            with open(unfinished, "xb") as file:  # never through a link of that name
-                file.write(content)
-            return unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    try:
+        with replacing(path) as file:
+            file.write(content)
+    except StorageError as error:
+        # The other one has just given the file its name, or is about to.
+        if not (isinstance(error.__cause__, FileNotFoundError | FileExistsError) and path.exists()):
+            raise
+    return path
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from src.model_utils.spike_guard import SpikeGuard
+from src.model_configs.my_llm_config import lf_llm_269m
+from src.params import to_dict
 from src.utils.errors import UserError
 from src.utils.logger import RunLogger
 from src.utils.root import ROOT, instead_of
@@ -28,7 +29,6 @@ Record = dict[str, Any]  # a line of metrics.jsonl; see `read_run`
 
 CHANCE = 0.25  # accuracy of guessing: every multiple-choice item has four endings
 SILENT_SECONDS = 600.0
-SPIKE_DEVIATIONS = 8.0
 LARGEST_NUMBER = 1e30  # beyond it sums and axis limits overflow
 
 PUBLISHED_RUN = ROOT / "assets" / "data" / "published_run_269m.csv"
@@ -161,6 +161,7 @@ def read_run(folder: Path) -> Run:
 
 
 def published_run() -> Run:
+    """The reference's own log, with the settings of the preset that follows it."""
     records: list[Record] = []
     for row in csv.DictReader(PUBLISHED_RUN.read_text(encoding="ascii").splitlines()):
         step = int(row["step"]) + 1  # its log counts from 0: the first line has the first step's learning rate
@@ -169,7 +170,8 @@ def published_run() -> Run:
         records.append({"kind": "train", **at, "loss": loss, "tokens_seen": step * PUBLISHED_TOKENS_PER_STEP})
         if row["validation_loss"]:
             records.append({"kind": "validation", **at, "loss": float(row["validation_loss"])})
-    return Run("published run", {"dataset": {"name": "10B tokens of FineWeb-Edu"}}, {}, records)
+    settings = {"config": to_dict(lf_llm_269m()), "dataset": {"name": "10B tokens of FineWeb-Edu"}}
+    return Run("published run", settings, {"state": "done"}, records)
 
 
 def protocols(run: Run) -> list[str]:
@@ -187,16 +189,6 @@ def choice_name(run: Run) -> str:
         return "HellaSwag" if used else ""
     accuracies, errors = (run.series("hellaswag", key).values for key in ("acc_norm", "stderr"))
     return "Held-out choice" if np.any(np.abs(accuracies - CHANCE) >= 2 * errors) else ""
-
-
-def spikes(run: Run) -> Series:
-    """Training records whose loss the spike guard would call one at 8 standard deviations."""
-    steps, losses = run.series("train", "loss").finite()
-    guard, is_spike = SpikeGuard(SPIKE_DEVIATIONS), np.zeros(losses.size, dtype=bool)
-    for i, loss in enumerate(losses.tolist()):
-        is_spike[i] = guard.is_spike(loss)
-        guard.add(loss)
-    return Series(steps[is_spike], losses[is_spike])
 
 
 def key_figures(run: Run) -> list[KeyFigure]:

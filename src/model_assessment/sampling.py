@@ -1,11 +1,10 @@
-"""Text from a model: continuations of prompts, as a command, as a conversation and from Python.
+"""Text from a model: continuations of prompts, as a command and from Python.
 
 The model sees at most n_ctx tokens. When a text outgrows that, its older half is dropped and the rest is read again.
 
 Shapes: B sequences, T positions, D width, V vocabulary, K candidates for the next token.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,8 +21,7 @@ from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.model import LLM
 from src.model_configs.arguments import Parser, whole
 from src.model_utils.debugging import count_parameters
-from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model
-from src.model_utils.packed_linear import pack_linears
+from src.model_utils.load_model import WEIGHT_DTYPES, LoadedModel, load_model, pack_linears
 from src.params import ABOVE_0, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_VOCAB, PositiveOr0, Seed, Share, outside
 from src.utils.errors import UserError, exit_with, harmless, print_result, say
 from src.utils.hardware import attention_for_any_shape
@@ -106,7 +104,8 @@ class TextModel(LoadedModel):
 
     def generate(self, prompt: str = "", n: int = 1, **settings: Any) -> list[Sample]:
         """Continues the prompt `n` times. An empty prompt starts a new document. Raises UserError."""
-        return sample(self.model, self.tokenizer, [prompt], _sampling_config(settings), n, self.autocast())
+        with self.autocast():
+            return sample(self.model, self.tokenizer, [prompt], _sampling_config(settings), n)
 
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
         """Yields a continuation in pieces while it is generated. Raises UserError."""
@@ -155,32 +154,32 @@ def sample(
     prompts: Sequence[str],
     config: SamplingConfig,
     num_samples: int = 1,
-    autocast: AbstractContextManager[Any] | None = None,
     between_tokens: Callable[[], object] = lambda: None,
 ) -> list[Sample]:
     """Continues each prompt `num_samples` times, in one batch per prompt. The model must be in eval mode.
 
-    An empty prompt starts a new document. `autocast` is the context to call the model in. `between_tokens` may raise to
-    give up. Raises UserError for a prompt with tokens unknown to the model, and for an impossible number of samples.
+    An empty prompt starts a new document. Autocast is the caller's. `between_tokens` may raise to give up. Raises
+    UserError for a prompt with tokens unknown to the model, and for an impossible number of samples.
     """
+    _check_number(num_samples)
+    samples: list[Sample] = []
+    for prompt in prompts:
+        started = time.perf_counter()
+        ids, batch = _encode(tokenizer, prompt, model), [Sample(prompt) for _ in range(num_samples)]
+        for tokens, log_probs in generate(model, [ids] * num_samples, config, range(num_samples), tokenizer.n_vocab):
+            between_tokens()
+            for each, token, log_prob in zip(batch, tokens, log_probs, strict=True):
+                _add(each, token, log_prob, tokenizer, config.stop)
+            if all(each.finish_reason != "length" for each in batch):
+                break
+        rate = sum(len(each.tokens) for each in batch) / (time.perf_counter() - started)
+        samples += [replace(each, tokens_per_second=rate) for each in batch]
+    return samples
+
+
+def _check_number(num_samples: int) -> None:
     if not 1 <= num_samples <= MAX_SAMPLES:
         raise UserError(f"Cannot draw {num_samples} samples of a prompt: it must be between 1 and {MAX_SAMPLES:,}.")
-    samples: list[Sample] = []
-    with autocast or nullcontext():
-        for prompt in prompts:
-            started = time.perf_counter()
-            ids, batch = _encode(tokenizer, prompt, model), [Sample(prompt) for _ in range(num_samples)]
-            for tokens, log_probs in generate(
-                model, [ids] * num_samples, config, range(num_samples), tokenizer.n_vocab
-            ):
-                between_tokens()
-                for each, token, log_prob in zip(batch, tokens, log_probs, strict=True):
-                    _add(each, token, log_prob, tokenizer, config.stop)
-                if all(each.finish_reason != "length" for each in batch):
-                    break
-            rate = sum(len(each.tokens) for each in batch) / (time.perf_counter() - started)
-            samples += [replace(each, tokens_per_second=rate) for each in batch]
-    return samples
 
 
 def stream(
@@ -229,7 +228,8 @@ def generate(
             start, caches = moved, model.new_caches(len(rows), dtype)
         unread_BT = torch.tensor([row[start + caches[0].length :] for row in rows], device=device)
         with attention_for_any_shape():
-            logits_BV = _last_logits(model, unread_BT, caches)[:, :n_tokens].float().cpu()
+            # Of the last position only: the logits of a long prompt take gigabytes.
+            logits_BV = model.head(model.hidden(unread_BT, caches)[:, -1])[:, :n_tokens].float().cpu()
         log_probs_BV = logits_BV - logits_BV.logsumexp(dim=-1, keepdim=True)
         tokens = []
         for row, logits_V, generator in zip(rows, logits_BV, generators, strict=True):
@@ -243,14 +243,6 @@ def _window_start(length: int, n_ctx: int) -> int:
     """The first token that the model sees of a sequence of `length` tokens: it moves in strides of n_ctx / 2."""
     stride = max(1, n_ctx // 2)
     return max(0, -(-(length - n_ctx) // stride) * stride)
-
-
-def _last_logits(model: LLM, ids_BT: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
-    """`model(ids_BT, caches=caches)[:, -1]`, without computing the other positions' logits: they take gigabytes."""
-    x_BTD = model.embedding(ids_BT)
-    for block, cache in zip(model.blocks, caches, strict=True):
-        x_BTD = block(x_BTD, cache)
-    return model.head(model.norm(x_BTD[:, -1]))
 
 
 def _generator(seed: int, sample: int) -> torch.Generator:
@@ -326,27 +318,21 @@ def _encode(tokenizer: Tokenizer, prompt: str, model: LLM, quiet: bool = False) 
 def main() -> int:
     args = _parser().parse_args()
     prompts = args.prompt or [""]
-    if (args.stream or args.interactive) and len(prompts) * args.num_samples > 1:
-        raise UserError("Cannot draw several samples: --stream and --interactive show one. Leave them out.")
+    if args.stream and len(prompts) * args.num_samples > 1:
+        raise UserError("Cannot draw several samples: --stream shows one. Leave it out.")
     values = {each.name: getattr(args, each.name) for each in fields(SamplingConfig)}
     config = SamplingConfig(**values | {"stop": tuple(args.stop)})
+    _check_number(args.num_samples)
     loaded = TextModel(args.checkpoint, args.device, args.weights)
-    model, tokenizer = loaded.model, loaded.tokenizer
 
-    def show(prompt: str, config: SamplingConfig) -> Iterator[str]:
-        _show(prompt)
-        for piece in stream(model, tokenizer, prompt, config, loaded.autocast()):
+    if args.stream:
+        _show(prompts[0])
+        for piece in loaded.stream(prompts[0], **vars(config)):
             _show(piece)
-            yield piece
         _show("\n")
-
-    if args.interactive:
-        converse(show, config, prompts[0])
-    elif args.stream:
-        list(show(prompts[0], config))
     else:
         try:
-            samples = sample(model, tokenizer, prompts, config, args.num_samples, loaded.autocast())
+            samples = [each for text in prompts for each in loaded.generate(text, args.num_samples, **vars(config))]
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
@@ -355,25 +341,6 @@ def main() -> int:
             _show(f"{each.prompt}{each.text}\n{'-' * 40}\n")
         print_result({"checkpoint": str(loaded.path), "samples": [asdict(each) for each in samples]})
     return 0
-
-
-def converse(show: Callable[[str, SamplingConfig], Iterator[str]], config: SamplingConfig, text: str = "") -> None:
-    """Reads texts until the input ends and shows the continuation of each, with the next seed each time.
-
-    An empty line continues the last text, at first `text`. Ctrl-C ends a continuation.
-    """
-    say("Type a text to continue, nothing to continue the last one, or Ctrl-D.")
-    while True:
-        try:
-            text = input("> " if sys.stdin.isatty() else "") or text
-        except EOFError:
-            return
-        try:
-            for piece in show(text, config):
-                text += piece
-        except KeyboardInterrupt:
-            print(flush=True)
-        config = replace(config, seed=(config.seed + 1) % 2**63)
 
 
 def _show(text: str) -> None:
@@ -385,7 +352,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m src.model_assessment.sampling",
         description="Continue a prompt with a trained model. Prints the texts, then, except on a terminal, one JSON "
-        "object as the last line; with --stream or --interactive only the text. Control characters are shown as "
+        "object as the last line; with --stream only the text. Control characters are shown as "
         "escapes; the JSON has the exact texts. Without --prompt a new document begins.",
     )
     add = parser.add_argument
@@ -393,7 +360,6 @@ def _parser() -> Parser:
     add("--prompt", action="append", help="text to continue; may be repeated")
     add("--num-samples", type=whole, default=1, help="continuations of each prompt (default: 1)")
     add("--stream", action="store_true", help="print the continuation while it is generated")
-    add("--interactive", action="store_true", help="read one prompt after the other")
     add("--max-new-tokens", type=whole, default=50, help="length of a continuation (default: 50)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
     add("--top-k", type=whole, default=0, help="keep the k likeliest tokens; 0 keeps all (default)")

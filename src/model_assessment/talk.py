@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import jinja2
 
 from src.model_assessment.run_history import compact
-from src.model_assessment.sampling import SamplingConfig, TextModel, stream
+from src.model_assessment.sampling import TextModel
 from src.model_configs.arguments import Parser
 from src.utils.errors import UserError, exit_with, print_result, say
 
@@ -34,27 +34,30 @@ MOST_BYTES = 1_000_000  # of a request
 SILENT_SECONDS = 60.0  # a client that neither reads nor writes is dropped
 BUSY_SECONDS = 30.0  # how long a request waits for the one before
 
-Continues = Callable[[str, SamplingConfig], Iterator[str]]
-
 
 class Server(ThreadingHTTPServer):
     """The page of a model on this machine's loopback, ready for `serve_forever`. Port 0 takes a free one.
 
-    model: its name, facts (a line about it) and a first prompt. continues: yields the continuation in pieces.
+    Raises UserError for a port that is taken.
     """
 
     daemon_threads = True  # Ctrl-C does not wait for a text
 
-    def __init__(self, model: dict[str, str], continues: Continues, port: int) -> None:
+    def __init__(self, model: TextModel, port: int) -> None:
+        facts = f"{compact(model.parameters)} parameters, {model.config.model.n_ctx:,} tokens of context"
         environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-        self.html = environment.get_template("talk_template.html").render(model)
+        self.html = environment.get_template("talk_template.html").render(
+            name=model.config.run_name if model.step else model.path.name,
+            facts=f"{facts}, after {model.step:,} steps" if model.step else facts,
+            prompt=next(iter(model.config.eval.sample_prompts), "Once upon a time"),
+        )
         (script,) = re.findall("<script>(.*?)</script>", self.html, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         self.policy = (  # the browser runs this script and no other, and only this page gets answers
             f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
-        self.continues, self.busy = continues, threading.Lock()
+        self.model, self.busy = model, threading.Lock()
         try:
             super().__init__((ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:
@@ -99,16 +102,17 @@ class _Handler(BaseHTTPRequestHandler):
         # A browser names the site that asks, and a site cannot make it leave that out.
         if self.path != "/continue" or self.headers.get("Origin") != f"http://{self.headers['Host']}":
             raise _Refused(403, "Only the page itself may ask: the header Origin names another site, or none.")
-        prompt, config = self._request()
+        pieces = self._request()
         # One text at a time; the one before may not have noticed yet that its client hung up.
         if not self.server.busy.acquire(timeout=BUSY_SECONDS):
             raise _Refused(503, "The model is busy with another text. Try again later.")
         try:
-            self._stream(prompt, config)
+            self._stream(pieces)
         finally:
             self.server.busy.release()
 
-    def _request(self) -> tuple[str, SamplingConfig]:
+    def _request(self) -> Iterator[str]:
+        """The text in pieces, none of which has been generated yet."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MOST_BYTES:
             raise _Refused(413, f"Send at most {MOST_BYTES:,} bytes, and their number in Content-Length.")
@@ -124,13 +128,13 @@ class _Handler(BaseHTTPRequestHandler):
                 kind = "a whole number" if SETTINGS[name] is int else "a number"
                 raise _Refused(400, f"{name} = {repr(value)[:40]} must be {kind}.")
         prompt = values["prompt"].encode(errors="replace").decode()  # JSON can hold half of a character
-        return prompt, SamplingConfig(**chosen)
+        return self.server.model.stream(prompt, **chosen)
 
-    def _stream(self, prompt: str, config: SamplingConfig) -> None:
+    def _stream(self, pieces: Iterator[str]) -> None:
         started, tokens = time.perf_counter(), -1  # the last piece is a rest without a token
         self._head(200, "application/x-ndjson")
         try:
-            for piece in self.server.continues(prompt, config):
+            for piece in pieces:
                 tokens += 1
                 self._line(text=piece)
             self._line(done={"tokens": tokens, "seconds": round(time.perf_counter() - started, 3)})
@@ -161,19 +165,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Prints nothing."""
 
 
-def server_of(model: TextModel, port: int) -> Server:
-    """The page of a loaded model. Raises UserError for a port that is taken."""
-    facts = f"{compact(model.parameters)} parameters, {model.config.model.n_ctx:,} tokens of context"
-    facts += f", after {model.step:,} steps" if model.step else ""
-    name = model.config.run_name if model.step else model.path.name
-    prompt = next(iter(model.config.eval.sample_prompts), "Once upon a time")
-
-    def continues(prompt: str, config: SamplingConfig) -> Iterator[str]:
-        return stream(model.model, model.tokenizer, prompt, config, model.autocast())
-
-    return Server({"name": name, "facts": facts, "prompt": prompt}, continues, port)
-
-
 def main() -> None:
     parser = Parser(
         prog="python -m src.model_assessment.talk",
@@ -185,7 +176,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     model = TextModel(args.checkpoint, args.device)
-    with server_of(model, args.port) as server:
+    with Server(model, args.port) as server:
         address = f"http://{ADDRESS}:{server.server_port}/"
         say(f"Open {address} in a browser on this machine. Ctrl-C ends it.")
         print_result({"address": address, "checkpoint": str(model.path)})

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -141,8 +142,9 @@ class AfterSave:
 
     def __init__(self, command: str, run_dir: Path, warn: Callable[[str], None]) -> None:
         self.command, self.run_dir, self.warn = command, run_dir, warn
-        self._running: subprocess.Popen[bytes] | None = None
         self._next: Saved | None = None
+        self._newest: Saved | None = None
+        self._thread: Thread | None = None
 
     def add(self, saves: list[Saved]) -> None:
         """Takes note of new saves, which `poll` serves."""
@@ -150,41 +152,39 @@ class AfterSave:
             self._next = saves[-1]
 
     def poll(self) -> None:
-        """Reports a command that failed, and starts one if it is time. Does not wait."""
-        if self._running and (code := self._running.poll()) is not None:
-            self._running = None
-            if code:
-                end = f"exit code {code}" if code > 0 else f"signal {-code}"
-                self.warn(f"warning: the command after the save failed with {end}: {self.command}")
-        if self._next and not self._running:
-            saved, self._next = self._next, None
-            names = {"CHECKPOINT": f"checkpoints/{saved.path.name}", "STEP": str(saved.step)}
-            env = outside_environment() | names | {"RUN_NAME": self.run_dir.name}
-            try:
-                # A separate session: Ctrl-C and a stop of the run's processes do not cut a copy short.
-                self._running = subprocess.Popen(
-                    ["sh", "-c", self.command],
-                    cwd=self.run_dir,
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=2,  # stderr; stdout is for results
-                    start_new_session=True,
-                )
-            except (OSError, ValueError) as error:
-                self.warn(f"warning: Cannot start the command after the save: {error}. Training continues.")
+        """Has the newest save served, once the command runs no more. Does not wait."""
+        if self._next:
+            self._newest, self._next = self._next, None
+            # A daemon, because a command that hangs must not hold the run.
+            self._thread = Thread(target=self._serve, args=(self._newest, self._thread), daemon=True)
+            self._thread.start()
 
     def close(self, seconds: float) -> None:
         """Waits for the commands of all saves, at most `seconds`. One that still runs then is left alone."""
-        deadline = time.monotonic() + seconds
         self.poll()
-        if self._running and self._running.poll() is None:
+        if self._thread and self._thread.is_alive():
             self.warn(f"waiting at most {seconds:g} s for the command after the save")
-        while self._running:
-            if time.monotonic() > deadline:
+            self._thread.join(seconds)
+            if self._thread.is_alive():
                 self.warn("warning: the command after the save still runs; it is left alone")
-                return
-            time.sleep(0.05)
-            self.poll()
+
+    def _serve(self, saved: Saved, before: Thread | None) -> None:
+        if before:
+            before.join()
+        if saved is not self._newest:
+            return
+        names = {"CHECKPOINT": f"checkpoints/{saved.path.name}", "STEP": str(saved.step), "RUN_NAME": self.run_dir.name}
+        options: dict[str, Any] = {"cwd": self.run_dir, "env": outside_environment() | names}
+        options |= {"stdin": subprocess.DEVNULL, "stdout": 2}  # stderr; stdout is for results
+        try:
+            # A separate session: Ctrl-C and a stop of the run's processes do not cut a copy short.
+            code = subprocess.call(["sh", "-c", self.command], start_new_session=True, **options)
+        except (OSError, ValueError) as error:
+            self.warn(f"warning: Cannot start the command after the save: {error}. Training continues.")
+            return
+        if code:
+            end = f"exit code {code}" if code > 0 else f"signal {-code}"
+            self.warn(f"warning: the command after the save failed with {end}: {self.command}")
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -213,13 +213,11 @@ def checkpoints_need(config: Config, root: Path) -> int:
     if not planned:
         return 0
     # The number held never falls from one save to the next, but at the first, if fewer are to be kept than before.
-    before_last, last, multiple = [*now, *planned[:-1]], config.checkpoint.keep_last, config.checkpoint.keep_every_steps
-    if len(planned) > 1:  # else nothing is pruned before the last save
-        before_last = [s for s in before_last[:-last] if multiple and s % multiple == 0] + before_last[-last:]
-    at_last_save = sum(now.get(step, size) for step in before_last) + size
-    held_now = sum(now.values())
+    before, last, multiple = [*now, *planned[:-1]], config.checkpoint.keep_last, config.checkpoint.keep_every_steps
+    kept = [step for step in before[:-last] if multiple and step % multiple == 0] + before[-last:]
+    more_at_last_save = sum(now.get(step, size) for step in kept) + size - sum(now.values())
     leftovers = sum(bytes_below(path) for path in root.glob("step_*.*-*") if ".set-aside-" not in path.name)
-    return max(0, max(held_now + size, at_last_save) - held_now - leftovers)
+    return max(0, max(size, more_at_last_save) - leftovers)
 
 
 def refuse_full_disk(config: Config, run_dir: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from src.model import LLM
-from src.params import Config, ConfigError, ModelConfig, TrainConfig, from_dict
+from src.params import Config, ConfigError, ModelConfig, from_dict
 from src.utils.errors import StorageError, UserError, cause_of
 from src.utils.files import fingerprint, open_regular, read_json
 
@@ -124,18 +124,6 @@ def our_tensors(theirs: dict[str, torch.Tensor], names: list[str]) -> dict[str, 
     return ours
 
 
-def is_model_folder(path: Path) -> bool:
-    """Returns True if `path` has a config.json of transformers, rather than that of a run."""
-    settings: dict[str, Any] = {}
-    try:
-        settings = read_json(path / "config.json")
-    except FileNotFoundError:
-        return False
-    except (UserError, OSError):  # reading it as a model's says why; a run's does no harm
-        pass
-    return bool({"architectures", "model_type"} & settings.keys()) or os.path.lexists(path / WEIGHTS)
-
-
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turns what a missing or damaged file leads to in the block into a UserError that names `path`."""
@@ -143,38 +131,24 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (UserError, StorageError):
         raise
-    except (
-        ConfigError,
-        OSError,
-        SafetensorError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ArithmeticError,
-        ValueError,
-    ) as error:
+    except (ConfigError, OSError, SafetensorError, LookupError, AttributeError, TypeError, ValueError) as error:
         cause = "; ".join(getattr(error, "problems", [])) or cause_of(error)  # of a ConfigError
-        raise UserError(f"Cannot read {path}: {cause}. Copy the folder again, or save the model again.") from None
+        raise UserError(f"Cannot read {path}: {cause}. Copy the folder again, or export the model again.") from None
 
 
-def read_model_folder(
-    folder: Path, export: dict[str, Any] | None = None
-) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """The shape and the float32 weights, by our names, of the model in `folder`. Raises UserError.
+def read_weights(folder: Path, export: dict[str, Any]) -> tuple[Config, dict[str, torch.Tensor]]:
+    """The run's config and the float32 weights, by our names, of the export in `folder`. Raises UserError.
 
-    `export`: what `read_export` returned, for a folder that we wrote.
+    `export`: what `read_export` returned.
     """
     path = folder / WEIGHTS
-    if export:
-        with _reading(folder / EXPORT):
-            config = from_dict(export["config"]).model
-    else:
-        config = _config_of_llama(folder / "config.json")
+    with _reading(folder / EXPORT):
+        config = from_dict(export["config"])
     with _reading(path):
         open_regular(path).close()  # load_file would wait for a FIFO
         theirs = load_file(path)
     with torch.device("meta"):
-        parameters = dict(LLM(config).named_parameters())
+        parameters = dict(LLM(config.model).named_parameters())
     expected = llama_tensors(parameters)
     del expected[HEAD]  # a file leaves it out, because it is the embedding
     for name in sorted(expected.keys() | theirs.keys()):
@@ -182,39 +156,6 @@ def read_model_folder(
         if stored != needed:
             raise UserError(f"Cannot use {path}: {name} is {stored}, expected {needed}. Export the model again.")
     return config, our_tensors(theirs, list(parameters))
-
-
-def _config_of_llama(path: Path) -> ModelConfig:
-    """Returns the shape in another program's config.json. Raises UserError naming the first field that is not ours."""
-    with _reading(path):
-        settings = {"attention_bias": False, "mlp_bias": False, **read_json(path)}  # as transformers leaves them out
-        kind = settings.get("model_type")
-        if kind not in ("llama", "qwen3"):
-            raise UserError(f"Cannot use {path}: model_type is {kind!r}; our model needs 'llama' or 'qwen3'.")
-        rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # of transformers 5 and 4
-        settings |= {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
-        settings |= {"rope_theta": rope.get("rope_theta") or settings.get("rope_theta")}
-        config = ModelConfig(
-            n_vocab=settings["vocab_size"],
-            n_ctx=settings["max_position_embeddings"],
-            n_embd=settings["hidden_size"],
-            n_head=settings["num_attention_heads"],
-            n_layer=settings["num_hidden_layers"],
-            ffn_mult=settings["intermediate_size"] // settings["hidden_size"],
-            norm_eps=settings["rms_norm_eps"],
-            rope_theta=settings["rope_theta"],
-            residual_dropout=0.0,
-            ffn_dropout=0.0,
-            bias=settings["attention_bias"],
-            qk_norm=kind == "qwen3",
-        )
-        # Checks types and sizes before anything of an absurd size is built.
-        Config(model=config, train=TrainConfig(batch_tokens=config.n_ctx, total_steps=1))
-        expected = {**llama_settings(config), "rope_type": "default", "quantization_config": None}
-        for field, value in expected.items():
-            if settings.get(field) != value:
-                raise UserError(f"Cannot use {path}: {field} is {settings.get(field)!r}; our model needs {value!r}.")
-        return config
 
 
 def read_export(folder: Path, *unchanged: str) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from src.model import LLM
 from src.model_utils.checkpoint_utils import find_checkpoint
-from src.model_utils.llama_format import EXPORT, WEIGHTS, is_model_folder, read_export, read_model_folder
-from src.params import Config, TrainConfig, from_dict
+from src.model_utils.llama_format import EXPORT, WEIGHTS, read_export, read_weights
+from src.params import Config, from_dict
 from src.utils.errors import UserError, say
 from src.utils.hardware import autocast, choose_device, choose_precision
 from src.utils.root import run_dir
@@ -69,17 +70,13 @@ def read_initial(config: Config) -> tuple[dict[str, torch.Tensor], Path, int]:
     free = ("n_ctx", "residual_dropout", "ffn_dropout", "zero_init")
     if different := [name for name in ours if name not in free and theirs[name] != ours[name]]:
         lines = [f"\n  - model.{name}: {theirs[name]} there, {ours[name]} here" for name in different]
-        options = [name.replace("_", "-") for name in different]
-        given = [
-            f"--model.{'' if theirs[name] else 'no-'}{option}"
-            if isinstance(theirs[name], bool)
-            else f"--model.{option} {theirs[name]}"
-            for name, option in zip(different, options, strict=True)
-        ]
-        raise UserError(
-            f"Cannot start from {path}: it is another model:{''.join(lines)}\nTake its settings: {' '.join(given)}"
-        )
+        options = " ".join(_option(name.replace("_", "-"), theirs[name]) for name in different)
+        raise UserError(f"Cannot start from {path}: it is another model:{''.join(lines)}\nTake its settings: {options}")
     return tensors, path, step
+
+
+def _option(name: str, value: Any) -> str:
+    return f"--model.{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--model.{name} {value}"
 
 
 def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, assign: bool = False) -> None:
@@ -109,16 +106,50 @@ def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtyp
     return torch.bfloat16
 
 
+class PackedLinear(nn.Module):
+    """A linear layer with its weight in oneDNN's order, for sampling in bf16 on CPUs. O outputs, I inputs.
+
+    F.linear to the bit, for inference only. F.linear reorders a bf16 weight every time, 40% of a token's time.
+    """
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight_OI", torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()))
+        self.register_buffer("bias_O", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight_OI, self.bias_O, "none", [], "")
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replaces every nn.Linear in `model` by a PackedLinear where oneDNN can: bfloat16 on a CPU with bf16 kernels.
+
+    A weight shared with an embedding is then kept twice. The model can no longer be trained, saved or moved.
+    """
+    weight = next(model.parameters())
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    if not (on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return
+    for part in list(model.modules()):
+        for name, layer in list(part.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(part, name, PackedLinear(layer))
+
+
 def _read(checkpoint: str | Path) -> Read:
-    if not isinstance(checkpoint, str | os.PathLike):  # from a notebook
-        raise UserError(
-            f"Cannot load {checkpoint!r}: it is not a name or path. Give a run, a step_* folder or an export."
-        )
     path = run_dir(str(checkpoint))
-    if not path.exists() and Path(checkpoint).exists():
+    if not path.exists() and Path(str(checkpoint)).exists():
         path = Path(checkpoint).absolute()
-    if is_model_folder(path) or os.path.lexists(path / EXPORT):
+    if os.path.lexists(path / EXPORT):
         return _read_export(path)
+    if os.path.lexists(path / "config.json") and os.path.lexists(path / WEIGHTS):
+        raise UserError(
+            f"Cannot load {path / 'config.json'}: it is another program's model, without {EXPORT}. Name a run or an "
+            "export of this program."
+        )
     found, rejected = find_checkpoint(path)
     for reason in rejected:
         say(f"warning: passed over a damaged checkpoint: {reason}")
@@ -129,10 +160,6 @@ def _read(checkpoint: str | Path) -> Read:
 def _read_export(path: Path) -> Read:
     if any(path.glob("*.gguf")):
         raise UserError(f"Cannot load {path}: it is GGUF, for llama.cpp. Name the run, or its export in the format hf.")
-    origin = read_export(path, "config.json", WEIGHTS) if os.path.lexists(path / EXPORT) else None
-    shape, tensors = read_model_folder(path, origin)
-    if origin is None:
-        say(f"note: {path} is another program's model; here it reads and writes the tokens of GPT-2")
-        # A batch of one sequence, because the default one is not a multiple of every context.
-        return Config(model=shape, train=TrainConfig(batch_tokens=shape.n_ctx, total_steps=1)), tensors, path, 0, ""
-    return from_dict(origin["config"]), tensors, path, origin["step"], origin["dataset_sha256"]
+    origin = read_export(path, "config.json", WEIGHTS)
+    config, tensors = read_weights(path, origin)
+    return config, tensors, path, origin["step"], origin["dataset_sha256"]

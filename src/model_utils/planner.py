@@ -1,4 +1,4 @@
-"""Estimates of a run before it costs money: parameters, work, memory, time, dollars, energy, disk.
+"""Estimates of a run before it costs money: parameters, work, memory, time, dollars, disk.
 
     python -m src.model_utils.planner PRESET [--gpu a100-80g --gpus 8 --price-per-gpu-hour 1.8] [overrides]
     python -m src.model_utils.planner PRESET --sweep --gpus 8 --price-per-gpu-hour a100-80g=1.8,h100-80g=2.9
@@ -54,40 +54,20 @@ class GPU:
     memory_gb: float
     tflops: float
     """Dense bf16 peak; data sheets often give twice that, with sparsity."""
-    watts: float
-    """Board power."""
     source: str
 
 
 GPUS = {
-    "a100-40g": GPU(40, PEAK_BF16_TFLOPS["A100"], 400, "NVIDIA A100 data sheet (2021), SXM"),
-    "a100-80g": GPU(80, PEAK_BF16_TFLOPS["A100"], 400, "NVIDIA A100 data sheet (2021), SXM"),
-    "h100-80g": GPU(80, PEAK_BF16_TFLOPS["H100"], 700, "NVIDIA H100 data sheet (2023), SXM"),
-    "h200": GPU(141, PEAK_BF16_TFLOPS["H200"], 700, "NVIDIA H200 data sheet (2023), SXM"),
-    "b200": GPU(180, PEAK_BF16_TFLOPS["B200"], 1000, "NVIDIA HGX B200 data sheet (2024)"),
-    "l40s": GPU(48, PEAK_BF16_TFLOPS["L40S"], 350, "NVIDIA L40S data sheet (2023)"),
-    "l4": GPU(24, PEAK_BF16_TFLOPS["L4"], 72, "NVIDIA L4 data sheet (2023): 242 with sparsity"),
-    "rtx-4090": GPU(24, PEAK_BF16_TFLOPS["RTX 4090"], 450, "NVIDIA Ada architecture paper (2022), appendix A"),
-    "rtx-3090": GPU(24, PEAK_BF16_TFLOPS["RTX 3090"], 350, "NVIDIA GA102 architecture paper (2020), appendix A"),
+    "a100-40g": GPU(40, PEAK_BF16_TFLOPS["A100"], "NVIDIA A100 data sheet (2021), SXM"),
+    "a100-80g": GPU(80, PEAK_BF16_TFLOPS["A100"], "NVIDIA A100 data sheet (2021), SXM"),
+    "h100-80g": GPU(80, PEAK_BF16_TFLOPS["H100"], "NVIDIA H100 data sheet (2023), SXM"),
+    "h200": GPU(141, PEAK_BF16_TFLOPS["H200"], "NVIDIA H200 data sheet (2023), SXM"),
+    "b200": GPU(180, PEAK_BF16_TFLOPS["B200"], "NVIDIA HGX B200 data sheet (2024)"),
+    "l40s": GPU(48, PEAK_BF16_TFLOPS["L40S"], "NVIDIA L40S data sheet (2023)"),
+    "l4": GPU(24, PEAK_BF16_TFLOPS["L4"], "NVIDIA L4 data sheet (2023): 242 with sparsity"),
+    "rtx-4090": GPU(24, PEAK_BF16_TFLOPS["RTX 4090"], "NVIDIA Ada architecture paper (2022), appendix A"),
+    "rtx-3090": GPU(24, PEAK_BF16_TFLOPS["RTX 3090"], "NVIDIA GA102 architecture paper (2020), appendix A"),
 }
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """Inputs of the estimate that the configuration does not hold."""
-
-    mfu: float = REFERENCE_MFU
-    price: float | None = None
-    """Dollars per GPU-hour; None for no estimate of the cost."""
-    watts: float | None = None
-    """Of one GPU; 0 stands for its board power, None for no estimate of energy."""
-
-
-class Fit(NamedTuple):
-    micro_batch_size: int
-    """0: not even one sequence fits."""
-    accumulation_steps: int
-    memory: Memory
 
 
 class Cost(NamedTuple):
@@ -96,7 +76,6 @@ class Cost(NamedTuple):
     tokens_per_second: float
     hours: float
     dollars: float | None
-    kwh: float | None
 
 
 def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = "cuda") -> Step:
@@ -117,15 +96,14 @@ def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = 
     )
 
 
-def largest_fit(config: Config, gpu: GPU, count: int) -> Fit:
-    """The largest micro-batch that fits and divides a GPU's share. Raises ConfigError if the GPUs cannot share."""
+def largest_fit(config: Config, gpu: GPU, count: int) -> int:
+    """The largest micro-batch that fits and divides a GPU's share; 0 if not even one sequence fits.
+
+    Raises ConfigError if the GPUs cannot share the batch.
+    """
     step_of(config, 1, count)
-    share = config.batch_size // count
-    for size in divisors(share):
-        memory = estimate_memory(step_of(config, size, count))
-        if memory.total <= usable_bytes(gpu):
-            return Fit(size, share // size, memory)
-    return Fit(0, share, memory)
+    sizes = divisors(config.batch_size // count)
+    return next((n for n in sizes if estimate_memory(step_of(config, n, count)).total <= usable_bytes(gpu)), 0)
 
 
 def usable_bytes(gpu: GPU) -> int:
@@ -133,16 +111,17 @@ def usable_bytes(gpu: GPU) -> int:
     return int((1 - SPARE_GPU) * gpu.memory_gb * 1e9 / (1 + UNCOUNTED))
 
 
-def cost(config: Config, gpu: GPU, count: int, given: Assumptions) -> Cost:
-    """Tokens per second = GPUs x peak x MFU / FLOPs per token, with Muon's share, and what follows from it."""
+def cost(config: Config, gpu: GPU, count: int, mfu: float = REFERENCE_MFU, price: float | None = None) -> Cost:
+    """Tokens per second = GPUs x peak x MFU / FLOPs per token, with Muon's share, and what follows from it.
+
+    `price`: dollars per GPU-hour; None for no estimate of the cost.
+    """
     peak = gpu.tflops / 2 if config.train.precision == "float32" else gpu.tflops  # TF32, as in hardware.peak_tflops
     per_token = flops_per_token(config.model, parameter_counts(config.model)[0])
     flops = per_token + optimizer_flops(config) / config.train.batch_tokens
-    speed = count * peak * 1e12 * given.mfu / flops
+    speed = count * peak * 1e12 * mfu / flops
     gpu_hours = count * config.total_steps * config.train.batch_tokens / speed / 3600
-    dollars = None if given.price is None else gpu_hours * given.price
-    kwh = None if given.watts is None else gpu_hours * (given.watts or gpu.watts) / 1000
-    return Cost(speed, gpu_hours / count, dollars, kwh)
+    return Cost(speed, gpu_hours / count, None if price is None else gpu_hours * price)
 
 
 def optimizer_flops(config: Config) -> int:
@@ -179,76 +158,75 @@ def plan_here(config: Config) -> dict[str, Any]:
     device = choose_device(config.train.device)
     precision = choose_precision(config.train.precision, device)
     step = replace(step_of(config, config.micro_batch_size, 1, device.type), itemsize=precision.itemsize)
-    fit = Fit(config.micro_batch_size, config.grad_accumulation_steps(1), estimate_memory(step))
-    return {"device": device.type, **_step_numbers(fit, precision.itemsize)}
+    return {"device": device.type, **_step_numbers(step, config.grad_accumulation_steps(1), estimate_memory(step))}
 
 
-def plan_gpus(config: Config, name: str, count: int, given: Assumptions) -> dict[str, Any]:
+def plan_gpus(config: Config, name: str, count: int, mfu: float, price: float | None) -> dict[str, Any]:
     """Memory, time and cost on `count` GPUs. Raises ConfigError or UserError for what cannot work."""
-    gpu, size, accumulation = GPUS[name], config.train.micro_batch_size, config.grad_accumulation_steps(count)
-    largest = largest_fit(config, gpu, count)
-    if not largest.micro_batch_size:
+    gpu, size = GPUS[name], config.train.micro_batch_size
+    config.grad_accumulation_steps(count)  # refuses a micro-batch that does not divide
+    if not (largest := largest_fit(config, gpu, count)):
         raise UserError(
             f"Cannot train on {name}: not even one sequence of {config.model.n_ctx} tokens fits, which takes "
-            f"{size_text(largest.memory.total)} of {size_text(usable_bytes(gpu))}. Choose a GPU with more memory, a "
-            "smaller model, or a smaller --model.n-ctx."
+            f"{size_text(estimate_memory(step_of(config, 1, count)).total)} of {size_text(usable_bytes(gpu))}. Choose "
+            "a GPU with more memory, a smaller model, or a smaller --model.n-ctx."
         )
-    fit = largest if size == "auto" else Fit(size, accumulation, estimate_memory(step_of(config, size, count)))
+    step = step_of(config, largest if size == "auto" else size, count)
+    memory = estimate_memory(step)
     result = {
         "gpu": {"name": name} | asdict(gpu),
         "gpus": count,
-        **_step_numbers(fit, FLOAT32 if config.train.precision == "float32" else 2),
+        **_step_numbers(step, config.batch_size // count // step.micro_batch_size, memory),
         "usable_memory_bytes": usable_bytes(gpu),
-        "fits": fit.memory.total <= usable_bytes(gpu),
-        "largest_micro_batch_size": largest.micro_batch_size,
-        **cost(config, gpu, count, given)._asdict(),
+        "fits": memory.total <= usable_bytes(gpu),
+        "largest_micro_batch_size": largest,
+        **cost(config, gpu, count, mfu, price)._asdict(),
     }
     published = lf_llm_269m()
     ours, theirs = (parameter_counts(each.model)[0] for each in (config, published))
     if abs(ours / theirs - 1) < 0.01 and config.optim != published.optim:  # another recipe for the same size
         tokens = published.total_steps * published.train.batch_tokens
-        result["published_recipe"] = {"tokens": tokens, **cost(published, gpu, count, given)._asdict()}
+        result["published_recipe"] = {"tokens": tokens, **cost(published, gpu, count, mfu, price)._asdict()}
     return result
 
 
-def _step_numbers(fit: Fit, itemsize: int) -> dict[str, Any]:
+def _step_numbers(step: Step, accumulation: int, memory: Memory) -> dict[str, Any]:
     return {
-        "micro_batch_size": fit.micro_batch_size,
-        "accumulation_steps": fit.accumulation_steps,
-        "matmuls_in": "float32" if itemsize == FLOAT32 else "bfloat16",
-        "memory_bytes": asdict(fit.memory) | {"total": fit.memory.total},
+        "micro_batch_size": step.micro_batch_size,
+        "accumulation_steps": accumulation,
+        "matmuls_in": "float32" if step.itemsize == FLOAT32 else "bfloat16",
+        "memory_bytes": asdict(memory) | {"total": memory.total},
     }
 
 
-def sweep(config: Config, given: dict[str, Assumptions], counts: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """One row per GPU in `given` and count: the largest micro-batch and the cost; 0 and None where nothing fits.
+def sweep(config: Config, prices: dict[str, float | None], counts: Sequence[int], mfu: float) -> list[dict[str, Any]]:
+    """One row per kind in `prices` and count: the largest micro-batch and the cost; 0 and None where nothing fits.
 
-    `counts`: those of COUNTS that can share the batch by default. Raises ConfigError for one that can't.
+    Raises ConfigError for a count that cannot share the batch.
     """
     rows = []
-    for name, count in product(given, counts or [n for n in COUNTS if config.batch_size % n == 0]):
-        fit = largest_fit(config, GPUS[name], count)
-        row = {"gpu": name, "gpus": count, "fits": fit.micro_batch_size > 0}
-        row |= {"micro_batch_size": fit.micro_batch_size, "accumulation_steps": fit.accumulation_steps}
-        numbers = cost(config, GPUS[name], count, given[name])._asdict()
-        rows.append(row | (numbers if row["fits"] else dict.fromkeys(numbers)))
+    for (name, price), count in product(prices.items(), counts):
+        size = largest_fit(config, GPUS[name], count)
+        row = {"gpu": name, "gpus": count, "fits": size > 0, "micro_batch_size": size}
+        row["accumulation_steps"] = config.batch_size // count // max(1, size)
+        numbers = cost(config, GPUS[name], count, mfu, price)._asdict()
+        rows.append(row | (numbers if size else dict.fromkeys(numbers)))
     return rows
 
 
 def main() -> int:
     args, config = _parse()
     prices = args.price_per_gpu_hour or dict.fromkeys(GPUS)
-    given = {name: Assumptions(args.mfu, prices[name], args.watts) for name in GPUS}
     result: dict[str, Any] = {"run_name": config.run_name, **describe(config)}
     if args.gpu or args.sweep:
         is_reference = args.mfu == REFERENCE_MFU
         result |= {"mfu": args.mfu, "mfu_source": "assumed: the reference's, on A100" if is_reference else "as given"}
     if args.sweep:
-        node = max(n for n in COUNTS if n <= NODE and config.batch_size % n == 0)
-        counts = [args.gpus] if args.gpus else [] if args.gpu else [node]
-        result["sweep"] = sweep(config, {args.gpu: given[args.gpu]} if args.gpu else given, counts)
+        possible = [n for n in COUNTS if config.batch_size % n == 0]
+        counts = [args.gpus] if args.gpus else possible if args.gpu else [max(n for n in possible if n <= NODE)]
+        result["sweep"] = sweep(config, {args.gpu: prices[args.gpu]} if args.gpu else prices, counts, args.mfu)
     elif args.gpu:
-        result |= plan_gpus(config, args.gpu, args.gpus or 1, given[args.gpu])
+        result |= plan_gpus(config, args.gpu, args.gpus or 1, args.mfu, prices[args.gpu])
     else:
         result |= plan_here(config)
     say("\n".join(_lines(result)))
@@ -261,19 +239,18 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--gpu", type=str.lower, choices=GPUS)
     parser.add_argument("--gpus", metavar="N", type=_between(int, 1, 10_000))
     parser.add_argument("--mfu", metavar="SHARE", type=_between(float, 0.001, 1), default=REFERENCE_MFU)
-    parser.add_argument("--watts", metavar="W", type=_between(float, 1, 1e6), nargs="?", const=0.0)
     parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_prices)
     parser.add_argument("--sweep", action="store_true")
     args, sys.argv[1:] = parser.parse_known_args()
-    if not (args.gpu or args.sweep) and (args.gpus or args.watts is not None or args.price_per_gpu_hour):
+    if not (args.gpu or args.sweep) and (args.gpus or args.price_per_gpu_hour):
         parser.error("no GPU to plan for; name one with --gpu, or compare all with --sweep")
     if args.gpu and args.price_per_gpu_hour and not args.price_per_gpu_hour[args.gpu]:
         parser.error(f"--price-per-gpu-hour has no price of {args.gpu}; add {args.gpu}=DOLLARS")
     config = config_from_command_line(
         "Estimate what a run takes. Options in addition to the overrides: --gpu NAME and --gpus N, where to train "
-        f"({', '.join(GPUS)}); --mfu SHARE of the GPU's peak, by default the reference's {REFERENCE_MFU}; --watts [W] "
-        "for the energy, by default the board power; --price-per-gpu-hour also as a100-80g=1.8,h200=3.5; --sweep, a "
-        "line for each kind of GPU, or with --gpu for each number. Exit codes: 0 done, 2 the run cannot work.",
+        f"({', '.join(GPUS)}); --mfu SHARE of the GPU's peak, by default the reference's {REFERENCE_MFU}; "
+        "--price-per-gpu-hour also as a100-80g=1.8,h200=3.5; --sweep, a line for each kind of GPU, or with --gpu for "
+        "each number. Exit codes: 0 done, 2 the run cannot work.",
         prog="python -m src.model_utils.planner",
         also=parser._option_string_actions,
     )
@@ -297,10 +274,13 @@ def _prices(text: str) -> dict[str, float | None]:
     """Dollars per GPU-hour by kind, from "1.8" for all or "a100-80g=1.8,h200=3.5"."""
     number, prices = _between(float, 1e-6, 1e12), dict[str, float | None].fromkeys(GPUS)
     if "=" not in text:
-        return dict.fromkeys(GPUS, number(text))
+        try:
+            return dict.fromkeys(GPUS, number(text))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, for all kinds, or GPU=DOLLARS,GPU=DOLLARS") from None
     for name, _, value in (part.partition("=") for part in text.lower().split(",")):
         if name not in GPUS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(GPUS)}")
+            raise argparse.ArgumentTypeError(f"{name!r} is not a GPU in GPU=DOLLARS; choose of {', '.join(GPUS)}")
         prices[name] = number(value)
     return prices
 

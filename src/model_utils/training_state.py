@@ -217,6 +217,6 @@ def _deciding(config: Config, dataset_sha256: str, precision: str) -> dict[str, 
     groups = to_dict(config)
     settings = {f"{group}.{name}": value for group in ("model", "optim") for name, value in groups[group].items()}
     settings |= {f"train.{name}": groups["train"][name] for name in ("seed", "batch_tokens")}
-    settings["init_from"] = config.init_from
+    settings["init_from"] = config.init_from or "none"
     settings |= {"train.total_steps": config.total_steps, "optim.warmup_steps": config.warmup_steps}
     return settings | {"data (sha256 of its manifest)": dataset_sha256, "train.precision": precision}

@@ -175,7 +175,7 @@ def connection_advice() -> str:
 
 
 def hub_failure(action: str, error: Exception, remedy: str) -> UserError:
-    """Return the error for a failed `action`, such as "upload to X at". `remedy` is for a hub that refuses."""
+    """Return the error for a failed `action`, such as "list X at". `remedy` is for a hub that refuses."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 

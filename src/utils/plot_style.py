@@ -27,7 +27,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN = "#1f5fbf", "#c8500a", "#2a7d4f"
-LIGHT_GREY, GREY = "#a3a8b0", "#5b616b"  # a run in the background, and levels to compare with
+LIGHT_GREY, GREY = "#a3a8b0", "#5b616b"  # resumes, and levels to compare with
 # Starts from matplotlib's defaults, because a user's matplotlibrc may ask for LaTeX or for fonts we lack. Backends are
 # left out: they are fixed by the canvas below, and setting one would load it.
 STYLE: dict[Any, Any] = {

@@ -82,7 +82,7 @@ def test_a_new_run_from_anothers_weights(commands: Commands, dataset: Callable[.
     assert settings_of_run["config"]["init_from"] == "drill"
     assert settings_of_run["init_from"] == {"path": str(runs / "drill/checkpoints/step_0000004"), "step": 4}
     message = refusal(commands, other, *settings, "--init-from", "")
-    assert "init_from: checkpoint drill, now " in message
+    assert "init_from: checkpoint drill, now none" in message
 
     wider = ("--run-name", "wider", "--init-from", "drill", "--model.n-embd", "32", "--model.bias")
     refused = start(commands, data, *wider)

@@ -30,14 +30,14 @@ IN_A_STEP = "at_step(6, {rank}, ask)\n"
 IN_AN_EVALUATION = """
 from src.model_assessment import validation
 from src.model import LLM
-forward, batches = LLM.forward, []
+hidden, batches = LLM.hidden, []
 def counted(self, *inputs):
     if not self.training:
         batches.append(1)
         if len(batches) == {batch} and os.environ["RANK"] == "{rank}":
             ask()
-    return forward(self, *inputs)
-LLM.forward = counted
+    return hidden(self, *inputs)
+LLM.hidden = counted
 """
 # The first process makes 200 tokens, which take half a minute; after the fifth one the other is asked to stop.
 WHILE_THE_OTHER_SAMPLES = """

@@ -69,7 +69,7 @@ def test_options_of_a_model(commands: Commands, trained: Path, options: tuple[st
     [
         ("--gpu", "h200", "--gpus", "9223372036854775808"),
         ("--gpu", "h200", "--mfu", "5e-324"),
-        ("--gpu", "h200", "--watts", "nan"),
+        ("--gpu", "h200", "--mfu", "nan"),
         ("--gpu", "h200", "--train.batch-tokens", "1000000000", "--model.n-ctx", "2", "--model.n-embd", "65536"),
         ("--model.n-embd", "1"),
         ("--model.n-embd", "9007199254740993"),

@@ -182,7 +182,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot_style, "_DOTS_PER_INCH", 60)
         return {
-            "running": write_report(running, background="published"),
+            "running": write_report(running),
             "hostile": write_report(hostile),
             "compared": write_comparison([hostile, running]),
         }

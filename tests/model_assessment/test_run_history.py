@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from src.model_assessment.run_history import compact, duration, key_figures, number, published_run, read_run, spikes
+from src.model_assessment.run_history import compact, duration, key_figures, number, published_run, read_run
 from src.model_configs.my_llm_config import lf_llm_269m
 from src.utils.errors import UserError
 from tests.model_assessment.reported_runs import START, STEPS, append, make_run, metrics, rewrite
@@ -64,15 +64,6 @@ def test_a_slow_run_may_be_silent_for_longer(tmp_path: Path) -> None:
     assert read_run(folder).is_running(now)  # a line comes every five minutes
     rewrite(folder, [line | {"time": now - 660 + 100 * (line["step"] - STEPS) / 10} for line in lines])
     assert not read_run(folder).is_running(now)
-
-
-def test_spikes_are_found_on_a_falling_curve(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "spiky")
-    assert not spikes(read_run(folder)).steps.size
-    lines = [line for line in metrics() if line["kind"] == "train"]
-    rewrite(folder, [line | {"loss": line["loss"] + (3 if line["step"] in (210, 240) else 0)} for line in lines])
-    assert list(spikes(read_run(folder)).steps) == [210, 240]
-    assert spikes(published_run()).steps.size <= 1  # a curve known to be healthy
 
 
 def test_steps_of_the_published_run_are_counted_like_ours() -> None:

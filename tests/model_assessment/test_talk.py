@@ -6,29 +6,37 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from src.model_assessment.sampling import SamplingConfig
 from src.model_assessment.talk import Server
+from src.params import Config, EvalConfig
 
 WORDS = [" one", " two", "\n", "<b>", ""]
 asked: list[tuple[str, SamplingConfig]] = []
 
 
-def continues(prompt: str, config: SamplingConfig) -> Iterator[str]:
-    asked.append((prompt, config))
-    if prompt == "endless":
-        while True:
-            time.sleep(0.005)
-            yield " more"
+def stream(prompt: str, **settings: Any) -> Iterator[str]:
+    asked.append((prompt, SamplingConfig(**settings)))
+    return pieces(prompt)
+
+
+def pieces(prompt: str) -> Iterator[str]:
+    while prompt == "endless":
+        time.sleep(0.005)
+        yield " more"
     yield from WORDS
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server({"name": "<i>mine", "facts": "3M", "prompt": '"<script>'}, continues, 0) as running:
+    config = Config(run_name="<i>mine", eval=EvalConfig(sample_prompts=('"<script>',)))
+    model: Any = SimpleNamespace(stream=stream, config=config, parameters=3_000_000, step=7, path=Path("x"))
+    with Server(model, 0) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield running

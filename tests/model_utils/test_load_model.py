@@ -1,5 +1,6 @@
-"""Models that --checkpoint may name: those of runs, of exports, and of other programs."""
+"""Models that --checkpoint may name: those of runs and of exports."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
+from src.model import LLM
 from src.model_utils.hf_export import export
-from src.model_utils.llama_format import EXPORT, HEAD, is_model_folder, llama_tensors, our_tensors, read_model_folder
-from src.model_utils.load_model import load_model
+from src.model_utils.llama_format import EXPORT, HEAD, llama_tensors, our_tensors, read_export, read_weights
+from src.model_utils.load_model import PackedLinear, load_model, pack_linears
 from src.params import ModelConfig
 from src.utils import root
 from src.utils.errors import UserError
@@ -56,7 +57,7 @@ def test_an_export_in_bf16_is_float32_in_memory(run: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("mistake", [None, 7])
 def test_what_is_neither_a_name_nor_a_path_is_refused(mistake: Any):
-    with pytest.raises(UserError, match=f"Cannot load {mistake}: it is not a name or path"):
+    with pytest.raises(UserError, match=rf"Cannot load a checkpoint: .*/{mistake} does not exist"):
         load_model(mistake)
 
 
@@ -73,61 +74,17 @@ def test_weights_that_do_not_fit(exported: Path):
     weights = load_file(exported / "model.safetensors")
     save_file({**weights, "lm_head.weight": torch.zeros(3)}, exported / "model.safetensors")
     with pytest.raises(UserError, match=r"lm_head.weight is \(3,\), expected missing"):
-        read_model_folder(exported)
+        read_weights(exported, read_export(exported))
     weights.pop("model.norm.weight")
     save_file(weights, exported / "model.safetensors")
     with pytest.raises(UserError, match=r"model.norm.weight is missing, expected \(32,\)"):
-        read_model_folder(exported)
+        read_weights(exported, read_export(exported))
 
 
-@pytest.fixture
-def foreign(exported: Path) -> Path:
-    """The export as transformers saves it again, which leaves out what is ours."""
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
-    theirs.save_pretrained(exported.parent / "foreign")
-    return exported.parent / "foreign"
-
-
-def test_another_programs_llama_of_our_architecture(run: Path, foreign: Path):
-    assert not (foreign / EXPORT).exists()
-    theirs = load_model(foreign, "cpu")
-    assert (theirs.path, theirs.step, theirs.dataset_sha256) == (foreign, 0, "")
-    assert theirs.config.model == SHAPE
-    weights = load_model(run, "cpu").model.state_dict()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in theirs.model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "needed"),
-    [
-        ("model_type", "mistral", "'llama'"),
-        ("hidden_act", "gelu", "'silu'"),
-        ("num_key_value_heads", 1, "2"),
-        ("mlp_bias", None, "True"),
-        ("intermediate_size", 100, "96"),
-        ("tie_word_embeddings", False, "True"),
-        ("rope_type", "linear", "'default'"),
-        ("quantization_config", {"bits": 8}, "None"),
-    ],
-)
-def test_another_architecture_is_refused_by_its_first_field(foreign: Path, field: str, value: Any, needed: str):
-    changed = {"rope_parameters": {field: value, "rope_theta": 1.0}} if field == "rope_type" else {field: value}
-    change(foreign / "config.json", **changed)
-    with pytest.raises(UserError) as error:
-        load_model(foreign, "cpu")
-    assert f"config.json: {field} is {value!r}; our model needs {needed}" in str(error.value)
-
-
-def test_older_transformers_and_configs_without_sizes(foreign: Path):
-    change(foreign / "config.json", rope_parameters=None, rope_scaling=None, rope_theta=77.0)
-    assert load_model(foreign, "cpu").config.model == replace(SHAPE, rope_theta=77.0)
-    change(foreign / "config.json", rope_scaling={"type": "linear", "factor": 2.0})
-    with pytest.raises(UserError, match="rope_type is 'linear'"):
-        load_model(foreign, "cpu")
-    for wrong in ({"hidden_size": None}, {"hidden_size": 0}, {"hidden_size": 32, "rope_scaling": [1]}):
-        change(foreign / "config.json", **wrong)
-        with pytest.raises(UserError, match=r"Cannot read .*config\.json"):
-            load_model(foreign, "cpu")
+def test_another_programs_model_is_refused(exported: Path):
+    (exported / EXPORT).unlink()
+    with pytest.raises(UserError, match=r"hf/config\.json: it is another program's model, without export\.json"):
+        load_model(exported, "cpu")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -156,10 +113,10 @@ def test_unreadable_weights(exported: Path):
     weights = exported / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"Cannot read .*model.safetensors"):
-        read_model_folder(exported)
+        read_weights(exported, read_export(exported))
     weights.unlink()
     with pytest.raises(UserError, match=r"Cannot read .*model.safetensors"):
-        read_model_folder(exported)
+        read_weights(exported, read_export(exported))
 
 
 def test_links_as_in_the_hubs_cache_are_followed(exported: Path, tmp_path: Path):
@@ -192,11 +149,22 @@ def test_names_map_to_a_llama_and_back():
     assert all(torch.equal(half[name], ours[name].bfloat16().float()) for name in ours)
 
 
-def test_other_folders_are_not_models(run: Path, tmp_path: Path):
-    assert not is_model_folder(run)
-    assert not is_model_folder(run / "checkpoints" / "step_0000040")  # whose weights have the same name
-    assert not is_model_folder(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert is_model_folder(tmp_path)
-    with pytest.raises(UserError, match="vocab_size is missing"):
-        read_model_folder(tmp_path)
+@pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no bf16 kernels for this processor",
+)
+@torch.inference_mode()
+def test_a_packed_model_gives_the_same_logits_to_the_bit():
+    plain = small_model().bfloat16()
+    packed = copy.deepcopy(plain)
+    pack_linears(packed)
+    assert isinstance(packed.head, PackedLinear)
+    for shape in ((1, 1), (1, 7), (5, 33)):
+        ids_BT = torch.randint(plain.config.n_vocab, shape)
+        assert torch.equal(packed(ids_BT), plain(ids_BT))
+
+
+def test_weights_in_float32_stay_plain(tiny_config: ModelConfig):
+    model = LLM(tiny_config)
+    pack_linears(model)
+    assert not any(isinstance(part, PackedLinear) for part in model.modules())
