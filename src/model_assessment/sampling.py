@@ -1,10 +1,11 @@
-"""Text from a model: continuations of prompts, as a command and from Python.
+"""Text from a model: continuations of prompts, as a command, as a conversation and from Python.
 
 The model sees at most n_ctx tokens. When a text outgrows that, its older half is dropped and the rest is read again.
 
 Shapes: B sequences, T positions, D width, V vocabulary, K candidates for the next token.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -318,18 +319,24 @@ def _encode(tokenizer: Tokenizer, prompt: str, model: LLM, quiet: bool = False) 
 def main() -> int:
     args = _parser().parse_args()
     prompts = args.prompt or [""]
-    if args.stream and len(prompts) * args.num_samples > 1:
-        raise UserError("Cannot draw several samples: --stream shows one. Leave it out.")
+    if (args.stream or args.interactive) and len(prompts) * args.num_samples > 1:
+        raise UserError("Cannot draw several samples: --stream and --interactive show one. Leave them out.")
     values = {each.name: getattr(args, each.name) for each in fields(SamplingConfig)}
     config = SamplingConfig(**values | {"stop": tuple(args.stop)})
     _check_number(args.num_samples)
     loaded = TextModel(args.checkpoint, args.device, args.weights)
 
-    if args.stream:
-        _show(prompts[0])
-        for piece in loaded.stream(prompts[0], **vars(config)):
+    def show(prompt: str, config: SamplingConfig) -> Iterator[str]:
+        _show(prompt)
+        for piece in loaded.stream(prompt, **vars(config)):
             _show(piece)
+            yield piece
         _show("\n")
+
+    if args.interactive:
+        converse(show, config, prompts[0])
+    elif args.stream:
+        list(show(prompts[0], config))
     else:
         try:
             samples = [each for text in prompts for each in loaded.generate(text, args.num_samples, **vars(config))]
@@ -343,6 +350,25 @@ def main() -> int:
     return 0
 
 
+def converse(show: Callable[[str, SamplingConfig], Iterator[str]], config: SamplingConfig, text: str = "") -> None:
+    """Reads texts until the input ends and shows the continuation of each, with the next seed each time.
+
+    An empty line continues the last text, at first `text`. Ctrl-C ends a continuation.
+    """
+    say("Type a text to continue, nothing to continue the last one, or Ctrl-D.")
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "") or text
+        except EOFError:
+            return
+        try:
+            for piece in show(text, config):
+                text += piece
+        except KeyboardInterrupt:
+            print(flush=True)
+        config = replace(config, seed=(config.seed + 1) % 2**63)
+
+
 def _show(text: str) -> None:
     """Prints text that a model wrote: escaped, so that it cannot control a terminal, but with its lines and tabs."""
     print(harmless(text, keep="\n\t"), end="", flush=True)
@@ -352,7 +378,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m src.model_assessment.sampling",
         description="Continue a prompt with a trained model. Prints the texts, then, except on a terminal, one JSON "
-        "object as the last line; with --stream only the text. Control characters are shown as "
+        "object as the last line; with --stream or --interactive only the text. Control characters are shown as "
         "escapes; the JSON has the exact texts. Without --prompt a new document begins.",
     )
     add = parser.add_argument
@@ -360,6 +386,7 @@ def _parser() -> Parser:
     add("--prompt", action="append", help="text to continue; may be repeated")
     add("--num-samples", type=whole, default=1, help="continuations of each prompt (default: 1)")
     add("--stream", action="store_true", help="print the continuation while it is generated")
+    add("--interactive", action="store_true", help="read one prompt after the other")
     add("--max-new-tokens", type=whole, default=50, help="length of a continuation (default: 50)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
     add("--top-k", type=whole, default=0, help="keep the k likeliest tokens; 0 keeps all (default)")

@@ -4,6 +4,8 @@ The folder also holds the tokenizer, a model card with the run's figures, and ex
 Everything is written to a new folder, opened again and compared with the model; then the folder gets its name.
 """
 
+import argparse
+import glob
 import json
 import os
 import time
@@ -15,6 +17,7 @@ from typing import Any
 
 import jinja2
 import torch
+from huggingface_hub import HfApi, constants
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -35,7 +38,7 @@ from src.model_utils.llama_format import (
 )
 from src.model_utils.load_model import LoadedModel, load_model
 from src.params import ModelConfig, to_dict
-from src.utils.errors import StorageError, UserError, exit_with, print_result, say
+from src.utils.errors import StorageError, UserError, exit_with, hub_errors, hub_failure, print_result, say
 from src.utils.files import fingerprint, new_folder, read_json, size_text, sync
 from src.utils.logger import RunLogger
 
@@ -198,15 +201,52 @@ def _compare_logits(folder: Path, model: LLM) -> None:
         raise StorageError("Cannot use the folder just written: its logits differ. Check the disk and export again.")
 
 
+def _push(out: Path, files: list[str], repository: str, is_upload: bool) -> dict[str, Any]:
+    """Lists the files of an upload; with `is_upload`, sends them. A new repository is private. Raises UserError."""
+    # Only the weights must be unchanged: a person may have edited the card.
+    origin = read_export(out, *(name for name in files if name.endswith((".safetensors", ".gguf"))))
+    for name in files:
+        say(f"{size_text((out / name).stat().st_size):>10}  {name}")
+    if not is_upload:
+        say(f"dry run, nothing was sent: --upload sends these to {repository}; a new repository will be private")
+        return {"repository": repository, "uploaded": False}
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=repository,
+            folder_path=out,
+            allow_patterns=[glob.escape(name) for name in files],
+            commit_message=f"{origin['config']['run_name']}, step {origin['step']}",
+        )
+    except hub_errors() as error:
+        remedy = "Check the name, and that the token in HF_TOKEN or of `hf auth login` may write there"
+        raise hub_failure(f"upload to {repository} at", error, remedy) from error
+    return {"repository": repository, "uploaded": True, "address": f"{constants.ENDPOINT}/{repository}"}
+
+
 def main() -> int:
+    args, started = _parse(), time.perf_counter()
+    if args.checkpoint is not None:
+        export(args.checkpoint, args.out, args.format, args.dtype)
+    seconds = round(time.perf_counter() - started, 3)
+    files = [name for name in [*read_export(args.out)["files"], EXPORT] if (args.out / name).is_file()]
+    sizes = {name: (args.out / name).stat().st_size for name in files}
+    result: dict[str, Any] = {"export": str(args.out.absolute()), "files": sizes, "seconds": seconds}
+    if args.push is not None:
+        result["push"] = _push(args.out, files, args.push, args.upload)
+    listed = ", ".join(f"{name} ({size_text(size)})" for name, size in sizes.items())
+    print_result(result, f"export in {args.out.absolute()}: {listed}; {seconds:.1f} s")
+    return 0
+
+
+def _parse() -> argparse.Namespace:
     parser = Parser(
         prog="python -m src.model_utils.hf_export",
         description="Export a trained model: as a folder for transformers, or as GGUF for llama.cpp. Prints one "
         "JSON object as the last line, or text on a terminal.",
     )
-    checkpoint = "a run (folder or name), a step_* folder, or an export in hf"
-    parser.add_argument("--checkpoint", required=True, help=checkpoint)
-    parser.add_argument("--out", required=True, type=Path, help="a new folder")
+    parser.add_argument("--checkpoint", help="a run (folder or name), a step_* folder, or an export in hf")
+    parser.add_argument("--out", required=True, type=Path, help="a new folder; with --push alone, an earlier export")
     parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="Hugging Face folder or GGUF file")
     parser.add_argument(
         "--dtype",
@@ -214,13 +254,14 @@ def main() -> int:
         default="float32",
         help="of the weights, in gguf of the matrices; q8_0, 8 bits and a scale for 32 numbers, is for gguf",
     )
-    args, started = parser.parse_args(), time.perf_counter()
-    export(args.checkpoint, args.out, args.format, args.dtype)
-    sizes, seconds = {path.name: path.stat().st_size for path in args.out.iterdir()}, time.perf_counter() - started
-    listed = ", ".join(f"{name} ({size_text(size)})" for name, size in sizes.items())
-    result = {"export": str(args.out.absolute()), "files": sizes, "seconds": round(seconds, 3)}
-    print_result(result, f"export in {args.out.absolute()}: {listed}; {seconds:.1f} s")
-    return 0
+    parser.add_argument("--push", metavar="OWNER/NAME", help="list the files for this repository on the hub")
+    parser.add_argument("--upload", action="store_true", help="with --push: upload them")
+    args = parser.parse_args()
+    if args.checkpoint is None and args.push is None:
+        parser.error("--checkpoint is missing; only --push works without it, on an earlier export")
+    if args.upload and args.push is None:
+        parser.error("--upload needs --push OWNER/NAME")
+    return args
 
 
 if __name__ == "__main__":

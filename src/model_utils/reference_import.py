@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, hf_hub_download
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from src.model import LLM
@@ -20,7 +21,16 @@ from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import lf_llm_269m
 from src.model_utils.checkpoint_utils import save_checkpoint, step_dir
 from src.params import DataConfig, ModelConfig, to_dict
-from src.utils.errors import UserError, exit_with, print_result, say
+from src.utils.errors import (
+    UserError,
+    connection_advice,
+    exit_with,
+    hub_answers,
+    hub_errors,
+    hub_failure,
+    print_result,
+    say,
+)
 from src.utils.files import fingerprint, new_folder
 from src.utils.logger import RunLogger
 from src.utils.root import run_dir
@@ -144,11 +154,25 @@ def main() -> int:
         "export. The file is read as data; nothing in it is run. Prints one JSON object as the last line, on a "
         "terminal words.",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the file, .pth")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="the file, .pth")
+    source.add_argument("--hub", nargs=2, metavar=("OWNER/NAME", "FILE"), help="download it from this repository")
     parser.add_argument("--run-name", required=True, metavar="NAME", help="the run to make, under temp_data/runs")
     args, started = parser.parse_args(), time.perf_counter()
-    say(f"reading {args.checkpoint}")
-    summary = import_reference(args.checkpoint, args.run_name)
+    path = args.checkpoint
+    if args.hub:
+        repository, file = args.hub
+        if not constants.HF_HUB_OFFLINE and not hub_answers():  # the download itself would retry for half a minute
+            raise UserError(
+                f"Cannot get {file} of {repository}: {constants.ENDPOINT} does not answer. {connection_advice()}."
+            )
+        try:
+            path = Path(hf_hub_download(repository, file))
+        except hub_errors() as error:
+            remedy = "Check the names, and for a repository that is not public the token in HF_TOKEN"
+            raise hub_failure(f"get {file} of {repository} from", error, remedy) from error
+    say(f"reading {path}")
+    summary = import_reference(path, args.run_name)
     print_result(
         {**summary, "seconds": round(time.perf_counter() - started, 3)},
         f"run {args.run_name}, step {summary['step']:,}: {summary['parameters']:,} parameters, in {summary['run']}",

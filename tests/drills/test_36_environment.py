@@ -30,10 +30,10 @@ def test_a_hub_out_of_reach_names_the_variable(
     cause: str,
 ):
     commands.environment[variable] = value
-    hub = ("--source", "hub", "--dataset", "owner/name", "--out", "new")
+    hub = ("--hub", "owner/name", "checkpoint.pth", "--run-name", "imported")
     for name, options in (
         ("src.model_assessment.hellaswag", ("--checkpoint", str(trained))),
-        ("src.data_processing.data_downloader", hub),
+        ("src.model_utils.reference_import", hub),
     ):
         result = module(commands, name, *options)
         assert result.returncode == 2, result.stderr

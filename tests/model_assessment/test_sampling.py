@@ -1,11 +1,13 @@
 """Sampled text: what the cache may not change, what seeds decide, where it stops."""
 
+import io
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import ANY
+from unittest.mock import ANY, Mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from src.model_assessment.sampling import (
     _choose,
     _generator,
     _window_start,
+    converse,
     generate,
     main,
     sample,
@@ -289,8 +292,43 @@ def test_settings_that_cannot_work_are_all_named():
         SamplingConfig(max_new_tokens=0, temperature=-1, top_p=0, min_p=2, stop=("",))
 
 
+def conversation(
+    lines: str, monkeypatch: pytest.MonkeyPatch, config: SamplingConfig | None = None
+) -> list[tuple[str, int]]:
+    """Prompt and seed of each continuation after these lines; each continuation is " and on"."""
+    requested = []
+
+    def pieces(prompt: str, config: SamplingConfig) -> Iterator[str]:
+        requested.append((prompt, config.seed))
+        yield " and"
+        if "break" in prompt:
+            raise KeyboardInterrupt
+        yield " on"
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    converse(pieces, config or SamplingConfig())
+    return requested
+
+
+def test_a_conversation_continues_a_line_and_an_empty_one_the_last_text(monkeypatch: pytest.MonkeyPatch):
+    last = 2**63 - 1
+    requested = conversation("It was\n\nNew\n", monkeypatch, SamplingConfig(seed=last))
+    assert requested == [("It was", last), ("It was and on", 0), ("New", 1)]
+
+
+def test_ctrl_c_ends_a_continuation_and_at_the_prompt_the_conversation(monkeypatch: pytest.MonkeyPatch):
+    assert [prompt for prompt, *_ in conversation("break\nthen\n", monkeypatch)] == ["break", "then"]
+
+    def interrupted(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        converse(lambda prompt, config: iter(()), SamplingConfig())
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Texts and JSON, and a stream of the same text."""
+    """Texts and JSON, a stream of the same text, and a conversation on a terminal."""
     run = make_run(tmp_path / "run", small_model())
 
     def command(*arguments: str) -> str:
@@ -305,6 +343,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert not any(stop in each["text"] for each in samples for stop in "xy")
     text = json.loads(command("--prompt", "One").splitlines()[-1])["samples"][0]["text"]
     assert command("--prompt", "One", "--stream") == harmless(f"One{text}\n", keep="\n\t")
+    typed = Mock(side_effect=["One", EOFError])
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))
+    assert command("--interactive") == harmless(f"One{text}\n", keep="\n\t")
     rounded = command("--prompt", "One", "--weights", "bf16")
     assert json.loads(rounded.splitlines()[-1])["samples"][0]["tokens"]
     for arguments in (("--stream", "--num-samples", "2"), ("--num-samples", "0")):

@@ -1,12 +1,14 @@
-"""An exported folder, opened by transformers without our code; its card and its folder."""
+"""An exported folder, opened by transformers without our code; its card, its folder, and the push to the hub."""
 
 import errno
 import gzip
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from src.model_utils.llama_format import EXPORT
 from src.model_utils.load_model import load_model
 from src.params import ModelConfig
 from src.utils.errors import StorageError, UserError
+from tests.data_processing.stand_in_hub import serving
 from tests.model_utils.exports import HARD_TEXTS, SHAPE, make_run, small_model
 
 transformers = pytest.importorskip("transformers")
@@ -211,11 +214,104 @@ def test_wrong_weights_on_the_disk_are_noticed(tiny_run: Path, tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub that an upload needs. It keeps every file of a commit, and refuses another owner."""
+
+    requests: ClassVar[list[tuple[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        lines = [json.loads(line) for line in body.splitlines()]
+        if self.headers.get("Authorization") != "Bearer hf_secret" or b"other" in body:
+            self.answer(403, {"error": "You may not write here"})
+        elif self.path.endswith("/preupload/main"):
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in lines[0]["files"]]
+            self.answer(200, {"files": files})
+        else:
+            self.requests.append((self.path, lines))
+            self.answer(200, {"url": "x/me/tiny", "id": "me/tiny", "commitUrl": "x/me/tiny/commit/f", "commitOid": "f"})
+
+    def answer(self, status: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The hub's address; a token is in the environment."""
+    Hub.requests = []
+    monkeypatch.setattr(hf_export.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serving(Hub) as address:
+        monkeypatch.setattr(hf_export.constants, "ENDPOINT", address)
+        yield address
+
+
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr("sys.argv", ["hf_export.py", *map(str, arguments)])
     return main()
 
 
-def test_contradictory_options_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_push_is_dry_without_upload(
+    tiny_export: Path, hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert call(monkeypatch, "--out", tiny_export, "--push", "me/tiny") == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1])
+    assert result["push"] == {"repository": "me/tiny", "uploaded": False}
+    assert result["files"] == {path.name: path.stat().st_size for path in tiny_export.iterdir()}
+    assert all(name in printed.err for name in result["files"])
+    assert "nothing was sent" in printed.err
+    assert not Hub.requests
+
+
+def test_an_upload_sends_the_exports_files(
+    tiny_export: Path, tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(tiny_export, tmp_path / "out")
+    (tmp_path / "out/notes.txt").write_text("private")
+    assert call(monkeypatch, "--out", tmp_path / "out", "--push", "me/tiny", "--upload") == 0
+    sent = dict(Hub.requests)
+    [repository], [header, *files] = sent["/api/repos/create"], sent["/api/models/me/tiny/commit/main"]
+    assert repository["visibility"] == "private"
+    assert header["value"]["summary"] == "tiny, step 40"
+    assert {file["value"]["path"] for file in files} == {path.name for path in tiny_export.iterdir()}
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["push"] == {"repository": "me/tiny", "uploaded": True, "address": f"{hub}/me/tiny"}
+    assert "hf_secret" not in printed.out + printed.err
+
+
+def test_a_push_that_fails_says_why(tiny_export: Path, tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch):
+    push = ("--out", tiny_export, "--upload", "--push")
+    with pytest.raises(UserError, match=r"HTTP 403 Forbidden: You may not.*token in HF_TOKEN"):
+        call(monkeypatch, *push, "other/tiny")
+    monkeypatch.setattr(hf_export.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"upload to me/tiny at http://127.0.0.1:9: ConnectError"):
+        call(monkeypatch, *push, "me/tiny")
+    with pytest.raises(UserError, match="me/my model"):
+        call(monkeypatch, *push, "me/my model")
+    damaged = shutil.copytree(tiny_export, tmp_path / "damaged")
+    with open(damaged / "model.safetensors", "r+b") as file:
+        file.truncate(1_000)
+    with pytest.raises(UserError, match=r"model\.safetensors: it is missing or differs from what was exported"):
+        call(monkeypatch, "--out", damaged, "--push", "me/tiny")
+    with pytest.raises(UserError, match=r"is not an export of ours: it has no export.json"):
+        call(monkeypatch, "--out", tmp_path, "--push", "me/tiny")
+
+
+def test_contradictory_options_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for options, message in (([], "--checkpoint is missing"), (["--checkpoint", "x", "--upload"], "needs --push")):
+        with pytest.raises(SystemExit):
+            call(monkeypatch, "--out", tmp_path / "new", *options)
+        assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="Cannot store q8_0 in a Hugging Face"):
         call(monkeypatch, "--out", tmp_path / "new", "--checkpoint", "x", "--dtype", "q8_0")

@@ -2,13 +2,15 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 import src.params
@@ -20,6 +22,7 @@ from src.model_utils.training_state import check_settings
 from src.params import ModelConfig
 from src.utils import root
 from src.utils.errors import StorageError, UserError
+from tests.data_processing.stand_in_hub import serving
 from tests.reference import CONFIG, ours, reference_tensors
 
 Content = dict[str, Any]
@@ -266,13 +269,50 @@ def test_nothing_is_overwritten_or_left_by_a_full_disk(
     assert [entry.name for entry in runs.iterdir()] == ["imported"]
 
 
-def test_the_command(
-    content: Content, save: Save, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def hub(content: Content, save: Save) -> Iterator[str]:
+    """Serves the file as me/small's model.pth, and no other."""
+    body = save(content).read_bytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = self.path == "/me/small/resolve/main/model.pth"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str(len(body) if found else 0))
+            self.send_header("X-Repo-Commit", "f" * 40)
+            self.send_header("ETag", '"a"')
+            if not found:
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("X-Error-Message", "Entry not found")
+            self.end_headers()
+            if found and self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with serving(Handler) as address:
+        yield address
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["reference_import.py", *arguments, "--run-name", "fetched"])
+    return reference_import.main()
+
+
+def test_the_command_with_a_file_from_the_hub(
+    hub: str, tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(
-        "sys.argv", ["reference_import.py", "--checkpoint", str(save(content)), "--run-name", "fetched"]
-    )
-    assert reference_import.main() == 0
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "ENDPOINT", hub)  # as HF_ENDPOINT sets them when the client is imported
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "/{repo_id}/resolve/{revision}/{filename}")
+    assert call(monkeypatch, "--hub", "me/small", "model.pth") == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["checkpoint"] == str(runs / "fetched/checkpoints/step_0000003")
     assert load_model(Path(summary["run"])).step == 3
+    with pytest.raises(UserError, match=r"get other.pth of me/small from http.*: HTTP 404 Not Found: Entry not found"):
+        call(monkeypatch, "--hub", "me/small", "other.pth")
+    with pytest.raises(UserError, match=r"me/small/more from .*HFValidationError"):
+        call(monkeypatch, "--hub", "me/small/more", "x")
