@@ -30,7 +30,7 @@ from benchmarks import print_figures
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import WindowDataset
 from src.model_assessment.report_figures import draw_level
-from src.model_assessment.validation import validate
+from src.model_assessment.validation import standard_error, validate
 from src.model_configs.arguments import Parser
 from src.model_utils.load_model import load_model
 from src.utils import hardware
@@ -234,7 +234,7 @@ def summary(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             pairs = zip(entry["window_losses"], base["window_losses"], strict=True)
             differences = [ours - theirs for ours, theirs in pairs]
             row["difference"] = statistics.mean(differences)
-            row["stderr"] = statistics.stdev(differences) / math.sqrt(len(differences))
+            row["stderr"] = standard_error(differences)
         rows.append(row)
     return rows
 
