@@ -83,8 +83,8 @@ def paragraphs(paths: list[str]) -> list[str]:
     texts = (
         text
         for source in sources
-        for unit in range(len(source.unit_bytes))
-        for documents, _ in source.batches(unit, 0)
+        for unit in range(source.n_units)
+        for documents in source.batches(unit, 0)
         for text in documents.texts()
     )
     return [paragraph for text in texts for paragraph in text.split("\n\n") if paragraph.strip()]

@@ -210,7 +210,7 @@ def _check_texts(request: Request) -> int:
     for file in files:
         if file.stat().st_size > CHECKED_CHARACTERS and file.suffix.lower() in (".txt", ".md"):
             return len(files)  # it would be read whole
-        for documents, _ in read_batches(file, request.text_field, divide_long=True):
+        for documents in read_batches(file, request.text_field, divide_long=True):
             batch = [text for text in documents.texts() if text.strip()]
             texts.update(batch)
             unread -= sum(map(len, batch))

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -25,8 +25,7 @@ from src.data_processing.document_shuffle import (
     Journal,
     SortedDocuments,
     claimed_work,
-    fill_buckets,
-    resume,
+    encode_sources,
     start_over,
     write_shards,
 )
@@ -35,6 +34,7 @@ from src.data_processing.shards import (
     MANIFEST,
     TOKEN_DTYPE,
     Manifest,
+    Shard,
     check_shard,
     ensure_verified,
     find_faults,
@@ -93,20 +93,23 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
     with claimed_work(folder) as work:
         if (folder / MANIFEST).exists():  # another process has finished since the line above
             return _existing(request, folder)
-        details, journal = resume(folder, work, request)
-        if journal is None or not journal.is_complete:
+        journal = Journal.read(work, request)
+        if journal and journal.is_complete:
+            say(f"resuming {folder}: all documents are tokenised")
+        else:
             say(f"preparing {folder} from {', '.join(request.sources)}")
+            earlier = expected.sources if expected else journal.sources if journal else []
             sources: list[Source] = []
             for name in request.sources:
-                pinned = [entry for entry in (expected.sources if expected else details) if entry.get("name") == name]
+                pinned = [entry for entry in earlier if entry.get("name") == name]
                 sources += SOURCES[name].open(request, pinned, work / DOWNLOADS)
             # Files are hashed again at each start; of the hub and of a dataset under repair, the pinned version counts.
             current = [source.details for source in sources]
             if expected and (changes := _changes(_content(expected.sources), _content(current))):
                 raise UserError(f"the sources are not what they were: {changes}")
-            if journal is None or details != current:
-                details, journal = current, start_over(folder, work, request, current)
-            elif journal.is_kept:
+            if journal is None or journal.sources != current:
+                journal = start_over(folder, work, request, current)
+            elif journal.runs:
                 say(f"resuming after {journal.counts['tokens']:,} tokens")
             needed, free = disk_needed(request, folder), free_bytes(folder)
             if needed > 2 * free:  # the estimate is rough
@@ -114,13 +117,11 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
                     f"Cannot prepare {folder}: some {size_text(needed)} of disk needed, {size_text(free)} free. Make "
                     "room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens."
                 )
-            fill_buckets(sources, request, journal, workers)
-        else:
-            say(f"resuming {folder}: all documents are tokenised, {len(journal.shards)} shards are written")
-        documents = SortedDocuments(journal, request.drop_duplicates, len(details))
-        write_shards(documents, request, folder, journal)
+            encode_sources(sources, request, journal, work, workers)
+        documents = SortedDocuments(work, journal, request.drop_duplicates)
+        shards = write_shards(documents, request, folder)
         # Last, because it makes the folder a dataset. Deleting the unfinished work follows at the end of the block.
-        write_manifest(folder, _manifest(request, details, documents, journal))
+        write_manifest(folder, _manifest(request, journal, documents, shards))
     if journal.replaced_in:
         say(
             f"warning: invalid UTF-8 in {journal.counts['replaced_invalid']} document(s) was replaced by the character "
@@ -171,8 +172,8 @@ def disk_needed(request: Request, folder: Path) -> int:
     """Estimate the bytes that preparing `request` in `folder` needs beyond the leftovers of an earlier start."""
     limits = (request.max_tokens or math.inf, (request.max_documents or math.inf) * 1_100)  # FineWeb-Edu's mean
     tokens = int(min(sum(SOURCES[name].tokens(request) for name in request.sources), *limits))
-    # The buckets, which go as the shards come, with an eighth for records and what exists twice meanwhile.
-    return max(0, tokens * TOKEN_DTYPE.itemsize * 9 // 8 - bytes_below(folder))
+    # The runs and the shards, with an eighth for records.
+    return max(0, tokens * TOKEN_DTYPE.itemsize * 17 // 8 - bytes_below(folder))
 
 
 def _existing(request: Request, folder: Path) -> Manifest:
@@ -234,9 +235,7 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(described + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else []))
 
 
-def _manifest(
-    request: Request, details: Sequence[dict[str, Any]], documents: SortedDocuments, journal: Journal
-) -> Manifest:
+def _manifest(request: Request, journal: Journal, documents: SortedDocuments, shards: tuple[Shard, ...]) -> Manifest:
     read, by_source = journal.counts, {name: getattr(documents, name) for name in ("documents", "tokens", "text_bytes")}
     total = {name: int(numbers.sum()) for name, numbers in by_source.items()}
     sources = [
@@ -245,7 +244,7 @@ def _manifest(
             **{name: int(numbers[source]) for name, numbers in by_source.items()},
             "share": round(float(documents.tokens[source]) / max(1, total["tokens"]), 6),
         }
-        for source, entry in enumerate(details)
+        for source, entry in enumerate(journal.sources)
     ]
     counts = {
         **total,
@@ -264,7 +263,7 @@ def _manifest(
         seed=request.seed,
         counts=counts,
         document_lengths=documents.lengths,
-        shards=tuple(journal.shards),
+        shards=shards,
     )
 
 

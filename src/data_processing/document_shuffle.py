@@ -1,18 +1,15 @@
-"""Documents -> shards in a shuffled order: one radix sort on disk, resumable and the same for any number of workers.
+"""Documents -> shards in a shuffled order: one sort on disk, resumable and the same for any number of workers.
 
-A document's key is a hash of its text and the seed, so the order of the keys is a shuffle. Documents are encoded and
-appended to 256 buckets by the first byte of their key. Then one bucket after the other is loaded, sorted by key and
-cut into shards. At 10B tokens (20 GB) a bucket has about 80 MB: memory holds one of them and its sorted copy, 8 bytes
-for each document of the corpus, and what the workers work on. Equal documents share a bucket. The folder of unfinished
-work, .preparing in the dataset's, holds:
+A document's key is a hash of its text and the seed, so the order of the keys is a shuffle. Documents are encoded, and
+every 64M tokens of them become a run, sorted by key. Then a 256th of the keys after the other is read from all runs,
+sorted and cut into shards. At 10B tokens (20 GB) such a part has about 80 MB: memory holds one of them and its sorted
+copy, 8 bytes for each document of the corpus, and what the workers work on. The folder of unfinished work, .preparing
+in the dataset's, holds:
 
-    plan.json          the request and the details of its sources; written first
-    journal.json       length of each bucket file at a position in the sources, then the shards written; replaced at
-                       once: a restart truncates the buckets to these lengths and resumes there
-    00.records ...     a RECORD of each document, in the order of the sources
-    00.tokens ...      their token ids, uint16; deleted once they are in shards
-
-A corpus that fits into one flush has no journal: a restart reads it again.
+    journal.json        the request, the details of its sources, the runs and the position behind them in the sources;
+                        replaced at once, last: a restart resumes there, and overwrites files it does not know
+    00000.records ...   a RECORD of each document of a run, in the order of the keys
+    00000.tokens ...    their token ids, uint16
 """
 
 import hashlib
@@ -20,17 +17,16 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -39,37 +35,28 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.data_processing.file_formats import LONG_TEXT, Documents
-from src.data_processing.shards import (
-    SHARD_NAME,
-    TOKEN_DTYPE,
-    Shard,
-    check_shard,
-    check_shards,
-    check_sources,
-    check_types,
-    write_shard,
-)
+from src.data_processing.shards import SHARD_NAME, TOKEN_DTYPE, Shard, check_sources, check_types, write_shard
 from src.data_processing.text_sources import Request, Source
-from src.data_processing.tokenizer import Tokenizer, load_tokenizer, replace_surrogates
+from src.data_processing.tokenizer import load_tokenizer, replace_surrogates
 from src.utils.errors import BusyError, StorageError, UserError, now_and_then, say
-from src.utils.files import lies_in, open_regular, read_json, replacing, storage_errors, try_lock
+from src.utils.files import open_regular, read_json, replacing, storage_errors, try_lock
 
 WORK = ".preparing"
 DOWNLOADS = "downloads"
-PLAN, JOURNAL, _LOCK = "plan.json", "journal.json", "lock"
-PLAN_VERSION = 4  # another one is not resumed; change it with the buckets or the way that batches are divided
-FLUSH_TOKENS = 1 << 26  # 128 MB in memory between two entries of the journal
+JOURNAL, _LOCK = "journal.json", "lock"
+JOURNAL_VERSION = 5  # another one is not resumed; change it with the runs or the way that batches are divided
+FLUSH_TOKENS = 1 << 26  # of a run: 128 MB in memory before it is written
 _DOCUMENT_COST = 100  # tokens that take as much memory as a document's objects
-_BUCKETS = 256
+_PARTS = 256  # of the keys, by their first byte
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE, _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS = 20, 4, 16_384
 _FILES_NAMED = 5
 _MOST_SHARDS = 100_000
-_BUCKET_FILE = re.compile(r"[0-9a-f]{2}\.(records|tokens)")
 
 # NumPy compares byte strings as unsigned bytes, which is the order of the keys. A key's trailing zero bytes are lost
 # when it leaves the array (`_write_shard` restores them), but equal keys stay equal.
 RECORD = np.dtype([("key", "S16"), ("tokens", "<u4"), ("source", "<u4"), ("text_bytes", "<u8")])
+_FILES = {"records": RECORD, "tokens": TOKEN_DTYPE}  # of a run
 
 
 class Position(NamedTuple):
@@ -78,8 +65,6 @@ class Position(NamedTuple):
     source: int = 0
     unit: int = 0
     batch: int = 0
-    share: float = 0.0
-    """Share of all sources that lies before it."""
 
 
 START = Position()
@@ -87,71 +72,63 @@ START = Position()
 
 @dataclass
 class Journal:
-    """The state of a preparation."""
+    """The state of a preparation: the content of journal.json."""
 
-    work: Path
+    request: dict[str, Any]
+    sources: list[dict[str, Any]]
+    """Their details, as the manifest has them."""
+    version: int = JOURNAL_VERSION
     position: Position = START
     is_complete: bool = False
-    """True once the buckets hold all documents."""
+    """True once the runs hold all documents."""
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("documents", "tokens", "skipped_empty", "replaced_invalid"), 0)
     )
     """Documents that are not empty and their tokens, duplicates included; documents left out; documents mended."""
     replaced_in: dict[str, int] = field(default_factory=dict)
     """Number of replaced characters by file; of the files beyond the first five together."""
-    files: dict[str, int] = field(default_factory=dict)
-    """Length in bytes of each bucket file."""
-    shards: list[Shard] = field(default_factory=list)
-    is_kept: bool = False
-    """True if it is on the disk: not for a corpus of one flush."""
-
-    def write(self) -> None:
-        """Replace the file, if the journal is kept. Raises StorageError."""
-        if self.is_kept:
-            content = {name: value for name, value in vars(self).items() if name != "work"}
-            _write_json(self.work / JOURNAL, content | {"shards": [asdict(shard) for shard in self.shards]})
+    runs: list[list[int]] = field(default_factory=list)
+    """Documents and tokens of each."""
 
     @classmethod
-    def read(cls, work: Path, folder: Path) -> "Journal":
-        """Read the journal and truncate the buckets to it; an empty one if there is none.
-
-        Raises ValueError, KeyError or TypeError if the journal, a bucket or a shard is damaged.
-        """
+    def read(cls, work: Path, request: Request) -> "Journal | None":
+        """Return the journal of an earlier start with the same request; None for another or a damaged one."""
         if not (work / JOURNAL).exists():
-            return cls(work)
-        content = read_json(work / JOURNAL)
-        content["position"] = Position(*content["position"])
-        content["shards"] = [Shard(**entry) for entry in content["shards"]]
-        for name, value in content.items():
-            check_types(value, cls.__annotations__[name], name)
-        journal = cls(work, **content)
-        if journal.counts.keys() != cls(work).counts.keys() or not all(map(_BUCKET_FILE.fullmatch, journal.files)):
-            raise ValueError("these are not the counts and files of a journal")
-        check_shards(journal.shards)
-        for name, length in journal.files.items():
-            path = work / name
-            if journal.shards and not path.exists():
-                continue  # its documents are in shards
-            if not lies_in(work, name) or not path.exists() or path.stat().st_size < length:
-                raise ValueError(f"{path} is cut short or leads elsewhere")
-            os.truncate(path, length)
-        for shard in journal.shards:
-            check_shard(folder, shard, Tokenizer.n_vocab, full=True)
-        return journal
+            return None
+        with suppress(ValueError, KeyError, TypeError), storage_errors(work / JOURNAL, "read"):
+            content = read_json(work / JOURNAL)
+            journal = cls(**content | {"position": Position(*content["position"])})
+            check_types(journal, cls, "journal")
+            check_sources(journal.sources)
+            expected = (JOURNAL_VERSION, request.stored(), cls({}, []).counts.keys())
+            files = [
+                (work / f"{number:05}.{name}", length * dtype.itemsize)
+                for number, lengths in enumerate(journal.runs)
+                for (name, dtype), length in zip(_FILES.items(), lengths, strict=True)
+            ]
+            sound = all(not p.is_symlink() and p.is_file() and p.stat().st_size == size for p, size in files)
+            if sound and (journal.version, journal.request, journal.counts.keys()) == expected:
+                return journal
+        say("starting over: the unfinished work is damaged or of another request")
+        return None
 
-    def append(self, name: str, content: bytes) -> None:
-        """Append to a bucket file, safe from a power cut if the journal is kept. Raises StorageError."""
-        length = self.files.get(name, 0)
-        path = self.work / name
-        with storage_errors(path):
-            if not length:  # a file the journal does not know is left by a start that was killed before it wrote one
-                path.unlink(missing_ok=True)
-            with open(path, "ab" if length else "xb") as file:
-                file.write(content)
-                if self.is_kept:
-                    file.flush()
-                    os.fsync(file.fileno())
-        self.files[name] = length + len(content)
+    def write(self, work: Path) -> None:
+        """Replace journal.json. Raises StorageError."""
+        with replacing(work / JOURNAL) as file:
+            file.write(json.dumps(vars(self)).encode())
+
+    def add_run(self, work: Path, documents: Sequence["Document"]) -> None:
+        """Write `documents`, none of them empty, as a run, then the journal. Raises StorageError."""
+        if documents:
+            records = np.array([(each.key, each.tokens, each.source, each.text_bytes) for each in documents], RECORD)
+            order = np.argsort(records["key"], kind="stable")  # of equal documents the first stays the first
+            number = len(self.runs)
+            with replacing(work / f"{number:05}.records", records.nbytes) as file:
+                file.write(records[order].tobytes())
+            self.runs.append([len(records), int(records["tokens"].sum())])
+            with replacing(work / f"{number:05}.tokens", self.runs[-1][1] * TOKEN_DTYPE.itemsize) as file:
+                file.writelines(documents[place].ids for place in order)
+        self.write(work)
 
 
 @contextmanager
@@ -177,79 +154,70 @@ def claimed_work(folder: Path) -> Iterator[Path]:
             yield work
         except BaseException:
             with suppress(OSError):  # the failure itself matters more than leftovers
-                if os.listdir(folder) == [WORK] and not {JOURNAL, DOWNLOADS} & set(os.listdir(work)):
+                # A single run may be the whole of a small corpus, which is soon read again.
+                if os.listdir(folder) == [WORK] and not {"00001.records", DOWNLOADS} & set(os.listdir(work)):
                     shutil.rmtree(folder)
             raise
         with storage_errors(work, "delete"):
             shutil.rmtree(work)
 
 
-def resume(folder: Path, work: Path, request: Request) -> tuple[list[dict[str, Any]], Journal | None]:
-    """Return the sources' details and the journal of an earlier start with the same request; else nothing."""
-    if (work / PLAN).exists():
-        with suppress(ValueError, KeyError, TypeError):
-            plan = read_json(work / PLAN)
-            check_sources(plan["sources"])
-            if (plan["version"], plan["request"]) == (PLAN_VERSION, request.stored()):
-                return plan["sources"], Journal.read(work, folder)
-        say("starting over: the unfinished work is damaged or of another request")
-    return [], None
-
-
-def start_over(folder: Path, work: Path, request: Request, details: list[dict[str, Any]]) -> Journal:
-    """Delete an earlier start's shards and buckets, write the plan, and return an empty journal.
+def start_over(folder: Path, work: Path, request: Request, sources: list[dict[str, Any]]) -> Journal:
+    """Delete an earlier start's shards and runs, then write a new journal and return it.
 
     Raises UserError for shards whose origin is unknown, and StorageError.
     """
     shards = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name.removesuffix(".tmp"))]
-    if shards and not (work / PLAN).exists():
+    if shards and not (work / JOURNAL).exists():
         raise UserError(
             f"Cannot prepare {folder}: it holds {len(shards)} shards without a manifest, such as {min(shards).name}, "
             "whose preparation is unknown. Move them away or choose another --out."
         )
     with storage_errors(work, "delete the unfinished work in"):
-        (work / JOURNAL).unlink(missing_ok=True)  # first: a kill further down must not leave it without its files
-        for path in [*shards, *work.glob("??.*")]:  # the plan vouches for the shards until they are gone
+        # The old journal vouches for the shards until they are gone.
+        for path in [*shards, *work.glob("*.records"), *work.glob("*.tokens")]:
             path.unlink()
-    _write_json(work / PLAN, {"version": PLAN_VERSION, "request": request.stored(), "sources": details})
-    return Journal(work)
+    journal = Journal(request.stored(), sources)
+    journal.write(work)
+    return journal
 
 
-def fill_buckets(sources: Sequence[Source], request: Request, journal: Journal, workers: int) -> None:
-    """Encode the documents from the journal's position into buckets, up to the request's limits.
+def encode_sources(sources: Sequence[Source], request: Request, journal: Journal, work: Path, workers: int) -> None:
+    """Encode the documents from the journal's position into runs, up to the request's limits.
 
     Raises UserError if a source is faulty or changed meanwhile, and StorageError.
     """
     load_tokenizer()  # or a fault of its files would show after the first download
     start, tokens_before, say_if_due = time.monotonic(), journal.counts["tokens"], now_and_then()
-    # A limited request may need little of what is read ahead; otherwise the workers stay busy during a flush.
+    # A limited request may need little of what is read ahead; otherwise the workers stay busy while a run is written.
     ahead = workers + 1 if request.is_limited else 8 * workers
     waiting: list[Document] = []
     size = 0
     for position, batch in encode_all(sources, journal.position, workers, request.seed, ahead):
         documents = _within_limits(batch, request, journal)
-        waiting += documents
+        waiting += [document for document in documents if document.ids]
         size += sum(_DOCUMENT_COST + document.tokens for document in documents)
         journal.position = position
         if len(documents) < len(batch):
             break
         if size >= FLUSH_TOKENS:
-            journal.is_kept = True
-            _flush(waiting, journal)
+            journal.add_run(work, waiting)
             waiting, size = [], 0
-        counts, limits = journal.counts, (request.max_documents or math.inf, request.max_tokens or math.inf)
-        share = max(position.share, counts["documents"] / limits[0], counts["tokens"] / limits[1])
-        rate = (counts["tokens"] - tokens_before) / (time.monotonic() - start)
-        say_if_due(f"{share:.0%}, {counts['documents']:,} documents, {counts['tokens']:,} tokens, {rate:,.0f} tokens/s")
+        unit = 1 + position.unit + sum(source.n_units for source in sources[: position.source])
+        rate = (journal.counts["tokens"] - tokens_before) / (time.monotonic() - start)
+        say_if_due(
+            f"file {unit:,} of {sum(source.n_units for source in sources):,}: {journal.counts['documents']:,} documents, "
+            f"{journal.counts['tokens']:,} tokens, {rate:,.0f} tokens/s"
+        )
     try:
         for source in sources:
             source.check_unchanged()
-    except UserError:  # what is in the buckets may be of neither version, and the next start must not resume it
-        with storage_errors(journal.work / JOURNAL, "delete"):
-            (journal.work / JOURNAL).unlink(missing_ok=True)
+    except UserError:  # what is in the runs may be of neither version, and the next start must not resume it
+        with storage_errors(work / JOURNAL, "delete"):
+            (work / JOURNAL).unlink()
         raise
     journal.is_complete = True
-    _flush(waiting, journal)
+    journal.add_run(work, waiting)
 
 
 class Document(NamedTuple):
@@ -344,17 +312,26 @@ def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Docum
 
 
 class SortedDocuments:
-    """The documents of all buckets in the order of their keys; equal ones form a group, which is not divided."""
+    """The documents of all runs in the order of their keys; equal ones form a group, which is not divided."""
 
-    def __init__(self, journal: Journal, drop_duplicates: bool, n_sources: int) -> None:
+    def __init__(self, work: Path, journal: Journal, drop_duplicates: bool) -> None:
         """Read all records. Of equal documents only the first is kept if `drop_duplicates`. Raises StorageError."""
-        self._journal, self._drop = journal, drop_duplicates
+        self._work, self._drop = work, drop_duplicates
+        self._edges: list[dict[str, np.ndarray]] = []
+        """Where each part of the keys begins in a run's files."""
+        for number, (n_documents, _) in enumerate(journal.runs):
+            records = self._read_run(number, "records", 0, n_documents)
+            first_bytes = np.ascontiguousarray(records["key"]).view(np.uint8)[:: RECORD["key"].itemsize]
+            edges = np.searchsorted(first_bytes, np.arange(_PARTS + 1))
+            ends = np.cumsum(records["tokens"], dtype=np.int64)
+            self._edges.append({"records": edges, "tokens": np.append(0, ends)[edges]})
+        n_sources = len(journal.sources)
         self.documents, self.tokens, self.text_bytes = (np.zeros(n_sources, np.int64) for _ in range(3))
         """By source."""
         lengths = np.zeros(33, np.int64)
         group_tokens: list[np.ndarray] = []
-        for bucket in range(_BUCKETS):
-            records, _, starts = self._sorted(bucket)
+        for part in range(_PARTS):
+            records, _, starts = self._sorted(part)
             group_tokens.append(np.add.reduceat(records["tokens"].astype(np.int64), starts))
             self.documents += np.bincount(records["source"], minlength=n_sources)
             np.add.at(self.tokens, records["source"], records["tokens"].astype(np.int64))
@@ -364,51 +341,49 @@ class SortedDocuments:
         self.lengths: list[int] = np.trim_zeros(lengths, "b").tolist()
         """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens."""
         self._first_groups = np.cumsum([0, *map(len, group_tokens)])
-        self._load = lru_cache(maxsize=1)(self._read_bucket)  # neighbouring shards share a bucket
+        self._load = lru_cache(maxsize=1)(self._read_part)  # neighbouring shards share a part
 
     def read(self, begin: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield records and tokens of groups `begin` to `end`, in order, a bucket at a time. Raises StorageError."""
-        for bucket in range(_BUCKETS):
-            offset, next_offset = self._first_groups[bucket : bucket + 2]
+        """Yield records and tokens of groups `begin` to `end`, in order, a part at a time. Raises StorageError."""
+        for part in range(_PARTS):
+            offset, next_offset = self._first_groups[part : part + 2]
             first, last = max(begin, offset), min(end, next_offset)
             if first < last:
-                records, tokens, bounds, starts = self._load(bucket)
+                records, tokens, bounds, starts = self._load(part)
                 low, high = starts[first - offset], starts[last - offset]
                 yield records[low:high], tokens[bounds[low] : bounds[high]]
 
-    def forget(self, end: int) -> None:
-        """Delete the tokens of the buckets whose groups all lie before `end`. Raises StorageError."""
-        for bucket in range(int(np.searchsorted(self._first_groups[1:], end, side="right"))):
-            if self._journal.files.pop(name := f"{bucket:02x}.tokens", None):
-                with storage_errors(self._journal.work / name, "delete"):
-                    (self._journal.work / name).unlink(missing_ok=True)
-
-    def _sorted(self, bucket: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a bucket's sorted records, their places in the file, and where each group starts."""
-        records = self._content(f"{bucket:02x}.records", RECORD)
-        order = np.argsort(records["key"], kind="stable")  # of equal documents the first stays the first
+    def _sorted(self, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return a part's sorted records, where each one's tokens begin in the part, and where each group starts."""
+        records = self._content(part, "records")
+        begins = np.cumsum(records["tokens"], dtype=np.int64) - records["tokens"]
+        order = np.argsort(records["key"], kind="stable")
         starts = np.unique(records["key"][order], return_index=True)[1]
         if self._drop:
             order, starts = order[starts], np.arange(len(starts))
-        return records[order], order, starts
+        return records[order], begins[order], starts
 
-    def _read_bucket(self, bucket: int) -> tuple[np.ndarray, ...]:
+    def _read_part(self, part: int) -> tuple[np.ndarray, ...]:
         """Return sorted records and tokens, the documents' bounds among the tokens, and the groups' among records."""
-        records, order, starts = self._sorted(bucket)
-        tokens = self._content(f"{bucket:02x}.tokens", TOKEN_DTYPE)
-        ends = np.cumsum(self._content(f"{bucket:02x}.records", RECORD)["tokens"], dtype=np.int64)
-        parts = [
-            tokens[ends[place] - count : ends[place]] for place, count in zip(order, records["tokens"], strict=True)
-        ]
+        records, begins, starts = self._sorted(part)
+        tokens = self._content(part, "tokens")
+        texts = [tokens[begin : begin + count] for begin, count in zip(begins, records["tokens"], strict=True)]
         bounds = np.concatenate([[0], np.cumsum(records["tokens"], dtype=np.int64)])
-        return records, np.concatenate(parts), bounds, np.append(starts, len(records))
+        return records, np.concatenate(texts), bounds, np.append(starts, len(records))
 
-    def _content(self, name: str, dtype: np.dtype) -> np.ndarray:
-        with storage_errors(self._journal.work / name, "read"):
-            content = (self._journal.work / name).read_bytes() if name in self._journal.files else b""
-        if len(content) != self._journal.files.get(name, 0):
-            raise StorageError(f"Cannot use the unfinished work: {self._journal.work / name} has changed. Rerun.")
-        return np.frombuffer(content, dtype)
+    def _content(self, part: int, name: str) -> np.ndarray:
+        """Return a part of the files `name` of all runs, one after the other."""
+        edges = [run[name][part : part + 2].tolist() for run in self._edges]
+        pieces = [self._read_run(n, name, first, last) for n, (first, last) in enumerate(edges) if first < last]
+        return np.concatenate([np.empty(0, _FILES[name]), *pieces])
+
+    def _read_run(self, number: int, name: str, first: int, last: int) -> np.ndarray:
+        path, dtype = self._work / f"{number:05}.{name}", _FILES[name]
+        with storage_errors(path, "read"):
+            content = np.fromfile(path, dtype, last - first, offset=first * dtype.itemsize)
+        if len(content) != last - first:
+            raise StorageError(f"Cannot use the unfinished work: {path} has changed. Rerun.")
+        return content
 
 
 Ranges = list[tuple[int, int]]
@@ -448,49 +423,30 @@ def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[Ranges]
     return shards
 
 
-def write_shards(documents: SortedDocuments, request: Request, folder: Path, journal: Journal) -> None:
-    """Write the shards that the journal does not list yet. Raises UserError as `plan_shards`, StorageError."""
+def write_shards(documents: SortedDocuments, request: Request, folder: Path) -> tuple[Shard, ...]:
+    """Write and return all shards. Raises UserError as `plan_shards`, StorageError."""
     plans, prefix = plan_shards(documents.group_tokens, request.tokens_per_shard), "+".join(request.sources)
     say(f"writing {len(plans)} shards")
-    for index, ranges in enumerate(plans):
-        if index >= len(journal.shards):
-            journal.shards.append(_write_shard(documents, ranges, folder, prefix, index))
-            journal.write()
-        if index:  # validation may lie behind training documents that are still needed
-            documents.forget(ranges[-1][1])
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write(json.dumps(content).encode())
+    return tuple(_write_shard(documents, ranges, folder, prefix, index) for index, ranges in enumerate(plans))
 
 
 def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Position, Documents]]:
     """Yield all batches from `start`, each with the position behind it."""
-    total = max(1, sum(sum(source.unit_bytes) for source in sources))
-    before = 0
     for number, source in enumerate(sources):
-        for unit, size in enumerate(source.unit_bytes):
+        for unit in range(source.n_units):
             if (number, unit) >= start[:2]:
                 skip = start.batch if (number, unit) == start[:2] else 0
-                for batch, (documents, share) in enumerate(source.batches(unit, skip), start=skip + 1):
-                    yield Position(number, unit, batch, (before + share * size) / total), documents
-            before += size
+                for batch, documents in enumerate(source.batches(unit, skip), start=skip + 1):
+                    yield Position(number, unit, batch), documents
 
 
 def _within_limits(batch: list[Document], request: Request, journal: Journal) -> list[Document]:
     """Return the documents of `batch` that the request allows, all if no limit is reached, and count them."""
-    counts, allowed = journal.counts, 0
-    documents, tokens = counts["documents"], counts["tokens"]
-    for number, document in enumerate(batch, start=1):
-        if document.ids:
-            documents, tokens = documents + 1, tokens + document.tokens
-            if documents > (request.max_documents or math.inf) or tokens > (request.max_tokens or math.inf):
-                break  # empty documents behind the last one don't count
-            allowed = number
-    else:
-        allowed = len(batch)
-    for document in batch[:allowed]:
+    counts, most_tokens = journal.counts, request.max_tokens or math.inf
+    for number, document in enumerate(batch):
+        is_one_too_many = counts["documents"] == request.max_documents or counts["tokens"] + document.tokens > most_tokens
+        if document.ids and is_one_too_many:
+            return batch[:number]
         counts["documents"] += bool(document.ids)
         counts["tokens"] += document.tokens
         counts["skipped_empty"] += not document.ids
@@ -498,20 +454,7 @@ def _within_limits(batch: list[Document], request: Request, journal: Journal) ->
             counts["replaced_invalid"] += 1
             name = name if name in journal.replaced_in or len(journal.replaced_in) < _FILES_NAMED else "other files"
             journal.replaced_in[name] = journal.replaced_in.get(name, 0) + document.replaced
-    return batch[:allowed]
-
-
-def _flush(documents: Sequence[Document], journal: Journal) -> None:
-    """Append documents to the buckets, then write the journal. Raises StorageError."""
-    buckets: dict[int, list[Document]] = defaultdict(list)
-    for document in documents:
-        if document.ids:
-            buckets[document.key[0]].append(document)
-    for bucket, members in buckets.items():
-        records = [(document.key, document.tokens, document.source, document.text_bytes) for document in members]
-        journal.append(f"{bucket:02x}.records", np.array(records, RECORD).tobytes())
-        journal.append(f"{bucket:02x}.tokens", b"".join(document.ids for document in members))
-    journal.write()
+    return batch
 
 
 def _cuts(tokens: np.ndarray, limit: int) -> Iterator[int]:

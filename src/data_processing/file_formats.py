@@ -81,8 +81,7 @@ class Column:
 
 
 Documents = Texts | Lines | Column
-Batches = Iterator[tuple[Documents, float]]
-"""Each with the share of its file, or of a source's unit, that is read after it."""
+Batches = Iterator[Documents]
 
 
 def read_batches(path: Path, text_field: str, skip: int = 0, divide_long: bool = False) -> Batches:
@@ -171,7 +170,7 @@ def _read_text(path: Path, divide_long: bool) -> Batches:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     parts, size = list(_parts(text)) if divide_long else [text], BATCH_BYTES // PART_OF_LONG_TEXT
     for begin in range(0, len(parts), size):
-        yield Texts(parts[begin : begin + size], path), min(1.0, (begin + size) / len(parts))
+        yield Texts(parts[begin : begin + size], path)
 
 
 def _encoding_of(head: bytes, path: Path) -> str:
@@ -188,7 +187,7 @@ def _encoding_of(head: bytes, path: Path) -> str:
 
 
 def _read_lines(path: Path, text_field: str) -> Batches:
-    size, kind = path.stat().st_size, path.suffix.lower()
+    kind = path.suffix.lower()
     with open(path, "rb") as file:
         stream: Any = gzip.GzipFile(fileobj=file) if kind == ".gz" else file
         if kind == ".zst":
@@ -204,12 +203,12 @@ def _read_lines(path: Path, text_field: str) -> Batches:
             head, newline, tail = chunk.rpartition(b"\n")
             if newline:
                 data = b"".join([*chunks, head, newline])
-                yield Lines(path, line_number, data, text_field), file.tell() / size
+                yield Lines(path, line_number, data, text_field)
                 line_number += data.count(b"\n")
                 chunks = []
             chunks.append(tail)
         if any(chunks):
-            yield Lines(path, line_number, b"".join(chunks), text_field), 1.0
+            yield Lines(path, line_number, b"".join(chunks), text_field)
 
 
 def _text_of(line: str, where: str, text_field: str) -> str:
@@ -233,13 +232,11 @@ def _read_parquet(path: Path, text_field: str) -> Batches:
 
     with pq.ParquetFile(path) as file:
         check_column(file.schema_arrow, text_field, path)
-        rows_read = 0
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             rows = _rows_per_batch(group.num_rows, group.total_byte_size)
             for batch in file.iter_batches(rows, row_groups=[number], columns=[text_field]):
-                rows_read += batch.num_rows
-                yield Column(batch.column(0), path), rows_read / file.metadata.num_rows
+                yield Column(batch.column(0), path)
 
 
 def _read_arrow(path: Path, text_field: str) -> Batches:
@@ -252,13 +249,11 @@ def _read_arrow(path: Path, text_field: str) -> Batches:
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
         check_column(reader.schema, text_field, path)
         tables = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-        read = 0
         for table in tables:
-            read += table.nbytes
             values = table.column(text_field)
             rows = _rows_per_batch(len(values), values.nbytes)
             for first in range(0, len(values), rows):
-                yield Column(values.slice(first, rows), path), min(1.0, read / source.size())
+                yield Column(values.slice(first, rows), path)
 
 
 def _rows_per_batch(rows: int, n_bytes: int) -> int:

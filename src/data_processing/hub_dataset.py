@@ -25,12 +25,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx2
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import constants, get_session, get_token
@@ -114,7 +114,7 @@ class _WholeFiles(Source):
     """All files. A unit is a file."""
 
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, downloads: Path) -> None:
-        super().__init__(details, [file.bytes for file in files])
+        super().__init__(details, len(files))
         self._files, self._text_field, self._folder = files, text_field, downloads / details["revision"]
 
     def batches(self, unit: int, skip: int) -> Batches:
@@ -132,32 +132,26 @@ class _RandomPart(Source):
     """The row groups of all files in an order that the seed decides. There is one unit; a batch is a row group."""
 
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, seed: int) -> None:
-        super().__init__(details | {"order": "row groups"}, [sum(file.bytes for file in files)])
+        super().__init__(details | {"order": "row groups"}, 1)
         self._files, self._text_field, self._seed = files, text_field, seed
 
     def batches(self, unit: int, skip: int) -> Batches:
         with ThreadPoolExecutor(8) as threads:
-            footers = list(threads.map(self._footer, self._files))
-        ends = np.cumsum([footer.num_row_groups for footer in footers])
-        for position in permutation(int(ends[-1]), self._seed)[skip:]:
-            number = int(np.searchsorted(ends, position, side="right"))
-            group = int(position - ends[number] + footers[number].num_row_groups)
-            yield Column(self._row_group(self._files[number], footers[number], group), self._files[number].path), 0.0
+            opened = list(threads.map(self._open, self._files))
+        pairs = zip(self._files, opened, strict=True)
+        groups = [(file, parquet, n) for file, parquet in pairs for n in range(parquet.num_row_groups)]
+        for position in permutation(len(groups), self._seed)[skip:]:
+            file, parquet, number = groups[position]
+            # Without threads, as without a buffer ahead: those can abort a process that exits meanwhile.
+            read = partial(parquet.read_row_group, number, columns=[self._text_field], use_threads=False)
+            table = _retry(f"row group {number} of {file.path}", file.repository, read)
+            yield Column(table.column(0).cast(pa.large_binary()).combine_chunks(), file.path)
 
-    def _footer(self, file: HubFile) -> pq.FileMetaData:
+    def _open(self, file: HubFile) -> pq.ParquetFile:
         name = f"the footer of {file.path}"
-        footer = _retry(name, file.repository, lambda: pq.read_metadata(_RemoteFile(file)))
-        check_column(footer.schema.to_arrow_schema(), self._text_field, f"{file.repository}: {file.path}")
-        return footer
-
-    def _row_group(self, file: HubFile, footer: pq.FileMetaData, group: int) -> pa.Array:
-        def read() -> pa.Array:
-            # Without pyarrow's buffer ahead and threads: those can abort a process that exits meanwhile.
-            parquet = pq.ParquetFile(_RemoteFile(file), metadata=footer, pre_buffer=False)
-            column = parquet.read_row_group(group, columns=[self._text_field], use_threads=False).column(0)
-            return column.cast(pa.large_binary()).combine_chunks()
-
-        return _retry(f"row group {group} of {file.path}", file.repository, read)
+        parquet = _retry(name, file.repository, lambda: pq.ParquetFile(_RemoteFile(file), pre_buffer=False))
+        check_column(parquet.schema_arrow, self._text_field, f"{file.repository}: {file.path}")
+        return parquet
 
 
 class _RemoteFile(io.RawIOBase):

@@ -36,8 +36,7 @@ from src.utils.files import fingerprint, identity
 # One text tokenised by r50k_base has some 4 to 4.6 bytes a token; compressed text is 3 times as dense, roughly.
 _BYTES_PER_TOKEN = 4
 _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
-# Of Python 3.11 with NumPy 2.2 and PyTorch 2.13; other versions differ by some percent.
-_PYDOCS_BYTES, _PYDOCS_TOKENS = 7_300_000, 2_400_000
+_PYDOCS_TOKENS = 2_400_000  # of Python 3.11 with NumPy 2.2 and PyTorch 2.13; others differ by some percent
 _HF_CACHE = re.compile(r"cache-.*\.arrow")
 Pinned = Sequence[dict[str, Any]]
 
@@ -92,11 +91,10 @@ class Source(ABC):
 
     details: dict[str, Any]
     """For the manifest: the name, and package versions, files with their hashes, or the hub's revision."""
-    unit_bytes: Sequence[int]
-    """Size of each unit, to report progress."""
+    n_units: int
 
-    def __init__(self, details: dict[str, Any], unit_bytes: Sequence[int]) -> None:
-        self.details, self.unit_bytes = details, unit_bytes
+    def __init__(self, details: dict[str, Any], n_units: int) -> None:
+        self.details, self.n_units = details, n_units
 
     @abstractmethod
     def batches(self, unit: int, skip: int) -> Batches:
@@ -186,12 +184,11 @@ class PythonDocs(Source):
     """The documentation that comes with Python, NumPy and PyTorch, as installed here."""
 
     def __init__(self) -> None:
-        super().__init__({"name": "pydocs", "packages": python_docs.package_versions()}, [_PYDOCS_BYTES])
+        super().__init__({"name": "pydocs", "packages": python_docs.package_versions()}, 1)
 
     def batches(self, unit: int, skip: int) -> Batches:
-        batches = enumerate(_batched(python_docs.documents()), start=1)
-        for number, texts in islice(batches, skip, None):
-            yield Texts(texts, "pydocs"), min(1.0, number * BATCH_BYTES / self.unit_bytes[0])
+        for texts in islice(_batched(python_docs.documents()), skip, None):
+            yield Texts(texts, "pydocs")
 
 
 class Files(Source):
@@ -205,9 +202,9 @@ class Files(Source):
         details = {"name": "files", "path": path, "files": described} | (
             {"long_texts": "divided"} if divide_long else {}
         )
-        super().__init__(details, [entry["bytes"] for entry in described])
-        sizes = zip(files, self.unit_bytes, strict=True)
-        long = [file for file, size in sizes if file.suffix.lower() in (".txt", ".md") and size > LONG_TEXT]
+        super().__init__(details, len(files))
+        entries = zip(files, described, strict=True)
+        long = [f for f, entry in entries if f.suffix.lower() in (".txt", ".md") and entry["bytes"] > LONG_TEXT]
         if long and divide_long:
             more = f" and {len(long) - 1:,} more" if len(long) > 1 else ""
             say(

@@ -21,7 +21,6 @@ from src.data_processing import document_shuffle
 from src.data_processing.data_downloader import prepare
 from src.data_processing.document_shuffle import (
     JOURNAL,
-    PLAN,
     START,
     WORK,
     Document,
@@ -54,13 +53,13 @@ class Batches(Source):
     """Batches of given texts, in one unit."""
 
     def __init__(self, lists: list[list[str]]) -> None:
-        super().__init__({"name": "batches"}, [1])
+        super().__init__({"name": "batches"}, 1)
         self.lists, self.taken = lists, 0
 
-    def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
+    def batches(self, unit: int, skip: int) -> Iterator[Documents]:
         for texts in self.lists[skip:]:
             self.taken += 1
-            yield Texts(texts), 0.5
+            yield Texts(texts)
 
 
 def test_a_batch_holds_ids_lengths_and_keys() -> None:
@@ -100,10 +99,10 @@ class Faulty(Texts):
 
 def test_a_faulty_document_is_an_error_in_its_place() -> None:
     class Source(Batches):
-        def batches(self, unit: int, skip: int) -> Iterator[tuple[Documents, float]]:
-            yield Texts(["one"]), 0.1
-            yield Faulty([]), 0.2
-            yield Texts(["three"]), 0.3
+        def batches(self, unit: int, skip: int) -> Iterator[Documents]:
+            yield Texts(["one"])
+            yield Faulty([])
+            yield Texts(["three"])
 
     encoded = encode_all([Source([])], START, workers=2, seed=0, ahead=3)
     assert len(next(encoded)[1]) == 1
@@ -140,16 +139,16 @@ def test_the_plan_is_that_of_a_plain_loop(tokens_per_shard: int, seed: int) -> N
 
 
 def random_journal(work: Path, documents: int, different: int) -> tuple[Journal, list[tuple[bytes, list[int]]]]:
-    """Buckets of random documents, some of which have the same key, and the documents in their order."""
+    """Runs of random documents, some of which have the same key, and the documents in their order."""
     rng = np.random.default_rng(documents)
     keys = [b"\0" * 16, b"\xff" * 16, b"\x80" + b"\0" * 15, *(rng.bytes(16) for _ in range(different - 3))]
-    journal = Journal(work)
+    journal = Journal({}, [{"name": "random"}])
     added: list[tuple[bytes, list[int]]] = []
     for _ in range(3):
         chosen = [keys[number] for number in rng.integers(0, different, documents // 3)]
         ids = [rng.integers(0, 50_000, rng.integers(1, 90)).astype(np.uint16) for _ in chosen]
         batch = [Document(key, part.tobytes(), 4 * part.size) for key, part in zip(chosen, ids, strict=True)]
-        document_shuffle._flush(batch, journal)
+        journal.add_run(work, batch)
         added += [(key, part.tolist()) for key, part in zip(chosen, ids, strict=True)]
     return journal, added
 
@@ -160,7 +159,7 @@ def test_documents_come_back_sorted_and_equal_ones_together(tmp_path: Path, drop
     ordered = sorted(added, key=lambda document: document[0])  # stable
     groups = [list(group) for _, group in itertools.groupby(ordered, key=lambda document: document[0])]
     groups = [group[:1] for group in groups] if drop else groups
-    documents = SortedDocuments(journal, drop, n_sources=1)
+    documents = SortedDocuments(tmp_path, journal, drop)
     assert documents.group_tokens.tolist() == [sum(len(ids) for _, ids in group) for group in groups]
     assert int(documents.documents[0]) == sum(map(len, groups))
     for begin, end in ((0, len(groups)), (3, 4), (17, 250), (5, 5)):
@@ -170,10 +169,6 @@ def test_documents_come_back_sorted_and_equal_ones_together(tmp_path: Path, drop
             key for key, _ in expected
         ]
         assert [token for _, tokens in parts for token in tokens.tolist()] == [t for _, ids in expected for t in ids]
-    documents.forget(len(groups) // 2)
-    assert list(documents.read(len(groups) // 2, len(groups)))
-    documents.forget(len(groups))
-    assert list(tmp_path.glob("*.tokens")) == []
 
 
 def test_every_document_is_in_one_shard_whole(tmp_path: Path) -> None:
@@ -232,7 +227,7 @@ def test_what_lies_behind_a_limit_is_not_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n{"text": " "}\n{"text": "t\xffo"}\n{"text": ""}\n{"text": "thr\xffe"}\n')
     counts = prepare(request(path, max_documents=2), tmp_path / "out", 1).counts
-    assert (counts["documents_read"], counts["skipped_empty"], counts["replaced_invalid"]) == (3, 1, 1)
+    assert (counts["documents_read"], counts["skipped_empty"], counts["replaced_invalid"]) == (4, 2, 1)
 
 
 @pytest.mark.parametrize("files", [1, 4])
@@ -367,7 +362,7 @@ def preparing(folder: Path, commands: Commands) -> Iterator[tuple[subprocess.Pop
     with subprocess.Popen(
         command, cwd=ROOT, env=commands.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        while not (folder / "datasets" / "x" / WORK / PLAN).exists() or len(children(process.pid)) < 3:
+        while not (folder / "datasets" / "x" / WORK / JOURNAL).exists() or len(children(process.pid)) < 3:
             assert process.poll() is None, "ended before it could be stopped"
             time.sleep(0.05)
         # The first child is multiprocessing's resource tracker, which ends with the others.
@@ -425,7 +420,7 @@ def test_a_full_disk_is_a_storage_error_and_the_work_is_resumed_later(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("damaged", ["80.tokens", "7f.records", JOURNAL, PLAN])
+@pytest.mark.parametrize("damaged", ["00007.tokens", "00003.records", JOURNAL])
 def test_damaged_unfinished_work_is_prepared_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], damaged: str
 ) -> None:
@@ -445,10 +440,9 @@ def test_damaged_unfinished_work_is_prepared_again(
 
 
 @pytest.mark.parametrize("content", ["5", "{}", '{"version": 3, "request": []}'])
-def test_a_plan_of_other_json_is_not_resumed(tmp_path: Path, content: str) -> None:
+def test_a_journal_of_other_json_is_not_resumed(tmp_path: Path, content: str) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(10))
     (tmp_path / "out" / WORK).mkdir(parents=True)
-    (tmp_path / "out" / WORK / PLAN).write_text(content)
     (tmp_path / "out" / WORK / JOURNAL).write_text(content)
     assert prepare(request(path), tmp_path / "out", 1).counts["documents"] == 10
 

@@ -91,23 +91,20 @@ def test_batches_of_about_a_mebibyte_from_any_of_them_on(
     path = tmp_path / name
     write(path)
     batches = list(read_batches(path, "text"))
-    texts = [list(documents.texts()) for documents, _ in batches]
+    texts = [list(documents.texts()) for documents in batches]
     assert list(chain.from_iterable(texts)) == TEXTS
     assert len(batches) >= 4
-    ordinary = [size_of(documents) for documents, _ in batches]
+    ordinary = [size_of(documents) for documents in batches]
     assert sorted(ordinary)[-2] < 3 * BATCH_BYTES, "only the batch with the long document is long"
-    shares = [share for _, share in batches]
-    assert shares == sorted(shares)
-    assert 0 < shares[0] < shares[-1] <= 1
     for skip in (1, len(batches) - 1, len(batches)):
-        assert [list(documents.texts()) for documents, _ in read_batches(path, "text", skip)] == texts[skip:]
+        assert [list(documents.texts()) for documents in read_batches(path, "text", skip)] == texts[skip:]
 
 
 def test_lines_keep_their_numbers_over_batches(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(10_000, words=60))
     with open(path, "a") as file:
         file.write("oops\n")
-    *_, (last, _) = read_batches(path, "text")
+    *_, last = read_batches(path, "text")
     assert isinstance(last, Lines)
     with pytest.raises(UserError, match="line 10001: not JSON"):
         list(last.texts())
@@ -150,7 +147,7 @@ def test_text_in_other_encodings_is_decoded_or_refused(tmp_path: Path, encoding:
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     for file, is_read in ((tmp_path / "a.txt", has_mark), (path, encoding == "utf-8-sig")):
         if is_read:
-            assert [list(documents.texts()) for documents, _ in read_batches(file, "text")] == [[text]]
+            assert [list(documents.texts()) for documents in read_batches(file, "text")] == [[text]]
         else:
             with pytest.raises(UserError, match=rf"Cannot read {file}: it .*UTF-.* Convert it to UTF-8: iconv"):
                 list(read_batches(file, "text"))
@@ -172,7 +169,7 @@ def test_columns_of_bytes_and_of_nulls_are_text(tmp_path: Path, kind: pa.DataTyp
     for name, values, expected in (("a", column, ["one", "", "caf\xe9"]), ("b", pa.nulls(2), ["", ""])):
         pq.write_table(pa.table({"text": values}), tmp_path / f"{name}.parquet")
         batches = read_batches(tmp_path / f"{name}.parquet", "text")
-        assert [text for documents, _ in batches for text in documents.texts()] == expected
+        assert [text for documents in batches for text in documents.texts()] == expected
 
 
 def test_a_column_of_numbers_names_the_others(tmp_path: Path) -> None:

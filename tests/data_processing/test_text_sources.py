@@ -21,8 +21,8 @@ def texts_of(*paths: Path | str, text_field: str = "text") -> list[str]:
 
 
 def texts_in(source: Source) -> list[str]:
-    units = range(len(source.unit_bytes))
-    return [text for unit in units for documents, _ in source.batches(unit, 0) for text in documents.texts()]
+    units = range(source.n_units)
+    return [text for unit in units for documents in source.batches(unit, 0) for text in documents.texts()]
 
 
 def json_lines(*rows: Any) -> str:
