@@ -545,12 +545,14 @@ def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> No
     # Shards are counted over the whole manifest, in which those for validation come first.
     first = len(run.manifest.validation)
     windows = [(first + shard, window) for shard, window in batches.step_windows(progress.step - 1)]
-    look = f"--inspect --out '{config.data.dir}' --skipped '{config.run_name}' shows {len(windows)} window(s) of it"
+    n_ctx = config.model.n_ctx
+    places = " ".join(f"{shard}:{window * n_ctx}-{(window + 1) * n_ctx}" for shard, window in windows[:4])
+    look = f"--inspect --out '{config.data.dir}' --at {places} shows the first of its {len(windows)} window(s)"
     run.log.event(
         "skipped step",
         progress.step,
         f"{result.skipped}; data_downloader {look}",
-        n_ctx=config.model.n_ctx,
+        n_ctx=n_ctx,
         windows=windows[:MAX_RECORDED_WINDOWS],
     )
     # A run whose every step is skipped has failed, even one shorter than MAX_SKIPPED_STEPS.

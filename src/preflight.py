@@ -206,22 +206,21 @@ def dataset(start: Start) -> Found:
 def _check_texts(request: Request) -> int:
     """Reads the first texts, and returns the number of files. Raises UserError where the preparation would."""
     files = [file for each in find_files(request.paths, quiet=True).values() for file in each]
-    texts, unread = set[str](), CHECKED_CHARACTERS
-    for file in files:
-        if file.stat().st_size > CHECKED_CHARACTERS and file.suffix.lower() in (".txt", ".md"):
-            return len(files)  # it would be read whole
-        for documents in read_batches(file, request.text_field, divide_long=True):
-            batch = [text for text in documents.texts() if text.strip()]
-            texts.update(batch)
-            unread -= sum(map(len, batch))
-            if unread <= 0:
-                return len(files)
-    if len(texts) < 2:
-        raise UserError(
-            f"Cannot prepare {', '.join(request.paths)}: {len(texts)} different document(s) with text; at least two "
-            "are needed, one to validate and one to train. Give more text."
-        )
-    return len(files)
+    for most_bytes in (CHECKED_CHARACTERS, -1):  # the beginning of a text may be one document, and the whole several
+        texts, unread = set[str](), CHECKED_CHARACTERS
+        for file in files:
+            for documents in read_batches(file, request.text_field, divide_long=True, most_bytes=most_bytes):
+                batch = [text for text in documents.texts() if text.strip()]
+                texts.update(batch)
+                unread -= sum(map(len, batch))
+                if unread <= 0 and len(texts) > 1:
+                    return len(files)
+        if len(texts) > 1:
+            return len(files)
+    raise UserError(
+        f"Cannot prepare {', '.join(request.paths)}: {len(texts)} different document(s) with text; at least two are "
+        "needed, one to validate and one to train. Give more text."
+    )
 
 
 def folder(start: Start) -> Found:

@@ -29,7 +29,7 @@ from src.data_processing.document_shuffle import (
     start_over,
     write_shards,
 )
-from src.data_processing.inspect_dataset import inspect, inspect_skipped
+from src.data_processing.inspect_dataset import excerpts, inspect
 from src.data_processing.shards import (
     MANIFEST,
     TOKEN_DTYPE,
@@ -48,7 +48,7 @@ from src.data_processing.tokenizer import Tokenizer
 from src.model_configs.arguments import Parser, whole
 from src.utils.errors import StorageError, UserError, cause_of, exit_with, print_result, say
 from src.utils.files import bytes_below, fingerprint, free_bytes, size_text, storage_errors, sync
-from src.utils.root import dataset_dir, run_dir
+from src.utils.root import dataset_dir
 
 _REPAIR_FOLDER = ".repairing"
 
@@ -58,7 +58,7 @@ def main() -> None:
     start = time.monotonic()
     folder = dataset_dir(args.out)
     if args.inspect:
-        page, figures = inspect_skipped(folder, run_dir(args.skipped)) if args.skipped else inspect(folder)
+        page, figures = excerpts(folder, args.at) if args.at else inspect(folder)
         print(page)
         print_result(figures)
         return
@@ -306,24 +306,28 @@ def _parse_arguments() -> argparse.Namespace:
     modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
     modes.add_argument("--repair", action="store_true", help="replace the damaged shards of --out, and exit")
     modes.add_argument("--inspect", action="store_true", help="show the content of the dataset in --out, and exit")
-    add("--skipped", metavar="RUN", help="with --inspect: show the text behind the steps that this run skipped")
+    help = "with --inspect: show these tokens of a shard, such as 3:0-200, instead"
+    add("--at", **several, default=[], metavar="SHARD:FIRST-END", help=help)
     args = parser.parse_args()
     sources = args.source or []
     if not (sources or args.verify or args.repair or args.inspect):
-        parser.error(f"--source is needed: {', '.join(SOURCES)}")
-    if "" in (*args.path, args.out, args.dataset, args.skipped):
-        parser.error("an option is empty; perhaps a variable that is not set")
+        raise UserError(
+            "Cannot prepare a dataset: nothing says of which text. Name files or folders, as in ./llm data my_texts/, "
+            f"which is --source files --path my_texts/. Or name another source: {', '.join(SOURCES)}."
+        )
+    if "" in (*args.path, args.out, args.dataset):
+        raise UserError("An option is empty; perhaps a variable that is not set.")
     if bool(args.path) != ("files" in sources):
-        parser.error("--source files needs --path FILE_OR_GLOB ..., and --path is for --source files")
+        raise UserError("--source files needs --path FILE_OR_GLOB ..., and --path is for --source files.")
     if bool(args.dataset) != ("hub" in sources):
-        parser.error("--source hub needs --dataset OWNER/NAME, and --dataset is for --source hub")
-    if args.skipped and not args.inspect:
-        parser.error("--skipped is for --inspect")
+        raise UserError("--source hub needs --dataset OWNER/NAME, and --dataset is for --source hub.")
+    if args.at and not args.inspect:
+        raise UserError("--at is for --inspect.")
     if not (args.out or sources):
-        parser.error("--out DIR is needed: the name of a dataset, or a folder")
+        raise UserError("--out DIR is needed: the name of a dataset, or a folder.")
     args.out = args.out or _request(args).default_name
     if ".." in Path(args.out).parts:
-        parser.error(f"--out {args.out} leads out of its folder by '..'; name the folder itself")
+        raise UserError(f"--out {args.out} leads out of its folder by '..'. Name the folder itself.")
     return args
 
 

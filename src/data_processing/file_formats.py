@@ -22,6 +22,7 @@ EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".
 BATCH_BYTES = 1 << 20
 # In characters, of which a token has 4. A book is many documents: some to validate on, the others to train on.
 LONG_TEXT, PART_OF_LONG_TEXT = 1 << 16, 1 << 14
+_JUDGED = 1 << 20  # bytes or characters at a text's beginning that tell its encoding: preflight reads little more
 _ODD_BYTE = re.compile("[\udc80-\udcff]")  # as surrogateescape keeps it
 # The longer marks first: UTF-16's begins UTF-32's.
 _MARKS = {
@@ -30,6 +31,8 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+# How PDF, ZIP with the office formats, PNG, JPEG, gzip, zstd and parquet files begin. Others show by their zeros.
+_BINARY = (b"%PDF-", b"PK\3\4", b"\x89PNG", b"\xff\xd8\xff", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1")
 _LFS_POINTER = re.compile(rb"\s*version https?://\S+\s+(ext-\S+ \S+\s+)*oid \w+:\w+\s+size \d+\s*")
 _ANNEX_POINTER = re.compile(rb"/annex/objects/\S+\s*")
 _CONVERT = "Convert it to UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW."
@@ -84,12 +87,14 @@ Documents = Texts | Lines | Column
 Batches = Iterator[Documents]
 
 
-def read_batches(path: Path, text_field: str, skip: int = 0, divide_long: bool = False) -> Batches:
+def read_batches(
+    path: Path, text_field: str, skip: int = 0, divide_long: bool = False, most_bytes: int = -1
+) -> Batches:
     """Yield the documents of one file without the first `skip` batches.
 
-    A .txt or .md file is one document, or with `divide_long` perhaps several. The others hold one a line or row, in the
-    field `text_field`. The batches are the same every time. Raises UserError for a file that is damaged or has no such
-    field.
+    A .txt or .md file is one document, or with `divide_long` perhaps several; `most_bytes` reads only its beginning.
+    The others hold one a line or row, in the field `text_field`. The batches are the same every time. Raises UserError
+    for a file that is damaged or has no such field.
     """
     kind, read = path.suffix.lower(), {".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
@@ -99,8 +104,10 @@ def read_batches(path: Path, text_field: str, skip: int = 0, divide_long: bool =
             raise UserError(f"Cannot read {path}: it is a Git LFS pointer. Run git lfs pull to fetch the file.")
         if _ANNEX_POINTER.fullmatch(head):
             raise UserError(f"Cannot read {path}: it is a git-annex pointer. Run git annex get to fetch the file.")
-        is_text = kind in (".txt", ".md")
-        batches = _read_text(path, divide_long) if is_text else read.get(kind, _read_lines)(path, text_field)
+        if kind in (".txt", ".md"):
+            batches = _read_text(path, divide_long, most_bytes)
+        else:
+            batches = read.get(kind, _read_lines)(path, text_field)
         yield from islice(batches, skip, None)
     except UserError:
         raise
@@ -149,22 +156,25 @@ def _parts(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _read_text(path: Path, divide_long: bool) -> Batches:
+def _read_text(path: Path, divide_long: bool, most_bytes: int) -> Batches:
     """Read a file as a text, decoded from UTF-8, or from UTF-16 or UTF-32 with a mark; its line ends become "\\n"."""
-    data = path.read_bytes()
-    encoding = _encoding_of(data, path)
+    with open(path, "rb") as file:
+        data, is_cut = file.read(most_bytes), bool(file.read(1))
+    encoding = _encoding_of(data[:_JUDGED], path)
+    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8" else "surrogatepass")
     try:
-        text = data.decode(encoding, "surrogatepass" if encoding != "utf-8-sig" else "surrogateescape")
+        text = decoder.decode(data.removeprefix(codecs.BOM_UTF8), final=not is_cut)
     except UnicodeDecodeError as error:
         raise UserError(
             f"Cannot read {path}: it begins with the mark of {encoding.upper()} and is damaged: {error.reason} at "
             f"byte {error.start:,}. Fetch it again, or convert it to UTF-8."
         ) from None
     # Some odd bytes are replaced and counted. So many are another encoding, unless zeros show that it is not text.
-    odd = 0 if text.isascii() or b"\0" in data else len(_ODD_BYTE.findall(text))
-    if odd >= 100 and odd > len(text) // 10:
+    judged = text[:_JUDGED]
+    odd = 0 if judged.isascii() or "\0" in judged else len(_ODD_BYTE.findall(judged))
+    if odd >= 100 and odd > len(judged) // 10:
         raise UserError(
-            f"Cannot read {path}: {odd:,} of {len(text):,} characters are not UTF-8. "
+            f"Cannot read {path}: {odd:,} of {len(judged):,} characters are not UTF-8. "
             "Convert it from its encoding: iconv -f LATIN1 -t UTF-8 FILE > NEW (iconv -l lists encodings)."
         )
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -183,7 +193,9 @@ def _encoding_of(head: bytes, path: Path) -> str:
     zeros = max(min(share[first], share[second]) for first, second in ((1, 3), (0, 2), (2, 3), (0, 1)))
     if zeros > 0.02 and min(share) <= 0.1 * zeros:
         raise UserError(f"Cannot read {path}: it looks like UTF-16 or UTF-32 without a mark. {_CONVERT}")
-    return "utf-8-sig"
+    if head.startswith(_BINARY) or head.count(0) > len(head) // 10:
+        raise UserError(f"Cannot read {path}: it is a binary file, not text. Convert it to text, or leave it out.")
+    return "utf-8"
 
 
 def _read_lines(path: Path, text_field: str) -> Batches:
@@ -197,7 +209,7 @@ def _read_lines(path: Path, text_field: str) -> Batches:
         line_number, chunks = 1, list[bytes]()
         while chunk := stream.read(BATCH_BYTES):
             if line_number == 1 and not chunks:
-                if (encoding := _encoding_of(chunk[:4096], path)) != "utf-8-sig":
+                if (encoding := _encoding_of(chunk[:4096], path)) != "utf-8":
                     raise UserError(f"Cannot read {path}: it is {encoding.upper()} text. {_CONVERT}")
                 chunk = chunk.removeprefix(codecs.BOM_UTF8)
             head, newline, tail = chunk.rpartition(b"\n")

@@ -7,6 +7,7 @@ To add a source, write a subclass of `Source` and a row of `SOURCES`. The comman
 model card ask that table.
 """
 
+import difflib
 import glob
 import os
 import re
@@ -154,9 +155,10 @@ def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path
     for given in dict.fromkeys(paths):
         matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
         if not matches:
+            close = difflib.get_close_matches(Path(given).name, SOURCES)
             raise UserError(
                 f"Cannot find --path {given}, seen from {Path.cwd()}: it does not exist. Name a file, a folder or a "
-                "pattern."
+                f"pattern{f', or the source {close[0]}' if close else ''}."
             )
         tops = [Path(match).absolute() for match in matches]
         inside = {path for top in tops for path in (_files_below(top) if top.is_dir() else [top])}

@@ -293,7 +293,7 @@ def test_a_killed_preparation_resumes_where_it_was(tmp_path: Path, commands: Com
         env=commands.environment,
         stderr=subprocess.PIPE,
     )
-    while not (folder / WORK / JOURNAL).exists():
+    while not (folder / WORK / "00001.records").exists():  # the journal has the run before
         assert process.poll() is None, "finished before it could be killed"
         time.sleep(0.005)
     with pytest.raises(BusyError, match="another process is preparing"):
@@ -402,7 +402,7 @@ def test_a_full_disk_is_a_storage_error_and_the_work_is_resumed_later(
         write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
     path = tmp_path / "*.jsonl"
     monkeypatch.setattr(document_shuffle, "FLUSH_TOKENS", 4_000)
-    real, left = os.fsync, 300
+    real, left = os.fsync, 20  # of the 30 of five runs
 
     def full(descriptor: int) -> None:
         nonlocal left
@@ -424,7 +424,9 @@ def test_a_full_disk_is_a_storage_error_and_the_work_is_resumed_later(
 def test_damaged_unfinished_work_is_prepared_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], damaged: str
 ) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", some_texts(3_000, words=5))
+    for part in range(8):
+        write_json_lines(tmp_path / f"{part}.jsonl", some_texts(30, seed=part))
+    path = tmp_path / "*.jsonl"
     prepare(request(path), tmp_path / "fresh", 1)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(document_shuffle, "FLUSH_TOKENS", 1)
