@@ -23,7 +23,7 @@ from src.data_processing.text_sources import Request
 from src.model_assessment import sampling
 from src.model_assessment.report import write_comparison, write_report
 from src.model_utils import checkpoint_utils
-from src.utils.errors import UserError, exit_with
+from src.utils.errors import StorageError, UserError, exit_with
 from src.utils.files import fingerprint
 from src.utils.logger import RunLogger
 from src.utils.root import ROOT
@@ -149,14 +149,18 @@ def test_a_datasets_manifest_cannot_lead_elsewhere(dataset: Callable[..., Path],
         read_manifest(folder)
 
 
-def test_a_preparations_run_cannot_be_a_link_to_elsewhere(tmp_path: Path):
-    request, run = Request([], []), tmp_path / "00000.tokens"
+def test_a_preparation_cannot_truncate_elsewhere(tmp_path: Path):
+    request, tokens, outside = Request([], []), tmp_path / "tokens", tmp_path / "outside"
     journal = Journal(request.stored(), [])
-    journal.add_run(tmp_path, [Document(b"k" * 16, b"\x01\x00", 1)])
+    journal.counts |= {"documents": 1, "tokens": 1}
+    journal.append(tmp_path, [Document(b"k" * 16, b"\x01\x00", 1)])
     assert Journal.read(tmp_path, request) == journal
-    run.rename(tmp_path / "outside")
-    run.symlink_to(tmp_path / "outside")
+    tokens.rename(outside)
+    tokens.symlink_to(outside)
     assert Journal.read(tmp_path, request) is None
+    with pytest.raises(StorageError, match="it is a link"):
+        journal.append(tmp_path, [])
+    assert outside.read_bytes() == b"\x01\x00"
 
 
 def test_a_shard_cannot_be_a_link_to_elsewhere(dataset: Callable[..., Path]):

@@ -18,6 +18,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from src import available_cores
 from src.data_processing.document_shuffle import (
     DOWNLOADS,
@@ -26,6 +28,7 @@ from src.data_processing.document_shuffle import (
     SortedDocuments,
     claimed_work,
     encode_sources,
+    nothing_to_resume,
     start_over,
     write_shards,
 )
@@ -109,7 +112,7 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
                 raise UserError(f"the sources are not what they were: {changes}")
             if journal is None or journal.sources != current:
                 journal = start_over(folder, work, request, current)
-            elif journal.runs:
+            elif journal.counts["tokens"]:
                 say(f"resuming after {journal.counts['tokens']:,} tokens")
             needed, free = disk_needed(request, folder), free_bytes(folder)
             if needed > 2 * free:  # the estimate is rough
@@ -119,7 +122,8 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
                 )
             encode_sources(sources, request, journal, work, workers)
         documents = SortedDocuments(work, journal, request.drop_duplicates)
-        shards = write_shards(documents, request, folder)
+        with nothing_to_resume(work):  # too few documents
+            shards = write_shards(documents, request, folder)
         # Last, because it makes the folder a dataset. Deleting the unfinished work follows at the end of the block.
         write_manifest(folder, _manifest(request, journal, documents, shards))
     if journal.replaced_in:
@@ -236,16 +240,14 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _manifest(request: Request, journal: Journal, documents: SortedDocuments, shards: tuple[Shard, ...]) -> Manifest:
-    read, by_source = journal.counts, {name: getattr(documents, name) for name in ("documents", "tokens", "text_bytes")}
-    total = {name: int(numbers.sum()) for name, numbers in by_source.items()}
-    sources = [
-        {
-            **entry,
-            **{name: int(numbers[source]) for name, numbers in by_source.items()},
-            "share": round(float(documents.tokens[source]) / max(1, total["tokens"]), 6),
-        }
-        for source, entry in enumerate(journal.sources)
-    ]
+    def totals(records: np.ndarray) -> dict[str, int]:
+        return {"documents": len(records)} | {name: int(records[name].sum()) for name in ("tokens", "text_bytes")}
+
+    records, read, total = documents.records, journal.counts, totals(documents.records)
+    sources: list[dict[str, Any]] = []
+    for number, entry in enumerate(journal.sources):
+        own = totals(records[records["source"] == number])
+        sources.append(entry | own | {"share": round(own["tokens"] / max(1, total["tokens"]), 6)})
     counts = {
         **total,
         "documents_read": read["documents"] + read["skipped_empty"],
@@ -262,7 +264,7 @@ def _manifest(request: Request, journal: Journal, documents: SortedDocuments, sh
         end_of_text=Tokenizer.end_of_text,
         seed=request.seed,
         counts=counts,
-        document_lengths=documents.lengths,
+        document_lengths=np.bincount(np.frexp(records["tokens"])[1] - 1).tolist(),
         shards=shards,
     )
 

@@ -1,18 +1,20 @@
 """Documents -> shards in a shuffled order: one sort on disk, resumable and the same for any number of workers.
 
-A document's key is a hash of its text and the seed, so the order of the keys is a shuffle. Documents are encoded, and
-every 64M tokens of them become a run, sorted by key. Then a 256th of the keys after the other is read from all runs,
-sorted and cut into shards. At 10B tokens (20 GB) such a part has about 80 MB: memory holds one of them and its sorted
-copy, 8 bytes for each document of the corpus, and what the workers work on. The folder of unfinished work, .preparing
-in the dataset's, holds:
+A document's key is a hash of its text and the seed, so the order of the keys is a shuffle. Documents are encoded and
+appended to the folder of unfinished work, .preparing in the dataset's:
 
-    journal.json        the request, the details of its sources, the runs and the position behind them in the sources;
-                        replaced at once, last: a restart resumes there, and overwrites files it does not know
-    00000.records ...   a RECORD of each document of a run, in the order of the keys
-    00000.tokens ...    their token ids, uint16
+    journal.json   the request, the details of its sources, counts, and the position of the last entry in the sources
+    records        a RECORD of each document
+    tokens         their token ids, uint16
+
+Every 64M tokens have an entry: they are sorted by key and appended to both files, then the journal is replaced at once.
+A restart resumes there, and overwrites what lies behind the documents that the journal counts. In the end the records
+are sorted, and the documents copied into shards in that order. That reads each sorted stretch of `tokens` from its
+beginning to its end. Memory holds some 100 bytes a document, 1 GB at 10B tokens, and what the workers work on.
 """
 
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -27,7 +29,6 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,18 +46,17 @@ WORK = ".preparing"
 DOWNLOADS = "downloads"
 JOURNAL, _LOCK = "journal.json", "lock"
 JOURNAL_VERSION = 5  # another one is not resumed; change it with the runs or the way that batches are divided
-FLUSH_TOKENS = 1 << 26  # of a run: 128 MB in memory before it is written
+FLUSH_TOKENS = 1 << 26  # 128 MB in memory between two entries of the journal
 _DOCUMENT_COST = 100  # tokens that take as much memory as a document's objects
-_PARTS = 256  # of the keys, by their first byte
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE, _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS = 20, 4, 16_384
 _FILES_NAMED = 5
 _MOST_SHARDS = 100_000
 
 # NumPy compares byte strings as unsigned bytes, which is the order of the keys. A key's trailing zero bytes are lost
-# when it leaves the array (`_write_shard` restores them), but equal keys stay equal.
+# when it leaves the array (`write_shards` restores them), but equal keys stay equal.
 RECORD = np.dtype([("key", "S16"), ("tokens", "<u4"), ("source", "<u4"), ("text_bytes", "<u8")])
-_FILES = {"records": RECORD, "tokens": TOKEN_DTYPE}  # of a run
+RECORDS, TOKENS = "records", "tokens"
 
 
 class Position(NamedTuple):
@@ -80,15 +80,13 @@ class Journal:
     version: int = JOURNAL_VERSION
     position: Position = START
     is_complete: bool = False
-    """True once the runs hold all documents."""
+    """True once all documents are tokenised."""
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("documents", "tokens", "skipped_empty", "replaced_invalid"), 0)
     )
     """Documents that are not empty and their tokens, duplicates included; documents left out; documents mended."""
     replaced_in: dict[str, int] = field(default_factory=dict)
     """Number of replaced characters by file; of the files beyond the first five together."""
-    runs: list[list[int]] = field(default_factory=list)
-    """Documents and tokens of each."""
 
     @classmethod
     def read(cls, work: Path, request: Request) -> "Journal | None":
@@ -101,33 +99,45 @@ class Journal:
             check_types(journal, cls, "journal")
             check_sources(journal.sources)
             expected = (JOURNAL_VERSION, request.stored(), cls({}, []).counts.keys())
-            files = [
-                (work / f"{number:05}.{name}", length * dtype.itemsize)
-                for number, lengths in enumerate(journal.runs)
-                for (name, dtype), length in zip(_FILES.items(), lengths, strict=True)
-            ]
-            sound = all(not p.is_symlink() and p.is_file() and p.stat().st_size == size for p, size in files)
-            if sound and (journal.version, journal.request, journal.counts.keys()) == expected:
+            if (journal.version, journal.request, journal.counts.keys()) == expected and journal._fits(work):
                 return journal
         say("starting over: the unfinished work is damaged or of another request")
         return None
+
+    def _fits(self, work: Path) -> bool:
+        """True if records and tokens are files that hold the documents counted."""
+        paths = [(work / name, length * size) for name, (length, size) in self._lengths().items() if length]
+        return all(not path.is_symlink() and path.is_file() and path.stat().st_size >= size for path, size in paths)
+
+    def _lengths(self) -> dict[str, tuple[int, int]]:
+        """Length of each file in items, and bytes of an item."""
+        return {
+            RECORDS: (self.counts["documents"], RECORD.itemsize),
+            TOKENS: (self.counts["tokens"], TOKEN_DTYPE.itemsize),
+        }
 
     def write(self, work: Path) -> None:
         """Replace journal.json. Raises StorageError."""
         with replacing(work / JOURNAL) as file:
             file.write(json.dumps(vars(self)).encode())
 
-    def add_run(self, work: Path, documents: Sequence["Document"]) -> None:
-        """Write `documents`, none of them empty, as a run, then the journal. Raises StorageError."""
-        if documents:
-            records = np.array([(each.key, each.tokens, each.source, each.text_bytes) for each in documents], RECORD)
-            order = np.argsort(records["key"], kind="stable")  # of equal documents the first stays the first
-            number = len(self.runs)
-            with replacing(work / f"{number:05}.records", records.nbytes) as file:
-                file.write(records[order].tobytes())
-            self.runs.append([len(records), int(records["tokens"].sum())])
-            with replacing(work / f"{number:05}.tokens", self.runs[-1][1] * TOKEN_DTYPE.itemsize) as file:
-                file.writelines(documents[place].ids for place in order)
+    def append(self, work: Path, documents: Sequence["Document"]) -> None:
+        """Append `documents`, none of them empty and all counted, then write the journal. Raises StorageError."""
+        records = np.array([(each.key, each.tokens, each.source, each.text_bytes) for each in documents], RECORD)
+        order = np.argsort(records["key"], kind="stable")  # of equal documents the first stays the first
+        contents = {RECORDS: [records[order].tobytes()], TOKENS: [documents[place].ids for place in order]}
+        for name, (length, size) in self._lengths().items():
+            added = sum(map(len, contents[name]))
+            with (
+                storage_errors(work / name, needed_bytes=added),
+                # Without following a link, and with an error for a pipe.
+                io.BufferedWriter(open_regular(work / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)) as file,  # type: ignore[arg-type]
+            ):
+                file.seek(length * size - added)
+                file.truncate()  # what a killed start has left
+                file.writelines(contents[name])
+                file.flush()
+                os.fsync(file.fileno())
         self.write(work)
 
 
@@ -154,8 +164,8 @@ def claimed_work(folder: Path) -> Iterator[Path]:
             yield work
         except BaseException:
             with suppress(OSError):  # the failure itself matters more than leftovers
-                # A single run may be the whole of a small corpus, which is soon read again.
-                if os.listdir(folder) == [WORK] and not {"00001.records", DOWNLOADS} & set(os.listdir(work)):
+                names = set(os.listdir(work))
+                if os.listdir(folder) == [WORK] and not ({JOURNAL, RECORDS} <= names or DOWNLOADS in names):
                     shutil.rmtree(folder)
             raise
         with storage_errors(work, "delete"):
@@ -163,7 +173,7 @@ def claimed_work(folder: Path) -> Iterator[Path]:
 
 
 def start_over(folder: Path, work: Path, request: Request, sources: list[dict[str, Any]]) -> Journal:
-    """Delete an earlier start's shards and runs, then write a new journal and return it.
+    """Delete an earlier start's shards, then write a new journal and return it.
 
     Raises UserError for shards whose origin is unknown, and StorageError.
     """
@@ -173,9 +183,8 @@ def start_over(folder: Path, work: Path, request: Request, sources: list[dict[st
             f"Cannot prepare {folder}: it holds {len(shards)} shards without a manifest, such as {min(shards).name}, "
             "whose preparation is unknown. Move them away or choose another --out."
         )
-    with storage_errors(work, "delete the unfinished work in"):
-        # The old journal vouches for the shards until they are gone.
-        for path in [*shards, *work.glob("*.records"), *work.glob("*.tokens")]:
+    for path in shards:  # the old journal vouches for them until they are gone
+        with storage_errors(path, "delete"):
             path.unlink()
     journal = Journal(request.stored(), sources)
     journal.write(work)
@@ -183,13 +192,13 @@ def start_over(folder: Path, work: Path, request: Request, sources: list[dict[st
 
 
 def encode_sources(sources: Sequence[Source], request: Request, journal: Journal, work: Path, workers: int) -> None:
-    """Encode the documents from the journal's position into runs, up to the request's limits.
+    """Encode and append the documents from the journal's position on, up to the request's limits.
 
     Raises UserError if a source is faulty or changed meanwhile, and StorageError.
     """
     load_tokenizer()  # or a fault of its files would show after the first download
     start, tokens_before, say_if_due = time.monotonic(), journal.counts["tokens"], now_and_then()
-    # A limited request may need little of what is read ahead; otherwise the workers stay busy while a run is written.
+    # A limited request may need little of what is read ahead; otherwise the workers stay busy during an append.
     ahead = workers + 1 if request.is_limited else 8 * workers
     waiting: list[Document] = []
     size = 0
@@ -201,7 +210,7 @@ def encode_sources(sources: Sequence[Source], request: Request, journal: Journal
         if len(documents) < len(batch):
             break
         if size >= FLUSH_TOKENS:
-            journal.add_run(work, waiting)
+            journal.append(work, waiting)
             waiting, size = [], 0
         unit = 1 + position.unit + sum(source.n_units for source in sources[: position.source])
         rate = (journal.counts["tokens"] - tokens_before) / (time.monotonic() - start)
@@ -209,15 +218,22 @@ def encode_sources(sources: Sequence[Source], request: Request, journal: Journal
             f"file {unit:,} of {sum(source.n_units for source in sources):,}: {journal.counts['documents']:,} documents, "
             f"{journal.counts['tokens']:,} tokens, {rate:,.0f} tokens/s"
         )
-    try:
+    with nothing_to_resume(work):  # what was appended may be of neither version
         for source in sources:
             source.check_unchanged()
-    except UserError:  # what is in the runs may be of neither version, and the next start must not resume it
+    journal.is_complete = True
+    journal.append(work, waiting)
+
+
+@contextmanager
+def nothing_to_resume(work: Path) -> Iterator[None]:
+    """Keeps the next start from resuming after a UserError in the block."""
+    try:
+        yield
+    except UserError:
         with storage_errors(work / JOURNAL, "delete"):
             (work / JOURNAL).unlink()
         raise
-    journal.is_complete = True
-    journal.add_run(work, waiting)
 
 
 class Document(NamedTuple):
@@ -312,88 +328,44 @@ def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Docum
 
 
 class SortedDocuments:
-    """The documents of all runs in the order of their keys; equal ones form a group, which is not divided."""
+    """All documents in the order of their keys; equal ones form a group, which is not divided."""
 
     def __init__(self, work: Path, journal: Journal, drop_duplicates: bool) -> None:
         """Read all records. Of equal documents only the first is kept if `drop_duplicates`. Raises StorageError."""
-        self._work, self._drop = work, drop_duplicates
-        self._edges: list[dict[str, np.ndarray]] = []
-        """Where each part of the keys begins in a run's files."""
-        for number, (n_documents, _) in enumerate(journal.runs):
-            records = self._read_run(number, "records", 0, n_documents)
-            first_bytes = np.ascontiguousarray(records["key"]).view(np.uint8)[:: RECORD["key"].itemsize]
-            edges = np.searchsorted(first_bytes, np.arange(_PARTS + 1))
-            ends = np.cumsum(records["tokens"], dtype=np.int64)
-            self._edges.append({"records": edges, "tokens": np.append(0, ends)[edges]})
-        n_sources = len(journal.sources)
-        self.documents, self.tokens, self.text_bytes = (np.zeros(n_sources, np.int64) for _ in range(3))
-        """By source."""
-        lengths = np.zeros(33, np.int64)
-        group_tokens: list[np.ndarray] = []
-        for part in range(_PARTS):
-            records, _, starts = self._sorted(part)
-            group_tokens.append(np.add.reduceat(records["tokens"].astype(np.int64), starts))
-            self.documents += np.bincount(records["source"], minlength=n_sources)
-            np.add.at(self.tokens, records["source"], records["tokens"].astype(np.int64))
-            np.add.at(self.text_bytes, records["source"], records["text_bytes"].astype(np.int64))
-            lengths += np.bincount(np.frexp(records["tokens"])[1] - 1, minlength=len(lengths))
-        self.group_tokens = np.concatenate(group_tokens)
-        self.lengths: list[int] = np.trim_zeros(lengths, "b").tolist()
-        """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens."""
-        self._first_groups = np.cumsum([0, *map(len, group_tokens)])
-        self._load = lru_cache(maxsize=1)(self._read_part)  # neighbouring shards share a part
-
-    def read(self, begin: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield records and tokens of groups `begin` to `end`, in order, a part at a time. Raises StorageError."""
-        for part in range(_PARTS):
-            offset, next_offset = self._first_groups[part : part + 2]
-            first, last = max(begin, offset), min(end, next_offset)
-            if first < last:
-                records, tokens, bounds, starts = self._load(part)
-                low, high = starts[first - offset], starts[last - offset]
-                yield records[low:high], tokens[bounds[low] : bounds[high]]
-
-    def _sorted(self, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a part's sorted records, where each one's tokens begin in the part, and where each group starts."""
-        records = self._content(part, "records")
+        self._path = work / TOKENS
+        with storage_errors(work / RECORDS, "read"):
+            records = np.fromfile(work / RECORDS, RECORD, journal.counts["documents"])
         begins = np.cumsum(records["tokens"], dtype=np.int64) - records["tokens"]
         order = np.argsort(records["key"], kind="stable")
         starts = np.unique(records["key"][order], return_index=True)[1]
-        if self._drop:
+        if drop_duplicates:
             order, starts = order[starts], np.arange(len(starts))
-        return records[order], begins[order], starts
+        self.records, self._begins, self._starts = records[order], begins[order], np.append(starts, len(order))
+        self.group_tokens = np.add.reduceat(self.records["tokens"].astype(np.int64), starts)
 
-    def _read_part(self, part: int) -> tuple[np.ndarray, ...]:
-        """Return sorted records and tokens, the documents' bounds among the tokens, and the groups' among records."""
-        records, begins, starts = self._sorted(part)
-        tokens = self._content(part, "tokens")
-        texts = [tokens[begin : begin + count] for begin, count in zip(begins, records["tokens"], strict=True)]
-        bounds = np.concatenate([[0], np.cumsum(records["tokens"], dtype=np.int64)])
-        return records, np.concatenate(texts), bounds, np.append(starts, len(records))
+    def read(self, groups: np.ndarray) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+        """Return records and tokens of the documents of these groups, in order. The iterator raises StorageError."""
+        firsts, sizes = self._starts[groups], self._starts[groups + 1] - self._starts[groups]
+        # Counts on from each group's first document.
+        places = np.arange(sizes.sum()) + np.repeat(firsts - (np.cumsum(sizes) - sizes), sizes)
+        return self.records[places], self._tokens(places)
 
-    def _content(self, part: int, name: str) -> np.ndarray:
-        """Return a part of the files `name` of all runs, one after the other."""
-        edges = [run[name][part : part + 2].tolist() for run in self._edges]
-        pieces = [self._read_run(n, name, first, last) for n, (first, last) in enumerate(edges) if first < last]
-        return np.concatenate([np.empty(0, _FILES[name]), *pieces])
-
-    def _read_run(self, number: int, name: str, first: int, last: int) -> np.ndarray:
-        path, dtype = self._work / f"{number:05}.{name}", _FILES[name]
-        with storage_errors(path, "read"):
-            content = np.fromfile(path, dtype, last - first, offset=first * dtype.itemsize)
-        if len(content) != last - first:
-            raise StorageError(f"Cannot use the unfinished work: {path} has changed. Rerun.")
-        return content
+    def _tokens(self, places: np.ndarray) -> Iterator[np.ndarray]:
+        size = TOKEN_DTYPE.itemsize
+        begins, counts = self._begins[places].tolist(), self.records["tokens"][places].tolist()
+        with storage_errors(self._path, "read"), open(self._path, "rb") as file:
+            for begin, count in zip(begins, counts, strict=True):
+                file.seek(begin * size)
+                content = file.read(count * size)
+                if len(content) < count * size:
+                    raise StorageError(f"Cannot use the unfinished work: {self._path} has changed. Rerun.")
+                yield np.frombuffer(content, TOKEN_DTYPE)
 
 
-Ranges = list[tuple[int, int]]
+def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[np.ndarray]:
+    """Divide groups of equal documents into shards, validation first; return the numbers of the groups of each.
 
-
-def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[Ranges]:
-    """Divide groups of equal documents into shards, validation first; return the ranges of groups of each.
-
-    A shard holds at most `tokens_per_shard` tokens, or one longer group. Most are one range; the shard around the
-    validation documents has two. Raises UserError for fewer than two groups.
+    A shard holds at most `tokens_per_shard` tokens, or one longer group. Raises UserError for fewer than two groups.
     """
     if len(group_tokens) < 2:
         raise UserError(
@@ -408,13 +380,9 @@ def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[Ranges]
     fitting = group_tokens <= limit
     begin = int(np.argmax(fitting)) if fitting.any() else int(np.argmin(group_tokens))
     end = begin + next(_cuts(group_tokens[begin:], limit))
-    shards: list[Ranges] = [[(begin, end)]]
-    first = 0
-    for last in _cuts(np.delete(group_tokens, np.s_[begin:end]), tokens_per_shard):
-        # Numbers among the training groups -> numbers among all: those behind validation are further on.
-        pieces = [(first, min(last, begin)), (max(first, begin) + end - begin, last + end - begin)]
-        shards.append([(low, high) for low, high in pieces if low < high])
-        first = last
+    training = np.delete(np.arange(len(group_tokens)), np.s_[begin:end])
+    cuts = list(_cuts(group_tokens[training], tokens_per_shard))
+    shards = [np.arange(begin, end), *np.split(training, cuts[:-1])]
     if len(shards) > _MOST_SHARDS:
         raise UserError(
             f"Cannot divide {total:,} tokens into {len(shards):,} shards: {_MOST_SHARDS:,} are the most. Use at least "
@@ -427,7 +395,15 @@ def write_shards(documents: SortedDocuments, request: Request, folder: Path) -> 
     """Write and return all shards. Raises UserError as `plan_shards`, StorageError."""
     plans, prefix = plan_shards(documents.group_tokens, request.tokens_per_shard), "+".join(request.sources)
     say(f"writing {len(plans)} shards")
-    return tuple(_write_shard(documents, ranges, folder, prefix, index) for index, ranges in enumerate(plans))
+    shards = []
+    for index, groups in enumerate(plans):
+        records, tokens = documents.read(groups)
+        n_tokens, text_bytes = int(records["tokens"].sum()), int(records["text_bytes"].sum())
+        file, sha256 = write_shard(folder, prefix, index, n_tokens, tokens)
+        first, last = (key.ljust(16, b"\0").hex() for key in (records["key"][0], records["key"][-1]))
+        split = "train" if index else "validation"
+        shards.append(Shard(file, split, n_tokens, len(records), text_bytes, sha256, first, last))
+    return tuple(shards)
 
 
 def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Position, Documents]]:
@@ -465,21 +441,3 @@ def _cuts(tokens: np.ndarray, limit: int) -> Iterator[int]:
         before = int(total[end - 1]) if end else 0
         end = max(end + 1, int(np.searchsorted(total, before + limit, side="right")))
         yield end
-
-
-def _write_shard(documents: SortedDocuments, ranges: Ranges, folder: Path, prefix: str, index: int) -> Shard:
-    """Write shard `index`. Raises StorageError."""
-    parts: list[np.ndarray] = []
-
-    def arrays() -> Iterator[np.ndarray]:
-        for begin, end in ranges:
-            for records, tokens in documents.read(begin, end):
-                parts.append(records)
-                yield tokens
-
-    tokens = sum(int(documents.group_tokens[begin:end].sum()) for begin, end in ranges)
-    file, sha256 = write_shard(folder, prefix, index, tokens, arrays())
-    records = np.concatenate(parts)
-    first, last = (key.ljust(16, b"\0").hex() for key in (records["key"][0], records["key"][-1]))
-    split = "train" if index else "validation"
-    return Shard(file, split, tokens, len(records), int(records["text_bytes"].sum()), sha256, first, last)

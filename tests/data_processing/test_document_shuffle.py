@@ -133,13 +133,11 @@ def test_the_plan_is_that_of_a_plain_loop(tokens_per_shard: int, seed: int) -> N
     validation = greedily(list(range(first, 120)), tokens, limit)[0]
     rest = [group for group in range(120) if group not in validation]
     expected = [validation, *greedily(rest, tokens, tokens_per_shard)]
-    assert [[group for begin, end in ranges for group in range(begin, end)] for ranges in plans] == expected
-    for ranges in plans:
-        assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(ranges)), "as few ranges as possible"
+    assert [groups.tolist() for groups in plans] == expected
 
 
 def random_journal(work: Path, documents: int, different: int) -> tuple[Journal, list[tuple[bytes, list[int]]]]:
-    """Runs of random documents, some of which have the same key, and the documents in their order."""
+    """A journal of random documents, some of which have the same key, and the documents in their order."""
     rng = np.random.default_rng(documents)
     keys = [b"\0" * 16, b"\xff" * 16, b"\x80" + b"\0" * 15, *(rng.bytes(16) for _ in range(different - 3))]
     journal = Journal({}, [{"name": "random"}])
@@ -148,7 +146,9 @@ def random_journal(work: Path, documents: int, different: int) -> tuple[Journal,
         chosen = [keys[number] for number in rng.integers(0, different, documents // 3)]
         ids = [rng.integers(0, 50_000, rng.integers(1, 90)).astype(np.uint16) for _ in chosen]
         batch = [Document(key, part.tobytes(), 4 * part.size) for key, part in zip(chosen, ids, strict=True)]
-        journal.add_run(work, batch)
+        journal.counts["documents"] += len(batch)
+        journal.counts["tokens"] += sum(map(len, ids))
+        journal.append(work, batch)
         added += [(key, part.tolist()) for key, part in zip(chosen, ids, strict=True)]
     return journal, added
 
@@ -161,14 +161,13 @@ def test_documents_come_back_sorted_and_equal_ones_together(tmp_path: Path, drop
     groups = [group[:1] for group in groups] if drop else groups
     documents = SortedDocuments(tmp_path, journal, drop)
     assert documents.group_tokens.tolist() == [sum(len(ids) for _, ids in group) for group in groups]
-    assert int(documents.documents[0]) == sum(map(len, groups))
-    for begin, end in ((0, len(groups)), (3, 4), (17, 250), (5, 5)):
-        parts = list(documents.read(begin, end))
-        expected = [document for group in groups[begin:end] for document in group]
-        assert [key.ljust(16, b"\0") for records, _ in parts for key in records["key"].tolist()] == [
-            key for key, _ in expected
-        ]
-        assert [token for _, tokens in parts for token in tokens.tolist()] == [t for _, ids in expected for t in ids]
+    assert len(documents.records) == sum(map(len, groups))
+    for begin, end in ((0, len(groups)), (3, 4), (17, 250)):
+        chosen = np.delete(np.arange(begin, end), 1) if end > 100 else np.arange(begin, end)
+        records, tokens = documents.read(chosen)
+        expected = [document for group in chosen for document in groups[group]]
+        assert [key.ljust(16, b"\0") for key in records["key"].tolist()] == [key for key, _ in expected]
+        assert [part.tolist() for part in tokens] == [ids for _, ids in expected]
 
 
 def test_every_document_is_in_one_shard_whole(tmp_path: Path) -> None:
@@ -293,7 +292,7 @@ def test_a_killed_preparation_resumes_where_it_was(tmp_path: Path, commands: Com
         env=commands.environment,
         stderr=subprocess.PIPE,
     )
-    while not (folder / WORK / "00001.records").exists():  # the journal has the run before
+    while not (folder / WORK / "records").exists():
         assert process.poll() is None, "finished before it could be killed"
         time.sleep(0.005)
     with pytest.raises(BusyError, match="another process is preparing"):
@@ -402,7 +401,7 @@ def test_a_full_disk_is_a_storage_error_and_the_work_is_resumed_later(
         write_json_lines(tmp_path / f"{part}.jsonl", some_texts(60, seed=part))
     path = tmp_path / "*.jsonl"
     monkeypatch.setattr(document_shuffle, "FLUSH_TOKENS", 4_000)
-    real, left = os.fsync, 20  # of the 30 of five runs
+    real, left = os.fsync, 10
 
     def full(descriptor: int) -> None:
         nonlocal left
@@ -412,7 +411,7 @@ def test_a_full_disk_is_a_storage_error_and_the_work_is_resumed_later(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"Cannot write .*\.(tokens|records): No space left on device"):
+    with pytest.raises(StorageError, match=r"Cannot write .*(tokens|records): No space left on device"):
         prepare(request(path), tmp_path / "out", 1)
     monkeypatch.undo()
     prepare(request(path), tmp_path / "out", 1)
@@ -420,7 +419,7 @@ def test_a_full_disk_is_a_storage_error_and_the_work_is_resumed_later(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("damaged", ["00007.tokens", "00003.records", JOURNAL])
+@pytest.mark.parametrize("damaged", ["tokens", "records", JOURNAL])
 def test_damaged_unfinished_work_is_prepared_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], damaged: str
 ) -> None:
@@ -479,8 +478,8 @@ def test_shards_of_unknown_origin_are_not_touched(tmp_path: Path) -> None:
 )
 def test_validation_is_a_modest_share(documents: int, tokens_per_shard: int, validation: int) -> None:
     """A twentieth; of a small corpus up to a quarter; never more than a shard. Documents have 64 tokens."""
-    [[(begin, end)], *_] = plan_shards(np.full(documents, 64), tokens_per_shard)
-    assert end - begin == validation
+    first, *_ = plan_shards(np.full(documents, 64), tokens_per_shard)
+    assert len(first) == validation
 
 
 def test_seeds_decide_the_order(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_kills_of_a_part(tmp_path: Path, commands: Commands, monkeypatch: pytest
     folder, undisturbed = tmp_path / "datasets" / "web", tmp_path / "undisturbed" / "web"
     limits = {"max_tokens": 120_000, "tokens_per_shard": 1_200}
     moments: list[Callable[[], bool]] = [
-        (folder / ".preparing" / "00001.records").exists,
+        (folder / ".preparing" / "records").exists,
         lambda: len(list(folder.glob("*.npy"))) > 2,
     ]
     with hub(REPOSITORY, FILES, piece_s=0.01) as served:
