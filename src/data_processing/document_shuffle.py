@@ -110,7 +110,7 @@ class Journal:
         return all(not path.is_symlink() and path.is_file() and path.stat().st_size >= size for path, size in paths)
 
     def _lengths(self) -> dict[str, tuple[int, int]]:
-        """Length of each file in items, and bytes of an item."""
+        """Return the length of each file in items, and the bytes of an item."""
         return {
             RECORDS: (self.counts["documents"], RECORD.itemsize),
             TOKENS: (self.counts["tokens"], TOKEN_DTYPE.itemsize),

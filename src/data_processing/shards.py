@@ -191,7 +191,7 @@ def find_faults(
     written costs one line on stderr and a slower next start. Raises StoppedError once `stop()` is true, which several
     threads call.
     """
-    # The files as they are before their content is read. The manifest's hash covers what they must hold.
+    # Looked at before their content is read. The manifest's hash covers what they must hold.
     files = {shard.file: identity(folder / shard.file) for shard in manifest.shards}
     stamp = {"format": STAMP_FORMAT, "manifest": manifest.sha256, "files": files}
     with suppress(OSError, ValueError):  # an absent or damaged stamp: everything is read
