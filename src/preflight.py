@@ -209,8 +209,8 @@ def _check_texts(request: Request) -> int:
     for most_bytes in (CHECKED_CHARACTERS, -1):  # the beginning of a text may be one document, and the whole several
         texts, unread = set[str](), CHECKED_CHARACTERS
         for file in files:
-            for documents in read_batches(file, request.text_field, divide_long=True, most_bytes=most_bytes):
-                batch = [text for text in documents.texts() if text.strip()]
+            for each in read_batches(file, request.text_field, divide_long=True, most_bytes=most_bytes):
+                batch = [text for text in each.texts if text.strip()]
                 texts.update(batch)
                 unread -= sum(map(len, batch))
                 if unread <= 0 and len(texts) > 1:

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.data_processing.file_formats import LONG_TEXT, Documents
+from src.data_processing.file_formats import LONG_TEXT, Batch
 from src.data_processing.shards import SHARD_NAME, TOKEN_DTYPE, Shard, check_sources, check_types, write_shard
 from src.data_processing.text_sources import Request, Source
 from src.data_processing.tokenizer import load_tokenizer, replace_surrogates
@@ -271,11 +271,11 @@ def encode_all(
     if workers > 1 and len(head) > 1:  # starting processes takes longer than a single batch
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
     try:
-        for position, documents in chain(head, batches):
+        for position, batch in chain(head, batches):
             # The worker that this may start inherits that Ctrl-C is held back: it ends with its parent instead.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                pending.append((position, pool.submit(encode_batch, documents, seed, position.source)))
+                pending.append((position, pool.submit(encode_batch, batch, seed, position.source)))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             while pending and (len(pending) >= ahead or pending[0][1].done()):
@@ -304,12 +304,12 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Document]:
+def encode_batch(batch: Batch, seed: int, source: int = 0) -> list[Document]:
     """Encode documents, replacing lone surrogates by U+FFFD."""
     tokenizer = load_tokenizer()
     mark = TOKEN_DTYPE.type(tokenizer.end_of_text).tobytes()
     encoded = []
-    for text in documents.texts():
+    for text in batch.texts:
         replaced_in, replaced = None, 0
         if not text or text.isspace():
             encoded.append(Document())
@@ -319,7 +319,7 @@ def encode_batch(documents: Documents, seed: int, source: int = 0) -> list[Docum
         except UnicodeEncodeError:
             mended = replace_surrogates(text)
             replaced = mended.count("\ufffd") - text.count("\ufffd")
-            text, data, replaced_in = mended, mended.encode(), str(documents.path)
+            text, data, replaced_in = mended, mended.encode(), str(batch.path)
         ids = mark + tokenizer.encode_to_numpy(text).tobytes()
         # Different documents have different keys, but for a chance of 1e-24 in ten million.
         key = hashlib.blake2b(data, digest_size=16, key=str(seed).encode()).digest()
@@ -406,21 +406,23 @@ def write_shards(documents: SortedDocuments, request: Request, folder: Path) -> 
     return tuple(shards)
 
 
-def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Position, Documents]]:
+def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Position, Batch]]:
     """Yield all batches from `start`, each with the position behind it."""
     for number, source in enumerate(sources):
         for unit in range(source.n_units):
             if (number, unit) >= start[:2]:
                 skip = start.batch if (number, unit) == start[:2] else 0
-                for batch, documents in enumerate(source.batches(unit, skip), start=skip + 1):
-                    yield Position(number, unit, batch), documents
+                for count, batch in enumerate(source.batches(unit, skip), start=skip + 1):
+                    yield Position(number, unit, count), batch
 
 
 def _within_limits(batch: list[Document], request: Request, journal: Journal) -> list[Document]:
     """Return the documents of `batch` that the request allows, all if no limit is reached, and count them."""
     counts, most_tokens = journal.counts, request.max_tokens or math.inf
     for number, document in enumerate(batch):
-        is_one_too_many = counts["documents"] == request.max_documents or counts["tokens"] + document.tokens > most_tokens
+        is_one_too_many = (
+            counts["documents"] == request.max_documents or counts["tokens"] + document.tokens > most_tokens
+        )
         if document.ids and is_one_too_many:
             return batch[:number]
         counts["documents"] += bool(document.ids)

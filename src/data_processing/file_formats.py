@@ -1,7 +1,6 @@
-"""Files of text -> batches of documents, about 1 MiB each.
+"""Files of text -> batches of documents.
 
-Parsing JSON and Arrow is the costly part. It happens where `texts()` is called, in the processes that tokenise. Bytes
-that are not UTF-8 arrive as lone surrogates (PEP 383): the writer replaces and counts them.
+Bytes that are not UTF-8 arrive as lone surrogates (PEP 383): the writer replaces and counts them.
 """
 
 import codecs
@@ -11,10 +10,9 @@ import re
 import shlex
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from src.utils.errors import UserError, cause_of
 
@@ -38,58 +36,16 @@ _ANNEX_POINTER = re.compile(rb"/annex/objects/\S+\s*")
 _CONVERT = "Convert it to UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW."
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Documents as strings."""
+class Batch(NamedTuple):
+    """Documents of one origin, about 1 MiB of text."""
 
-    documents: list[str]
-    path: Path | str = "the source"
-    """Origin, for messages."""
-
-    def texts(self) -> Iterator[str]:
-        return iter(self.documents)
-
-
-@dataclass(frozen=True)
-class Lines:
-    """JSON objects, one a line."""
-
-    path: Path
-    first_line: int
-    data: bytes
-    text_field: str
-
-    def texts(self) -> Iterator[str]:
-        """Yield the texts. Raises UserError for a line that is not an object with text in `text_field`."""
-        # Only "\n" ends a line: json takes care of the rest, and of other line ends inside a text.
-        for number, line in enumerate(self.data.split(b"\n"), start=self.first_line):
-            if line.strip():
-                yield _text_of(line.decode("utf-8", "surrogateescape"), f"{self.path}, line {number}", self.text_field)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of text of an Arrow table: strings, large strings, views or categories of them."""
-
-    values: Any
-    path: Path | str = "the source"
-
-    def texts(self) -> Iterator[str]:
-        import pyarrow as pa
-
-        values = self.values.dictionary_decode() if pa.types.is_dictionary(self.values.type) else self.values
-        # As bytes, because pyarrow refuses to hand over text that is not UTF-8.
-        for value in values.cast(pa.large_binary()).to_pylist():
-            yield (value or b"").decode("utf-8", "surrogateescape")
-
-
-Documents = Texts | Lines | Column
-Batches = Iterator[Documents]
+    texts: list[str]
+    path: Path | str
 
 
 def read_batches(
     path: Path, text_field: str, skip: int = 0, divide_long: bool = False, most_bytes: int = -1
-) -> Batches:
+) -> Iterator[Batch]:
     """Yield the documents of one file without the first `skip` batches.
 
     A .txt or .md file is one document, or with `divide_long` perhaps several; `most_bytes` reads only its beginning.
@@ -108,7 +64,8 @@ def read_batches(
             batches = _read_text(path, divide_long, most_bytes)
         else:
             batches = read.get(kind, _read_lines)(path, text_field)
-        yield from islice(batches, skip, None)
+        for texts in islice(batches, skip, None):
+            yield Batch(texts, path)
     except UserError:
         raise
     except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:  # pyarrow's are among them
@@ -121,6 +78,15 @@ def read_batches(
         raise UserError(
             f"Cannot read {path}: {cause_of(error)}. If the file is damaged, fetch it again, or leave it out."
         ) from None
+
+
+def column_texts(values: Any) -> list[str]:
+    """Return the texts of an Arrow column: strings, large strings, views or categories of them."""
+    import pyarrow as pa
+
+    values = values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+    # As bytes, because pyarrow refuses to hand over text that is not UTF-8.
+    return [(value or b"").decode("utf-8", "surrogateescape") for value in values.cast(pa.large_binary()).to_pylist()]
 
 
 def check_column(schema: Any, text_field: str, where: Path | str) -> None:
@@ -156,7 +122,7 @@ def _parts(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _read_text(path: Path, divide_long: bool, most_bytes: int) -> Batches:
+def _read_text(path: Path, divide_long: bool, most_bytes: int) -> Iterator[list[str]]:
     """Read a file as a text, decoded from UTF-8, or from UTF-16 or UTF-32 with a mark; its line ends become "\\n"."""
     with open(path, "rb") as file:
         data, is_cut = file.read(most_bytes), bool(file.read(1))
@@ -180,7 +146,7 @@ def _read_text(path: Path, divide_long: bool, most_bytes: int) -> Batches:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     parts, size = list(_parts(text)) if divide_long else [text], BATCH_BYTES // PART_OF_LONG_TEXT
     for begin in range(0, len(parts), size):
-        yield Texts(parts[begin : begin + size], path)
+        yield parts[begin : begin + size]
 
 
 def _encoding_of(head: bytes, path: Path) -> str:
@@ -198,7 +164,7 @@ def _encoding_of(head: bytes, path: Path) -> str:
     return "utf-8"
 
 
-def _read_lines(path: Path, text_field: str) -> Batches:
+def _read_lines(path: Path, text_field: str) -> Iterator[list[str]]:
     kind = path.suffix.lower()
     with open(path, "rb") as file:
         stream: Any = gzip.GzipFile(fileobj=file) if kind == ".gz" else file
@@ -215,12 +181,23 @@ def _read_lines(path: Path, text_field: str) -> Batches:
             head, newline, tail = chunk.rpartition(b"\n")
             if newline:
                 data = b"".join([*chunks, head, newline])
-                yield Lines(path, line_number, data, text_field)
+                yield _texts_of(data, path, line_number, text_field)
                 line_number += data.count(b"\n")
                 chunks = []
             chunks.append(tail)
         if any(chunks):
-            yield Lines(path, line_number, b"".join(chunks), text_field)
+            yield _texts_of(b"".join(chunks), path, line_number, text_field)
+
+
+def _texts_of(lines: bytes, path: Path, number: int, text_field: str) -> list[str]:
+    """Return the texts of lines, the first of which is line `number`."""
+    # Only "\n" ends a line: json takes care of the rest, and of other line ends inside a text.
+    numbered = enumerate(lines.split(b"\n"), start=number)
+    return [
+        _text_of(line.decode("utf-8", "surrogateescape"), f"{path}, line {n}", text_field)
+        for n, line in numbered
+        if line.strip()
+    ]
 
 
 def _text_of(line: str, where: str, text_field: str) -> str:
@@ -239,7 +216,7 @@ def _text_of(line: str, where: str, text_field: str) -> str:
     return text
 
 
-def _read_parquet(path: Path, text_field: str) -> Batches:
+def _read_parquet(path: Path, text_field: str) -> Iterator[list[str]]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
@@ -248,10 +225,10 @@ def _read_parquet(path: Path, text_field: str) -> Batches:
             group = file.metadata.row_group(number)
             rows = _rows_per_batch(group.num_rows, group.total_byte_size)
             for batch in file.iter_batches(rows, row_groups=[number], columns=[text_field]):
-                yield Column(batch.column(0), path)
+                yield column_texts(batch.column(0))
 
 
-def _read_arrow(path: Path, text_field: str) -> Batches:
+def _read_arrow(path: Path, text_field: str) -> Iterator[list[str]]:
     """Read both forms of Arrow's IPC format: a file, and a stream as the package datasets writes it."""
     import pyarrow as pa
 
@@ -265,7 +242,7 @@ def _read_arrow(path: Path, text_field: str) -> Batches:
             values = table.column(text_field)
             rows = _rows_per_batch(len(values), values.nbytes)
             for first in range(0, len(values), rows):
-                yield Column(values.slice(first, rows), path)
+                yield column_texts(values.slice(first, rows))
 
 
 def _rows_per_batch(rows: int, n_bytes: int) -> int:

@@ -31,13 +31,12 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx2
-import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers, validate_repo_id
 
-from src.data_processing.file_formats import Batches, Column, check_column, read_batches
+from src.data_processing.file_formats import Batch, check_column, column_texts, read_batches
 from src.data_processing.text_sources import Request, Source
 from src.utils.errors import StorageError, UserError, hub_errors, hub_failure, hub_reason, say
 from src.utils.files import fingerprint, free_bytes, open_regular, size_text, storage_errors, sync
@@ -117,7 +116,7 @@ class _WholeFiles(Source):
         super().__init__(details, len(files))
         self._files, self._text_field, self._folder = files, text_field, downloads / details["revision"]
 
-    def batches(self, unit: int, skip: int) -> Batches:
+    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
         with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if unit > 1:  # a resumed preparation may need the last unit once more, but rarely an earlier one
@@ -135,7 +134,7 @@ class _RandomPart(Source):
         super().__init__(details | {"order": "row groups"}, 1)
         self._files, self._text_field, self._seed = files, text_field, seed
 
-    def batches(self, unit: int, skip: int) -> Batches:
+    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
         with ThreadPoolExecutor(8) as threads:
             opened = list(threads.map(self._open, self._files))
         pairs = zip(self._files, opened, strict=True)
@@ -145,7 +144,7 @@ class _RandomPart(Source):
             # Without threads, as without a buffer ahead: those can abort a process that exits meanwhile.
             read = partial(parquet.read_row_group, number, columns=[self._text_field], use_threads=False)
             table = _retry(f"row group {number} of {file.path}", file.repository, read)
-            yield Column(table.column(0).cast(pa.large_binary()).combine_chunks(), file.path)
+            yield Batch(column_texts(table.column(0)), file.path)
 
     def _open(self, file: HubFile) -> pq.ParquetFile:
         name = f"the footer of {file.path}"

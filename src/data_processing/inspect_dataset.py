@@ -66,8 +66,8 @@ def excerpts(folder: Path, places: Sequence[str]) -> tuple[str, dict[str, Any]]:
         shards = manifest.shards[number : number + 1]
         if not any(first < end <= min(shard.tokens, first + _MOST_TOKENS) for shard in shards):
             raise UserError(
-                f"Cannot show {place[:60]!r}: expected SHARD:FIRST-END, a shard from 0 to {len(manifest.shards) - 1} and "
-                f"at most {_MOST_TOKENS:,} of its tokens, such as 0:0-{min(200, manifest.shards[0].tokens)}."
+                f"Cannot show {place[:60]!r}: expected SHARD:FIRST-END, a shard from 0 to {len(manifest.shards) - 1} "
+                f"and at most {_MOST_TOKENS:,} of its tokens, such as 0:0-{min(200, manifest.shards[0].tokens)}."
             )
         page += [excerpt(folder, manifest, shard, first, end - first, _SAMPLE_LINES) for shard in shards]
     return "\n\n".join(page), {"dataset": str(folder), "places": len(places)}

@@ -324,4 +324,3 @@ def _content_fault(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[
     if digest.hexdigest() != shard.sha256:
         return f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed"
     return None
-

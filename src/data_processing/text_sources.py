@@ -27,8 +27,7 @@ from src.data_processing.file_formats import (
     EXTENSIONS,
     LONG_TEXT,
     PART_OF_LONG_TEXT,
-    Batches,
-    Texts,
+    Batch,
     read_batches,
 )
 from src.utils.errors import UserError, say
@@ -98,7 +97,7 @@ class Source(ABC):
         self.details, self.n_units = details, n_units
 
     @abstractmethod
-    def batches(self, unit: int, skip: int) -> Batches:
+    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
         """Yield the batches of a unit without the first `skip`. Raises UserError for a faulty source, StorageError."""
 
     def check_unchanged(self) -> None:  # noqa: B027 (most sources cannot change)
@@ -188,9 +187,9 @@ class PythonDocs(Source):
     def __init__(self) -> None:
         super().__init__({"name": "pydocs", "packages": python_docs.package_versions()}, 1)
 
-    def batches(self, unit: int, skip: int) -> Batches:
+    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
         for texts in islice(_batched(python_docs.documents()), skip, None):
-            yield Texts(texts, "pydocs")
+            yield Batch(texts, "pydocs")
 
 
 class Files(Source):
@@ -214,7 +213,7 @@ class Files(Source):
                 f"into documents of about {PART_OF_LONG_TEXT:,}"
             )
 
-    def batches(self, unit: int, skip: int) -> Batches:
+    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
         # Around the reading, because a file that is replaced and put back has its old content at the end.
         self._check_unchanged(unit)
         yield from read_batches(self._files[unit], self._text_field, skip, self._divide_long)

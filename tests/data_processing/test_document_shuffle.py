@@ -31,7 +31,7 @@ from src.data_processing.document_shuffle import (
     encode_batch,
     plan_shards,
 )
-from src.data_processing.file_formats import Documents, Texts
+from src.data_processing.file_formats import Batch
 from src.data_processing.shards import read_manifest
 from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import load_tokenizer
@@ -57,14 +57,14 @@ class Batches(Source):
         super().__init__({"name": "batches"}, 1)
         self.lists, self.taken = lists, 0
 
-    def batches(self, unit: int, skip: int) -> Iterator[Documents]:
+    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
         for texts in self.lists[skip:]:
             self.taken += 1
-            yield Texts(texts)
+            yield Batch(texts, "batches")
 
 
 def test_a_batch_holds_ids_lengths_and_keys() -> None:
-    one, empty, white, cafe = encode_batch(Texts(["one two", "", " \n", "caf\udce9"], "b.txt"), seed=7, source=2)
+    one, empty, white, cafe = encode_batch(Batch(["one two", "", " \n", "caf\udce9"], "b.txt"), seed=7, source=2)
     assert empty == white == Document()
     for document, text, name in ((one, "one two", None), (cafe, "caf\ufffd", "b.txt")):
         assert np.frombuffer(document.ids, "<u2").tolist() == [50256, *load_tokenizer().encode(text)]
@@ -78,7 +78,7 @@ def test_batches_come_in_order_from_any_position(workers: int) -> None:
     encoded = list(encode_all([Batches([]), Batches(lists)], START._replace(source=1, batch=3), workers, 0, ahead=4))
     assert [position.batch for position, _ in encoded] == list(range(4, 21))
     for (_, batch), texts in zip(encoded, lists[3:], strict=True):
-        assert batch == encode_batch(Texts(texts), seed=0, source=1)
+        assert batch == encode_batch(Batch(texts, "batches"), seed=0, source=1)
 
 
 def test_memory_does_not_grow_with_the_corpus() -> None:
@@ -91,24 +91,6 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
     before = source.taken
     encoded.close()  # type: ignore[attr-defined]
     assert source.taken == before
-
-
-class Faulty(Texts):
-    def texts(self) -> Iterator[str]:
-        raise UserError("line 3: not JSON")
-
-
-def test_a_faulty_document_is_an_error_in_its_place() -> None:
-    class Source(Batches):
-        def batches(self, unit: int, skip: int) -> Iterator[Documents]:
-            yield Texts(["one"])
-            yield Faulty([])
-            yield Texts(["three"])
-
-    encoded = encode_all([Source([])], START, workers=2, seed=0, ahead=3)
-    assert len(next(encoded)[1]) == 1
-    with pytest.raises(UserError, match="line 3: not JSON"):
-        next(encoded)
 
 
 def greedily(groups: list[int], tokens: list[int], limit: int) -> list[list[int]]:

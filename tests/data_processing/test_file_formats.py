@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.data_processing.file_formats import BATCH_BYTES, Column, Documents, Lines, read_batches
+from src.data_processing.file_formats import BATCH_BYTES, Batch, column_texts, read_batches
 from src.utils.errors import UserError
 from tests.data_processing.documents import some_texts, write_json_lines
 
@@ -91,23 +91,21 @@ def test_batches_of_about_a_mebibyte_from_any_of_them_on(
     path = tmp_path / name
     write(path)
     batches = list(read_batches(path, "text"))
-    texts = [list(documents.texts()) for documents in batches]
+    texts = [batch.texts for batch in batches]
     assert list(chain.from_iterable(texts)) == TEXTS
     assert len(batches) >= 4
     ordinary = [size_of(documents) for documents in batches]
     assert sorted(ordinary)[-2] < 3 * BATCH_BYTES, "only the batch with the long document is long"
     for skip in (1, len(batches) - 1, len(batches)):
-        assert [list(documents.texts()) for documents in read_batches(path, "text", skip)] == texts[skip:]
+        assert [batch.texts for batch in read_batches(path, "text", skip)] == texts[skip:]
 
 
 def test_lines_keep_their_numbers_over_batches(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(10_000, words=60))
     with open(path, "a") as file:
         file.write("oops\n")
-    *_, last = read_batches(path, "text")
-    assert isinstance(last, Lines)
     with pytest.raises(UserError, match="line 10001: not JSON"):
-        list(last.texts())
+        list(read_batches(path, "text"))
 
 
 def test_categories_of_numbers_are_not_text(tmp_path: Path) -> None:
@@ -119,7 +117,7 @@ def test_categories_of_numbers_are_not_text(tmp_path: Path) -> None:
 def test_categories_that_are_not_utf8_become_lone_surrogates() -> None:
     text = pa.Array.from_buffers(pa.binary(), 1, pa.array([b"caf\xe9"]).buffers()).view(pa.string())
     for column in (text.dictionary_encode(), text.cast(pa.string_view())):
-        assert list(Column(column).texts()) == ["caf\udce9"]
+        assert column_texts(column) == ["caf\udce9"]
 
 
 def test_a_file_that_is_not_arrow_or_zstd_is_named(tmp_path: Path) -> None:
@@ -129,8 +127,8 @@ def test_a_file_that_is_not_arrow_or_zstd_is_named(tmp_path: Path) -> None:
             list(read_batches(tmp_path / name, "text"))
 
 
-def size_of(documents: Documents) -> int:
-    return sum(len(text) for text in documents.texts())
+def size_of(documents: Batch) -> int:
+    return sum(len(text) for text in documents.texts)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +145,7 @@ def test_text_in_other_encodings_is_decoded_or_refused(tmp_path: Path, encoding:
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     for file, is_read in ((tmp_path / "a.txt", has_mark), (path, encoding == "utf-8-sig")):
         if is_read:
-            assert [list(documents.texts()) for documents in read_batches(file, "text")] == [[text]]
+            assert [batch.texts for batch in read_batches(file, "text")] == [[text]]
         else:
             with pytest.raises(UserError, match=rf"Cannot read {file}: it .*UTF-.* Convert it to UTF-8: iconv"):
                 list(read_batches(file, "text"))
@@ -169,7 +167,7 @@ def test_columns_of_bytes_and_of_nulls_are_text(tmp_path: Path, kind: pa.DataTyp
     for name, values, expected in (("a", column, ["one", "", "caf\xe9"]), ("b", pa.nulls(2), ["", ""])):
         pq.write_table(pa.table({"text": values}), tmp_path / f"{name}.parquet")
         batches = read_batches(tmp_path / f"{name}.parquet", "text")
-        assert [text for documents in batches for text in documents.texts()] == expected
+        assert [text for documents in batches for text in documents.texts] == expected
 
 
 def test_a_column_of_numbers_names_the_others(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def opened(downloads: Path, pinned: Any = (), **fields: Any) -> Source:
 def read(source: Source, first: int = 0) -> list[str]:
     """All texts from unit `first` on."""
     units = range(first, source.n_units)
-    return [text for unit in units for batch in source.batches(unit, 0) for text in batch.texts()]
+    return [text for unit in units for batch in source.batches(unit, 0) for text in batch.texts]
 
 
 def expected(files: dict[str, bytes]) -> list[str]:
@@ -87,7 +87,7 @@ def test_every_byte_once_and_few_files_at_a_time(tmp_path: Path, reach: Callable
         reach(served.address)
         source = opened(tmp_path)
         for unit, content in enumerate(files.values()):
-            texts = [text for batch in source.batches(unit, 0) for text in batch.texts()]
+            texts = [text for batch in source.batches(unit, 0) for text in batch.texts]
             assert texts == expected({"": content})
             assert len([*(tmp_path / REVISION).glob("*.parquet")]) <= 2
     assert [served.bytes_sent(path) for path in files] == list(map(len, files.values()))
@@ -188,7 +188,7 @@ def row_groups(source: Source, skip: int = 0) -> list[tuple[int, int]]:
     """File and row group of each batch."""
     places = []
     for batch in source.batches(0, skip):
-        texts = list(batch.texts())
+        texts = batch.texts
         number, group = map(int, texts[0].split()[:2])
         content = io.BytesIO(list(FILES.values())[number])
         assert texts == pq.ParquetFile(content).read_row_group(group)["text"].to_pylist()

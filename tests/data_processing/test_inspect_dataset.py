@@ -249,7 +249,9 @@ def test_samples_of_tiny_shards(tmp_path: Path) -> None:
 
 def test_the_text_at_places(folder: Path) -> None:
     """As the event of a skipped step names them."""
-    shards = write_texts(folder, some_texts(14), some_texts(20, seed=1), [f"Second {t}" for t in some_texts(20, seed=2)])
+    shards = write_texts(
+        folder, some_texts(14), some_texts(20, seed=1), [f"Second {t}" for t in some_texts(20, seed=2)]
+    )
     before = contents(folder)
     page, figures = excerpts(folder, ["2:0-65", "1:192-257"])
     first, second = page.split("\n\n")
@@ -264,7 +266,20 @@ def test_the_text_at_places(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["", "1", "1:5", "1:5-5", "1:9-5", "3:0-5", "-1:0-5", "1:0-999999", "1:0-5\n", "1:٣-٤", "9" * 400 + ":0-5", "\x1b:0-5"],
+    [
+        "",
+        "1",
+        "1:5",
+        "1:5-5",
+        "1:9-5",
+        "3:0-5",
+        "-1:0-5",
+        "1:0-999999",
+        "1:0-5\n",
+        "1:٣-٤",
+        "9" * 400 + ":0-5",
+        "\x1b:0-5",
+    ],
 )
 def test_a_place_that_is_not_there(folder: Path, manifest: Manifest, place: str) -> None:
     with pytest.raises(UserError, match=r"expected SHARD:FIRST-END, a shard from 0 to 2 and at most"):

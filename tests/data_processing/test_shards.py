@@ -304,9 +304,7 @@ def test_a_folder_that_takes_no_stamp_is_worth_one_note(folder: Path, reads: lis
     assert [name for name in os.listdir(folder) if name.startswith(STAMP)] == [STAMP]
 
 
-def test_asked_to_stop_it_stops_within_a_shard(
-    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-):
+def test_asked_to_stop_it_stops_within_a_shard(dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     folder = dataset(train_tokens=[6_000_000, 900], val_tokens=500, n_vocab=300)  # 500 and 900 tokens are a piece each
     monkeypatch.setattr(shards, "MAX_THREADS", 1)
     asked = iter([False, False, True])

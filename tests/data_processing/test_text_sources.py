@@ -22,7 +22,7 @@ def texts_of(*paths: Path | str, text_field: str = "text") -> list[str]:
 
 def texts_in(source: Source) -> list[str]:
     units = range(source.n_units)
-    return [text for unit in units for documents in source.batches(unit, 0) for text in documents.texts()]
+    return [text for unit in units for documents in source.batches(unit, 0) for text in documents.texts]
 
 
 def json_lines(*rows: Any) -> str:
