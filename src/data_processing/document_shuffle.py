@@ -212,11 +212,11 @@ def encode_sources(sources: Sequence[Source], request: Request, journal: Journal
         if size >= FLUSH_TOKENS:
             journal.append(work, waiting)
             waiting, size = [], 0
-        unit = 1 + position.unit + sum(source.n_units for source in sources[: position.source])
-        rate = (journal.counts["tokens"] - tokens_before) / (time.monotonic() - start)
+        units, counts = [source.n_units for source in sources], journal.counts
+        rate = (counts["tokens"] - tokens_before) / (time.monotonic() - start)
         say_if_due(
-            f"file {unit:,} of {sum(source.n_units for source in sources):,}: {journal.counts['documents']:,} documents, "
-            f"{journal.counts['tokens']:,} tokens, {rate:,.0f} tokens/s"
+            f"file {sum(units[: position.source]) + position.unit + 1:,} of {sum(units):,}: {counts['documents']:,} "
+            f"documents, {counts['tokens']:,} tokens, {rate:,.0f} tokens/s"
         )
     with nothing_to_resume(work):  # what was appended may be of neither version
         for source in sources:

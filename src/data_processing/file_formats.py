@@ -5,11 +5,12 @@ Bytes that are not UTF-8 arrive as lone surrogates (PEP 383): the writer replace
 
 import codecs
 import gzip
+import io
 import json
 import re
 import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple
 from src.utils.errors import UserError, cause_of
 
 EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
-BATCH_BYTES = 1 << 20
+BATCH_CHARS = 1 << 20
+_ROWS = 64  # that are converted at once
 # In characters, of which a token has 4. A book is many documents: some to validate on, the others to train on.
 LONG_TEXT, PART_OF_LONG_TEXT = 1 << 16, 1 << 14
 _JUDGED = 1 << 20  # bytes or characters at a text's beginning that tell its encoding: preflight reads little more
@@ -37,7 +39,7 @@ _CONVERT = "Convert it to UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW."
 
 
 class Batch(NamedTuple):
-    """Documents of one origin, about 1 MiB of text."""
+    """Documents of one origin, about a million characters."""
 
     texts: list[str]
     path: Path | str
@@ -61,11 +63,11 @@ def read_batches(
         if _ANNEX_POINTER.fullmatch(head):
             raise UserError(f"Cannot read {path}: it is a git-annex pointer. Run git annex get to fetch the file.")
         if kind in (".txt", ".md"):
-            batches = _read_text(path, divide_long, most_bytes)
+            texts = _read_text(path, divide_long, most_bytes)
         else:
-            batches = read.get(kind, _read_lines)(path, text_field)
-        for texts in islice(batches, skip, None):
-            yield Batch(texts, path)
+            texts = read.get(kind, _read_lines)(path, text_field)
+        for batch in islice(batched(texts), skip, None):
+            yield Batch(batch, path)
     except UserError:
         raise
     except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:  # pyarrow's are among them
@@ -78,6 +80,20 @@ def read_batches(
         raise UserError(
             f"Cannot read {path}: {cause_of(error)}. If the file is damaged, fetch it again, or leave it out."
         ) from None
+
+
+def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the texts in lists of about BATCH_CHARS characters."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text) + 1
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 def column_texts(values: Any) -> list[str]:
@@ -122,7 +138,7 @@ def _parts(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _read_text(path: Path, divide_long: bool, most_bytes: int) -> Iterator[list[str]]:
+def _read_text(path: Path, divide_long: bool, most_bytes: int) -> Iterator[str]:
     """Read a file as a text, decoded from UTF-8, or from UTF-16 or UTF-32 with a mark; its line ends become "\\n"."""
     with open(path, "rb") as file:
         data, is_cut = file.read(most_bytes), bool(file.read(1))
@@ -144,9 +160,7 @@ def _read_text(path: Path, divide_long: bool, most_bytes: int) -> Iterator[list[
             "Convert it from its encoding: iconv -f LATIN1 -t UTF-8 FILE > NEW (iconv -l lists encodings)."
         )
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    parts, size = list(_parts(text)) if divide_long else [text], BATCH_BYTES // PART_OF_LONG_TEXT
-    for begin in range(0, len(parts), size):
-        yield parts[begin : begin + size]
+    yield from _parts(text) if divide_long else [text]
 
 
 def _encoding_of(head: bytes, path: Path) -> str:
@@ -164,40 +178,22 @@ def _encoding_of(head: bytes, path: Path) -> str:
     return "utf-8"
 
 
-def _read_lines(path: Path, text_field: str) -> Iterator[list[str]]:
+def _read_lines(path: Path, text_field: str) -> Iterator[str]:
     kind = path.suffix.lower()
     with open(path, "rb") as file:
-        stream: Any = gzip.GzipFile(fileobj=file) if kind == ".gz" else file
+        lines: Any = gzip.GzipFile(fileobj=file) if kind == ".gz" else file
         if kind == ".zst":
             import pyarrow as pa
 
-            stream = pa.input_stream(file, compression="zstd")
-        line_number, chunks = 1, list[bytes]()
-        while chunk := stream.read(BATCH_BYTES):
-            if line_number == 1 and not chunks:
-                if (encoding := _encoding_of(chunk[:4096], path)) != "utf-8":
+            lines = io.BufferedReader(pa.input_stream(file, compression="zstd"))
+        # Only "\n" ends a line: json takes care of the rest, and of other line ends inside a text.
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                if (encoding := _encoding_of(line[:4096], path)) != "utf-8":
                     raise UserError(f"Cannot read {path}: it is {encoding.upper()} text. {_CONVERT}")
-                chunk = chunk.removeprefix(codecs.BOM_UTF8)
-            head, newline, tail = chunk.rpartition(b"\n")
-            if newline:
-                data = b"".join([*chunks, head, newline])
-                yield _texts_of(data, path, line_number, text_field)
-                line_number += data.count(b"\n")
-                chunks = []
-            chunks.append(tail)
-        if any(chunks):
-            yield _texts_of(b"".join(chunks), path, line_number, text_field)
-
-
-def _texts_of(lines: bytes, path: Path, number: int, text_field: str) -> list[str]:
-    """Return the texts of lines, the first of which is line `number`."""
-    # Only "\n" ends a line: json takes care of the rest, and of other line ends inside a text.
-    numbered = enumerate(lines.split(b"\n"), start=number)
-    return [
-        _text_of(line.decode("utf-8", "surrogateescape"), f"{path}, line {n}", text_field)
-        for n, line in numbered
-        if line.strip()
-    ]
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield _text_of(line.decode("utf-8", "surrogateescape"), f"{path}, line {number}", text_field)
 
 
 def _text_of(line: str, where: str, text_field: str) -> str:
@@ -216,19 +212,16 @@ def _text_of(line: str, where: str, text_field: str) -> str:
     return text
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[list[str]]:
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
         check_column(file.schema_arrow, text_field, path)
-        for number in range(file.num_row_groups):
-            group = file.metadata.row_group(number)
-            rows = _rows_per_batch(group.num_rows, group.total_byte_size)
-            for batch in file.iter_batches(rows, row_groups=[number], columns=[text_field]):
-                yield column_texts(batch.column(0))
+        for batch in file.iter_batches(_ROWS, columns=[text_field]):
+            yield from column_texts(batch.column(0))
 
 
-def _read_arrow(path: Path, text_field: str) -> Iterator[list[str]]:
+def _read_arrow(path: Path, text_field: str) -> Iterator[str]:
     """Read both forms of Arrow's IPC format: a file, and a stream as the package datasets writes it."""
     import pyarrow as pa
 
@@ -237,16 +230,10 @@ def _read_arrow(path: Path, text_field: str) -> Iterator[list[str]]:
         source.seek(0)
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
         check_column(reader.schema, text_field, path)
-        tables = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-        for table in tables:
+        for table in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
             values = table.column(text_field)
-            rows = _rows_per_batch(len(values), values.nbytes)
-            for first in range(0, len(values), rows):
-                yield column_texts(values.slice(first, rows))
-
-
-def _rows_per_batch(rows: int, n_bytes: int) -> int:
-    return max(1, min(rows, rows * BATCH_BYTES // max(1, n_bytes)))
+            for first in range(0, len(values), _ROWS):
+                yield from column_texts(values.slice(first, _ROWS))
 
 
 def _missing_field(where: str, text_field: str, fields: list[str]) -> UserError:

@@ -23,11 +23,11 @@ from typing import Any
 from src import available_cores
 from src.data_processing import python_docs
 from src.data_processing.file_formats import (
-    BATCH_BYTES,
     EXTENSIONS,
     LONG_TEXT,
     PART_OF_LONG_TEXT,
     Batch,
+    batched,
     read_batches,
 )
 from src.utils.errors import UserError, say
@@ -188,7 +188,7 @@ class PythonDocs(Source):
         super().__init__({"name": "pydocs", "packages": python_docs.package_versions()}, 1)
 
     def batches(self, unit: int, skip: int) -> Iterator[Batch]:
-        for texts in islice(_batched(python_docs.documents()), skip, None):
+        for texts in islice(batched(python_docs.documents()), skip, None):
             yield Batch(texts, "pydocs")
 
 
@@ -299,16 +299,3 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"path": str(path), **fingerprint(path)}
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}. Fix its permissions or leave it out.") from None
-
-
-def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    chars = 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
-        if chars >= BATCH_BYTES:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch

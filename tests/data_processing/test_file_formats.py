@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.data_processing.file_formats import BATCH_BYTES, Batch, column_texts, read_batches
+from src.data_processing.file_formats import BATCH_CHARS, Batch, column_texts, read_batches
 from src.utils.errors import UserError
 from tests.data_processing.documents import some_texts, write_json_lines
 
@@ -95,7 +95,7 @@ def test_batches_of_about_a_mebibyte_from_any_of_them_on(
     assert list(chain.from_iterable(texts)) == TEXTS
     assert len(batches) >= 4
     ordinary = [size_of(documents) for documents in batches]
-    assert sorted(ordinary)[-2] < 3 * BATCH_BYTES, "only the batch with the long document is long"
+    assert sorted(ordinary)[-2] < 3 * BATCH_CHARS, "only the batch with the long document is long"
     for skip in (1, len(batches) - 1, len(batches)):
         assert [batch.texts for batch in read_batches(path, "text", skip)] == texts[skip:]
 
