@@ -35,9 +35,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.data_processing.file_formats import LONG_TEXT, Batch
 from src.data_processing.shards import SHARD_NAME, TOKEN_DTYPE, Shard, check_sources, check_types, write_shard
-from src.data_processing.text_sources import Request, Source
+from src.data_processing.text_sources import LONG_TEXT, Batch, Request, Source
 from src.data_processing.tokenizer import load_tokenizer, replace_surrogates
 from src.utils.errors import BusyError, StorageError, UserError, now_and_then, say
 from src.utils.files import open_regular, read_json, replacing, storage_errors, try_lock

@@ -36,8 +36,7 @@ from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers, validate_repo_id
 
-from src.data_processing.file_formats import Batch, check_column, column_texts, read_batches
-from src.data_processing.text_sources import Request, Source
+from src.data_processing.text_sources import Batch, Request, Source, check_column, column_texts, read_batches
 from src.utils.errors import StorageError, UserError, hub_errors, hub_failure, hub_reason, say
 from src.utils.files import fingerprint, free_bytes, open_regular, size_text, storage_errors, sync
 from src.utils.rand_idx_seq_gen import permutation

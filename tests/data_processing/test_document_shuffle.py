@@ -31,9 +31,8 @@ from src.data_processing.document_shuffle import (
     encode_batch,
     plan_shards,
 )
-from src.data_processing.file_formats import Batch
 from src.data_processing.shards import read_manifest
-from src.data_processing.text_sources import Source
+from src.data_processing.text_sources import Batch, Source
 from src.data_processing.tokenizer import load_tokenizer
 from src.utils.errors import BusyError, StorageError, UserError
 from src.utils.root import ROOT
