@@ -373,19 +373,17 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
     if isinstance(run.stop, StopRequest) and procs.is_main:
         run.stop.answer = lambda: answer_to_stop(run)
     log.start_bar(first_step, config.total_steps)
-    with (
-        profiler(config.profile, first_step, log) as recording,
-        TrainingDataLoader(
-            training,
-            seed=config.train.seed,
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            rank=procs.rank,
-            world_size=procs.world_size,
-            device=procs.device,
-            first_step=first_step,
-        ) as batches,
-    ):
+    batches = TrainingDataLoader(
+        training,
+        seed=config.train.seed,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        rank=procs.rank,
+        world_size=procs.world_size,
+        device=procs.device,
+        first_step=first_step,
+    )
+    with profiler(config.profile, first_step, log) as recording:
         while True:
             # Before the save: once a checkpoint exists, so do the records of its step, and a resume repeats neither.
             for kind in evaluation.missing(progress.step, recorded):
