@@ -26,7 +26,7 @@ import torch
 from huggingface_hub import constants as hub_settings
 
 from src import available_cores
-from src.data_processing.data_downloader import differences, disk_needed
+from src.data_processing.data_downloader import disk_needed, refuse_other
 from src.data_processing.shards import MANIFEST, read_manifest
 from src.data_processing.text_sources import SOURCES, Request, find_files, read_batches
 from src.data_processing.tokenizer import Tokenizer
@@ -181,11 +181,8 @@ def dataset(start: Start) -> Found:
     config, folder = start.config, start.dataset
     is_to_come = start.to_prepare or (start.awaited and not os.path.exists(folder / MANIFEST))
     manifest = None if is_to_come else read_manifest(folder)
-    if manifest and start.request and (changes := differences(start.request, folder, manifest)):
-        raise UserError(
-            f"Cannot prepare {folder}: it holds another dataset: {changes}. Leave out DATA_DIR or set it to another "
-            f"name, or train on this one with --data.dir {folder.name}."
-        )
+    if manifest and start.request:
+        refuse_other(start.request, folder, manifest)
     name, n_vocab = (manifest.tokenizer, manifest.n_vocab) if manifest else (Tokenizer.name, Tokenizer.n_vocab)
     if n_vocab > config.model.n_vocab:
         raise UserError(

@@ -167,6 +167,30 @@ def test_text_that_the_preparation_would_refuse(tmp_path: Path, content: bytes, 
     assert "1 of them" in preflight.dataset(start_of(laptop(), "new", request("files", str(tmp_path)))).text
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a line\n" * 50_000, "1 of them"),
+        (b"x" * 200_000 + b"\n" + b"y" * 200_000, "1 of them"),  # two documents, but not in its beginning
+        (b"x" * 400_000, "1 different document"),
+        ("\u00e4\u00f6 ".encode("latin-1") * 130_000, "are not UTF-8"),
+        (b"%PDF-1.7" * 50_000, "binary file"),
+        ("\U0001f600".encode("utf-16") * 100_000, "1 different document"),  # the beginning ends inside a character
+    ],
+    ids=["lines", "two lines", "one line", "latin-1", "pdf", "utf-16"],
+)
+def test_a_long_text_is_judged_by_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+):
+    monkeypatch.setattr(preflight, "CHECKED_CHARACTERS", 100_000)
+    (tmp_path / "a.txt").write_bytes(content)
+    try:
+        found = preflight.dataset(start_of(laptop(), "new", request("files", str(tmp_path)))).text
+    except UserError as error:
+        found = str(error)
+    assert message in found
+
+
 def test_one_disk_for_data_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The data can only be estimated: half of the estimate must fit."""
     start = start_of(lf_llm_269m(), "new", request("fineweb-edu"))

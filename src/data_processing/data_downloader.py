@@ -183,17 +183,22 @@ def disk_needed(request: Request, folder: Path) -> int:
 def _existing(request: Request, folder: Path) -> Manifest:
     """Return the manifest of `folder`. Raises UserError for another request, changed files, or a damaged shard."""
     manifest = read_manifest(folder)
-    if changes := differences(request, folder, manifest):
-        raise UserError(
-            f"Cannot prepare {folder}: it holds another dataset: {changes}. Choose another --out (DATA_DIR for the "
-            "launcher), or delete that folder to prepare it again."
-        )
+    refuse_other(request, folder, manifest)
     for shard in manifest.shards:
         check_shard(folder, shard, manifest.n_vocab)
     # Left by a process that was killed between its last two steps; another process that holds it deletes it, too.
     shutil.rmtree(folder / WORK, ignore_errors=True)
     say(f"already prepared: {folder}")
     return manifest
+
+
+def refuse_other(request: Request, folder: Path, manifest: Manifest) -> None:
+    """Raise UserError if the dataset in `folder` is not the one that `request` describes."""
+    if changes := differences(request, folder, manifest):
+        raise UserError(
+            f"Cannot prepare {folder}: it holds another dataset: {changes}. Choose another --out (DATA_DIR for the "
+            f"launcher), delete that folder to prepare it again, or train on it with --data.dir {folder.name}."
+        )
 
 
 def differences(request: Request, folder: Path, manifest: Manifest) -> str:
@@ -315,7 +320,7 @@ def _parse_arguments() -> argparse.Namespace:
     if not (sources or args.verify or args.repair or args.inspect):
         raise UserError(
             "Cannot prepare a dataset: nothing says of which text. Name files or folders, as in ./llm data my_texts/, "
-            f"which is --source files --path my_texts/. Or name another source: {', '.join(SOURCES)}."
+            "which is --source files --path my_texts/. Or name a source, as in --source pydocs. --help lists all."
         )
     if "" in (*args.path, args.out, args.dataset):
         raise UserError("An option is empty; perhaps a variable that is not set.")

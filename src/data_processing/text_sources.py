@@ -306,14 +306,6 @@ class Files(Source):
             {"long_texts": "divided"} if divide_long else {}
         )
         super().__init__(details, len(files))
-        entries = zip(files, described, strict=True)
-        long = [f for f, entry in entries if f.suffix.lower() in (".txt", ".md") and entry["bytes"] > LONG_TEXT]
-        if long and divide_long:
-            more = f" and {len(long) - 1:,} more" if len(long) > 1 else ""
-            say(
-                f"note: {long[0]}{more}: a text of more than {LONG_TEXT:,} characters is divided at ends of paragraphs "
-                f"into documents of about {PART_OF_LONG_TEXT:,}"
-            )
 
     def batches(self, unit: int, skip: int) -> Iterator[Batch]:
         # Around the reading, because a file that is replaced and put back has its old content at the end.

@@ -110,6 +110,11 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "files", "--path", "{}", "--out", "{}/one.txt/x"], 4, "annot write", id="unwritable"),
         pytest.param(["--source", "files", "--out", "x"], 2, "needs --path", id="no path"),
         pytest.param(["--source", "files", "--path", "", "--out", "x"], 2, "option is empty", id="empty path"),
+        pytest.param([], 2, "as in ./llm data my_texts/", id="nothing"),
+        pytest.param(["--source", "files", "--path", "{}/pydoc"], 2, "or the source pydocs.", id="nearly a source"),
+        pytest.param(["--source", "files", "--path", "{}/elf.txt"], 2, "elf.txt: it is a binary file", id="program"),
+        pytest.param(["--source", "files", "--path", "{}/pdf.txt"], 2, "pdf.txt: it is a binary file", id="pdf"),
+        pytest.param(["--source", "pydocs", "--at", "0:0-9"], 2, "--at is for --inspect", id="needless place"),
         pytest.param(["--verify"], 2, "--out DIR is needed", id="no out"),
         pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
         pytest.param(["--source", "pydocs", "--dataset", "a/b"], 2, "is for --source hub", id="needless dataset"),
@@ -131,6 +136,8 @@ def test_errors_of_the_command(
     texts.mkdir()
     (texts / "empty.txt").write_text(" \n")
     (texts / "one.txt").write_text("Only one document.")
+    (texts / "elf.txt").write_bytes(b"ELF" + bytes(range(64)) + bytes(40))
+    (texts / "pdf.txt").write_bytes(b"%PDF-1.7\n" + bytes(range(256)))
     (texts / "a.jsonl").write_text('{"body": "a"}\n')
     monkeypatch.setattr(root, "DATASETS", tmp_path / "datasets")
     monkeypatch.setattr(
