@@ -10,7 +10,7 @@ appended to the folder of unfinished work, .preparing in the dataset's:
 Every 64M tokens have an entry: they are sorted by key and appended to both files, then the journal is replaced at once.
 A restart resumes there, and overwrites what lies behind the documents that the journal counts. In the end the records
 are sorted, and the documents copied into shards in that order. That reads each sorted stretch of `tokens` from its
-beginning to its end. Memory holds some 100 bytes a document, 1 GB at 10B tokens, and what the workers work on.
+beginning to its end. Memory holds some 120 bytes a document, 1.2 GB at 10B tokens, and what the workers work on.
 """
 
 import hashlib
