@@ -130,7 +130,7 @@ class Journal:
             with (
                 storage_errors(work / name, needed_bytes=added),
                 # Without following a link, and with an error for a pipe.
-                io.BufferedWriter(open_regular(work / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)) as file,  # type: ignore[arg-type]
+                io.BufferedWriter(open_regular(work / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)) as file,
             ):
                 file.seek(length * size - added)
                 file.truncate()  # what a killed start has left
@@ -182,7 +182,7 @@ def start_over(folder: Path, work: Path, request: Request, sources: list[dict[st
             f"Cannot prepare {folder}: it holds {len(shards)} shards without a manifest, such as {min(shards).name}, "
             "whose preparation is unknown. Move them away or choose another --out."
         )
-    for path in shards:  # the old journal vouches for them until they are gone
+    for path in [*shards, *work.glob("*.*")]:  # the old journal vouches for the shards until they are gone
         with storage_errors(path, "delete"):
             path.unlink()
     journal = Journal(request.stored(), sources)

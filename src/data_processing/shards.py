@@ -253,10 +253,10 @@ def _check_manifest(manifest: Manifest) -> None:
     if manifest.n_vocab > 1 << 16 or manifest.end_of_text >= manifest.n_vocab or len(manifest.document_lengths) > 64:
         raise ValueError("n_vocab, end_of_text or document_lengths do not fit uint16 token ids")
     for number, shard in enumerate(manifest.shards):  # as `write_shard` names them
-        name = SHARD_NAME.fullmatch(shard.file)
-        if name is None or Path(shard.file).name != shard.file or not shard.file.isprintable():
+        match = SHARD_NAME.fullmatch(shard.file)
+        if match is None or Path(shard.file).name != shard.file or not shard.file.isprintable():
             raise ValueError(f"{shard.file!r} is not the name of a shard")
-        if (int(name[1]), int(name[2])) != (number, shard.tokens):
+        if (int(match[1]), int(match[2])) != (number, shard.tokens):
             raise ValueError(f"{shard.file!r} is listed as shard {number} of {shard.tokens} tokens")
     if not manifest.validation or not manifest.train or manifest.shards[0].split != "validation":
         raise ValueError("it needs a validation shard first, then at least one training shard")

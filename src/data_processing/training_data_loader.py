@@ -147,13 +147,7 @@ class TrainingDataLoader:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        windows = self._micro_batch(self._next).to(self.device, non_blocking=self.device.type == "cuda")
-        self._next += 1
-        return windows[:, :-1], windows[:, 1:]
-
-    def _micro_batch(self, index: int) -> torch.Tensor:
-        """Micro-batch `index` of this process, counted from step 0 of the run."""
-        step, part = divmod(index, self._micro_batches_a_step)
+        step, part = divmod(self._next, self._micro_batches_a_step)  # of this process, counted from step 0 of the run
         part += self.rank * self._micro_batches_a_step
         first = step * self.batch_size + part * self.micro_batch_size
         # Pinned memory lets the copy to the GPU overlap with the program. Without it, each copy blocks.
@@ -168,4 +162,6 @@ class TrainingDataLoader:
                 self.dataset.read(shard, first_window, self._tokens[: windows * n_ctx + 1])
                 self._group = group
             row[:] = self._tokens[window * n_ctx : (window + 1) * n_ctx + 1]
-        return batch
+        self._next += 1
+        batch = batch.to(self.device, non_blocking=pinned)
+        return batch[:, :-1], batch[:, 1:]
