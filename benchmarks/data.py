@@ -84,7 +84,7 @@ def paragraphs(paths: list[str]) -> list[str]:
         text
         for source in sources
         for unit in range(source.n_units)
-        for batch in source.batches(unit, 0)
+        for batch in source.batches(unit)
         for text in batch.texts
     )
     return [paragraph for text in texts for paragraph in text.split("\n\n") if paragraph.strip()]

@@ -214,7 +214,7 @@ def encode_sources(sources: Sequence[Source], request: Request, journal: Journal
         units, counts = [source.n_units for source in sources], journal.counts
         rate = (counts["tokens"] - tokens_before) / (time.monotonic() - start)
         say_if_due(
-            f"file {sum(units[: position.source]) + position.unit + 1:,} of {sum(units):,}: {counts['documents']:,} "
+            f"part {sum(units[: position.source]) + position.unit + 1:,} of {sum(units):,}: {counts['documents']:,} "
             f"documents, {counts['tokens']:,} tokens, {rate:,.0f} tokens/s"
         )
     with nothing_to_resume(work):  # what was appended may be of neither version
@@ -411,7 +411,7 @@ def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Posit
         for unit in range(source.n_units):
             if (number, unit) >= start[:2]:
                 skip = start.batch if (number, unit) == start[:2] else 0
-                for count, batch in enumerate(source.batches(unit, skip), start=skip + 1):
+                for count, batch in enumerate(islice(source.batches(unit), skip, None), start=skip + 1):
                     yield Position(number, unit, count), batch
 
 

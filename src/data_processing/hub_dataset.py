@@ -115,7 +115,7 @@ class _WholeFiles(Source):
         super().__init__(details, len(files))
         self._files, self._text_field, self._folder = files, text_field, downloads / details["revision"]
 
-    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
+    def batches(self, unit: int) -> Iterator[Batch]:
         with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if unit > 1:  # a resumed preparation may need the last unit once more, but rarely an earlier one
@@ -123,27 +123,26 @@ class _WholeFiles(Source):
         file, path = self._files[unit], self._folder / self._files[unit].local_name
         if not path.is_file() or path.stat().st_size != file.bytes:
             _retry(file.path, file.repository, lambda: _download(file, path))
-        return read_batches(path, self._text_field, skip)
+        return read_batches(path, self._text_field)
 
 
 class _RandomPart(Source):
-    """The row groups of all files in an order that the seed decides. There is one unit; a batch is a row group."""
+    """The row groups of all files in an order that the seed decides. A unit is a row group, of one batch."""
 
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, seed: int) -> None:
-        super().__init__(details | {"order": "row groups"}, 1)
-        self._files, self._text_field, self._seed = files, text_field, seed
-
-    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
+        self._text_field = text_field
         with ThreadPoolExecutor(8) as threads:
-            opened = list(threads.map(self._open, self._files))
-        pairs = zip(self._files, opened, strict=True)
-        groups = [(file, parquet, n) for file, parquet in pairs for n in range(parquet.num_row_groups)]
-        for position in permutation(len(groups), self._seed)[skip:]:
-            file, parquet, number = groups[position]
-            # Without threads, as without a buffer ahead: those can abort a process that exits meanwhile.
-            read = partial(parquet.read_row_group, number, columns=[self._text_field], use_threads=False)
-            table = _retry(f"row group {number} of {file.path}", file.repository, read)
-            yield Batch(column_texts(table.column(0)), file.path)
+            opened = zip(files, threads.map(self._open, files), strict=True)
+        groups = [(file, parquet, n) for file, parquet in opened for n in range(parquet.num_row_groups)]
+        self._groups = [groups[position] for position in permutation(len(groups), seed)]
+        super().__init__(details | {"order": "row groups"}, len(groups))
+
+    def batches(self, unit: int) -> Iterator[Batch]:
+        file, parquet, number = self._groups[unit]
+        # Without threads, as without a buffer ahead: those can abort a process that exits meanwhile.
+        read = partial(parquet.read_row_group, number, columns=[self._text_field], use_threads=False)
+        table = _retry(f"row group {number} of {file.path}", file.repository, read)
+        yield Batch(column_texts(table.column(0)), file.path)
 
     def _open(self, file: HubFile) -> pq.ParquetFile:
         name = f"the footer of {file.path}"

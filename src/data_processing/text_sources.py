@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,8 +122,8 @@ class Source(ABC):
         self.details, self.n_units = details, n_units
 
     @abstractmethod
-    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
-        """Yield the batches of a unit without the first `skip`. Raises UserError for a faulty source, StorageError."""
+    def batches(self, unit: int) -> Iterator[Batch]:
+        """Yield the batches of a unit. Raises UserError for a faulty source, StorageError."""
 
     def check_unchanged(self) -> None:  # noqa: B027 (most sources cannot change)
         """Raise UserError if the documents have changed since the source was opened. Called after the last batch."""
@@ -206,10 +206,8 @@ def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path
     return files
 
 
-def read_batches(
-    path: Path, text_field: str, skip: int = 0, divide_long: bool = False, most_bytes: int = -1
-) -> Iterator[Batch]:
-    """Yield the documents of one file without the first `skip` batches.
+def read_batches(path: Path, text_field: str, divide_long: bool = False, most_bytes: int = -1) -> Iterator[Batch]:
+    """Yield the documents of one file.
 
     A .txt or .md file is one document, or with `divide_long` perhaps several; `most_bytes` reads only its beginning.
     The others hold one a line or row, in the field `text_field`. The batches are the same every time. Raises UserError
@@ -227,7 +225,7 @@ def read_batches(
             texts = _read_text(path, divide_long, most_bytes)
         else:
             texts = read.get(kind, _read_lines)(path, text_field)
-        for batch in islice(batched(texts), skip, None):
+        for batch in batched(texts):
             yield Batch(batch, path)
     except UserError:
         raise
@@ -289,8 +287,8 @@ class PythonDocs(Source):
     def __init__(self) -> None:
         super().__init__({"name": "pydocs", "packages": python_docs.package_versions()}, 1)
 
-    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
-        for texts in islice(batched(python_docs.documents()), skip, None):
+    def batches(self, unit: int) -> Iterator[Batch]:
+        for texts in batched(python_docs.documents()):
             yield Batch(texts, "pydocs")
 
 
@@ -307,10 +305,10 @@ class Files(Source):
         )
         super().__init__(details, len(files))
 
-    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
+    def batches(self, unit: int) -> Iterator[Batch]:
         # Around the reading, because a file that is replaced and put back has its old content at the end.
         self._check_unchanged(unit)
-        yield from read_batches(self._files[unit], self._text_field, skip, self._divide_long)
+        yield from read_batches(self._files[unit], self._text_field, self._divide_long)
         self._check_unchanged(unit)
 
     def check_unchanged(self) -> None:

@@ -56,8 +56,8 @@ class Batches(Source):
         super().__init__({"name": "batches"}, 1)
         self.lists, self.taken = lists, 0
 
-    def batches(self, unit: int, skip: int) -> Iterator[Batch]:
-        for texts in self.lists[skip:]:
+    def batches(self, unit: int) -> Iterator[Batch]:
+        for texts in self.lists:
             self.taken += 1
             yield Batch(texts, "batches")
 
