@@ -28,7 +28,7 @@ from huggingface_hub import constants as hub_settings
 from src import available_cores
 from src.data_processing.data_downloader import disk_needed, refuse_other
 from src.data_processing.shards import MANIFEST, read_manifest
-from src.data_processing.text_sources import SOURCES, Request, find_files, read_batches
+from src.data_processing.text_sources import SOURCES, Request, find_files, read_texts
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.launcher_settings import requested
@@ -205,10 +205,10 @@ def _check_texts(request: Request) -> int:
     for most_bytes in (CHECKED_CHARACTERS, -1):  # the beginning of a text may be one document, and the whole several
         texts, unread = set[str](), CHECKED_CHARACTERS
         for file in files:
-            for each in read_batches(file, request.text_field, divide_long=True, most_bytes=most_bytes):
-                batch = [text for text in each.texts if text.strip()]
-                texts.update(batch)
-                unread -= sum(map(len, batch))
+            for text in read_texts(file, request.text_field, divide_long=True, most_bytes=most_bytes):
+                if text.strip():
+                    texts.add(text)
+                unread -= len(text)
                 if unread <= 0 and len(texts) > 1:
                     return len(files)
         if len(texts) > 1:

@@ -24,7 +24,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.data_processing.shards import SHARD_NAME, TOKEN_DTYPE, Shard, check_sources, check_types, write_shard
-from src.data_processing.text_sources import LONG_TEXT, Batch, Request, Source
+from src.data_processing.text_sources import LONG_TEXT, Request, Source
 from src.data_processing.tokenizer import load_tokenizer, replace_surrogates
 from src.utils.errors import BusyError, StorageError, UserError, now_and_then, say
 from src.utils.files import open_regular, read_json, replacing, storage_errors, try_lock
@@ -46,6 +46,7 @@ DOWNLOADS = "downloads"
 JOURNAL, _LOCK = "journal.json", "lock"
 JOURNAL_VERSION = 5  # another one is not resumed; change it with the runs or the way that batches are divided
 FLUSH_TOKENS = 1 << 26  # 128 MB in memory between two entries of the journal
+_BATCH_CHARS = 1 << 20  # that a worker gets at once
 _DOCUMENT_COST = 100  # tokens that take as much memory as a document's objects
 # Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
 _VALIDATION_SHARE, _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS = 20, 4, 16_384
@@ -211,7 +212,7 @@ def encode_sources(sources: Sequence[Source], request: Request, journal: Journal
         if size >= FLUSH_TOKENS:
             journal.append(work, waiting)
             waiting, size = [], 0
-        units, counts = [source.n_units for source in sources], journal.counts
+        units, counts = [len(source.units) for source in sources], journal.counts
         rate = (counts["tokens"] - tokens_before) / (time.monotonic() - start)
         say_if_due(
             f"part {sum(units[: position.source]) + position.unit + 1:,} of {sum(units):,}: {counts['documents']:,} "
@@ -270,11 +271,12 @@ def encode_all(
     if workers > 1 and len(head) > 1:  # starting processes takes longer than a single batch
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
     try:
-        for position, batch in chain(head, batches):
+        for position, texts in chain(head, batches):
+            name = sources[position.source].units[position.unit]
             # The worker that this may start inherits that Ctrl-C is held back: it ends with its parent instead.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                pending.append((position, pool.submit(encode_batch, batch, seed, position.source)))
+                pending.append((position, pool.submit(encode_batch, texts, seed, position.source, name)))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             while pending and (len(pending) >= ahead or pending[0][1].done()):
@@ -303,12 +305,12 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def encode_batch(batch: Batch, seed: int, source: int = 0) -> list[Document]:
-    """Encode documents, replacing lone surrogates by U+FFFD."""
+def encode_batch(texts: list[str], seed: int, source: int, name: str) -> list[Document]:
+    """Encode documents of the unit `name` of a source, replacing lone surrogates by U+FFFD."""
     tokenizer = load_tokenizer()
     mark = TOKEN_DTYPE.type(tokenizer.end_of_text).tobytes()
     encoded = []
-    for text in batch.texts:
+    for text in texts:
         replaced_in, replaced = None, 0
         if not text or text.isspace():
             encoded.append(Document())
@@ -318,7 +320,7 @@ def encode_batch(batch: Batch, seed: int, source: int = 0) -> list[Document]:
         except UnicodeEncodeError:
             mended = replace_surrogates(text)
             replaced = mended.count("\ufffd") - text.count("\ufffd")
-            text, data, replaced_in = mended, mended.encode(), str(batch.path)
+            text, data, replaced_in = mended, mended.encode(), name
         ids = mark + tokenizer.encode_to_numpy(text).tobytes()
         # Different documents have different keys, but for a chance of 1e-24 in ten million.
         key = hashlib.blake2b(data, digest_size=16, key=str(seed).encode()).digest()
@@ -405,14 +407,28 @@ def write_shards(documents: SortedDocuments, request: Request, folder: Path) -> 
     return tuple(shards)
 
 
-def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Position, Batch]]:
+def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Position, list[str]]]:
     """Yield all batches from `start`, each with the position behind it."""
     for number, source in enumerate(sources):
-        for unit in range(source.n_units):
+        for unit in range(len(source.units)):
             if (number, unit) >= start[:2]:
                 skip = start.batch if (number, unit) == start[:2] else 0
-                for count, batch in enumerate(islice(source.batches(unit), skip, None), start=skip + 1):
-                    yield Position(number, unit, count), batch
+                for count, texts in enumerate(islice(_batched(source.texts(unit)), skip, None), start=skip + 1):
+                    yield Position(number, unit, count), texts
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the texts in lists of about _BATCH_CHARS characters."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text) + 1
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 def _within_limits(batch: list[Document], request: Request, journal: Journal) -> list[Document]:

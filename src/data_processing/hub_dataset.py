@@ -36,7 +36,7 @@ from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers, validate_repo_id
 
-from src.data_processing.text_sources import Batch, Request, Source, check_column, column_texts, read_batches
+from src.data_processing.text_sources import Request, Source, check_column, column_texts, read_texts
 from src.utils.errors import StorageError, UserError, hub_errors, hub_failure, hub_reason, say
 from src.utils.files import fingerprint, free_bytes, open_regular, size_text, storage_errors, sync
 from src.utils.rand_idx_seq_gen import permutation
@@ -112,10 +112,10 @@ class _WholeFiles(Source):
     """All files. A unit is a file."""
 
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, downloads: Path) -> None:
-        super().__init__(details, len(files))
+        super().__init__(details, [file.path for file in files])
         self._files, self._text_field, self._folder = files, text_field, downloads / details["revision"]
 
-    def batches(self, unit: int) -> Iterator[Batch]:
+    def texts(self, unit: int) -> Iterator[str]:
         with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if unit > 1:  # a resumed preparation may need the last unit once more, but rarely an earlier one
@@ -123,11 +123,11 @@ class _WholeFiles(Source):
         file, path = self._files[unit], self._folder / self._files[unit].local_name
         if not path.is_file() or path.stat().st_size != file.bytes:
             _retry(file.path, file.repository, lambda: _download(file, path))
-        return read_batches(path, self._text_field)
+        return read_texts(path, self._text_field)
 
 
 class _RandomPart(Source):
-    """The row groups of all files in an order that the seed decides. A unit is a row group, of one batch."""
+    """The row groups of all files in an order that the seed decides. A unit is a row group."""
 
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, seed: int) -> None:
         self._text_field = text_field
@@ -135,14 +135,14 @@ class _RandomPart(Source):
             opened = zip(files, threads.map(self._open, files), strict=True)
         groups = [(file, parquet, n) for file, parquet in opened for n in range(parquet.num_row_groups)]
         self._groups = [groups[position] for position in permutation(len(groups), seed)]
-        super().__init__(details | {"order": "row groups"}, len(groups))
+        super().__init__(details | {"order": "row groups"}, [file.path for file, _, _ in self._groups])
 
-    def batches(self, unit: int) -> Iterator[Batch]:
+    def texts(self, unit: int) -> Iterator[str]:
         file, parquet, number = self._groups[unit]
         # Without threads, as without a buffer ahead: those can abort a process that exits meanwhile.
         read = partial(parquet.read_row_group, number, columns=[self._text_field], use_threads=False)
         table = _retry(f"row group {number} of {file.path}", file.repository, read)
-        yield Batch(column_texts(table.column(0)), file.path)
+        return iter(column_texts(table.column(0)))
 
     def _open(self, file: HubFile) -> pq.ParquetFile:
         name = f"the footer of {file.path}"

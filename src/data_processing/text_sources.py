@@ -1,7 +1,7 @@
 """The request that describes a dataset, the registry of sources of documents, and files of text as one of them.
 
-A source hands out batches of documents, the same ones in the same order every time. It is made of units, such as
-files, and each unit of batches. An interrupted preparation resumes behind any batch without reading earlier units.
+A source hands out documents, the same ones in the same order every time. It is made of units, such as files. An
+interrupted preparation resumes behind any batch of documents without reading earlier units.
 Bytes that are not UTF-8 arrive as lone surrogates (PEP 383): the writer replaces and counts them.
 
 To add a source, write a subclass of `Source` and a row of `SOURCES`. The command, the launcher, preflight and the
@@ -19,13 +19,13 @@ import re
 import shlex
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from src import available_cores
 from src.data_processing import python_docs
@@ -33,7 +33,6 @@ from src.utils.errors import UserError, cause_of, say
 from src.utils.files import fingerprint, identity
 
 EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
-BATCH_CHARS = 1 << 20
 _ROWS = 64  # that are converted at once
 # In characters, of which a token has 4. A book is many documents: some to validate on, the others to train on.
 LONG_TEXT, PART_OF_LONG_TEXT = 1 << 16, 1 << 14
@@ -104,26 +103,20 @@ class Request:
         return {"source": fields.pop("sources"), **fields}
 
 
-class Batch(NamedTuple):
-    """Documents of one origin, about a million characters."""
-
-    texts: list[str]
-    path: Path | str
-
-
 class Source(ABC):
     """Documents in units, such as files."""
 
     details: dict[str, Any]
     """For the manifest: the name, and package versions, files with their hashes, or the hub's revision."""
-    n_units: int
+    units: Sequence[str]
+    """Their names, for messages."""
 
-    def __init__(self, details: dict[str, Any], n_units: int) -> None:
-        self.details, self.n_units = details, n_units
+    def __init__(self, details: dict[str, Any], units: Sequence[str]) -> None:
+        self.details, self.units = details, units
 
     @abstractmethod
-    def batches(self, unit: int) -> Iterator[Batch]:
-        """Yield the batches of a unit. Raises UserError for a faulty source, StorageError."""
+    def texts(self, unit: int) -> Iterator[str]:
+        """Yield the documents of a unit. Raises UserError for a faulty source, StorageError."""
 
     def check_unchanged(self) -> None:  # noqa: B027 (most sources cannot change)
         """Raise UserError if the documents have changed since the source was opened. Called after the last batch."""
@@ -206,12 +199,12 @@ def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path
     return files
 
 
-def read_batches(path: Path, text_field: str, divide_long: bool = False, most_bytes: int = -1) -> Iterator[Batch]:
+def read_texts(path: Path, text_field: str, divide_long: bool = False, most_bytes: int = -1) -> Iterator[str]:
     """Yield the documents of one file.
 
     A .txt or .md file is one document, or with `divide_long` perhaps several; `most_bytes` reads only its beginning.
-    The others hold one a line or row, in the field `text_field`. The batches are the same every time. Raises UserError
-    for a file that is damaged or has no such field.
+    The others hold one a line or row, in the field `text_field`. Raises UserError for a file that is damaged or has no
+    such field.
     """
     kind, read = path.suffix.lower(), {".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
@@ -222,11 +215,9 @@ def read_batches(path: Path, text_field: str, divide_long: bool = False, most_by
         if _ANNEX_POINTER.fullmatch(head):
             raise UserError(f"Cannot read {path}: it is a git-annex pointer. Run git annex get to fetch the file.")
         if kind in (".txt", ".md"):
-            texts = _read_text(path, divide_long, most_bytes)
+            yield from _read_text(path, divide_long, most_bytes)
         else:
-            texts = read.get(kind, _read_lines)(path, text_field)
-        for batch in batched(texts):
-            yield Batch(batch, path)
+            yield from read.get(kind, _read_lines)(path, text_field)
     except UserError:
         raise
     except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:  # pyarrow's are among them
@@ -239,20 +230,6 @@ def read_batches(path: Path, text_field: str, divide_long: bool = False, most_by
         raise UserError(
             f"Cannot read {path}: {cause_of(error)}. If the file is damaged, fetch it again, or leave it out."
         ) from None
-
-
-def batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield the texts in lists of about BATCH_CHARS characters."""
-    batch: list[str] = []
-    chars = 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text) + 1
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
 
 
 def column_texts(values: Any) -> list[str]:
@@ -285,11 +262,10 @@ class PythonDocs(Source):
     """The documentation that comes with Python, NumPy and PyTorch, as installed here."""
 
     def __init__(self) -> None:
-        super().__init__({"name": "pydocs", "packages": python_docs.package_versions()}, 1)
+        super().__init__({"name": "pydocs", "packages": python_docs.package_versions()}, ["pydocs"])
 
-    def batches(self, unit: int) -> Iterator[Batch]:
-        for texts in batched(python_docs.documents()):
-            yield Batch(texts, "pydocs")
+    def texts(self, unit: int) -> Iterator[str]:
+        return python_docs.documents()
 
 
 class Files(Source):
@@ -303,12 +279,12 @@ class Files(Source):
         details = {"name": "files", "path": path, "files": described} | (
             {"long_texts": "divided"} if divide_long else {}
         )
-        super().__init__(details, len(files))
+        super().__init__(details, list(map(str, files)))
 
-    def batches(self, unit: int) -> Iterator[Batch]:
+    def texts(self, unit: int) -> Iterator[str]:
         # Around the reading, because a file that is replaced and put back has its old content at the end.
         self._check_unchanged(unit)
-        yield from read_batches(self._files[unit], self._text_field, self._divide_long)
+        yield from read_texts(self._files[unit], self._text_field, self._divide_long)
         self._check_unchanged(unit)
 
     def check_unchanged(self) -> None:

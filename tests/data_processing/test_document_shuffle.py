@@ -32,7 +32,7 @@ from src.data_processing.document_shuffle import (
     plan_shards,
 )
 from src.data_processing.shards import read_manifest
-from src.data_processing.text_sources import Batch, Source
+from src.data_processing.text_sources import Source
 from src.data_processing.tokenizer import load_tokenizer
 from src.utils.errors import BusyError, StorageError, UserError
 from src.utils.root import ROOT
@@ -53,17 +53,23 @@ class Batches(Source):
     """Batches of given texts, in one unit."""
 
     def __init__(self, lists: list[list[str]]) -> None:
-        super().__init__({"name": "batches"}, 1)
+        super().__init__({"name": "batches"}, ["batches"])
         self.lists, self.taken = lists, 0
 
-    def batches(self, unit: int) -> Iterator[Batch]:
+    def texts(self, unit: int) -> Iterator[Any]:
         for texts in self.lists:
             self.taken += 1
-            yield Batch(texts, "batches")
+            yield texts
+
+
+@pytest.fixture
+def lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lists of Batches are the batches."""
+    monkeypatch.setattr(document_shuffle, "_batched", lambda lists: lists)
 
 
 def test_a_batch_holds_ids_lengths_and_keys() -> None:
-    one, empty, white, cafe = encode_batch(Batch(["one two", "", " \n", "caf\udce9"], "b.txt"), seed=7, source=2)
+    one, empty, white, cafe = encode_batch(["one two", "", " \n", "caf\udce9"], 7, 2, "b.txt")
     assert empty == white == Document()
     for document, text, name in ((one, "one two", None), (cafe, "caf\ufffd", "b.txt")):
         assert np.frombuffer(document.ids, "<u2").tolist() == [50256, *load_tokenizer().encode(text)]
@@ -72,15 +78,15 @@ def test_a_batch_holds_ids_lengths_and_keys() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_come_in_order_from_any_position(workers: int) -> None:
-    lists = [some_texts(30, seed=number) for number in range(20)]
-    encoded = list(encode_all([Batches([]), Batches(lists)], START._replace(source=1, batch=3), workers, 0, ahead=4))
+def test_batches_come_in_order_from_any_position(lists: None, workers: int) -> None:
+    texts = [some_texts(30, seed=number) for number in range(20)]
+    encoded = list(encode_all([Batches([]), Batches(texts)], START._replace(source=1, batch=3), workers, 0, ahead=4))
     assert [position.batch for position, _ in encoded] == list(range(4, 21))
-    for (_, batch), texts in zip(encoded, lists[3:], strict=True):
-        assert batch == encode_batch(Batch(texts, "batches"), seed=0, source=1)
+    for (_, batch), expected in zip(encoded, texts[3:], strict=True):
+        assert batch == encode_batch(expected, 0, 1, "batches")
 
 
-def test_memory_does_not_grow_with_the_corpus() -> None:
+def test_memory_does_not_grow_with_the_corpus(lists: None) -> None:
     """Batches are read when needed, not before."""
     source = Batches([["word " * 20_000]] * 100)
     encoded = encode_all([source], START, workers=2, seed=0, ahead=7)

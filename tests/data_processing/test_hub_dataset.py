@@ -69,8 +69,7 @@ def opened(downloads: Path, pinned: Any = (), **fields: Any) -> Source:
 
 def read(source: Source, first: int = 0) -> list[str]:
     """All texts from unit `first` on."""
-    units = range(first, source.n_units)
-    return [text for unit in units for batch in source.batches(unit) for text in batch.texts]
+    return [text for unit in range(first, len(source.units)) for text in source.texts(unit)]
 
 
 def expected(files: dict[str, bytes]) -> list[str]:
@@ -87,7 +86,7 @@ def test_every_byte_once_and_few_files_at_a_time(tmp_path: Path, reach: Callable
         reach(served.address)
         source = opened(tmp_path)
         for unit, content in enumerate(files.values()):
-            texts = [text for batch in source.batches(unit) for text in batch.texts]
+            texts = list(source.texts(unit))
             assert texts == expected({"": content})
             assert len([*(tmp_path / REVISION).glob("*.parquet")]) <= 2
     assert [served.bytes_sent(path) for path in files] == list(map(len, files.values()))
@@ -185,10 +184,10 @@ def test_a_file_that_cannot_get_its_name(tmp_path: Path, reach: Callable[[str], 
 
 
 def row_groups(source: Source, first: int = 0) -> list[tuple[int, int]]:
-    """File and row group of each batch."""
+    """File and row group of each unit."""
     places = []
-    for batch in (batch for unit in range(first, source.n_units) for batch in source.batches(unit)):
-        texts = batch.texts
+    for unit in range(first, len(source.units)):
+        texts = list(source.texts(unit))
         number, group = map(int, texts[0].split()[:2])
         content = io.BytesIO(list(FILES.values())[number])
         assert texts == pq.ParquetFile(content).read_row_group(group)["text"].to_pylist()
@@ -259,7 +258,7 @@ def test_a_part_that_cannot_be_read(
     with hub(REPOSITORY, files) as served:
         reach(served.address)
         with pytest.raises(UserError, match=message):
-            list(opened(tmp_path, max_tokens=1_000, **fields).batches(0))
+            list(opened(tmp_path, max_tokens=1_000, **fields).texts(0))
 
 
 # The list of files

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ import pytest
 
 from src.data_processing import python_docs
 from src.data_processing.text_sources import (
-    BATCH_CHARS,
-    Batch,
     PythonDocs,
     Source,
     column_texts,
     find_files,
     open_files,
-    read_batches,
+    read_texts,
 )
 from src.utils.errors import UserError
 from tests.data_processing.documents import some_texts, write_json_lines
@@ -33,8 +30,7 @@ def texts_of(*paths: Path | str, text_field: str = "text") -> list[str]:
 
 
 def texts_in(source: Source) -> list[str]:
-    units = range(source.n_units)
-    return [text for unit in units for documents in source.batches(unit) for text in documents.texts]
+    return [text for unit in range(len(source.units)) for text in source.texts(unit)]
 
 
 def json_lines(*rows: Any) -> str:
@@ -334,31 +330,24 @@ def arrow_stream(path: Path) -> None:
         ("b.arrow", arrow_stream),
     ],
 )
-def test_batches_of_about_a_mebibyte_from_any_of_them_on(
-    tmp_path: Path, name: str, write: Callable[[Path], None]
-) -> None:
+def test_every_format_gives_all_texts(tmp_path: Path, name: str, write: Callable[[Path], None]) -> None:
     path = tmp_path / name
     write(path)
-    batches = list(read_batches(path, "text"))
-    texts = [batch.texts for batch in batches]
-    assert list(chain.from_iterable(texts)) == TEXTS
-    assert len(batches) >= 4
-    ordinary = [size_of(documents) for documents in batches]
-    assert sorted(ordinary)[-2] < 3 * BATCH_CHARS, "only the batch with the long document is long"
+    assert list(read_texts(path, "text")) == TEXTS
 
 
-def test_lines_keep_their_numbers_over_batches(tmp_path: Path) -> None:
+def test_the_number_of_a_bad_line(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(10_000, words=60))
     with open(path, "a") as file:
         file.write("oops\n")
     with pytest.raises(UserError, match="line 10001: not JSON"):
-        list(read_batches(path, "text"))
+        list(read_texts(path, "text"))
 
 
 def test_categories_of_numbers_are_not_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([1, 2]).dictionary_encode()}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="column 'text' must hold text, found type int64"):
-        list(read_batches(tmp_path / "a.parquet", "text"))
+        list(read_texts(tmp_path / "a.parquet", "text"))
 
 
 def test_categories_that_are_not_utf8_become_lone_surrogates() -> None:
@@ -371,11 +360,7 @@ def test_a_file_that_is_not_arrow_or_zstd_is_named(tmp_path: Path) -> None:
     for name in ("a.arrow", "a.jsonl.zst"):
         (tmp_path / name).write_bytes(b"nothing of the kind" * 10)
         with pytest.raises(UserError, match=str(tmp_path / name)):
-            list(read_batches(tmp_path / name, "text"))
-
-
-def size_of(documents: Batch) -> int:
-    return sum(len(text) for text in documents.texts)
+            list(read_texts(tmp_path / name, "text"))
 
 
 @pytest.mark.parametrize(
@@ -392,17 +377,17 @@ def test_text_in_other_encodings_is_decoded_or_refused(tmp_path: Path, encoding:
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     for file, is_read in ((tmp_path / "a.txt", has_mark), (path, encoding == "utf-8-sig")):
         if is_read:
-            assert [batch.texts for batch in read_batches(file, "text")] == [[text]]
+            assert list(read_texts(file, "text")) == [text]
         else:
             with pytest.raises(UserError, match=rf"Cannot read {file}: it .*UTF-.* Convert it to UTF-8: iconv"):
-                list(read_batches(file, "text"))
+                list(read_texts(file, "text"))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"])
 def test_a_git_lfs_pointer_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(UserError, match=rf"Cannot read {tmp_path / name}: it is a Git LFS pointer. Run git lfs pull"):
-        list(read_batches(tmp_path / name, "text"))
+        list(read_texts(tmp_path / name, "text"))
 
 
 @pytest.mark.parametrize(
@@ -413,14 +398,13 @@ def test_columns_of_bytes_and_of_nulls_are_text(tmp_path: Path, kind: pa.DataTyp
     column = texts if texts is not None else pa.array(["one", None, "caf\xe9"]).cast(kind)
     for name, values, expected in (("a", column, ["one", "", "caf\xe9"]), ("b", pa.nulls(2), ["", ""])):
         pq.write_table(pa.table({"text": values}), tmp_path / f"{name}.parquet")
-        batches = read_batches(tmp_path / f"{name}.parquet", "text")
-        assert [text for documents in batches for text in documents.texts] == expected
+        assert list(read_texts(tmp_path / f"{name}.parquet", "text")) == expected
 
 
 def test_a_column_of_numbers_names_the_others(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2], "body": ["a", "b"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"found type int64. Choose one of text, body with --text-field NAME\."):
-        list(read_batches(tmp_path / "a.parquet", "text"))
+        list(read_texts(tmp_path / "a.parquet", "text"))
 
 
 def test_an_arrow_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
@@ -429,8 +413,8 @@ def test_an_arrow_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, pa.schema({"text": pa.string()})) as writer:
         for _ in range(100):
             writer.write_batch(pa.record_batch({"text": ["x" * 100_000] * 20}))
-    batches = read_batches(path, "text")
-    next(batches)
+    texts = read_texts(path, "text")
+    next(texts)
     os.truncate(path, 5_000_000)
     with pytest.raises(UserError, match=f"Cannot read {path}: "):
-        list(batches)
+        list(texts)
