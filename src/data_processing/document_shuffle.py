@@ -44,7 +44,7 @@ from src.utils.files import open_regular, read_json, replacing, storage_errors, 
 WORK = ".preparing"
 DOWNLOADS = "downloads"
 JOURNAL, _LOCK = "journal.json", "lock"
-JOURNAL_VERSION = 5  # another one is not resumed; change it with the runs or the way that batches are divided
+JOURNAL_VERSION = 5  # another one is not resumed; change it with the files or the way that batches are divided
 FLUSH_TOKENS = 1 << 26  # 128 MB in memory between two entries of the journal
 _BATCH_CHARS = 1 << 20  # that a worker gets at once
 _DOCUMENT_COST = 100  # tokens that take as much memory as a document's objects
