@@ -373,19 +373,17 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
     if isinstance(run.stop, StopRequest) and procs.is_main:
         run.stop.answer = lambda: answer_to_stop(run)
     log.start_bar(first_step, config.total_steps)
-    with (
-        profiler(config.profile, first_step, log) as recording,
-        TrainingDataLoader(
-            training,
-            seed=config.train.seed,
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            rank=procs.rank,
-            world_size=procs.world_size,
-            device=procs.device,
-            first_step=first_step,
-        ) as batches,
-    ):
+    batches = TrainingDataLoader(
+        training,
+        seed=config.train.seed,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        rank=procs.rank,
+        world_size=procs.world_size,
+        device=procs.device,
+        first_step=first_step,
+    )
+    with profiler(config.profile, first_step, log) as recording:
         while True:
             # Before the save: once a checkpoint exists, so do the records of its step, and a resume repeats neither.
             for kind in evaluation.missing(progress.step, recorded):
@@ -545,12 +543,14 @@ def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> No
     # Shards are counted over the whole manifest, in which those for validation come first.
     first = len(run.manifest.validation)
     windows = [(first + shard, window) for shard, window in batches.step_windows(progress.step - 1)]
-    look = f"--inspect --out '{config.data.dir}' --skipped '{config.run_name}' shows {len(windows)} window(s) of it"
+    n_ctx = config.model.n_ctx
+    places = " ".join(f"{shard}:{window * n_ctx}-{(window + 1) * n_ctx}" for shard, window in windows[:4])
+    look = f"--inspect --out '{config.data.dir}' --at {places} shows the first of its {len(windows)} window(s)"
     run.log.event(
         "skipped step",
         progress.step,
         f"{result.skipped}; data_downloader {look}",
-        n_ctx=config.model.n_ctx,
+        n_ctx=n_ctx,
         windows=windows[:MAX_RECORDED_WINDOWS],
     )
     # A run whose every step is skipped has failed, even one shorter than MAX_SKIPPED_STEPS.

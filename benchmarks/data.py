@@ -80,13 +80,7 @@ def main() -> None:
 def paragraphs(paths: list[str]) -> list[str]:
     """Return the paragraphs of all documents at `paths`."""
     sources = open_files(paths, "text") if paths else [PythonDocs()]
-    texts = (
-        text
-        for source in sources
-        for unit in range(len(source.unit_bytes))
-        for documents, _ in source.batches(unit, 0)
-        for text in documents.texts()
-    )
+    texts = (text for source in sources for unit in range(len(source.units)) for text in source.texts(unit))
     return [paragraph for text in texts for paragraph in text.split("\n\n") if paragraph.strip()]
 
 

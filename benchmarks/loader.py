@@ -74,20 +74,18 @@ def loader_figures(
             first_step=step,
         )
 
-    with open_at(0) as loader:
-        next(loader)
-        first_batch_seconds = time.perf_counter() - started
+    next(open_at(0))
+    first_batch_seconds = time.perf_counter() - started
     started = time.perf_counter()
-    with open_at(LATE_STEP) as loader:
-        next(loader)
-        resume_seconds = time.perf_counter() - started
+    next(open_at(LATE_STEP))
+    resume_seconds = time.perf_counter() - started
 
     reads_before, delivered, started = _counters("/proc/self/io"), 0, time.perf_counter()
-    with open_at(0) as loader:
-        while (elapsed := time.perf_counter() - started) < seconds:
-            for inputs, _ in itertools.islice(loader, 500):
-                delivered += inputs.numel()
-            resident.append(_resident_mb())
+    loader = open_at(0)
+    while (elapsed := time.perf_counter() - started) < seconds:
+        for inputs, _ in itertools.islice(loader, 500):
+            delivered += inputs.numel()
+        resident.append(_resident_mb())
     reads = {name: count - reads_before[name] for name, count in _counters("/proc/self/io").items()}
     return {
         "dataset_tokens": sum(shard.tokens for shard in manifest.train),

@@ -148,7 +148,7 @@ def real_batches(config: Config, steps: int, device: torch.device) -> list[Batch
     folder = dataset_dir(config.data.dir)
     manifest = read_manifest(folder)
     windows = WindowDataset(folder, manifest.train, config.model.n_ctx, config.model.n_vocab, at_least=1)
-    with TrainingDataLoader(
+    loader = TrainingDataLoader(
         windows,
         seed=config.train.seed,
         batch_size=config.micro_batch_size,
@@ -157,8 +157,8 @@ def real_batches(config: Config, steps: int, device: torch.device) -> list[Batch
         world_size=1,
         device=device,
         first_step=0,
-    ) as loader:
-        return [(inputs.contiguous(), targets.contiguous()) for inputs, targets in islice(loader, steps)]
+    )
+    return [(inputs.contiguous(), targets.contiguous()) for inputs, targets in islice(loader, steps)]
 
 
 def ours(

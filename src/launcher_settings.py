@@ -189,7 +189,7 @@ def dataset_name(request: Request, variables: Mapping[str, str], preset: str) ->
 def _other_text(request: Request, name: str) -> str:
     """Says that the dataset `name`, prepared or not, is of other text than `request` describes, and which; else ""."""
     from src.data_processing.data_downloader import differences  # not at the top: `chosen` has no packages
-    from src.data_processing.document_shuffle import PLAN, WORK
+    from src.data_processing.document_shuffle import JOURNAL, WORK
     from src.data_processing.shards import MANIFEST, read_manifest
 
     folder = root.dataset_dir(name)
@@ -197,7 +197,7 @@ def _other_text(request: Request, name: str) -> str:
         changes = differences(request, folder, read_manifest(folder))
         return f"holds other text: {changes}" if changes else ""
     with suppress(OSError, UserError, LookupError, TypeError):
-        if read_json(folder / WORK / PLAN)["request"] != request.stored():
+        if read_json(folder / WORK / JOURNAL)["request"] != request.stored():
             return "is being prepared from other text"
     return ""
 

@@ -26,10 +26,9 @@ import torch
 from huggingface_hub import constants as hub_settings
 
 from src import available_cores
-from src.data_processing.data_downloader import differences, disk_needed
-from src.data_processing.file_formats import read_batches
+from src.data_processing.data_downloader import disk_needed, refuse_other
 from src.data_processing.shards import MANIFEST, read_manifest
-from src.data_processing.text_sources import SOURCES, Request, find_files
+from src.data_processing.text_sources import SOURCES, Request, find_files, read_texts
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.launcher_settings import requested
@@ -182,11 +181,8 @@ def dataset(start: Start) -> Found:
     config, folder = start.config, start.dataset
     is_to_come = start.to_prepare or (start.awaited and not os.path.exists(folder / MANIFEST))
     manifest = None if is_to_come else read_manifest(folder)
-    if manifest and start.request and (changes := differences(start.request, folder, manifest)):
-        raise UserError(
-            f"Cannot prepare {folder}: it holds another dataset: {changes}. Leave out DATA_DIR or set it to another "
-            f"name, or train on this one with --data.dir {folder.name}."
-        )
+    if manifest and start.request:
+        refuse_other(start.request, folder, manifest)
     name, n_vocab = (manifest.tokenizer, manifest.n_vocab) if manifest else (Tokenizer.name, Tokenizer.n_vocab)
     if n_vocab > config.model.n_vocab:
         raise UserError(
@@ -206,22 +202,21 @@ def dataset(start: Start) -> Found:
 def _check_texts(request: Request) -> int:
     """Reads the first texts, and returns the number of files. Raises UserError where the preparation would."""
     files = [file for each in find_files(request.paths, quiet=True).values() for file in each]
-    texts, unread = set[str](), CHECKED_CHARACTERS
-    for file in files:
-        if file.stat().st_size > CHECKED_CHARACTERS and file.suffix.lower() in (".txt", ".md"):
-            return len(files)  # it would be read whole
-        for documents, _ in read_batches(file, request.text_field, divide_long=True):
-            batch = [text for text in documents.texts() if text.strip()]
-            texts.update(batch)
-            unread -= sum(map(len, batch))
-            if unread <= 0:
-                return len(files)
-    if len(texts) < 2:
-        raise UserError(
-            f"Cannot prepare {', '.join(request.paths)}: {len(texts)} different document(s) with text; at least two "
-            "are needed, one to validate and one to train. Give more text."
-        )
-    return len(files)
+    for most_bytes in (CHECKED_CHARACTERS, -1):  # the beginning of a text may be one document, and the whole several
+        texts, unread = set[str](), CHECKED_CHARACTERS
+        for file in files:
+            for text in read_texts(file, request.text_field, divide_long=True, most_bytes=most_bytes):
+                if text.strip():
+                    texts.add(text)
+                unread -= len(text)
+                if unread <= 0 and len(texts) > 1:
+                    return len(files)
+        if len(texts) > 1:
+            return len(files)
+    raise UserError(
+        f"Cannot prepare {', '.join(request.paths)}: {len(texts)} different document(s) with text; at least two are "
+        "needed, one to validate and one to train. Give more text."
+    )
 
 
 def folder(start: Start) -> Found:

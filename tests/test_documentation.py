@@ -267,7 +267,7 @@ def test_examples_of_the_data_format(temp_data: Path, monkeypatch: pytest.Monkey
     manifest = read_manifest(left["folder"])
     assert len(left["documents"]) == manifest.train[0].documents
     windows = WindowDataset(left["folder"], manifest.train, 128, 50_257, at_least=1)
-    with TrainingDataLoader(
+    loader = TrainingDataLoader(
         windows,
         seed=42,
         batch_size=16,
@@ -276,11 +276,11 @@ def test_examples_of_the_data_format(temp_data: Path, monkeypatch: pytest.Monkey
         world_size=1,
         device=torch.device("cpu"),
         first_step=0,
-    ) as loader:
-        for step in (0, 1, 9):  # 62 windows: the last is two epochs on
-            assert left["windows_of_step"](step, 42, 16, 128) == loader.step_windows(step)
-        shard, window = loader.step_windows(0)[0]
-        assert np.array_equal(np.load(windows.paths[shard])[window * 128 :][:128], next(loader)[0][0])
+    )
+    for step in (0, 1, 9):  # 62 windows: the last is two epochs on
+        assert left["windows_of_step"](step, 42, 16, 128) == loader.step_windows(step)
+    shard, window = loader.step_windows(0)[0]
+    assert np.array_equal(np.load(windows.paths[shard])[window * 128 :][:128], next(loader)[0][0])
     made = read_manifest(left["made"])
     ensure_verified(left["made"], made)
     assert WindowDataset(left["made"], made.train, 128, 50_257, at_least=16).n_windows == 315

@@ -38,7 +38,6 @@ MUST_NOT_KNOW = {
     "src/data_processing/": ("src.model", "src.model_utils", "src.model_assessment"),
     "src/data_processing/shards.py": PREPARATION,
     "src/data_processing/training_data_loader.py": (*PREPARATION, "src.data_processing.tokenizer"),
-    "src/data_processing/file_formats.py": PREPARATION,
     "src/data_processing/text_sources.py": (
         "src.data_processing.data_downloader",
         "src.data_processing.document_shuffle",

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from src.data_processing.document_shuffle import Journal
+from src.data_processing.document_shuffle import Document, Journal
 from src.data_processing.hub_dataset import open_hub
 from src.data_processing.shards import check_shard, read_manifest
 from src.data_processing.text_sources import Request
 from src.model_assessment import sampling
 from src.model_assessment.report import write_comparison, write_report
 from src.model_utils import checkpoint_utils
-from src.utils.errors import UserError, exit_with
+from src.utils.errors import StorageError, UserError, exit_with
 from src.utils.files import fingerprint
 from src.utils.logger import RunLogger
 from src.utils.root import ROOT
@@ -136,7 +136,7 @@ def test_a_linked_run_or_dataset_is_fine(checkpoint: Path, dataset: Callable[...
 
 @pytest.mark.parametrize("prefix", ["../", "{outside}/", "../datasets/../", "sub/", "\x1b[2J", "a\0"])
 def test_a_datasets_manifest_cannot_lead_elsewhere(dataset: Callable[..., Path], prefix: str):
-    """Nor a preparation's journal, whose shards would be taken over; the files exist and match it."""
+    """The files exist and match it."""
     folder = dataset(train_tokens=[70], val_tokens=50)
     manifest = json.loads((folder / "manifest.json").read_text())
     shard = manifest["shards"][1]
@@ -147,25 +147,20 @@ def test_a_datasets_manifest_cannot_lead_elsewhere(dataset: Callable[..., Path],
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="is not the name of a shard"):
         read_manifest(folder)
-    Journal(folder, is_kept=True).write()
-    journal = json.loads((folder / "journal.json").read_text())
-    (folder / "journal.json").write_text(json.dumps(journal | {"shards": manifest["shards"]}))
-    with pytest.raises(ValueError, match="is not the name of a shard"):
-        Journal.read(folder, folder)
 
 
-@pytest.mark.parametrize("name", ["../outside", "{outside}", "00.tokens"])
-def test_a_preparations_journal_cannot_truncate_elsewhere(tmp_path: Path, name: str):
-    work, outside = tmp_path / "work", tmp_path / "outside"
-    work.mkdir()
-    outside.write_bytes(b"documents")
-    (work / "00.tokens").symlink_to(outside)
-    journal = Journal(work, is_kept=True)
-    journal.files[name.format(outside=outside)] = 2
-    journal.write()
-    with pytest.raises(ValueError, match=r"elsewhere|files of a journal"):
-        Journal.read(work, tmp_path)
-    assert outside.read_bytes() == b"documents"
+def test_a_preparation_cannot_truncate_elsewhere(tmp_path: Path):
+    request, tokens, outside = Request([], []), tmp_path / "tokens", tmp_path / "outside"
+    journal = Journal(request.stored(), [])
+    journal.counts |= {"documents": 1, "tokens": 1}
+    journal.append(tmp_path, [Document(b"k" * 16, b"\x01\x00", 1)])
+    assert Journal.read(tmp_path, request) == journal
+    tokens.rename(outside)
+    tokens.symlink_to(outside)
+    assert Journal.read(tmp_path, request) is None
+    with pytest.raises(StorageError, match="it is a link"):
+        journal.append(tmp_path, [])
+    assert outside.read_bytes() == b"\x01\x00"
 
 
 def test_a_shard_cannot_be_a_link_to_elsewhere(dataset: Callable[..., Path]):

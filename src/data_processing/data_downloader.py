@@ -12,11 +12,13 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from src import available_cores
 from src.data_processing.document_shuffle import (
@@ -25,16 +27,17 @@ from src.data_processing.document_shuffle import (
     Journal,
     SortedDocuments,
     claimed_work,
-    fill_buckets,
-    resume,
+    encode_sources,
+    nothing_to_resume,
     start_over,
     write_shards,
 )
-from src.data_processing.inspect_dataset import inspect, inspect_skipped
+from src.data_processing.inspect_dataset import excerpts, inspect
 from src.data_processing.shards import (
     MANIFEST,
     TOKEN_DTYPE,
     Manifest,
+    Shard,
     check_shard,
     ensure_verified,
     find_faults,
@@ -48,7 +51,7 @@ from src.data_processing.tokenizer import Tokenizer
 from src.model_configs.arguments import Parser, whole
 from src.utils.errors import StorageError, UserError, cause_of, exit_with, print_result, say
 from src.utils.files import bytes_below, fingerprint, free_bytes, size_text, storage_errors, sync
-from src.utils.root import dataset_dir, run_dir
+from src.utils.root import dataset_dir
 
 _REPAIR_FOLDER = ".repairing"
 
@@ -58,7 +61,7 @@ def main() -> None:
     start = time.monotonic()
     folder = dataset_dir(args.out)
     if args.inspect:
-        page, figures = inspect_skipped(folder, run_dir(args.skipped)) if args.skipped else inspect(folder)
+        page, figures = excerpts(folder, args.at) if args.at else inspect(folder)
         print(page)
         print_result(figures)
         return
@@ -93,20 +96,23 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
     with claimed_work(folder) as work:
         if (folder / MANIFEST).exists():  # another process has finished since the line above
             return _existing(request, folder)
-        details, journal = resume(folder, work, request)
-        if journal is None or not journal.is_complete:
+        journal = Journal.read(work, request)
+        if journal and journal.is_complete:
+            say(f"resuming {folder}: all documents are tokenised")
+        else:
             say(f"preparing {folder} from {', '.join(request.sources)}")
+            earlier = expected.sources if expected else journal.sources if journal else []
             sources: list[Source] = []
             for name in request.sources:
-                pinned = [entry for entry in (expected.sources if expected else details) if entry.get("name") == name]
+                pinned = [entry for entry in earlier if entry.get("name") == name]
                 sources += SOURCES[name].open(request, pinned, work / DOWNLOADS)
             # Files are hashed again at each start; of the hub and of a dataset under repair, the pinned version counts.
             current = [source.details for source in sources]
             if expected and (changes := _changes(_content(expected.sources), _content(current))):
                 raise UserError(f"the sources are not what they were: {changes}")
-            if journal is None or details != current:
-                details, journal = current, start_over(folder, work, request, current)
-            elif journal.is_kept:
+            if journal is None or journal.sources != current:
+                journal = start_over(folder, work, request, current)
+            elif journal.counts["tokens"]:
                 say(f"resuming after {journal.counts['tokens']:,} tokens")
             needed, free = disk_needed(request, folder), free_bytes(folder)
             if needed > 2 * free:  # the estimate is rough
@@ -114,13 +120,12 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
                     f"Cannot prepare {folder}: some {size_text(needed)} of disk needed, {size_text(free)} free. Make "
                     "room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens."
                 )
-            fill_buckets(sources, request, journal, workers)
-        else:
-            say(f"resuming {folder}: all documents are tokenised, {len(journal.shards)} shards are written")
-        documents = SortedDocuments(journal, request.drop_duplicates, len(details))
-        write_shards(documents, request, folder, journal)
+            encode_sources(sources, request, journal, work, workers)
+        documents = SortedDocuments(work, journal, request.drop_duplicates)
+        with nothing_to_resume(work):  # too few documents
+            shards = write_shards(documents, request, folder)
         # Last, because it makes the folder a dataset. Deleting the unfinished work follows at the end of the block.
-        write_manifest(folder, _manifest(request, details, documents, journal))
+        write_manifest(folder, _manifest(request, journal, documents, shards))
     if journal.replaced_in:
         say(
             f"warning: invalid UTF-8 in {journal.counts['replaced_invalid']} document(s) was replaced by the character "
@@ -171,24 +176,29 @@ def disk_needed(request: Request, folder: Path) -> int:
     """Estimate the bytes that preparing `request` in `folder` needs beyond the leftovers of an earlier start."""
     limits = (request.max_tokens or math.inf, (request.max_documents or math.inf) * 1_100)  # FineWeb-Edu's mean
     tokens = int(min(sum(SOURCES[name].tokens(request) for name in request.sources), *limits))
-    # The buckets, which go as the shards come, with an eighth for records and what exists twice meanwhile.
-    return max(0, tokens * TOKEN_DTYPE.itemsize * 9 // 8 - bytes_below(folder))
+    # The runs and the shards, with an eighth for records.
+    return max(0, tokens * TOKEN_DTYPE.itemsize * 17 // 8 - bytes_below(folder))
 
 
 def _existing(request: Request, folder: Path) -> Manifest:
     """Return the manifest of `folder`. Raises UserError for another request, changed files, or a damaged shard."""
     manifest = read_manifest(folder)
-    if changes := differences(request, folder, manifest):
-        raise UserError(
-            f"Cannot prepare {folder}: it holds another dataset: {changes}. Choose another --out (DATA_DIR for the "
-            "launcher), or delete that folder to prepare it again."
-        )
+    refuse_other(request, folder, manifest)
     for shard in manifest.shards:
         check_shard(folder, shard, manifest.n_vocab)
     # Left by a process that was killed between its last two steps; another process that holds it deletes it, too.
     shutil.rmtree(folder / WORK, ignore_errors=True)
     say(f"already prepared: {folder}")
     return manifest
+
+
+def refuse_other(request: Request, folder: Path, manifest: Manifest) -> None:
+    """Raise UserError if the dataset in `folder` is not the one that `request` describes."""
+    if changes := differences(request, folder, manifest):
+        raise UserError(
+            f"Cannot prepare {folder}: it holds another dataset: {changes}. Choose another --out (DATA_DIR for the "
+            f"launcher), delete that folder to prepare it again, or train on it with --data.dir {folder.name}."
+        )
 
 
 def differences(request: Request, folder: Path, manifest: Manifest) -> str:
@@ -234,19 +244,15 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(described + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else []))
 
 
-def _manifest(
-    request: Request, details: Sequence[dict[str, Any]], documents: SortedDocuments, journal: Journal
-) -> Manifest:
-    read, by_source = journal.counts, {name: getattr(documents, name) for name in ("documents", "tokens", "text_bytes")}
-    total = {name: int(numbers.sum()) for name, numbers in by_source.items()}
-    sources = [
-        {
-            **entry,
-            **{name: int(numbers[source]) for name, numbers in by_source.items()},
-            "share": round(float(documents.tokens[source]) / max(1, total["tokens"]), 6),
-        }
-        for source, entry in enumerate(details)
-    ]
+def _manifest(request: Request, journal: Journal, documents: SortedDocuments, shards: tuple[Shard, ...]) -> Manifest:
+    def totals(records: np.ndarray) -> dict[str, int]:
+        return {"documents": len(records)} | {name: int(records[name].sum()) for name in ("tokens", "text_bytes")}
+
+    records, read, total = documents.records, journal.counts, totals(documents.records)
+    sources: list[dict[str, Any]] = []
+    for number, entry in enumerate(journal.sources):
+        own = totals(records[records["source"] == number])
+        sources.append(entry | own | {"share": round(own["tokens"] / max(1, total["tokens"]), 6)})
     counts = {
         **total,
         "documents_read": read["documents"] + read["skipped_empty"],
@@ -263,8 +269,8 @@ def _manifest(
         end_of_text=Tokenizer.end_of_text,
         seed=request.seed,
         counts=counts,
-        document_lengths=documents.lengths,
-        shards=tuple(journal.shards),
+        document_lengths=np.bincount(np.frexp(records["tokens"])[1] - 1).tolist(),
+        shards=shards,
     )
 
 
@@ -307,24 +313,28 @@ def _parse_arguments() -> argparse.Namespace:
     modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
     modes.add_argument("--repair", action="store_true", help="replace the damaged shards of --out, and exit")
     modes.add_argument("--inspect", action="store_true", help="show the content of the dataset in --out, and exit")
-    add("--skipped", metavar="RUN", help="with --inspect: show the text behind the steps that this run skipped")
+    help = "with --inspect: show these tokens of a shard, such as 3:0-200, instead"
+    add("--at", **several, default=[], metavar="SHARD:FIRST-END", help=help)
     args = parser.parse_args()
     sources = args.source or []
     if not (sources or args.verify or args.repair or args.inspect):
-        parser.error(f"--source is needed: {', '.join(SOURCES)}")
-    if "" in (*args.path, args.out, args.dataset, args.skipped):
-        parser.error("an option is empty; perhaps a variable that is not set")
+        raise UserError(
+            "Cannot prepare a dataset: nothing says of which text. Name files or folders, as in ./llm data my_texts/, "
+            "which is --source files --path my_texts/. Or name a source, as in --source pydocs. --help lists all."
+        )
+    if "" in (*args.path, args.out, args.dataset):
+        raise UserError("An option is empty; perhaps a variable that is not set.")
     if bool(args.path) != ("files" in sources):
-        parser.error("--source files needs --path FILE_OR_GLOB ..., and --path is for --source files")
+        raise UserError("--source files needs --path FILE_OR_GLOB ..., and --path is for --source files.")
     if bool(args.dataset) != ("hub" in sources):
-        parser.error("--source hub needs --dataset OWNER/NAME, and --dataset is for --source hub")
-    if args.skipped and not args.inspect:
-        parser.error("--skipped is for --inspect")
+        raise UserError("--source hub needs --dataset OWNER/NAME, and --dataset is for --source hub.")
+    if args.at and not args.inspect:
+        raise UserError("--at is for --inspect.")
     if not (args.out or sources):
-        parser.error("--out DIR is needed: the name of a dataset, or a folder")
+        raise UserError("--out DIR is needed: the name of a dataset, or a folder.")
     args.out = args.out or _request(args).default_name
     if ".." in Path(args.out).parts:
-        parser.error(f"--out {args.out} leads out of its folder by '..'; name the folder itself")
+        raise UserError(f"--out {args.out} leads out of its folder by '..'. Name the folder itself.")
     return args
 
 

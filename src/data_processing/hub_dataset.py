@@ -25,20 +25,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx2
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers, validate_repo_id
 
-from src.data_processing.file_formats import Batches, Column, check_column, read_batches
-from src.data_processing.text_sources import Request, Source
+from src.data_processing.text_sources import Request, Source, check_column, column_texts, read_texts
 from src.utils.errors import StorageError, UserError, hub_errors, hub_failure, hub_reason, say
 from src.utils.files import fingerprint, free_bytes, open_regular, size_text, storage_errors, sync
 from src.utils.rand_idx_seq_gen import permutation
@@ -114,10 +112,10 @@ class _WholeFiles(Source):
     """All files. A unit is a file."""
 
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, downloads: Path) -> None:
-        super().__init__(details, [file.bytes for file in files])
+        super().__init__(details, [file.path for file in files])
         self._files, self._text_field, self._folder = files, text_field, downloads / details["revision"]
 
-    def batches(self, unit: int, skip: int) -> Batches:
+    def texts(self, unit: int) -> Iterator[str]:
         with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if unit > 1:  # a resumed preparation may need the last unit once more, but rarely an earlier one
@@ -125,39 +123,32 @@ class _WholeFiles(Source):
         file, path = self._files[unit], self._folder / self._files[unit].local_name
         if not path.is_file() or path.stat().st_size != file.bytes:
             _retry(file.path, file.repository, lambda: _download(file, path))
-        return read_batches(path, self._text_field, skip)
+        return read_texts(path, self._text_field)
 
 
 class _RandomPart(Source):
-    """The row groups of all files in an order that the seed decides. There is one unit; a batch is a row group."""
+    """The row groups of all files in an order that the seed decides. A unit is a row group."""
 
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, seed: int) -> None:
-        super().__init__(details | {"order": "row groups"}, [sum(file.bytes for file in files)])
-        self._files, self._text_field, self._seed = files, text_field, seed
-
-    def batches(self, unit: int, skip: int) -> Batches:
+        self._text_field = text_field
         with ThreadPoolExecutor(8) as threads:
-            footers = list(threads.map(self._footer, self._files))
-        ends = np.cumsum([footer.num_row_groups for footer in footers])
-        for position in permutation(int(ends[-1]), self._seed)[skip:]:
-            number = int(np.searchsorted(ends, position, side="right"))
-            group = int(position - ends[number] + footers[number].num_row_groups)
-            yield Column(self._row_group(self._files[number], footers[number], group), self._files[number].path), 0.0
+            opened = zip(files, threads.map(self._open, files), strict=True)
+        groups = [(file, parquet, n) for file, parquet in opened for n in range(parquet.num_row_groups)]
+        self._groups = [groups[position] for position in permutation(len(groups), seed)]
+        super().__init__(details | {"order": "row groups"}, [file.path for file, _, _ in self._groups])
 
-    def _footer(self, file: HubFile) -> pq.FileMetaData:
+    def texts(self, unit: int) -> Iterator[str]:
+        file, parquet, number = self._groups[unit]
+        # Without threads, as without a buffer ahead: those can abort a process that exits meanwhile.
+        read = partial(parquet.read_row_group, number, columns=[self._text_field], use_threads=False)
+        table = _retry(f"row group {number} of {file.path}", file.repository, read)
+        return iter(column_texts(table.column(0)))
+
+    def _open(self, file: HubFile) -> pq.ParquetFile:
         name = f"the footer of {file.path}"
-        footer = _retry(name, file.repository, lambda: pq.read_metadata(_RemoteFile(file)))
-        check_column(footer.schema.to_arrow_schema(), self._text_field, f"{file.repository}: {file.path}")
-        return footer
-
-    def _row_group(self, file: HubFile, footer: pq.FileMetaData, group: int) -> pa.Array:
-        def read() -> pa.Array:
-            # Without pyarrow's buffer ahead and threads: those can abort a process that exits meanwhile.
-            parquet = pq.ParquetFile(_RemoteFile(file), metadata=footer, pre_buffer=False)
-            column = parquet.read_row_group(group, columns=[self._text_field], use_threads=False).column(0)
-            return column.cast(pa.large_binary()).combine_chunks()
-
-        return _retry(f"row group {group} of {file.path}", file.repository, read)
+        parquet = _retry(name, file.repository, lambda: pq.ParquetFile(_RemoteFile(file), pre_buffer=False))
+        check_column(parquet.schema_arrow, self._text_field, f"{file.repository}: {file.path}")
+        return parquet
 
 
 class _RemoteFile(io.RawIOBase):

@@ -9,6 +9,7 @@ like the second one above, cannot imitate them. Control characters are escaped. 
 a dataset of any size takes a second or two.
 """
 
+import re
 import shutil
 import textwrap
 from bisect import bisect_right
@@ -22,15 +23,14 @@ import numpy as np
 
 from src.data_processing.shards import Manifest, Shard, check_shard, read_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
-from src.utils.errors import UserError, cause_of, harmless
-from src.utils.logger import RunLogger
+from src.utils.errors import UserError, harmless
 
 BOUNDARY = "──── document ────"
 _MARGIN = "│ "
 _SAMPLES = (("validation", 1 / 2), ("train", 1 / 3), ("train", 2 / 3))  # split, and where in it
 _SAMPLE_TOKENS, _TOKENS_BEFORE, _SEARCHED_TOKENS = 200, 40, 32_768  # the last: how far a boundary may lie
-_SAMPLE_LINES, _SKIPPED_LINES = 6, 4  # of each document
-_WINDOWS_SHOWN = 4  # of each skipped step
+_SAMPLE_LINES = 6  # of each document
+_MOST_TOKENS = 1_000_000  # at one place
 
 
 def inspect(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -54,36 +54,23 @@ def inspect(folder: Path) -> tuple[str, dict[str, Any]]:
     return "\n\n".join([*parts, *_samples(folder, manifest)]), figures
 
 
-def inspect_skipped(folder: Path, run_dir: Path) -> tuple[str, dict[str, Any]]:
-    """Return the beginnings of the documents in up to four windows of each step that a run skipped, and figures.
+def excerpts(folder: Path, places: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return the text at `places`, each SHARD:FIRST-END in numbers of shards and tokens, and figures.
 
-    `folder` is the dataset that it trained on. Raises UserError for another one, and for records that make no sense.
+    Raises UserError for a place that the dataset in `folder` does not have.
     """
-    manifest, log = read_manifest(folder), RunLogger(run_dir, is_main=False)
-    events = [r for r in log.records() if (r["kind"], r.get("name")) == ("event", "skipped step")]
-    page = [harmless(f"{run_dir} skipped {f'{len(events):,} step(s)' if events else 'no step'}")]
-    shown = 0
-    try:
-        used = log.settings()["dataset"]
-        if used["manifest_sha256"] != manifest.sha256:
-            raise UserError(f"Cannot show {run_dir}: it trained on another dataset, {used['name']}. Give it as --out.")
-        for event in events:
-            places, n_ctx = event.get("windows") or [], event["n_ctx"]
-            shown += len(places)
-            page.append(harmless(f"== step {event['step']}: {event['detail']}"))
-            page[-1] += f"\n{len(places[:_WINDOWS_SHOWN])} of {len(places):,} window(s) of {n_ctx:,} tokens:"
-            for index, window in places[:_WINDOWS_SHOWN]:
-                shard = manifest.shards[index]
-                page.append(excerpt(folder, manifest, shard, window * n_ctx, n_ctx + 1, _SKIPPED_LINES))
-    except UserError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"Cannot read what {run_dir} skipped: its config.json or metrics.jsonl is missing or damaged "
-            f"({cause_of(error)}). Give the folder of a run, or the name of one in temp_data/runs."
-        ) from None
-    counts = {"skipped_steps": len(events), "windows": shown}
-    return "\n\n".join(page), {"run": str(run_dir), "dataset": str(folder), **counts}
+    manifest, page = read_manifest(folder), list[str]()
+    for place in places:
+        match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,16})-([0-9]{1,16})", place)
+        number, first, end = map(int, match.groups()) if match else (0, 0, 0)
+        shards = manifest.shards[number : number + 1]
+        if not any(first < end <= min(shard.tokens, first + _MOST_TOKENS) for shard in shards):
+            raise UserError(
+                f"Cannot show {place[:60]!r}: expected SHARD:FIRST-END, a shard from 0 to {len(manifest.shards) - 1} "
+                f"and at most {_MOST_TOKENS:,} of its tokens, such as 0:0-{min(200, manifest.shards[0].tokens)}."
+            )
+        page += [excerpt(folder, manifest, shard, first, end - first, _SAMPLE_LINES) for shard in shards]
+    return "\n\n".join(page), {"dataset": str(folder), "places": len(places)}
 
 
 def excerpt(folder: Path, manifest: Manifest, shard: Shard, first: int, n_tokens: int, document_lines: int) -> str:

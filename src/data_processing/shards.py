@@ -4,9 +4,9 @@ A dataset is a folder with `manifest.json` and the .npy files it lists, one-dime
 token ids. Shard 0 is validation, the rest are training. Other files in the folder are ignored. The manifest is written
 last: a folder without one is not a dataset. Its sha256 identifies the dataset, because it covers every shard's hash.
 
-The stamp, .verified.json in the dataset's folder, lists the files that were found sound: their sizes, inodes and times.
-A shard whose file is still that one is not read again. Writing to a file, setting its times and renaming another over
-it all change its inode or its ctime, which nobody can set.
+The stamp, .verified.json in the dataset's folder, lists all files as they were found sound: sizes, inodes and times.
+While all of them are still these, none is read again. Writing to a file, setting its times and renaming another over it
+all change its inode or its ctime, which nobody can set.
 """
 
 import dataclasses
@@ -18,7 +18,9 @@ import re
 import shlex
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, get_args, get_origin
 
@@ -32,7 +34,7 @@ from src.utils.root import instead_of
 MANIFEST = "manifest.json"
 STAMP = ".verified.json"
 FORMAT_VERSION = 2
-STAMP_FORMAT = 1
+STAMP_FORMAT = 2
 TOKEN_DTYPE = np.dtype("<u2")
 SHARD_NAME = re.compile(r".+_i_([0-9]{6})_t_([0-9]+)\.npy")
 MAX_THREADS = 8  # a core hashes more than 1 GB/s, so these are faster than most disks
@@ -185,36 +187,33 @@ def find_faults(
 ) -> dict[int, str]:
     """Return the fault of each damaged shard by its number.
 
-    Reads the shards that the stamp does not vouch for, and stamps the sound ones. A stamp that cannot be written costs
-    one line on stderr and a slower next start. Raises StoppedError once `stop()` is true, which several threads call;
-    the sound shards read so far are stamped.
+    Reads all shards, unless the stamp vouches for them, and stamps them if they are sound. A stamp that cannot be
+    written costs one line on stderr and a slower next start. Raises StoppedError once `stop()` is true, which several
+    threads call.
     """
-    known = _vouched_for(folder, manifest) if trust_stamp else {}
-    unread = [number for number, shard in enumerate(manifest.shards) if shard.file not in known]
+    # Looked at before their content is read. The manifest's hash covers what they must hold.
+    files = {shard.file: identity(folder / shard.file) for shard in manifest.shards}
+    stamp = {"format": STAMP_FORMAT, "manifest": manifest.sha256, "files": files}
+    with suppress(OSError, ValueError):  # an absent or damaged stamp: everything is read
+        if trust_stamp and read_json(folder / STAMP) == stamp:
+            return {}
     faults: dict[int, str] = {}
     say_if_due = now_and_then()
-
-    def read(number: int) -> tuple[dict[str, Any], str | None]:
-        shard = manifest.shards[number]
-        entry = _entry(folder, shard, manifest)  # as the file was before its content is read
-        return entry, shard_fault(folder, shard, manifest.n_vocab, True, stop)
-
     pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
     try:  # without `with`: an exception must cancel the shards that no thread has begun
-        for done, (number, (entry, fault)) in enumerate(zip(unread, pool.map(read, unread), strict=True), start=1):
+        check = partial(shard_fault, folder, n_vocab=manifest.n_vocab, full=True, stop=stop)
+        for number, fault in enumerate(pool.map(check, manifest.shards)):
             if fault:
                 faults[number] = fault
-            elif "inode" in entry:  # else the file appeared only after it was looked for
-                known[manifest.shards[number].file] = entry
-            say_if_due(f"verifying {folder}: {done} of {len(unread)} shards read")
+            say_if_due(f"verifying {folder}: {number + 1} of {len(manifest.shards)} shards read")
     finally:
         pool.shutdown(cancel_futures=True)
-        if unread:
-            try:
-                with replacing(folder / STAMP) as file:
-                    file.write(json.dumps({"format": STAMP_FORMAT, "shards": known}, indent=1).encode() + b"\n")
-            except StorageError as error:
-                say(f"the next start will read the dataset again: {cause_of(error)}")
+    if not faults and all(files.values()):
+        try:
+            with replacing(folder / STAMP) as file:
+                file.write(json.dumps(stamp, indent=1).encode() + b"\n")
+        except StorageError as error:
+            say(f"the next start will read the dataset again: {cause_of(error)}")
     return faults
 
 
@@ -247,23 +246,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
-def check_shards(shards: Iterable[Shard]) -> None:
-    """Raise ValueError if a shard's file is not named as `write_shard` names it."""
-    for number, shard in enumerate(shards):
-        name = SHARD_NAME.fullmatch(shard.file)
-        if name is None or Path(shard.file).name != shard.file or not shard.file.isprintable():
-            raise ValueError(f"{shard.file!r} is not the name of a shard")
-        if (int(name[1]), int(name[2])) != (number, shard.tokens):
-            raise ValueError(f"{shard.file!r} is listed as shard {number} of {shard.tokens} tokens")
-
-
 def _check_manifest(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for a manifest that no preparation writes."""
     check_types(manifest, Manifest, "manifest")
     check_sources(manifest.sources)
     if manifest.n_vocab > 1 << 16 or manifest.end_of_text >= manifest.n_vocab or len(manifest.document_lengths) > 64:
         raise ValueError("n_vocab, end_of_text or document_lengths do not fit uint16 token ids")
-    check_shards(manifest.shards)
+    for number, shard in enumerate(manifest.shards):  # as `write_shard` names them
+        match = SHARD_NAME.fullmatch(shard.file)
+        if match is None or Path(shard.file).name != shard.file or not shard.file.isprintable():
+            raise ValueError(f"{shard.file!r} is not the name of a shard")
+        if (int(match[1]), int(match[2])) != (number, shard.tokens):
+            raise ValueError(f"{shard.file!r} is listed as shard {number} of {shard.tokens} tokens")
     if not manifest.validation or not manifest.train or manifest.shards[0].split != "validation":
         raise ValueError("it needs a validation shard first, then at least one training shard")
     for name in ("tokens", "documents", "text_bytes"):
@@ -330,19 +324,3 @@ def _content_fault(file: IO[bytes], shard: Shard, n_vocab: int, stop: Callable[[
     if digest.hexdigest() != shard.sha256:
         return f"expected sha256 {shard.sha256}, found {digest.hexdigest()}: the content changed"
     return None
-
-
-def _vouched_for(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return the stamp's entries, by file name, of the shards that are still the files that were sound."""
-    try:
-        content = read_json(folder / STAMP)
-        stamped = dict(content["shards"]) if content["format"] == STAMP_FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # absent or damaged: everything is read
-    entries = {shard.file: _entry(folder, shard, manifest) for shard in manifest.shards}
-    return {file: entry for file, entry in entries.items() if "inode" in entry and stamped.get(file) == entry}
-
-
-def _entry(folder: Path, shard: Shard, manifest: Manifest) -> dict[str, Any]:
-    """Return the expected content of a shard and the identity of its file."""
-    return {"sha256": shard.sha256, "n_vocab": manifest.n_vocab, **identity(folder / shard.file)}

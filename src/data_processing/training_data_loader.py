@@ -15,9 +15,7 @@ Windows are shuffled within 8M tokens. That is enough, because a dataset's docum
 Shapes: B sequences, T positions.
 """
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,7 +29,6 @@ from src.utils.rand_idx_seq_gen import permutation
 
 # 16 MiB: a disk's seek or a network's round trip is cheap by comparison. Another value changes the order.
 GROUP_TOKENS = 1 << 23
-_AHEAD = 4  # micro-batches that are ready before training needs them
 
 
 class WindowDataset:
@@ -95,13 +92,13 @@ class SampleOrder:
             lambda epoch, group: permutation(self.groups[group][2], seed, epoch, 1 + group)
         )
 
-    def __getitem__(self, number: int) -> tuple[int, int]:
-        """Group of sequence `number`, counted over all epochs, and the window inside it."""
+    def __getitem__(self, number: int) -> tuple[tuple[int, int, int], int]:
+        """The entry of `groups` for sequence `number`, counted over all epochs, and the window inside the group."""
         epoch, position = divmod(number, self.epoch_length)
         groups, starts = self._group_order(epoch)
         turn = int(np.searchsorted(starts, position, side="right")) - 1
         group = int(groups[turn])
-        return group, int(self._window_order(epoch, group)[position - starts[turn]])
+        return self.groups[group], int(self._window_order(epoch, group)[position - starts[turn]])
 
     def _make_group_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of groups, and the position at which each one starts."""
@@ -113,7 +110,7 @@ class SampleOrder:
 class TrainingDataLoader:
     """An endless iterator over this process's micro-batches, starting at `first_step`.
 
-    Yields inputs_BT and targets_BT, int64 on `device`. A thread prepares them ahead and ends with the `with` block.
+    Yields inputs_BT and targets_BT, int64 on `device`.
     """
 
     def __init__(
@@ -132,50 +129,25 @@ class TrainingDataLoader:
         self.dataset = dataset
         self.order = SampleOrder(dataset.windows_per_shard, max(1, GROUP_TOKENS // dataset.n_ctx), seed)
         most_windows = max(windows for _, _, windows in self.order.groups)
-        self._group, self._tokens = -1, np.empty(most_windows * dataset.n_ctx + 1, TOKEN_DTYPE)
+        self._group, self._tokens = (-1, 0, 0), np.empty(most_windows * dataset.n_ctx + 1, TOKEN_DTYPE)
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.device = rank, device
         self._micro_batches_a_step = batch_size // world_size // micro_batch_size
-        self._submitted = first_step * self._micro_batches_a_step
-        self._thread = ThreadPoolExecutor(1, "prefetch")  # a single thread, because it reuses `_tokens`
-        self._ahead: deque[Future[torch.Tensor]] = deque()
-        self._prefetch()
+        self._next = first_step * self._micro_batches_a_step
 
     def step_windows(self, step: int) -> list[tuple[int, int]]:
         """Shard of the dataset, and window in it, of each sequence of `step`, counted from 0, of all processes.
 
         Process r trains on the r-th of world_size equal parts of the list, micro-batch after micro-batch.
         """
-        places = []
-        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
-            group, window = self.order[number]
-            shard, first, _ = self.order.groups[group]
-            places.append((shard, first + window))
-        return places
+        places = [self.order[number] for number in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        return [(shard, first + window) for (shard, first, _), window in places]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        windows = self._ahead.popleft().result()
-        self._prefetch()
-        windows = windows.to(self.device, non_blocking=self.device.type == "cuda")
-        return windows[:, :-1], windows[:, 1:]
-
-    def __enter__(self) -> "TrainingDataLoader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-
-    def _prefetch(self) -> None:
-        while len(self._ahead) < _AHEAD:
-            self._ahead.append(self._thread.submit(self._micro_batch, self._submitted))
-            self._submitted += 1
-
-    def _micro_batch(self, index: int) -> torch.Tensor:
-        """Micro-batch `index` of this process, counted from step 0 of the run."""
-        step, part = divmod(index, self._micro_batches_a_step)
+        step, part = divmod(self._next, self._micro_batches_a_step)  # of this process, counted from step 0 of the run
         part += self.rank * self._micro_batches_a_step
         first = step * self.batch_size + part * self.micro_batch_size
         # Pinned memory lets the copy to the GPU overlap with the program. Without it, each copy blocks.
@@ -185,9 +157,11 @@ class TrainingDataLoader:
         for number, row in enumerate(batch.numpy(), start=first):
             group, window = self.order[number]
             if group != self._group:
-                self._group = -1  # a read that fails halfway leaves no group
-                shard, first_window, windows = self.order.groups[group]
+                self._group = (-1, 0, 0)  # a read that fails halfway leaves no group
+                shard, first_window, windows = group
                 self.dataset.read(shard, first_window, self._tokens[: windows * n_ctx + 1])
                 self._group = group
             row[:] = self._tokens[window * n_ctx : (window + 1) * n_ctx + 1]
-        return batch
+        self._next += 1
+        batch = batch.to(self.device, non_blocking=pinned)
+        return batch[:, :-1], batch[:, 1:]

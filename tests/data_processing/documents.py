@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from src.data_processing.document_shuffle import JOURNAL, WORK
 from src.data_processing.shards import STAMP, read_manifest
 from src.data_processing.text_sources import Request
 from src.data_processing.tokenizer import load_tokenizer
@@ -36,6 +37,12 @@ def request(path: Path, **changes: Any) -> Request:
         "seed": 42,
     }
     return Request(**(settings | changes))
+
+
+def has_progress(folder: Path) -> bool:
+    """True once the preparation of `folder` has an entry to resume from."""
+    journal = folder / WORK / JOURNAL
+    return journal.exists() and json.loads(journal.read_text())["counts"]["tokens"] > 0
 
 
 def decoded(folder: Path, shard: str) -> list[str]:

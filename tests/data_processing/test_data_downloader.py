@@ -110,6 +110,11 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "files", "--path", "{}", "--out", "{}/one.txt/x"], 4, "annot write", id="unwritable"),
         pytest.param(["--source", "files", "--out", "x"], 2, "needs --path", id="no path"),
         pytest.param(["--source", "files", "--path", "", "--out", "x"], 2, "option is empty", id="empty path"),
+        pytest.param([], 2, "as in ./llm data my_texts/", id="nothing"),
+        pytest.param(["--source", "files", "--path", "{}/pydoc"], 2, "or the source pydocs.", id="nearly a source"),
+        pytest.param(["--source", "files", "--path", "{}/elf.txt"], 2, "elf.txt: it is a binary file", id="program"),
+        pytest.param(["--source", "files", "--path", "{}/pdf.txt"], 2, "pdf.txt: it is a binary file", id="pdf"),
+        pytest.param(["--source", "pydocs", "--at", "0:0-9"], 2, "--at is for --inspect", id="needless place"),
         pytest.param(["--verify"], 2, "--out DIR is needed", id="no out"),
         pytest.param(["--source", "pydocs", "--path", "x"], 2, "--path is for --source files", id="needless path"),
         pytest.param(["--source", "pydocs", "--dataset", "a/b"], 2, "is for --source hub", id="needless dataset"),
@@ -131,6 +136,8 @@ def test_errors_of_the_command(
     texts.mkdir()
     (texts / "empty.txt").write_text(" \n")
     (texts / "one.txt").write_text("Only one document.")
+    (texts / "elf.txt").write_bytes(b"ELF" + bytes(range(64)) + bytes(40))
+    (texts / "pdf.txt").write_bytes(b"%PDF-1.7\n" + bytes(range(256)))
     (texts / "a.jsonl").write_text('{"body": "a"}\n')
     monkeypatch.setattr(root, "DATASETS", tmp_path / "datasets")
     monkeypatch.setattr(
@@ -197,9 +204,9 @@ def test_too_small_a_disk_is_said_beforehand(tmp_path: Path, monkeypatch: pytest
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(100))
     monkeypatch.setattr(data_downloader, "free_bytes", lambda _: 1_000)
     with monkeypatch.context() as patch:
-        patch.setattr(data_downloader, "free_bytes", lambda _: 15_000)  # more than half: the estimate is a guess
+        patch.setattr(data_downloader, "free_bytes", lambda _: 20_000)  # more than half: the estimate is a guess
         prepare(request(path), tmp_path / "out", 1)
-    with pytest.raises(StorageError, match=r"some 18\.\d kB of disk needed, 1\.0 kB free\. .* or use --max-tokens"):
+    with pytest.raises(StorageError, match=r"some 35\.\d kB of disk needed, 1\.0 kB free\. .* or use --max-tokens"):
         prepare(request(path), tmp_path / "other", 1)
     assert not (tmp_path / "other").exists()
 

@@ -5,13 +5,12 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.synthetic_dataset import make_sparse_dataset
-from src.data_processing.inspect_dataset import excerpt, inspect, inspect_skipped
+from src.data_processing.inspect_dataset import excerpt, excerpts, inspect
 from src.data_processing.shards import Manifest, stray_files, write_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer
 from src.utils.errors import UserError
@@ -20,7 +19,6 @@ from tests.data_processing.documents import MODULE, contents, some_texts
 from tests.data_processing.text_datasets import END, write_texts
 
 BOUNDARY = "──── document ────"
-N_CTX = 64
 
 
 @pytest.fixture(autouse=True)
@@ -246,141 +244,51 @@ def test_samples_of_tiny_shards(tmp_path: Path) -> None:
     assert [lines[1:] for lines in shown] == [["──── document ────", f"│ {letter}"] for letter in "abc"]
 
 
-# Skipped steps
+# Places
 
 
-@pytest.fixture
-def shards(folder: Path) -> Manifest:
-    """Shards of about 900, 1,300 and 1,300 tokens. Every document says its number."""
-    return write_texts(folder, some_texts(14), some_texts(20, seed=1), [f"Second {t}" for t in some_texts(20, seed=2)])
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "runs" / "spiky"
-
-
-def skipped(step: int, windows: Any, detail: Any = "loss nan, gradient norm nan", n_ctx: Any = N_CTX) -> str:
-    event = {"kind": "event", "step": step, "time": 0.0, "name": "skipped step"}
-    return json.dumps(event | {"detail": detail, "n_ctx": n_ctx, "windows": windows})
-
-
-def write_run(run: Path, sha256: str, *lines: str) -> Path:
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps({"dataset": {"name": "texts", "manifest_sha256": sha256}}))
-    (run / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
-    return run
-
-
-def test_each_skipped_step_shows_the_text_of_its_windows(folder: Path, shards: Manifest, run: Path) -> None:
-    lines = [
-        '{"kind": "train", "step": 4, "time": 0.0, "loss": 3.0}',
-        skipped(5, [[2, 0], [1, 3]]),
-        '{"kind": "event", "step": 6, "time": 0.0, "name": "resume", "detail": "from step 5"}',
-        skipped(8, [[1, 0]], "loss 9.5, 12 standard deviations above"),
-    ]
+def test_the_text_at_places(folder: Path) -> None:
+    """As the event of a skipped step names them."""
+    shards = write_texts(
+        folder, some_texts(14), some_texts(20, seed=1), [f"Second {t}" for t in some_texts(20, seed=2)]
+    )
     before = contents(folder)
-    page, figures = inspect_skipped(folder, write_run(run, shards.sha256, *lines))
-    summary, five, first, second, eight, third = page.split("\n\n")
-    assert summary == f"{run} skipped 2 step(s)"
-    assert five == "== step 5: loss nan, gradient norm nan\n2 of 2 window(s) of 64 tokens:"
+    page, figures = excerpts(folder, ["2:0-65", "1:192-257"])
+    first, second = page.split("\n\n")
     assert first.split("\n")[:2] == [f"{shards.shards[2].file}, from token 0", BOUNDARY]
     assert first.split("\n")[2].startswith("│ Second Document 0. ")
     # documents of 60 words take 64 tokens and a few for their heading, so token 192 lies in number 2
     assert second.startswith(f"{shards.shards[1].file}, from token 192\n│ ")
     assert f"\n{BOUNDARY}\n│ Document 3. " in second
-    assert eight.startswith("== step 8: loss 9.5, 12 standard")
-    assert "│ Document 0. " in third
-    assert max(map(len, page.split("\n")[1:])) <= 80
-    assert json.loads(json.dumps(figures)) == {
-        "run": str(run),
-        "dataset": str(folder),
-        "skipped_steps": 2,
-        "windows": 3,
-    }
+    assert figures == {"dataset": str(folder), "places": 2}
     assert contents(folder) == before
 
 
-def test_a_few_windows_of_each_step_and_a_few_lines_of_each_document(folder: Path, run: Path) -> None:
-    long = "\n".join(f"line {i}" for i in range(40))
-    shards = write_texts(folder, ["unseen"], [long, "a", "b\nc", "end " * 2_000])
-    write_run(run, shards.sha256, skipped(5, [[1, 0]] * 9, n_ctx=200))
-    page, _ = inspect_skipped(folder, run)
-    assert "4 of 9 window(s) of 200 tokens:" in page
-    assert page.count("from token 0") == 4
-    expected = [
-        BOUNDARY,
-        *(f"│ line {i}" for i in range(4)),
-        "(36 more line(s))",
-        BOUNDARY,
-        "│ a",
-        BOUNDARY,
-        "│ b",
-        "│ c",
-    ]
-    assert page.split("\n\n")[-1].split("\n")[1 : len(expected) + 1] == expected
-
-
-def test_a_run_that_skipped_nothing(folder: Path, shards: Manifest, run: Path) -> None:
-    page, figures = inspect_skipped(folder, write_run(run, shards.sha256, '{"kind": "train", "step": 1}'))
-    assert page == f"{run} skipped no step"
-    assert figures["skipped_steps"] == 0
-
-
-BROKEN_WINDOWS = [
-    *({"windows": [place]} for place in (None, 7, "1", [1], [3, 0], [1, 2.0], [1, 2, 3], {"\x1b[2J": 0})),
-    {"windows": "all"}, {"windows": 7}, {"n_ctx": "x"}, {"n_ctx": None},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", BROKEN_WINDOWS)
-def test_a_damaged_event(folder: Path, shards: Manifest, run: Path, damage: dict[str, Any]) -> None:
-    event = json.loads(skipped(5, [[1, 0]])) | damage
-    with pytest.raises(UserError, match=r"config\.json or metrics\.jsonl is missing or damaged"):
-        inspect_skipped(folder, write_run(run, shards.sha256, json.dumps(event)))
-
-
-def test_damaged_lines_are_passed_over(folder: Path, shards: Manifest, run: Path) -> None:
-    damaged = ["", "[" * 100_000, "null", '{"kind": "event", "na']
-    write_run(run, shards.sha256, damaged[0], skipped(5, [[1, 0]]), *damaged[1:])
-    with open(run / "metrics.jsonl", "ab") as file:
-        file.write(b"\xff\xfe\x00\n")
-    assert inspect_skipped(folder, run)[1]["skipped_steps"] == 1
-
-
-def test_a_terminal_gets_no_control_characters_of_a_run(folder: Path, shards: Manifest, run: Path) -> None:
-    bad = "\x1b]0;title\x07\r\n== step 6: forged \u202e \ud800"
-    page, _ = inspect_skipped(folder, write_run(run, shards.sha256, skipped(5, [[1, 0]], bad)))
-    assert r"== step 5: \x1b]0;title\x07\r\n== step 6: forged \u202e \ud800" in page
-    assert not set("\x1b\x07\r\u202e\ud800") & set(page)
-
-
-def test_a_damaged_shard_leaves_the_other_windows(folder: Path, shards: Manifest, run: Path) -> None:
-    (folder / shards.shards[2].file).unlink()
-    page, _ = inspect_skipped(folder, write_run(run, shards.sha256, skipped(5, [[2, 0], [1, 0]])))
-    assert f"{folder / shards.shards[2].file} is missing" in page
-    assert f"{shards.shards[1].file}, from token 0" in page
-
-
-def test_a_run_on_another_dataset_is_refused(folder: Path, shards: Manifest, run: Path) -> None:
-    write_run(run, "5" * 64, skipped(5, [[1, 0]]))
-    with pytest.raises(UserError, match="trained on another dataset, texts"):
-        inspect_skipped(folder, run)
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"dataset": null}', '{"dataset": {"name": "texts"}}', "[" * 100_000])
-def test_a_run_that_does_not_say_its_dataset(folder: Path, shards: Manifest, run: Path, content: str) -> None:
-    (write_run(run, shards.sha256) / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"config\.json or metrics\.jsonl is missing or damaged"):
-        inspect_skipped(folder, run)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "",
+        "1",
+        "1:5",
+        "1:5-5",
+        "1:9-5",
+        "3:0-5",
+        "-1:0-5",
+        "1:0-999999",
+        "1:0-5\n",
+        "1:٣-٤",
+        "9" * 400 + ":0-5",
+        "\x1b:0-5",
+    ],
+)
+def test_a_place_that_is_not_there(folder: Path, manifest: Manifest, place: str) -> None:
+    with pytest.raises(UserError, match=r"expected SHARD:FIRST-END, a shard from 0 to 2 and at most"):
+        excerpts(folder, [place])
 
 
 def test_the_command(commands: Commands) -> None:
-    folder, run = commands.temp_data / "datasets" / "texts", commands.temp_data / "runs" / "spiky"
-    sha256 = write_texts(folder, some_texts(3), some_texts(9)).sha256
-    look = ["--inspect", "--out", "texts", "--skipped", "spiky"]
-    write_run(run, sha256, skipped(5, [[1, 0], [1, 1], [1, 2]]))
-    shown = commands.module(MODULE, *look)
+    write_texts(commands.temp_data / "datasets" / "texts", some_texts(3), some_texts(9))
+    shown = commands.module(MODULE, "--inspect", "--out", "texts", "--at", "1:0-64", "1:64-128")
     assert shown.returncode == 0
     assert "from token 64" in shown.stdout
-    assert json.loads(shown.stdout.splitlines()[-1])["windows"] == 3
+    assert json.loads(shown.stdout.splitlines()[-1])["places"] == 2

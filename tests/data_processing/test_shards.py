@@ -239,7 +239,7 @@ def test_nothing_is_read_twice(folder: Path, reads: list[str]):
 
 
 @pytest.mark.parametrize("how", ["touched", "copied over", "replaced", "expected to be another"])
-def test_a_shard_that_may_have_changed_is_read_again_and_no_other(folder: Path, reads: list[str], how: str):
+def test_where_a_shard_may_have_changed_all_are_read_again(folder: Path, reads: list[str], how: str):
     verified(folder)
     shard = read_manifest(folder).shards[1]
     path, before = folder / shard.file, os.stat(folder / shard.file)
@@ -261,7 +261,7 @@ def test_a_shard_that_may_have_changed_is_read_again_and_no_other(folder: Path, 
             verified(folder)
     else:
         verified(folder)
-    assert reads == [shard.file]
+    assert sorted(reads) == [shard.file for shard in read_manifest(folder).shards]
 
 
 def test_every_fault_is_named_and_a_damaged_shard_is_never_stamped(folder: Path, reads: list[str]):
@@ -289,9 +289,9 @@ def test_a_damaged_stamp_counts_as_absent(folder: Path, reads: list[str], conten
     verified(folder)
     (folder / STAMP).write_bytes(content.encode("latin-1"))
     reads.clear()
-    verified(folder)
-    assert len(reads) == 3
-    assert len(json.loads((folder / STAMP).read_text())["shards"]) == 3
+    for _ in range(2):
+        verified(folder)
+        assert len(reads) == 3
 
 
 def test_a_folder_that_takes_no_stamp_is_worth_one_note(folder: Path, reads: list[str]):
@@ -304,9 +304,7 @@ def test_a_folder_that_takes_no_stamp_is_worth_one_note(folder: Path, reads: lis
     assert [name for name in os.listdir(folder) if name.startswith(STAMP)] == [STAMP]
 
 
-def test_asked_to_stop_it_stops_within_a_shard_and_sound_ones_stay_read(
-    dataset: Callable[..., Path], reads: list[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_asked_to_stop_it_stops_within_a_shard(dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     folder = dataset(train_tokens=[6_000_000, 900], val_tokens=500, n_vocab=300)  # 500 and 900 tokens are a piece each
     monkeypatch.setattr(shards, "MAX_THREADS", 1)
     asked = iter([False, False, True])
@@ -314,11 +312,7 @@ def test_asked_to_stop_it_stops_within_a_shard_and_sound_ones_stay_read(
     with pytest.raises(StoppedError, match="stopped on request before anything was trained") as caught:
         ensure_verified(folder, read_manifest(folder), stop=lambda: next(asked, True))
     assert caught.value.exit_code == 143
-    stamped = json.loads((folder / STAMP).read_text())["shards"]
-    assert list(stamped) == [read_manifest(folder).shards[0].file], "the second was begun, the third not"
-    reads.clear()
-    assert verified(folder) == []
-    assert len(reads) == 2
+    assert not (folder / STAMP).exists()
 
 
 def test_ids_of_another_type_are_not_written(tmp_path: Path) -> None:

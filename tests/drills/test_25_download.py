@@ -19,7 +19,7 @@ from src.data_processing.data_downloader import prepare
 from src.data_processing.shards import read_manifest
 from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.data_processing.documents import all_decoded, request, some_texts
+from tests.data_processing.documents import all_decoded, has_progress, request, some_texts
 from tests.data_processing.stand_in_hub import Fault, Hub, hub
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
@@ -138,7 +138,7 @@ def test_kills_of_a_part(tmp_path: Path, commands: Commands, monkeypatch: pytest
     folder, undisturbed = tmp_path / "datasets" / "web", tmp_path / "undisturbed" / "web"
     limits = {"max_tokens": 120_000, "tokens_per_shard": 1_200}
     moments: list[Callable[[], bool]] = [
-        (folder / ".preparing" / "journal.json").exists,
+        lambda: has_progress(folder),
         lambda: len(list(folder.glob("*.npy"))) > 2,
     ]
     with hub(REPOSITORY, FILES, piece_s=0.01) as served:

@@ -14,9 +14,9 @@ import pytest
 from src.data_processing.shards import read_manifest
 from src.utils.root import ROOT
 from tests.conftest import Commands
-from tests.data_processing.documents import contents, some_texts, write_json_lines
+from tests.data_processing.documents import contents, has_progress, some_texts, write_json_lines
 
-# A journal every 20,000 tokens, so that there is something to resume from.
+# An entry of the journal every 20,000 tokens, so that there is something to resume from.
 COMMAND = (
     "from src.data_processing import data_downloader, document_shuffle; from src.utils.errors import exit_with; "
     "document_shuffle.FLUSH_TOKENS = 20_000; exit_with(data_downloader.main)"
@@ -60,7 +60,7 @@ def test_the_file_is_named_and_the_next_start_is_right(
     with subprocess.Popen(
         [*command, "--out", "x"], cwd=ROOT, env=commands.environment, stderr=subprocess.PIPE, text=True
     ) as process:
-        while not (folder / ".preparing" / "journal.json").exists():
+        while not has_progress(folder):
             assert process.poll() is None, "finished before the change"
             time.sleep(0.001)
         change(path)
@@ -86,7 +86,7 @@ def test_a_repair_of_a_source_that_changes_meanwhile(tmp_path: Path, commands: C
     with subprocess.Popen(
         [*command, "--repair"], cwd=ROOT, env=commands.environment, stderr=subprocess.PIPE, text=True
     ) as process:
-        while not (folder / ".repairing" / ".preparing" / "journal.json").exists():
+        while not has_progress(folder / ".repairing"):
             assert process.poll() is None, "finished before the change"
             time.sleep(0.001)
         grow(path)

@@ -58,22 +58,22 @@ def test_a_stamp_counts_as_absent(
     assert commands.module(MODULE, "--repair", "--out", "x").returncode == 0
 
 
-@pytest.mark.parametrize("name", ["", "lock", "plan.json", "journal.json", "00.tokens"])
+@pytest.mark.parametrize("name", ["", "lock", "journal.json", "tokens"])
 @pytest.mark.parametrize("kind", ["pipe", "link"])
 def test_unfinished_work(tmp_path: Path, commands: Commands, prepared: Path, name: str, kind: str) -> None:
     """It is refused, or made again; a file or folder of the user's that a link leads to stays."""
     work, mine = tmp_path / "datasets" / "x" / ".preparing", tmp_path / "mine"
     mine.mkdir()
-    (mine / "00.tokens").write_text("keep")
+    (mine / "tokens").write_text("keep")
     (work if name else work.parent).mkdir(parents=True)
     if kind == "pipe":
         os.mkfifo(work / name)
     else:
-        (work / name).symlink_to(mine / "00.tokens" if name else mine)
+        (work / name).symlink_to(mine / "tokens" if name else mine)
     done = commands.module(MODULE, "--source", "files", "--path", str(prepared / "a.jsonl"), "--out", "x")
     assert "Traceback" not in done.stderr
     if done.returncode:
         assert done.returncode == 4
         assert str(work / name) in done.stderr
-    assert os.listdir(mine) == ["00.tokens"]
-    assert (mine / "00.tokens").read_text() == "keep"
+    assert os.listdir(mine) == ["tokens"]
+    assert (mine / "tokens").read_text() == "keep"

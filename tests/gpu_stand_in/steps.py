@@ -54,15 +54,15 @@ def main() -> None:
     options = {"seed": 1, "batch_size": config.batch_size, "micro_batch_size": config.micro_batch_size}
     runtime = ctypes.CDLL("libcudart.so.13")
     runtime.stand_in_counts.restype = ctypes.c_char_p
-    with TrainingDataLoader(windows, **options, rank=0, world_size=1, device=device, first_step=0) as batches:
-        for _ in range(asked.get("steps", 3)):
-            torch.cuda.reset_peak_memory_stats()
-            runtime.stand_in_reset()
-            with warnings.catch_warnings(record=True) as waits:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                pretrain.train_step(run, batches)
-                torch.cuda.set_sync_debug_mode("default")
+    batches = TrainingDataLoader(windows, **options, rank=0, world_size=1, device=device, first_step=0)
+    for _ in range(asked.get("steps", 3)):
+        torch.cuda.reset_peak_memory_stats()
+        runtime.stand_in_reset()
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            pretrain.train_step(run, batches)
+            torch.cuda.set_sync_debug_mode("default")
     lines = (line.rsplit("\t", 1) for line in runtime.stand_in_counts().decode().splitlines())
     counts = {name: int(number) for name, number in lines}
     triton = {name.removeprefix("triton "): n for name, n in counts.items() if name.startswith("triton ")}
