@@ -142,7 +142,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
     with ExitStack() as stack:
         procs = stack.enter_context(processes(config.train.device, config.train.timeout_s))
         if isinstance(stop, StopRequest) and procs.is_main:
-            stop.answer = lambda: f"stopping before the first step, after: {procs.activity or 'the start'}"
+            stop.answer = lambda: f"stopping before the first step, after: {procs.activity}"
         procs.together(lambda: config.grad_accumulation_steps(procs.world_size))  # refused before anything is touched
         procs.main_only(lambda: require_packages(config.report_to))
         manifest, training, evaluation = open_data(config, procs, stop)
@@ -150,27 +150,27 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
         procs.together(lambda: refuse_differences(config, procs, manifest, precision, evaluation))
 
         procs.activity = "claiming the run's folder"
-        run_dir = RUNS / config.run_name
+        run_dir, keep = RUNS / config.run_name, config.checkpoint
         log = RunLogger(run_dir, procs.is_main)
         # Where this launch has begun the run, it resumes: a restart must not set it aside again.
         launch = os.environ.get("LAUNCH_ID")
         if procs.main_only(lambda: bool(launch) and log.settings().get("launch") == launch):
             config = replace(config, resume="auto")
-        procs.main_only(lambda: check_origin(config, run_dir), for_long=True)
+        procs.main_only(lambda: check_origin(config, run_dir))
         # Before the search for a checkpoint: a killed launcher's run may still be saving one.
-        procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
+        procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)))
         procs.activity = "looking for a checkpoint"
         if config.resume == "auto":
             procs.together(lambda: refuse_newer_elsewhere(run_dir / "checkpoints", procs))
-        checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log), for_long=True)
+        checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log))
         if checkpoint and config.train.precision == "auto":
             precision = getattr(torch, checkpoint.state["precision"].removeprefix("torch."))
-        at_the_end = checkpoint is not None and checkpoint.step == config.total_steps
-        if procs.main_only(lambda: at_the_end and not evaluation.missing(config.total_steps, log.recorded())):
-            # Also after a kill between the last save and its log line.
-            step, keep = config.total_steps, config.checkpoint
-            procs.main_only(lambda: prune(run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {step}))
-            return end_done(log, step)
+        last = config.total_steps
+        is_last = checkpoint is not None and checkpoint.step == last
+        if is_last and not procs.main_only(lambda: evaluation.missing(last, log.recorded())):
+            # A kill may have come before the last save removed older ones.
+            procs.main_only(lambda: prune(run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {last}))
+            return end_done(log, last)
         for note in (procs.main_only(lambda: stray_files(dataset_dir(config.data.dir), manifest)), evaluation.note):
             if note:
                 log.info(f"warning: {note}")
@@ -191,8 +191,6 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             code = recorded_exit_code() if isinstance(error, LostPeerError) else getattr(error, "exit_code", None)
             write_status(run, "failed", code or EXIT_FAILED, str(error))
             raise
-        finally:
-            log.close_bar()
         run.after_save.poll()  # a copy now has the final status, and need not wait for the report
         procs.activity = "the last report"  # after the run's status is final: a failure here changes nothing of it
         procs.together_for_long(run.watching.close)
@@ -286,15 +284,14 @@ def find_checkpoint(
     for note in notes:
         log.event("checkpoints", step, note)
     if checkpoint and step < config.total_steps:
-        saved, now = checkpoint.state["config"]["train"], config.train
-        pairs = [(saved["micro_batch_size"], now.micro_batch_size), (saved["compile"], now.compile)]
-        pairs.append((checkpoint.state["world_size"], procs.world_size))
-        exact = all(before == after or "auto" in (before, after) for before, after in pairs)
-        other = "" if exact else "; micro-batch, compile or processes differ: the same samples, but not the same bits"
-        was_deterministic = saved.get("deterministic", False)  # a checkpoint may be older than the setting
-        if not other and procs.device.type == "cuda" and not (was_deterministic and now.deterministic):
-            other = "; without --train.deterministic the same samples, but on a GPU not the same bits"
-        log.event("resume", step, f"from {checkpoint.path.name} of {config.total_steps} steps{other}")
+        before, now = checkpoint.state["config"]["train"], vars(config.train)
+        pairs = [(before[name], now[name]) for name in ("micro_batch_size", "compile")]
+        is_exact = checkpoint.state["world_size"] == procs.world_size
+        is_exact &= all(saved == asked or "auto" in (saved, asked) for saved, asked in pairs)
+        if procs.device.type == "cuda":  # a checkpoint may be older than the setting
+            is_exact &= now["deterministic"] and before.get("deterministic", False)
+        bits = "" if is_exact else "; the same samples, but not the same bits: see docs/reproducibility.md"
+        log.event("resume", step, f"from {checkpoint.path.name} of {config.total_steps} steps{bits}")
     return checkpoint
 
 
@@ -320,14 +317,9 @@ def prepare(
         torch.use_deterministic_algorithms(config.train.deterministic)
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)  # on the CPU, so that every device starts from the same bits
-    origin = log.settings().get("init_from") if checkpoint else None
-    if config.init_from and checkpoint is None:
-        procs.activity = "loading the initial weights"
-        nothing: tuple[dict[str, torch.Tensor], Path, int] = ({}, Path(), 0)
-        tensors, path, step = procs.together_for_long(lambda: read_initial(config) if procs.is_main else nothing)
-        load_weights(model, procs.tensors_from_main(tensors), path)
-        origin = {"path": str(path), "step": step}
-        log.event("init", 0, f"weights of {path}, step {step}")
+    origin = log.settings().get("init_from")
+    if checkpoint is None:
+        origin = load_initial_weights(config, procs, model, log) if config.init_from else None
     model.to(procs.device).train()
     procs.activity = "choosing the micro-batch and compiling"
     saved = checkpoint.state["config"]["train"] if checkpoint else None
@@ -364,6 +356,16 @@ def prepare(
     )
 
 
+def load_initial_weights(config: Config, procs: Processes, model: LLM, log: RunLogger) -> dict[str, Any]:
+    """Replaces the model's weights by those that config.init_from names, and returns their path and step."""
+    procs.activity = "loading the initial weights"
+    nothing: tuple[dict[str, torch.Tensor], Path, int] = ({}, Path(), 0)
+    tensors, path, step = procs.together_for_long(lambda: read_initial(config) if procs.is_main else nothing)
+    load_weights(model, procs.tensors_from_main(tensors), path)
+    log.event("init", 0, f"weights of {path}, step {step}")
+    return {"path": str(path), "step": step}
+
+
 def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outcome:
     """The loop: evaluate and save when due, then one step, until the last or until a stop."""
     config, procs, log, progress = run.config, run.procs, run.log, run.state.progress
@@ -372,7 +374,6 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
     result: StepResult | None = None
     if isinstance(run.stop, StopRequest) and procs.is_main:
         run.stop.answer = lambda: answer_to_stop(run)
-    log.start_bar(first_step, config.total_steps)
     with (
         profiler(config.profile, first_step, log) as recording,
         TrainingDataLoader(
@@ -410,7 +411,6 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
 
             step_started = time.perf_counter()
             result = train_step(run, batches)
-            log.advance_bar(loss=f"{result.loss:.3f}")
             if result.skipped:
                 procs.together(partial(record_skip, run, batches, result))
             else:
@@ -589,7 +589,7 @@ def save(run: Run) -> None:
     procs.activity = f"the checkpoint of step {state.progress.step}"
     parts = state.parts(procs)
     plain = state.plain(run.config, run.manifest.sha256, run.precision, procs.world_size)
-    procs.main_only(lambda: record_saves(run, run.saver.start(state.progress.step, parts, plain)), for_long=True)
+    procs.main_only(lambda: record_saves(run, run.saver.start(state.progress.step, parts, plain)))
 
 
 def record_saves(run: Run, saves: list[Saved]) -> None:
@@ -611,7 +611,7 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
     """
     procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
     procs.activity = f"the checkpoint of step {step}"
-    procs.main_only(lambda: record_saves(run, run.saver.wait()), for_long=True)
+    procs.main_only(lambda: record_saves(run, run.saver.wait()))
     done = step == total_steps and not unmeasured  # else the next start measures them
     if done and (skipped := run.state.progress.skipped_in_a_row):
         log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")

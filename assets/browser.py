@@ -1,4 +1,4 @@
-"""A headless Chromium for the pictures of pages and for tests, driven through a pipe with the standard library alone."""
+"""A headless Chromium for pictures of pages and for tests, driven through a pipe by the standard library."""
 
 import base64
 import io

@@ -113,13 +113,9 @@ class Processes:
                 received[name] = on_device.cpu()
         return received
 
-    def main_only(self, action: Callable[[], T], for_long: bool = False) -> T:
-        """Runs `action` in the main process; all get its result. If it fails, all of them raise.
-
-        `for_long`: as in `together_for_long`.
-        """
-        together = self.together_for_long if for_long else self.together
-        return cast(T, self.from_main(together(lambda: action() if self.is_main else None)))
+    def main_only(self, action: Callable[[], T]) -> T:
+        """Runs `action`, for as long as it takes, in the main process; all get its result. If it fails, all raise."""
+        return cast(T, self.from_main(self.together_for_long(lambda: action() if self.is_main else None)))
 
     def together(self, action: Callable[[], T]) -> T:
         """Runs `action` in every process; if it fails in any, all raise.
