@@ -149,32 +149,22 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
         precision = hardware.choose_precision(config.train.precision, procs.device)
         procs.together(lambda: refuse_differences(config, procs, manifest, precision, evaluation))
 
-        procs.activity = "claiming the run's folder"
-        run_dir, keep = RUNS / config.run_name, config.checkpoint
-        log = RunLogger(run_dir, procs.is_main)
-        # Where this launch has begun the run, it resumes: a restart must not set it aside again.
-        launch = os.environ.get("LAUNCH_ID")
-        if procs.main_only(lambda: bool(launch) and log.settings().get("launch") == launch):
-            config = replace(config, resume="auto")
-        procs.main_only(lambda: check_origin(config, run_dir))
-        # Before the search for a checkpoint: a killed launcher's run may still be saving one.
-        procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)))
-        procs.activity = "looking for a checkpoint"
-        if config.resume == "auto":
-            procs.together(lambda: refuse_newer_elsewhere(run_dir / "checkpoints", procs))
-        checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log))
+        log = RunLogger(RUNS / config.run_name, procs.is_main)
+        config = claim(config, procs, log, stop, stack)
+        checkpoint = procs.main_only(
+            lambda: find_checkpoint(config, manifest, precision, procs, log), "looking for a checkpoint"
+        )
         if checkpoint and config.train.precision == "auto":
             precision = getattr(torch, checkpoint.state["precision"].removeprefix("torch."))
-        last = config.total_steps
-        is_last = checkpoint is not None and checkpoint.step == last
-        if is_last and not procs.main_only(lambda: evaluation.missing(last, log.recorded())):
+        last, keep = config.total_steps, config.checkpoint
+        if checkpoint and checkpoint.step == last and not evaluation.missing(last, procs.main_only(log.recorded)):
             # A kill may have come before the last save removed older ones.
-            procs.main_only(lambda: prune(run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {last}))
+            procs.main_only(lambda: prune(log.run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {last}))
             return end_done(log, last)
         for note in (procs.main_only(lambda: stray_files(dataset_dir(config.data.dir), manifest)), evaluation.note):
             if note:
                 log.info(f"warning: {note}")
-        procs.main_only(lambda: refuse_full_disk(config, run_dir))
+        procs.main_only(lambda: refuse_full_disk(config, log.run_dir))
         procs.main_only(log.hold)
         stack.callback(log.release)
 
@@ -192,11 +182,10 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             write_status(run, "failed", code or EXIT_FAILED, str(error))
             raise
         run.after_save.poll()  # a copy now has the final status, and need not wait for the report
-        procs.activity = "the last report"  # after the run's status is final: a failure here changes nothing of it
-        procs.together_for_long(run.watching.close)
-        procs.activity = "the command after the last save"
+        # After the run's status is final: a failure here changes nothing of it.
+        procs.together_for_long(run.watching.close, "the last report")
         wait = AFTER_SAVE_SECONDS if outcome.exit_code == EXIT_DONE else AFTER_STOP_SECONDS
-        procs.together_for_long(lambda: run.after_save.close(wait))
+        procs.together_for_long(lambda: run.after_save.close(wait), "the command after the last save")
         return outcome
 
 
@@ -204,10 +193,10 @@ def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, W
     """The dataset, verified; its training windows; and all that is evaluated during training. Raises UserError."""
     folder = dataset_dir(config.data.dir)
     manifest = procs.together(lambda: read_manifest(folder))
-    procs.activity = "verifying the dataset"
     verify = procs.is_machines_first  # on each machine, because its disk may be local
-    procs.together_for_long(lambda: ensure_verified(folder, manifest, stop=stop) if verify else None)
-    procs.activity = "opening the dataset"
+    procs.together_for_long(
+        lambda: ensure_verified(folder, manifest, stop=stop) if verify else None, "verifying the dataset"
+    )
     n_ctx, n_vocab = config.model.n_ctx, config.model.n_vocab
 
     def opened() -> tuple[WindowDataset, Assessment]:
@@ -219,7 +208,7 @@ def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, W
         training = WindowDataset(folder, manifest.train, n_ctx, n_vocab, at_least=config.batch_size)
         return training, Assessment(config, folder, manifest, load_tokenizer())
 
-    return manifest, *procs.together_for_long(opened)
+    return manifest, *procs.together_for_long(opened, "opening the dataset")
 
 
 def refuse_differences(
@@ -244,24 +233,33 @@ def refuse_differences(
         )
 
 
-def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
-    """Raises UserError where another machine, which does not share its disk, holds later checkpoints than the main one.
+def claim(config: Config, procs: Processes, log: RunLogger, stop: Stop, stack: ExitStack) -> Config:
+    """Takes the run's folder until `stack` ends. Returns `config`, which resumes where this launch has begun the run.
 
-    Otherwise the run would start over without a word.
+    Raises BusyError where another process holds it, and UserError where the run would start over without a word,
+    because a machine that does not share its disk holds later checkpoints, or where config.init_from cannot serve.
     """
-    newest = procs.gather((procs.together(lambda: max(checkpoint_steps(root), default=-1)), socket.gethostname()))
-    step, machine = max(newest)
-    if procs.is_main and step > newest[0][0]:
-        raise UserError(
-            f"Cannot resume: {machine} has checkpoints up to step {step} in {root}, but on the machine of process 0 "
-            f"they end at step {max(newest[0][0], 0)}. Start with NODE_RANK=0 on {machine}, or copy its run directory."
-        )
+    root = log.run_dir / "checkpoints"
+    steps = procs.together(lambda: checkpoint_steps(root))
+    step, machine = max(procs.gather((max(steps, default=-1), socket.gethostname())))
 
+    def in_main_process() -> Config:
+        launch = os.environ.get("LAUNCH_ID")  # a restart must not set aside what this launch has begun
+        resumes = bool(launch) and log.settings().get("launch") == launch
+        resume = "auto" if resumes else config.resume
+        if config.init_from and (resume == "never" or not checkpoint_steps(root)):
+            read_initial(config)  # refused before anything of an old run is touched
+        # Before the search for a checkpoint: a killed launcher's run may still be saving one.
+        stack.enter_context(claimed(log.run_dir, stop))
+        here = max(checkpoint_steps(root), default=-1)
+        if resume == "auto" and step > here:
+            raise UserError(
+                f"Cannot resume: {machine} has checkpoints up to step {step} in {root}, but on the machine of process "
+                f"0 they end at step {max(here, 0)}. Start with NODE_RANK=0 on {machine}, or copy its run directory."
+            )
+        return replace(config, resume=resume)
 
-def check_origin(config: Config, run_dir: Path) -> None:
-    """Raises UserError where a new run cannot start from config.init_from, before anything of an old run is touched."""
-    if config.init_from and (config.resume == "never" or not checkpoint_steps(run_dir / "checkpoints")):
-        read_initial(config)
+    return procs.main_only(in_main_process, "claiming the run's folder")
 
 
 def find_checkpoint(
@@ -358,9 +356,10 @@ def prepare(
 
 def load_initial_weights(config: Config, procs: Processes, model: LLM, log: RunLogger) -> dict[str, Any]:
     """Replaces the model's weights by those that config.init_from names, and returns their path and step."""
-    procs.activity = "loading the initial weights"
     nothing: tuple[dict[str, torch.Tensor], Path, int] = ({}, Path(), 0)
-    tensors, path, step = procs.together_for_long(lambda: read_initial(config) if procs.is_main else nothing)
+    tensors, path, step = procs.together_for_long(
+        lambda: read_initial(config) if procs.is_main else nothing, "loading the initial weights"
+    )
     load_weights(model, procs.tensors_from_main(tensors), path)
     log.event("init", 0, f"weights of {path}, step {step}")
     return {"path": str(path), "step": step}
@@ -586,10 +585,9 @@ def evaluate(run: Run, evaluation: Assessment, kind: str) -> bool:
 def save(run: Run) -> None:
     """Starts to save a checkpoint of this step. Waits for the save before it and for a copy of the tensors."""
     procs, state = run.procs, run.state
-    procs.activity = f"the checkpoint of step {state.progress.step}"
-    parts = state.parts(procs)
+    step, parts = state.progress.step, state.parts(procs)
     plain = state.plain(run.config, run.manifest.sha256, run.precision, procs.world_size)
-    procs.main_only(lambda: record_saves(run, run.saver.start(state.progress.step, parts, plain)))
+    procs.main_only(lambda: record_saves(run, run.saver.start(step, parts, plain)), f"the checkpoint of step {step}")
 
 
 def record_saves(run: Run, saves: list[Saved]) -> None:
@@ -610,8 +608,7 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
     `cause`: of a stop. `unmeasured`: evaluations that a stop left out; without them the last step is not the end.
     """
     procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
-    procs.activity = f"the checkpoint of step {step}"
-    procs.main_only(lambda: record_saves(run, run.saver.wait()))
+    procs.main_only(lambda: record_saves(run, run.saver.wait()), f"the checkpoint of step {step}")
     done = step == total_steps and not unmeasured  # else the next start measures them
     if done and (skipped := run.state.progress.skipped_in_a_row):
         log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")
