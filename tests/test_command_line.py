@@ -25,8 +25,8 @@ from tests.conftest import Commands
         (["debug", "--train.micro-batch-size", "3", "--data.dir", "nowhere"], "micro_batch_size can be 1, 2 or 4"),
         (["debug", "--data.dir", "nowhere"], "find a dataset at"),
         (
-            ["debug", "--resume", "soon", "--init-from", "debug"],
-            "is the run itself; give the new run another run_name\n  - resume = 'soon' must be auto, never or the step",
+            ["debug", "--resume", "soon", "--run-name", "a/b"],
+            "run_name = 'a/b' must be a plain folder name\n  - resume = 'soon' must be auto, never or the step",
         ),
     ],
 )
