@@ -369,7 +369,7 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
     """The loop: evaluate and save when due, then one step, until the last or until a stop."""
     config, procs, log, progress = run.config, run.procs, run.log, run.state.progress
     recorded = procs.main_only(log.recorded)
-    first_step, started = progress.step, time.perf_counter()
+    first_step, started = progress.step, 0.0
     result: StepResult | None = None
     if isinstance(run.stop, StopRequest) and procs.is_main:
         run.stop.answer = lambda: answer_to_stop(run)
@@ -392,8 +392,6 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
                 if not stop_cause(run) and evaluate(run, evaluation, kind):
                     recorded.add((kind, progress.step))
             cause = stop_cause(run)
-            if cause:  # before the save, which may take long
-                log.info(f"stopping after step {progress.step}, requested by {cause}")
             ending = bool(cause) or progress.step == config.total_steps
             due = progress.step and progress.step % config.checkpoint.every_steps == 0
             # Among skipped steps nothing has changed, and saving would push out the checkpoints before them.
@@ -405,10 +403,9 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
                 if cause and result and progress.step < config.total_steps:
                     log_line(run, result, stopped=True)
                 return finish(run, cause, evaluation.missing(progress.step, recorded))
-            if progress.step == first_step:
-                started = time.perf_counter()  # evaluation before the first step does not count in the time left
 
             step_started = time.perf_counter()
+            started = started or step_started  # evaluation before the first step does not count in the time left
             result = train_step(run, batches)
             if result.skipped:
                 procs.together(partial(record_skip, run, batches, result))
@@ -452,10 +449,8 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     for micro_step in range(accumulation):
         inputs_BT, targets_BT = next(batches)
         # DDP averages gradients over the processes once a step, in the last backward pass.
-        is_last = micro_step + 1 == accumulation
-        with (
-            run.forward.no_sync() if not is_last and isinstance(run.forward, DistributedDataParallel) else nullcontext()
-        ):
+        waits = isinstance(run.forward, DistributedDataParallel) and micro_step + 1 < accumulation
+        with run.forward.no_sync() if waits else nullcontext():
             with hardware.autocast(procs.device, run.precision):
                 loss = run.forward(inputs_BT, targets_BT) / accumulation
             with procs.collective():

@@ -387,7 +387,7 @@ def _must_be(value: Any, kind: Any) -> str:
         needed = [_must_be(value, each) for each in kinds]
         return "" if "" in needed else _either(needed)
     # Surrogates are Python's stand-ins for bytes of the command line; no file of the run could hold them.
-    if type(value) is str is kind and re.search("[\ud800-\udfff]", value):
+    if kind is str and isinstance(value, str) and re.search("[\ud800-\udfff]", value):
         return "UTF-8 text; set LC_ALL=C.UTF-8"
     is_number = kind is float and isinstance(value, (int, float)) and not isinstance(value, bool)
     return "" if is_number or type(value) is kind else KIND_NAMES.get(kind, f"a {kind.__name__}")

@@ -103,16 +103,14 @@ def main() -> int:
     results: dict[str, dict[str, str]] = {}
     codes: set[int] = set()
     for check in CHECKS:
-        name = check.__name__
         try:
             text = check(start)
             status = "warn" if isinstance(text, Doubt) else "ok"
         except (ConfigError, UserError, BusyError, OSError) as error:  # StorageError is an OSError
             codes.add(getattr(error, "exit_code", StorageError.exit_code))
             status, text = "FAIL", "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
-        results[name] = {"status": status, "found": text}
-        column = " " * len("FAIL  checkpoint: ")
-        say(f"{status:<6}{name + ':':<12}{text}".replace("\n", "\n" + column))
+        results[check.__name__] = {"status": status, "found": text}
+        say(f"{status:<6}{check.__name__ + ':':<12}{text}".replace("\n", "\n" + " " * len("FAIL  checkpoint: ")))
     code = UserError.exit_code if len(codes) > 1 else max(codes, default=0)
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:
