@@ -165,8 +165,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             if note:
                 log.info(f"warning: {note}")
         procs.main_only(lambda: refuse_full_disk(config, log.run_dir))
-        procs.main_only(log.hold)
-        stack.callback(log.release)
+        procs.main_only(lambda: stack.enter_context(log.held()))
 
         with out_of_memory_explained(procs):
             run = prepare(config, procs, manifest, checkpoint, precision, log, stop)

@@ -6,13 +6,13 @@ import difflib
 import inspect
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import is_dataclass
 from functools import partial
 from itertools import pairwise
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from src.params import MAX_TOKENS, Config
+from src.params import MAX_TOKENS, Config, from_dict, to_dict
 from src.utils.errors import UserError
 
 _REAL = re.compile(r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]{1,3})?|[-+]?(inf|nan)", re.IGNORECASE)
@@ -44,12 +44,11 @@ def overridden(config: Config, arguments: Sequence[str], prog: str, about: str, 
     _add_options(parser, config)
     # Either spelling will do.
     arguments = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), each) for each in arguments]
-    groups: dict[str, dict[str, Any]] = {"": {}}
+    settings = to_dict(config)
     for name, value in vars(parser.parse_args(arguments)).items():
         group, _, field = name.rpartition(".")
-        groups.setdefault(group, {})[field] = tuple(value) if isinstance(value, list) else value
-    changes = groups.pop("")
-    return replace(config, **changes, **{name: replace(getattr(config, name), **of) for name, of in groups.items()})
+        (settings[group] if group else settings)[field] = value
+    return from_dict(settings)
 
 
 def whole_number(text: str) -> int | None:

@@ -28,18 +28,18 @@ class RunLogger:
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with each record of metrics.jsonl after it was written."""
 
-    def hold(self) -> None:
-        """Creates the run's folders and keeps them open, for `check_place`."""
-        if self.is_main:
-            with storage_errors(self.run_dir / "checkpoints", "make the folder"):
-                (self.run_dir / "checkpoints").mkdir(exist_ok=True)
-                for folder in (self.run_dir, self.run_dir / "checkpoints"):
-                    self._held[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-    def release(self) -> None:
-        """Closes what `hold` opened."""
-        while self._held:
-            os.close(self._held.popitem()[1])
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Creates the run's folders and keeps them open in the block, for `check_place`. For the main process."""
+        with storage_errors(self.run_dir / "checkpoints", "make the folder"):
+            (self.run_dir / "checkpoints").mkdir(exist_ok=True)
+            for folder in (self.run_dir, self.run_dir / "checkpoints"):
+                self._held[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield
+        finally:
+            while self._held:
+                os.close(self._held.popitem()[1])
 
     def check_place(self) -> None:
         """Raises StorageError where the paths of the run's folders lead to others than at the start.
