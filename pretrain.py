@@ -443,15 +443,15 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     config, procs, optimizers, progress = run.config, run.procs, run.state.optimizers, run.state.progress
     procs.activity = f"step {progress.step + 1}"
     lr = set_learning_rate(optimizers, progress.step, config.total_steps, config.warmup_steps, config.optim)
-    accumulation = config.grad_accumulation_steps(procs.world_size)
+    forward, accumulation = run.forward, config.grad_accumulation_steps(procs.world_size)
     micro_losses = []
     for micro_step in range(accumulation):
         inputs_BT, targets_BT = next(batches)
         # DDP averages gradients over the processes once a step, in the last backward pass.
-        waits = isinstance(run.forward, DistributedDataParallel) and micro_step + 1 < accumulation
-        with run.forward.no_sync() if waits else nullcontext():
+        is_last = micro_step + 1 == accumulation
+        with nullcontext() if is_last or not isinstance(forward, DistributedDataParallel) else forward.no_sync():
             with hardware.autocast(procs.device, run.precision):
-                loss = run.forward(inputs_BT, targets_BT) / accumulation
+                loss = forward(inputs_BT, targets_BT) / accumulation
             with procs.collective():
                 loss.backward()
         micro_losses.append(loss.detach())
