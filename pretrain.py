@@ -142,41 +142,30 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
     with ExitStack() as stack:
         procs = stack.enter_context(processes(config.train.device, config.train.timeout_s))
         if isinstance(stop, StopRequest) and procs.is_main:
-            stop.answer = lambda: f"stopping before the first step, after: {procs.activity or 'the start'}"
+            stop.answer = lambda: f"stopping before the first step, after: {procs.activity}"
         procs.together(lambda: config.grad_accumulation_steps(procs.world_size))  # refused before anything is touched
         procs.main_only(lambda: require_packages(config.report_to))
         manifest, training, evaluation = open_data(config, procs, stop)
         precision = hardware.choose_precision(config.train.precision, procs.device)
         procs.together(lambda: refuse_differences(config, procs, manifest, precision, evaluation))
 
-        procs.activity = "claiming the run's folder"
-        run_dir = RUNS / config.run_name
-        log = RunLogger(run_dir, procs.is_main)
-        # Where this launch has begun the run, it resumes: a restart must not set it aside again.
-        launch = os.environ.get("LAUNCH_ID")
-        if procs.main_only(lambda: bool(launch) and log.settings().get("launch") == launch):
-            config = replace(config, resume="auto")
-        procs.main_only(lambda: check_origin(config, run_dir), for_long=True)
-        # Before the search for a checkpoint: a killed launcher's run may still be saving one.
-        procs.main_only(lambda: stack.enter_context(claimed(run_dir, stop)), for_long=True)
-        procs.activity = "looking for a checkpoint"
-        if config.resume == "auto":
-            procs.together(lambda: refuse_newer_elsewhere(run_dir / "checkpoints", procs))
-        checkpoint = procs.main_only(lambda: find_checkpoint(config, manifest, precision, procs, log), for_long=True)
+        log = RunLogger(RUNS / config.run_name, procs.is_main)
+        config = claim(config, procs, log, stop, stack)
+        checkpoint = procs.main_only(
+            lambda: find_checkpoint(config, manifest, precision, procs, log), "looking for a checkpoint"
+        )
         if checkpoint and config.train.precision == "auto":
             precision = getattr(torch, checkpoint.state["precision"].removeprefix("torch."))
-        at_the_end = checkpoint is not None and checkpoint.step == config.total_steps
-        if procs.main_only(lambda: at_the_end and not evaluation.missing(config.total_steps, log.recorded())):
-            # Also after a kill between the last save and its log line.
-            step, keep = config.total_steps, config.checkpoint
-            procs.main_only(lambda: prune(run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {step}))
-            return end_done(log, step)
+        last, keep = config.total_steps, config.checkpoint
+        if checkpoint and checkpoint.step == last and not evaluation.missing(last, procs.main_only(log.recorded)):
+            # A kill may have come before the last save removed older ones.
+            procs.main_only(lambda: prune(log.run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {last}))
+            return end_done(log, last)
         for note in (procs.main_only(lambda: stray_files(dataset_dir(config.data.dir), manifest)), evaluation.note):
             if note:
                 log.info(f"warning: {note}")
-        procs.main_only(lambda: refuse_full_disk(config, run_dir))
-        procs.main_only(log.hold)
-        stack.callback(log.release)
+        procs.main_only(lambda: refuse_full_disk(config, log.run_dir))
+        procs.main_only(lambda: stack.enter_context(log.held()))
 
         with out_of_memory_explained(procs):
             run = prepare(config, procs, manifest, checkpoint, precision, log, stop)
@@ -191,14 +180,11 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             code = recorded_exit_code() if isinstance(error, LostPeerError) else getattr(error, "exit_code", None)
             write_status(run, "failed", code or EXIT_FAILED, str(error))
             raise
-        finally:
-            log.close_bar()
         run.after_save.poll()  # a copy now has the final status, and need not wait for the report
-        procs.activity = "the last report"  # after the run's status is final: a failure here changes nothing of it
-        procs.together_for_long(run.watching.close)
-        procs.activity = "the command after the last save"
+        # After the run's status is final: a failure here changes nothing of it.
+        procs.together_for_long(run.watching.close, "the last report")
         wait = AFTER_SAVE_SECONDS if outcome.exit_code == EXIT_DONE else AFTER_STOP_SECONDS
-        procs.together_for_long(lambda: run.after_save.close(wait))
+        procs.together_for_long(lambda: run.after_save.close(wait), "the command after the last save")
         return outcome
 
 
@@ -206,10 +192,10 @@ def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, W
     """The dataset, verified; its training windows; and all that is evaluated during training. Raises UserError."""
     folder = dataset_dir(config.data.dir)
     manifest = procs.together(lambda: read_manifest(folder))
-    procs.activity = "verifying the dataset"
     verify = procs.is_machines_first  # on each machine, because its disk may be local
-    procs.together_for_long(lambda: ensure_verified(folder, manifest, stop=stop) if verify else None)
-    procs.activity = "opening the dataset"
+    procs.together_for_long(
+        lambda: ensure_verified(folder, manifest, stop=stop) if verify else None, "verifying the dataset"
+    )
     n_ctx, n_vocab = config.model.n_ctx, config.model.n_vocab
 
     def opened() -> tuple[WindowDataset, Assessment]:
@@ -221,7 +207,7 @@ def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, W
         training = WindowDataset(folder, manifest.train, n_ctx, n_vocab, at_least=config.batch_size)
         return training, Assessment(config, folder, manifest, load_tokenizer())
 
-    return manifest, *procs.together_for_long(opened)
+    return manifest, *procs.together_for_long(opened, "opening the dataset")
 
 
 def refuse_differences(
@@ -246,24 +232,33 @@ def refuse_differences(
         )
 
 
-def refuse_newer_elsewhere(root: Path, procs: Processes) -> None:
-    """Raises UserError where another machine, which does not share its disk, holds later checkpoints than the main one.
+def claim(config: Config, procs: Processes, log: RunLogger, stop: Stop, stack: ExitStack) -> Config:
+    """Takes the run's folder until `stack` ends. Returns `config`, which resumes where this launch has begun the run.
 
-    Otherwise the run would start over without a word.
+    Raises BusyError where another process holds it, and UserError where the run would start over without a word,
+    because a machine that does not share its disk holds later checkpoints, or where config.init_from cannot serve.
     """
-    newest = procs.gather((procs.together(lambda: max(checkpoint_steps(root), default=-1)), socket.gethostname()))
-    step, machine = max(newest)
-    if procs.is_main and step > newest[0][0]:
-        raise UserError(
-            f"Cannot resume: {machine} has checkpoints up to step {step} in {root}, but on the machine of process 0 "
-            f"they end at step {max(newest[0][0], 0)}. Start with NODE_RANK=0 on {machine}, or copy its run directory."
-        )
+    root = log.run_dir / "checkpoints"
+    steps = procs.together(lambda: checkpoint_steps(root))
+    step, machine = max(procs.gather((max(steps, default=-1), socket.gethostname())))
 
+    def in_main_process() -> Config:
+        launch = os.environ.get("LAUNCH_ID")  # a restart must not set aside what this launch has begun
+        resumes = bool(launch) and log.settings().get("launch") == launch
+        resume = "auto" if resumes else config.resume
+        if config.init_from and (resume == "never" or not checkpoint_steps(root)):
+            read_initial(config)  # refused before anything of an old run is touched
+        # Before the search for a checkpoint: a killed launcher's run may still be saving one.
+        stack.enter_context(claimed(log.run_dir, stop))
+        here = max(checkpoint_steps(root), default=-1)
+        if resume == "auto" and step > here:
+            raise UserError(
+                f"Cannot resume: {machine} has checkpoints up to step {step} in {root}, but on the machine of process "
+                f"0 they end at step {max(here, 0)}. Start with NODE_RANK=0 on {machine}, or copy its run directory."
+            )
+        return replace(config, resume=resume)
 
-def check_origin(config: Config, run_dir: Path) -> None:
-    """Raises UserError where a new run cannot start from config.init_from, before anything of an old run is touched."""
-    if config.init_from and (config.resume == "never" or not checkpoint_steps(run_dir / "checkpoints")):
-        read_initial(config)
+    return procs.main_only(in_main_process, "claiming the run's folder")
 
 
 def find_checkpoint(
@@ -286,15 +281,14 @@ def find_checkpoint(
     for note in notes:
         log.event("checkpoints", step, note)
     if checkpoint and step < config.total_steps:
-        saved, now = checkpoint.state["config"]["train"], config.train
-        pairs = [(saved["micro_batch_size"], now.micro_batch_size), (saved["compile"], now.compile)]
-        pairs.append((checkpoint.state["world_size"], procs.world_size))
-        exact = all(before == after or "auto" in (before, after) for before, after in pairs)
-        other = "" if exact else "; micro-batch, compile or processes differ: the same samples, but not the same bits"
-        was_deterministic = saved.get("deterministic", False)  # a checkpoint may be older than the setting
-        if not other and procs.device.type == "cuda" and not (was_deterministic and now.deterministic):
-            other = "; without --train.deterministic the same samples, but on a GPU not the same bits"
-        log.event("resume", step, f"from {checkpoint.path.name} of {config.total_steps} steps{other}")
+        before, now = checkpoint.state["config"]["train"], vars(config.train)
+        pairs = [(before[name], now[name]) for name in ("micro_batch_size", "compile")]
+        is_exact = checkpoint.state["world_size"] == procs.world_size
+        is_exact &= all(saved == asked or "auto" in (saved, asked) for saved, asked in pairs)
+        if procs.device.type == "cuda":  # a checkpoint may be older than the setting
+            is_exact &= now["deterministic"] and before.get("deterministic", False)
+        bits = "" if is_exact else "; the same samples, but not the same bits: see docs/reproducibility.md"
+        log.event("resume", step, f"from {checkpoint.path.name} of {config.total_steps} steps{bits}")
     return checkpoint
 
 
@@ -320,14 +314,9 @@ def prepare(
         torch.use_deterministic_algorithms(config.train.deterministic)
     model = LLM(config.model)
     init_weights(model, config.model, config.train.seed)  # on the CPU, so that every device starts from the same bits
-    origin = log.settings().get("init_from") if checkpoint else None
-    if config.init_from and checkpoint is None:
-        procs.activity = "loading the initial weights"
-        nothing: tuple[dict[str, torch.Tensor], Path, int] = ({}, Path(), 0)
-        tensors, path, step = procs.together_for_long(lambda: read_initial(config) if procs.is_main else nothing)
-        load_weights(model, procs.tensors_from_main(tensors), path)
-        origin = {"path": str(path), "step": step}
-        log.event("init", 0, f"weights of {path}, step {step}")
+    origin = log.settings().get("init_from")
+    if checkpoint is None:
+        origin = load_initial_weights(config, procs, model, log) if config.init_from else None
     model.to(procs.device).train()
     procs.activity = "choosing the micro-batch and compiling"
     saved = checkpoint.state["config"]["train"] if checkpoint else None
@@ -364,15 +353,25 @@ def prepare(
     )
 
 
+def load_initial_weights(config: Config, procs: Processes, model: LLM, log: RunLogger) -> dict[str, Any]:
+    """Replaces the model's weights by those that config.init_from names, and returns their path and step."""
+    nothing: tuple[dict[str, torch.Tensor], Path, int] = ({}, Path(), 0)
+    tensors, path, step = procs.together_for_long(
+        lambda: read_initial(config) if procs.is_main else nothing, "loading the initial weights"
+    )
+    load_weights(model, procs.tensors_from_main(tensors), path)
+    log.event("init", 0, f"weights of {path}, step {step}")
+    return {"path": str(path), "step": step}
+
+
 def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outcome:
     """The loop: evaluate and save when due, then one step, until the last or until a stop."""
     config, procs, log, progress = run.config, run.procs, run.log, run.state.progress
     recorded = procs.main_only(log.recorded)
-    first_step, started = progress.step, time.perf_counter()
+    first_step, started = progress.step, 0.0
     result: StepResult | None = None
     if isinstance(run.stop, StopRequest) and procs.is_main:
         run.stop.answer = lambda: answer_to_stop(run)
-    log.start_bar(first_step, config.total_steps)
     batches = TrainingDataLoader(
         training,
         seed=config.train.seed,
@@ -390,8 +389,6 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
                 if not stop_cause(run) and evaluate(run, evaluation, kind):
                     recorded.add((kind, progress.step))
             cause = stop_cause(run)
-            if cause:  # before the save, which may take long
-                log.info(f"stopping after step {progress.step}, requested by {cause}")
             ending = bool(cause) or progress.step == config.total_steps
             due = progress.step and progress.step % config.checkpoint.every_steps == 0
             # Among skipped steps nothing has changed, and saving would push out the checkpoints before them.
@@ -403,12 +400,10 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
                 if cause and result and progress.step < config.total_steps:
                     log_line(run, result, stopped=True)
                 return finish(run, cause, evaluation.missing(progress.step, recorded))
-            if progress.step == first_step:
-                started = time.perf_counter()  # evaluation before the first step does not count in the time left
 
             step_started = time.perf_counter()
+            started = started or step_started  # evaluation before the first step does not count in the time left
             result = train_step(run, batches)
-            log.advance_bar(loss=f"{result.loss:.3f}")
             if result.skipped:
                 procs.together(partial(record_skip, run, batches, result))
             else:
@@ -446,17 +441,15 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     config, procs, optimizers, progress = run.config, run.procs, run.state.optimizers, run.state.progress
     procs.activity = f"step {progress.step + 1}"
     lr = set_learning_rate(optimizers, progress.step, config.total_steps, config.warmup_steps, config.optim)
-    accumulation = config.grad_accumulation_steps(procs.world_size)
+    forward, accumulation = run.forward, config.grad_accumulation_steps(procs.world_size)
     micro_losses = []
     for micro_step in range(accumulation):
         inputs_BT, targets_BT = next(batches)
         # DDP averages gradients over the processes once a step, in the last backward pass.
         is_last = micro_step + 1 == accumulation
-        with (
-            run.forward.no_sync() if not is_last and isinstance(run.forward, DistributedDataParallel) else nullcontext()
-        ):
+        with nullcontext() if is_last or not isinstance(forward, DistributedDataParallel) else forward.no_sync():
             with hardware.autocast(procs.device, run.precision):
-                loss = run.forward(inputs_BT, targets_BT) / accumulation
+                loss = forward(inputs_BT, targets_BT) / accumulation
             with procs.collective():
                 loss.backward()
         micro_losses.append(loss.detach())
@@ -586,10 +579,9 @@ def evaluate(run: Run, evaluation: Assessment, kind: str) -> bool:
 def save(run: Run) -> None:
     """Starts to save a checkpoint of this step. Waits for the save before it and for a copy of the tensors."""
     procs, state = run.procs, run.state
-    procs.activity = f"the checkpoint of step {state.progress.step}"
-    parts = state.parts(procs)
+    step, parts = state.progress.step, state.parts(procs)
     plain = state.plain(run.config, run.manifest.sha256, run.precision, procs.world_size)
-    procs.main_only(lambda: record_saves(run, run.saver.start(state.progress.step, parts, plain)), for_long=True)
+    procs.main_only(lambda: record_saves(run, run.saver.start(step, parts, plain)), f"the checkpoint of step {step}")
 
 
 def record_saves(run: Run, saves: list[Saved]) -> None:
@@ -610,8 +602,7 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
     `cause`: of a stop. `unmeasured`: evaluations that a stop left out; without them the last step is not the end.
     """
     procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
-    procs.activity = f"the checkpoint of step {step}"
-    procs.main_only(lambda: record_saves(run, run.saver.wait()), for_long=True)
+    procs.main_only(lambda: record_saves(run, run.saver.wait()), f"the checkpoint of step {step}")
     done = step == total_steps and not unmeasured  # else the next start measures them
     if done and (skipped := run.state.progress.skipped_in_a_row):
         log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")

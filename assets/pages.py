@@ -14,13 +14,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from assets.browser import Browser
 from src.model_assessment.report import write_comparison, write_index
 from src.model_assessment.sampling import TextModel
 from src.model_assessment.talk import Server
 from src.model_configs.arguments import Parser
 from src.utils import root
 from src.utils.errors import exit_with, print_result
-from tests.model_assessment.test_report_browser import Browser
 
 SHOWCASE = Path(__file__).parent / "showcase"
 WIDTH, SCALE = 1_130, 1.5

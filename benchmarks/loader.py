@@ -8,15 +8,17 @@ Memory and reads come from /proc, so it runs on Linux only. Each n_ctx is measur
 
 import itertools
 import multiprocessing
+import os
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks import print_figures
-from benchmarks.synthetic_dataset import make_sparse_dataset
+from src.data_processing import shards
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import TrainingDataLoader, WindowDataset
 from src.model_configs.arguments import Parser
@@ -26,6 +28,7 @@ from src.utils.errors import exit_with
 N_CTX = (2048, 256)
 BATCH_TOKENS = 524_288  # per step of lf_llm_269m
 LATE_STEP = 1_000_000
+N_VOCAB = 50_257
 
 
 def main() -> None:
@@ -41,6 +44,38 @@ def main() -> None:
             make_sparse_dataset(folder)
         figures = [loader_figures_in_a_process(folder, n_ctx, args.seconds) for n_ctx in args.n_ctx]
     print_figures({"loader": figures, "machine": hardware.describe_machine(torch.device("cpu"))})
+
+
+def make_sparse_dataset(folder: Path, n_shards: int = 100, tokens_per_shard: int = 100_000_000) -> shards.Manifest:
+    """Write the dataset and return its manifest, which is correct except for the hashes.
+
+    The file system must support sparse files. The first shard is the validation split.
+    """
+    folder.mkdir(parents=True)
+    listed = []
+    for index in range(n_shards):
+        file = f"sparse_i_{index:06d}_t_{tokens_per_shard}.npy"
+        with open(folder / file, "wb") as shard:
+            header = {"descr": shards.TOKEN_DTYPE.str, "fortran_order": False, "shape": (tokens_per_shard,)}
+            np.lib.format.write_array_header_1_0(shard, header)
+            os.truncate(shard.fileno(), shard.tell() + tokens_per_shard * shards.TOKEN_DTYPE.itemsize)
+        split = "train" if index else "validation"
+        listed.append(shards.Shard(file, split, tokens_per_shard, 1, tokens_per_shard, "0" * 64, "0" * 32, "f" * 32))
+    totals = {name: sum(getattr(shard, name) for shard in listed) for name in ("documents", "tokens", "text_bytes")}
+    manifest = shards.Manifest(
+        sources=[{"name": "sparse", **totals, "share": 1.0}],
+        request={"source": ["sparse"]},
+        tokenizer="r50k_base",
+        tokenizer_sha256="0" * 64,
+        n_vocab=N_VOCAB,
+        end_of_text=N_VOCAB - 1,
+        seed=0,
+        counts=totals,
+        document_lengths=[],
+        shards=tuple(listed),
+    )
+    shards.write_manifest(folder, manifest)
+    return shards.read_manifest(folder)
 
 
 def loader_figures_in_a_process(folder: Path, n_ctx: int, seconds: float = 3.0) -> dict[str, float]:

@@ -9,7 +9,6 @@ import sys
 import uuid
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout, suppress
-from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ VARIABLES = (
     *("DATA_DIR", "DATA_WAIT", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
 )
 MAX_PROCESSES = 1_024  # and machines
-OLD_DATASET = "my_text"  # of files, before names followed from DATA_PATH
 MEETING_MARGIN_S = 120  # another machine may notice a failure only after train.timeout_s
 
 
@@ -169,9 +167,6 @@ def dataset_name(request: Request, variables: Mapping[str, str], preset: str) ->
     name = request.default_name
     if variables.get("DATA_DIR") or SOURCES[request.sources[0]].dataset_name:
         return variables.get("DATA_DIR") or name
-    old = replace(request, paths=[OLD_DATASET]).default_name
-    if request.paths and os.path.exists(root.dataset_dir(old) / "manifest.json") and not _other_text(request, old):
-        return old
     different = ""
     for number in count(1):
         attempt = name if number == 1 else f"{name}-{number}"
@@ -204,13 +199,7 @@ def _other_text(request: Request, name: str) -> str:
 
 def _run_name(preset: str, request: Request, folder: str) -> str:
     """Returns the preset's name, with the dataset's where that is the user's own."""
-    if SOURCES[request.sources[0]].dataset_name:
-        return preset
-    with suppress(OSError, UserError, LookupError, TypeError):  # a run from before names followed from the dataset
-        trained_on = read_json(root.RUNS / preset / "config.json")["config"]["data"]["dir"]
-        if root.dataset_dir(trained_on) == root.dataset_dir(folder):
-            return preset
-    return f"{preset}-{Path(folder).name}"
+    return preset if SOURCES[request.sources[0]].dataset_name else f"{preset}-{Path(folder).name}"
 
 
 def _preparation(request: Request, folder: str) -> list[str]:

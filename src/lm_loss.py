@@ -20,7 +20,7 @@ LOGIT_POSITIONS = 8_192
 
 # Rows of logits in float32 at once, for the softmax that is not compiled. On a CPU 16 x 50,257 x 4 bytes = 3 MB fit a
 # core's cache. 2,048 positions of width 256 took 299 ms with 16 rows and 338 with 64; torch's cross_entropy took 721,
-# compiled 307 (benchmarks/lm_loss.py, two cores). A GPU wants few, large kernels.
+# compiled 307 (two cores, LOG.md). A GPU wants few, large kernels.
 ROWS_CPU = 16
 ROWS_GPU = 4096
 

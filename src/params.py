@@ -24,7 +24,8 @@ MAX_REAL = 1e12
 MAX_TOKENS = 10**15
 Reporter = Literal["tensorboard", "wandb"]
 
-# Types of settings with the least and the greatest value that each may have.
+# Types of settings. A number's has the least and the greatest value; a text's has a pattern and its meaning.
+KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
 ABOVE_0, _BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
 Count = Annotated[int, 1, MAX_COUNT]
 CountOr0 = Annotated[int, 0, MAX_COUNT]
@@ -37,13 +38,13 @@ PositiveOr0 = Annotated[float, 0, MAX_REAL]
 Share = Annotated[float, 0, 1]
 ShareBelow1 = Annotated[float, 0, _BELOW_1]
 Seed = Annotated[int, 0, 2**63 - 1]
+FolderName = Annotated[str, r"(?!\.{1,2}\Z)[^/\\\0]+", "a plain folder name"]
+Place = Annotated[str, r"(?s).+", "a name or path"]
+Resume = Annotated[str, "auto|never|[0-9]{1,9}", "auto, never or the step of a checkpoint"]
 
 
 class ConfigError(Exception):
-    """A setting that cannot work. The message lists every problem, one a line.
-
-    Not a ValueError, which tyro would print in a frame.
-    """
+    """Settings that cannot work. The message lists every problem, one a line."""
 
     exit_code = 2
 
@@ -96,8 +97,9 @@ class ModelConfig:
     def problems(self) -> list[str]:
         """All reasons why this shape cannot work, each with a remedy."""
         problems = outside(self, "model.")
+        sizes = type(self.n_embd) is int and type(self.n_head) is int and self.n_head > 0
         # RoPE rotates pairs inside each head.
-        if self.n_head > 0 and self.n_embd % (pairs := 2 * self.n_head):
+        if sizes and self.n_embd % (pairs := 2 * self.n_head):
             nearest = max(1, round(self.n_embd / pairs)) * pairs
             problems.append(
                 f"model.n_embd = {self.n_embd} is not divisible by 2 x model.n_head = {pairs}; the nearest width that "
@@ -110,7 +112,7 @@ class ModelConfig:
 class DataConfig:
     """Which tokens to train on."""
 
-    dir: str = "pydocs"
+    dir: Place = "pydocs"
     """Dataset folder made by src.data_processing.data_downloader; a bare name means temp_data/datasets/NAME."""
 
 
@@ -192,7 +194,7 @@ class EvalConfig:
     recipe's, which take 5% of its time; the standard error is logged."""
     hellaswag_every_steps: Count = 500
     """Steps between multiple-choice evaluations."""
-    hellaswag_data: str = "auto"
+    hellaswag_data: Place = "auto"
     """A HellaSwag .jsonl or .jsonl.gz; 'auto' downloads it, 'held-out' makes items from validation documents."""
     hellaswag_items: CountOr0 = 10_042
     """Items to evaluate, from the first; 0 turns the evaluation off."""
@@ -225,9 +227,9 @@ class CheckpointConfig:
 class Config:
     """One training run. Raises ConfigError with every problem at once."""
 
-    run_name: str = "run"
+    run_name: FolderName = "run"
     """Folder of the run under temp_data/runs/."""
-    resume: str = "auto"
+    resume: Resume = "auto"
     """auto: resume from the newest good checkpoint. never: start from scratch and set an old run aside. Or a step:
     resume from its checkpoint and set later ones aside."""
     init_from: str = ""
@@ -246,33 +248,25 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        # First, because the other checks compare numbers.
-        if problems := [problem for leaf in _leaves(self) if (problem := _wrong_type(*leaf))]:
-            raise ConfigError(problems)
-        problems = list(dict.fromkeys([*self.model.problems(), *outside(self)]))  # each once
-        if not self.run_name or self.run_name in (".", "..") or set(self.run_name) & set("/\\\0"):
-            problems.append(f"run_name = {self.run_name!r} must be a plain folder name")
-        if (length := len(self.run_name.encode(errors="replace"))) > MAX_NAME_BYTES:
+        shape = self.model.problems() if isinstance(self.model, ModelConfig) else []
+        problems = list(dict.fromkeys([*shape, *outside(self)]))  # each once
+        if (length := len(str(self.run_name).encode(errors="replace"))) > MAX_NAME_BYTES:
             problems.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; it can have {MAX_NAME_BYTES}")
-        for name, value in (("data.dir", self.data.dir), ("eval.hellaswag_data", self.eval.hellaswag_data)):
-            if not value:
-                problems.append(f"{name} is empty; give a name or path")
-        if self.init_from == self.run_name:
-            problems.append(f"init_from = {self.init_from!r} is the run itself; give the new run another run_name")
-        if self.resume not in ("auto", "never") and not re.fullmatch("[0-9]{1,9}", self.resume):
-            problems.append(f"resume = {self.resume!r} must be auto, never or the step of a checkpoint")
-        if not problems and self.train.batch_tokens % self.model.n_ctx:
-            multiple = max(1, round(self.train.batch_tokens / self.model.n_ctx)) * self.model.n_ctx
+        if problems:  # the other checks compare numbers
+            raise ConfigError(problems)
+        train, n_ctx = self.train, self.model.n_ctx
+        if train.batch_tokens % n_ctx:
+            multiple = max(1, round(train.batch_tokens / n_ctx)) * n_ctx
             problems.append(
-                f"train.batch_tokens = {self.train.batch_tokens} is not a multiple of model.n_ctx = "
-                f"{self.model.n_ctx}; the nearest multiple is {multiple}"
+                f"train.batch_tokens = {train.batch_tokens} is not a multiple of model.n_ctx = {n_ctx}; the nearest "
+                f"multiple is {multiple}"
             )
-        if not problems and self.total_steps < 1:
+        elif self.total_steps < 1:
             problems.append(
-                f"train.total_tokens = {self.train.total_tokens} is less than one step of "
-                f"train.batch_tokens = {self.train.batch_tokens}"
+                f"train.total_tokens = {train.total_tokens} is less than one step of train.batch_tokens = "
+                f"{train.batch_tokens}"
             )
-        if not problems and self.warmup_steps >= self.total_steps and self.optim.warmup_steps is not None:
+        elif self.warmup_steps >= self.total_steps and self.optim.warmup_steps is not None:
             problems.append(
                 f"optim.warmup_steps = {self.warmup_steps} must be below the {self.total_steps} steps of the run"
             )
@@ -366,54 +360,43 @@ def _leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield prefix + name, value, kind
 
 
-def _wrong_type(name: str, value: Any, kind: Any) -> str:
-    """The problem of a value whose type is not `kind`, or ""."""
-    if not _has_type(value, kind):
-        return f"{name} = {repr(value)[:80]} must be {kind_text(kind)}"
-    # Python's stand-ins for bytes of the command line; no file of the run could hold them.
-    if re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, (list, tuple)) else str(value)):
-        return f"{name} = {repr(value)[:80]} must be UTF-8 text; set LC_ALL=C.UTF-8"
-    return ""
-
-
 def outside(group: Any, prefix: str = "") -> list[str]:
-    """The problems of all numbers that lie outside their limits."""
-    problems = []
-    for name, value, kind in _leaves(group, prefix):
-        for limits in (each.__metadata__ for each in (kind, *get_args(kind)) if get_origin(each) is Annotated):
-            if isinstance(value, int | float) and not limits[0] <= value <= limits[1]:  # also true for NaN
-                low, high = (f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for limit in limits)
-                low = "above 0" if limits[0] == ABOVE_0 else f"at least {low}"
-                high = "below 1" if limits[1] == _BELOW_1 else f"at most {high}"
-                problems.append(f"{name} = {value} must be {low} and {high}")
-    return problems
+    """The problems of all values that have another type than their setting or lie outside its limits."""
+    needed = ((name, value, _must_be(value, kind)) for name, value, kind in _leaves(group, prefix))
+    return [f"{name} = {repr(value)[:80]} must be {what}" for name, value, what in needed if what]
 
 
-def kind_text(kind: Any) -> str:
-    """The values that a field of this type takes, for people."""
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
-    if get_origin(kind) is Annotated:
-        return kind_text(kind.__origin__)
-    if kind in names:
-        return names[kind]
-    if isinstance(kind, type):
-        return f"a {kind.__name__}"
-    if get_origin(kind) is tuple:
-        return f"a list of: {kind_text(get_args(kind)[0])}"
-    return _either([each if isinstance(each, str) else kind_text(each) for each in get_args(kind)])
-
-
-def _has_type(value: object, kind: Any) -> bool:
-    if get_origin(kind) is Annotated:
-        return _has_type(value, kind.__origin__)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _must_be(value: Any, kind: Any) -> str:
+    """The values that a setting of this type takes, for people; "" if `value` is one of them."""
     origin, kinds = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        base, low, high = kinds
+        if what := _must_be(value, base):
+            return what
+        if base is str:
+            return "" if re.fullmatch(low, value) else high
+        if low <= value <= high:  # false for NaN
+            return ""
+        least = "above 0" if low == ABOVE_0 else f"at least {_short(low)}"
+        return f"{least} and {'below 1' if high == _BELOW_1 else f'at most {_short(high)}'}"
     if origin is Literal:
-        return value in kinds
+        return "" if value in kinds else _either(kinds)
     if origin is tuple:
-        return isinstance(value, (list, tuple)) and all(_has_type(each, kinds[0]) for each in value)
-    return any(_has_type(value, each) for each in kinds) if kinds else type(value) is kind
+        members = value if isinstance(value, (list, tuple)) else [None]
+        what = next(filter(None, (_must_be(member, kinds[0]) for member in members)), "")
+        return f"a list of: {what}" if what else ""
+    if kinds:
+        needed = [_must_be(value, each) for each in kinds]
+        return "" if "" in needed else _either(needed)
+    # Surrogates are Python's stand-ins for bytes of the command line; no file of the run could hold them.
+    if kind is str and isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        return "UTF-8 text; set LC_ALL=C.UTF-8"
+    is_number = kind is float and isinstance(value, (int, float)) and not isinstance(value, bool)
+    return "" if is_number or type(value) is kind else KIND_NAMES.get(kind, f"a {kind.__name__}")
+
+
+def _short(limit: float) -> str:
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
 
 
 def _either(values: Any) -> str:

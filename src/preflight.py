@@ -20,7 +20,6 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import constants as hub_settings
@@ -59,7 +58,6 @@ from src.utils.handle_ddp import device_and_backend, processes_here, world_size
 
 # Of a training step: 17.1M parameters and 2,048 tokens took 1.42 s on two cores with AVX512 (LOG.md).
 CPU_FLOPS_PER_CORE = 7e10
-CHECKED_CHARACTERS = 20_000_000  # of the texts to prepare; less than a second
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -88,12 +86,8 @@ class Start:
         return root.RUNS / self.config.run_name
 
 
-class Found(NamedTuple):
-    """The result of a check that does not fail."""
-
-    text: str
-    doubtful: bool = False
-    """True for a warning."""
+class Doubt(str):
+    """The result of a check that does not fail, but warns."""
 
 
 def main() -> int:
@@ -109,16 +103,14 @@ def main() -> int:
     results: dict[str, dict[str, str]] = {}
     codes: set[int] = set()
     for check in CHECKS:
-        name = check.__name__
         try:
-            found = check(start)
-            status, text = "warn" if found.doubtful else "ok", found.text
+            text = check(start)
+            status = "warn" if isinstance(text, Doubt) else "ok"
         except (ConfigError, UserError, BusyError, OSError) as error:  # StorageError is an OSError
             codes.add(getattr(error, "exit_code", StorageError.exit_code))
             status, text = "FAIL", "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
-        results[name] = {"status": status, "found": text}
-        column = " " * len("FAIL  checkpoint: ")
-        say(f"{status:<6}{name + ':':<12}{text}".replace("\n", "\n" + column))
+        results[check.__name__] = {"status": status, "found": text}
+        say(f"{status:<6}{check.__name__ + ':':<12}{text}".replace("\n", "\n" + " " * len("FAIL  checkpoint: ")))
     code = UserError.exit_code if len(codes) > 1 else max(codes, default=0)
     failed, warnings = ([name for name in results if results[name]["status"] == bad] for bad in ("FAIL", "warn"))
     if failed:
@@ -128,7 +120,7 @@ def main() -> int:
     return code
 
 
-def settings(start: Start) -> Found:
+def settings(start: Start) -> str:
     steps = start.config.grad_accumulation_steps(start.world_size)
     here = f" ({start.processes_here} on this machine)" if start.processes_here != start.world_size else ""
     try:
@@ -141,10 +133,10 @@ def settings(start: Start) -> Found:
             "ip link set lo up, or set NPROC=1."
         ) from None
     size = f"{start.config.train.micro_batch_size} x {start.config.model.n_ctx}"
-    return Found(f"{start.world_size} process(es){here}, micro-batch {size}, {steps} accumulation step(s)")
+    return f"{start.world_size} process(es){here}, micro-batch {size}, {steps} accumulation step(s)"
 
 
-def device(start: Start) -> Found:
+def device(start: Start) -> str:
     """Checks the device of each process, and the compiler."""
     compile = start.config.train.compile
     kind = device_and_backend(start.config.train.device, start.processes_here - 1, start.world_size)[0].type
@@ -154,15 +146,15 @@ def device(start: Start) -> Found:
         raise UserError(f"Cannot compile the model: {problem}, or leave out --train.compile on.")
     if kind == "cpu" and start.config.train.device == "auto" and NVIDIA_DRIVER.exists():
         driver = f"PyTorch {torch.__version__} cannot use this machine's NVIDIA driver, so training runs on the CPU"
-        return Found(f"{text}; {driver}. Install a newer driver, or a PyTorch built for CUDA", True)
+        return Doubt(f"{text}; {driver}. Install a newer driver, or a PyTorch built for CUDA")
     if kind == "cpu" and start.config.train.device == "auto":
         operations = describe(start.config)["total_flops"]
         days = operations / (CPU_FLOPS_PER_CORE * available_cores()) / 86_400
         if days > 14:
-            return Found(f"{text}; no GPU found, and all steps would take some {days:,.0f} days on this CPU", True)
+            return Doubt(f"{text}; no GPU found, and all steps would take some {days:,.0f} days on this CPU")
     if peak := hardware.peak_tflops(torch.device(kind), torch.bfloat16):
         text += f"\n{expected_cost(start.config, start.world_size, peak)}"
-    return Found(f"{text}; {problem}; until then nothing is compiled" if problem else text, bool(problem))
+    return Doubt(f"{text}; {problem}; until then nothing is compiled") if problem else text
 
 
 def expected_cost(config: Config, gpus: int, peak_tflops: float) -> str:
@@ -176,7 +168,7 @@ def expected_cost(config: Config, gpus: int, peak_tflops: float) -> str:
     return f"{steps}. Assumes {REFERENCE_MFU:.0%} of the GPU's peak, as the reference had on A100, and no evaluation"
 
 
-def dataset(start: Start) -> Found:
+def dataset(start: Start) -> str:
     """Checks the dataset, or the source that it will be prepared from."""
     config, folder = start.config, start.dataset
     is_to_come = start.to_prepare or (start.awaited and not os.path.exists(folder / MANIFEST))
@@ -190,46 +182,27 @@ def dataset(start: Start) -> Found:
             f"{config.model.n_vocab}. Set --model.n-vocab {n_vocab}."
         )
     if request := start.to_prepare:
-        files = f", {_check_texts(request):,} of them" if request.paths else ""
-        return Found(f"{folder}, to be prepared from {request.sources[0]}{files}")
+        found = find_files(request.paths, quiet=True) if request.paths else {}
+        files = f", {sum(map(len, found.values())):,} of them" if found else ""
+        return f"{folder}, to be prepared from {request.sources[0]}{files}"
     if manifest is None:
-        return Found(f"{folder}, which node 0 prepares")
+        return f"{folder}, which node 0 prepares"
     for shards, at_least in ((manifest.train, config.batch_size), (manifest.validation, 1)):
         WindowDataset(folder, shards, config.model.n_ctx, config.model.n_vocab, at_least)
-    return Found(f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards")
+    return f"{folder}, {manifest.counts['tokens']:,} tokens in {len(manifest.shards)} shards"
 
 
-def _check_texts(request: Request) -> int:
-    """Reads the first texts, and returns the number of files. Raises UserError where the preparation would."""
-    files = [file for each in find_files(request.paths, quiet=True).values() for file in each]
-    for most_bytes in (CHECKED_CHARACTERS, -1):  # the beginning of a text may be one document, and the whole several
-        texts, unread = set[str](), CHECKED_CHARACTERS
-        for file in files:
-            for text in read_texts(file, request.text_field, divide_long=True, most_bytes=most_bytes):
-                if text.strip():
-                    texts.add(text)
-                unread -= len(text)
-                if unread <= 0 and len(texts) > 1:
-                    return len(files)
-        if len(texts) > 1:
-            return len(files)
-    raise UserError(
-        f"Cannot prepare {', '.join(request.paths)}: {len(texts)} different document(s) with text; at least two are "
-        "needed, one to validate and one to train. Give more text."
-    )
-
-
-def folder(start: Start) -> Found:
+def folder(start: Start) -> str:
     """Checks that the run's folder is free and writable, and the dataset's if it will be prepared."""
     refuse_dangling(start.run_dir)
     to_write = [start.run_dir, start.run_dir / "checkpoints"] + ([start.dataset] if start.to_prepare else [])
     for path in sorted({existing_folder(path) for path in to_write}):
         check_writable(path)
     refuse_claimed(start.run_dir)
-    return Found(f"{start.run_dir}, free and writable")
+    return f"{start.run_dir}, free and writable"
 
 
-def disk(start: Start) -> Found:
+def disk(start: Start) -> str:
     """Checks the room for checkpoints and for the dataset, of which half must fit: it can only be estimated."""
     checkpoints = checkpoints_need(start.config, start.run_dir / "checkpoints")
     place, data_place = existing_folder(start.run_dir), existing_folder(start.dataset)
@@ -245,10 +218,10 @@ def disk(start: Start) -> Found:
         text += f"; roughly {size_text(data)} for data, {size_text(free_for_data)} free at {data_place}"
     if is_full:
         raise StorageError(f"{text}; {MAKE_ROOM}, or prepare less with DATA_MAX_TOKENS")
-    return Found(text)
+    return text
 
 
-def hub(start: Start) -> Found:
+def hub(start: Start) -> str:
     """Checks the source of HellaSwag's items, and the hub if the dataset comes from it."""
     source = start.to_prepare.sources[0] if start.to_prepare else ""
     offline, evaluation = hub_settings.HF_HUB_OFFLINE, start.config.eval
@@ -258,25 +231,25 @@ def hub(start: Start) -> Found:
             "DATA_SOURCE to files or pydocs. If everything was downloaded before, set HF_HUB_OFFLINE=1."
         )
     if not evaluation.hellaswag_items or evaluation.hellaswag_data == "held-out":
-        return Found("not needed for HellaSwag")
+        return "not needed for HellaSwag"
     if evaluation.hellaswag_data != "auto":
         items = load_items(Path(evaluation.hellaswag_data), evaluation.hellaswag_items)
-        return Found(f"not needed: {len(items):,} HellaSwag items in {evaluation.hellaswag_data}")
+        return f"not needed: {len(items):,} HellaSwag items in {evaluation.hellaswag_data}"
     refuse_silent_hub()
     if offline and not cached_items():
         raise UserError(
             "Cannot download HellaSwag: HF_HUB_OFFLINE is set. Give a local copy with --eval.hellaswag-data FILE, use "
             "--eval.hellaswag-data held-out for a stand-in, or --eval.hellaswag-items 0 for none."
         )
-    return Found("HellaSwag is downloaded" if cached_items() else f"HellaSwag will come from {hub_settings.ENDPOINT}")
+    return "HellaSwag is downloaded" if cached_items() else f"HellaSwag will come from {hub_settings.ENDPOINT}"
 
 
-def trackers(start: Start) -> Found:
+def trackers(start: Start) -> str:
     require_packages(start.config.report_to)
-    return Found(", ".join(start.config.report_to) or "none")
+    return ", ".join(start.config.report_to) or "none"
 
 
-def checkpoint(start: Start) -> Found:
+def checkpoint(start: Start) -> str:
     """Checks the checkpoint to resume from, except its bytes, which training verifies."""
     folder, resume = start.run_dir / "checkpoints", start.config.resume
     steps = [int(resume)] if resume.isdecimal() else checkpoint_steps(folder) if resume == "auto" else []
@@ -288,15 +261,15 @@ def checkpoint(start: Start) -> Found:
         if start.config.init_from:
             _, path, step = read_initial(start.config)
             origin = f"the weights of {path}, step {step}"
-        return Found(f"{origin}; {rest}")
+        return f"{origin}; {rest}"
     try:
         saved = read_unverified(step_dir(folder, steps[-1]))
     except UserError as error:
         if resume != "auto":
             raise
-        return Found(f"an earlier one than step {steps[-1]}, because: {error}", True)
+        return Doubt(f"an earlier one than step {steps[-1]}, because: {error}")
     check_settings(saved, start.config)
-    return Found(f"step {saved.step} of {start.config.total_steps}, if its files verify")
+    return f"step {saved.step} of {start.config.total_steps}, if its files verify"
 
 
 CHECKS = (settings, device, dataset, folder, disk, hub, trackers, checkpoint)

@@ -9,7 +9,6 @@ import pytest
 from benchmarks import lines
 from tests.conftest import Commands
 from tests.data_processing.documents import some_texts, write_json_lines
-from tests.model_assessment.test_hellaswag_items import RECORD
 
 
 def test_figures_as_lines():
@@ -34,26 +33,11 @@ def test_data_is_prepared_and_loaded(tmp_path: Path, commands: Commands):
         assert loader[name] > 0, name
 
 
-def test_hellaswag_is_answered_as_one_item_at_a_time(tmp_path: Path, commands: Commands):
-    """Contexts have all lengths; the last ones exceed the model's context."""
-    path = tmp_path / "items.jsonl"
-    path.write_text("".join(json.dumps(RECORD | {"ctx": "A man sits. " * n}) + "\n" for n in range(1, 41)))
-    options = ["--items", "4", "--rounds", "1", "--precision", "float32"]
-    done = commands.module("benchmarks.hellaswag", "debug", "--data", str(path), *options)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    assert (figures["items"], figures["other_choices"], figures["largest_gap"]) == (4, 0, 0.0)
-    assert 0 < figures["largest_score_difference"] < 1e-4
-    assert min(figures["seconds"].values()) > 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["benchmarks.data", "--path", "/nope"], "Cannot find --path /nope"),
         (["benchmarks.loader", "--data", "/nope"], "find a dataset at /nope"),
-        (["benchmarks.hellaswag", "debug", "--data", "/nope"], "Cannot read /nope"),
-        (["benchmarks.hellaswag", "debug", "--data", "/nope", "--items", "0"], "--items is 0"),
     ],
 )
 def test_a_mistake_is_named(commands: Commands, arguments: list[str], message: str):

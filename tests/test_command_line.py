@@ -4,13 +4,14 @@ import importlib
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from src.model_configs.arguments import checked
-from src.model_configs.my_llm_config import PRESETS
+from src.model_configs.my_llm_config import PRESETS, config_from_command_line
 from src.model_utils import checkpoint_utils
+from src.params import ConfigError
 from src.utils.errors import UserError
 from src.utils.root import ROOT
 from tests.conftest import Commands
@@ -24,8 +25,8 @@ from tests.conftest import Commands
         (["debug", "--train.micro-batch-size", "3", "--data.dir", "nowhere"], "micro_batch_size can be 1, 2 or 4"),
         (["debug", "--data.dir", "nowhere"], "find a dataset at"),
         (
-            ["debug", "--resume", "soon", "--init-from", "debug"],
-            "is the run itself; give the new run another run_name\n  - resume = 'soon' must be auto, never or the step",
+            ["debug", "--resume", "soon", "--run-name", "a/b"],
+            "run_name = 'a/b' must be a plain folder name\n  - resume = 'soon' must be auto, never or the step",
         ),
     ],
 )
@@ -45,22 +46,35 @@ def test_a_mistake_is_named_with_exit_code_2(commands: Commands, arguments: list
         ("--preset debug", "the preset comes first, alone. Type: python pretrain.py debug ..."),
         (
             "debug --train.seed 1 book.txt",
-            "Cannot use 'book.txt' here. Plain arguments, such as texts, come before settings.",
+            "Cannot use 'book.txt' here. Plain arguments, such as texts, come before options.",
         ),
         ("--train.seed 1", "The preset is missing. Type: python pretrain.py PRESET"),
-        ("debug --max-lr 1e-3", "Cannot find the setting --max-lr. Perhaps you mean --optim.max-lr."),
+        ("debug --max-lr 1e-3", "Cannot find the option --max-lr. Perhaps you mean --optim.max-lr."),
         ("debug --lr 1", "Perhaps you mean --optim.max-lr or "),
-        ("debug --train.total-steps 1.5", "--train.total-steps '1.5': it must be a whole number or None."),
-        ("debug --train.seed=1e99", "--train.seed '1e99': it must be a whole number."),
-        ("debug --optim.max-lr x", "--optim.max-lr 'x': it must be a number."),
-        ("debug --train.micro-batch-size x", "it must be a whole number or auto."),
     ],
 )
-def test_a_mistake_in_the_settings_is_one_line_without_pythons_words(arguments: str, expected: str):
+def test_a_mistake_in_the_settings_is_one_line_without_pythons_words(
+    arguments: str, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments.split()])
     with pytest.raises(UserError) as raised:
-        checked(arguments.split(), PRESETS, "python pretrain.py")
+        config_from_command_line("")
     assert expected in str(raised.value)
     assert len(str(raised.value)) < 160
+
+
+def test_all_values_that_cannot_work_are_named(monkeypatch: pytest.MonkeyPatch):
+    wrong = "--train.total-steps 1.5 --train.seed=1e99 --optim.max-lr x --train.micro-batch-size x --report-to y"
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "debug", *wrong.split()])
+    with pytest.raises(ConfigError) as raised:
+        config_from_command_line("")
+    assert sorted(raised.value.problems) == [
+        "optim.max_lr = 'x' must be a number",
+        "report_to = ('y',) must be a list of: tensorboard or wandb",
+        "train.micro_batch_size = 'x' must be a whole number or auto",
+        "train.seed = '1e99' must be a whole number",
+        "train.total_steps = '1.5' must be a whole number or None",
+    ]
 
 
 def test_a_mistyped_option_of_a_command_is_named(refused: Callable[..., str]):
@@ -70,10 +84,32 @@ def test_a_mistyped_option_of_a_command_is_named(refused: Callable[..., str]):
     assert message.endswith("List all with: python -m src.data_processing.data_downloader --help.")
 
 
-def test_whole_numbers_may_have_an_exponent():
-    given = "debug --train.total-tokens 1e6 --train.seed=2.5e1 --optim.max-lr 1e-3 --run-name 1e3 --model.no-bias"
-    expected = "debug --train.total-tokens 1000000 --train.seed 25 --optim.max-lr 1e-3 --run-name 1e3 --model.no-bias"
-    assert checked(given.split(), PRESETS, "") == expected.split()
+def test_settings_are_read_by_their_type(monkeypatch: pytest.MonkeyPatch):
+    given = "--train.total_tokens 1e6 --train.seed=2.5e1 --optim.max-lr 1e-3 --run-name 1e3 --model.bias --optim.eps 1"
+    given += " --model.no-qk-norm --eval.sample-prompts a b --optim.embedding-lr None --report-to --optim.momentum .5"
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "debug", *given.split()])
+    config, preset = config_from_command_line(""), PRESETS["debug"]()
+    assert config == replace(
+        preset,
+        run_name="1e3",
+        model=replace(preset.model, bias=True, qk_norm=False),
+        optim=replace(preset.optim, max_lr=1e-3, eps=1.0, embedding_lr=None, momentum=0.5),
+        train=replace(preset.train, total_tokens=1_000_000, seed=25),
+        eval=replace(preset.eval, sample_prompts=("a", "b")),
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["debug", "--help"]])
+def test_help_lists_every_setting(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        config_from_command_line("Train.")
+    assert end.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--train.total-tokens VALUE Tokens to train on; the number of steps follows from it" in printed
+    assert "--eval.val-tokens VALUE" in printed
 
 
 def test_a_python_without_the_packages_is_named(commands: Commands):

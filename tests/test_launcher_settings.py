@@ -118,19 +118,6 @@ def test_a_second_corpus_gets_a_new_dataset_and_run(tmp_path: Path, capsys: pyte
     assert names() == ("texts", "debug-texts")
 
 
-def test_a_run_of_an_earlier_version_keeps_its_names(tmp_path: Path):
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for number in range(3):
-        (texts / f"{number}.txt").write_text(f"text {number} " * 50)
-    variables = {"PRESET": "debug", "DATA_PATH": str(texts)}
-    prepare(requested(variables | {"DATA_SOURCE": "files"}), tmp_path / "datasets" / "my_text", workers=1)
-    (tmp_path / "runs" / "debug").mkdir(parents=True)
-    (tmp_path / "runs" / "debug" / "config.json").write_text('{"config": {"data": {"dir": "my_text"}}}')
-    found = settings(variables, [])
-    assert (Path(str(found["DATASET"])).name, found["RUN_NAME"]) == ("my_text", "debug")
-
-
 def test_overrides_win():
     found = settings(
         {"PRESET": "debug", "RUN_NAME": "one", "DATA_DIR": "x"}, ["--run-name=two", "--data.dir", "y", "--dry-run"]

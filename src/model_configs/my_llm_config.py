@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from src.model_configs.arguments import checked
+from src.model_configs.arguments import overridden
 from src.params import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from src.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,20 @@ class Preset:
 def config_from_command_line(description: str, prog: str = "python pretrain.py", also: Collection[str] = ()) -> Config:
     """Returns the Config that sys.argv describes: the name of a preset, then overrides of any field.
 
-    `prog` is the command's name in its help, `also`: see `checked`. Raises UserError or ConfigError for a
-    setting that cannot work.
+    `prog` is the command's name in its help, `also`: options that it has taken out already. Raises UserError or
+    ConfigError for a preset or setting that cannot work.
     """
-    import tyro  # only commands need it
-
-    sys.argv[1:] = checked(sys.argv[1:], PRESETS, prog, also)
-    # PYTHONOPTIMIZE=2 strips docstrings.
-    presets = {name: ((preset.make.__doc__ or "").partition("\n")[0], preset()) for name, preset in PRESETS.items()}
-    return tyro.extras.overridable_config_cli(presets, prog=prog, description=description)
+    first, names = (sys.argv[1:] or ["--"])[0], ", ".join(PRESETS)
+    if first.partition("=")[0] == "--preset":
+        name = first.partition("=")[2] or [*sys.argv[2:], "NAME"][0]
+        raise UserError(f"Cannot use --preset: the preset comes first, alone. Type: {prog} {name} ...")
+    if first in PRESETS:
+        return overridden(PRESETS[first](), sys.argv[2:], f"{prog} {first}", description, also)
+    if {"-h", "--help"} & set(sys.argv):
+        return overridden(Config(), ["--help"], f"{prog} PRESET", f"{description} Presets: {names}.")
+    if first.startswith("-"):
+        raise UserError(f"The preset is missing. Type: {prog} PRESET ..., with one of: {names}.")
+    raise UserError(f"Cannot find the preset {first!r}. Choose one of: {names}.")
 
 
 FAST_OPTIM = OptimConfig(

@@ -113,13 +113,9 @@ class Processes:
                 received[name] = on_device.cpu()
         return received
 
-    def main_only(self, action: Callable[[], T], for_long: bool = False) -> T:
-        """Runs `action` in the main process; all get its result. If it fails, all of them raise.
-
-        `for_long`: as in `together_for_long`.
-        """
-        together = self.together_for_long if for_long else self.together
-        return cast(T, self.from_main(together(lambda: action() if self.is_main else None)))
+    def main_only(self, action: Callable[[], T], activity: str = "") -> T:
+        """Runs `action` in the main process, as `together_for_long`; all get its result. If it fails, all raise."""
+        return cast(T, self.from_main(self.together_for_long(lambda: action() if self.is_main else None, activity)))
 
     def together(self, action: Callable[[], T]) -> T:
         """Runs `action` in every process; if it fails in any, all raise.
@@ -140,12 +136,13 @@ class Processes:
             raise PeerError(*peer_failure)
         return cast(T, result)
 
-    def together_for_long(self, action: Callable[[], T]) -> T:
-        """As `together`, for an action that may take some processes hours, such as reading a dataset.
+    def together_for_long(self, action: Callable[[], T], activity: str = "") -> T:
+        """As `together`, for an action that may take some processes hours, such as reading a dataset: the `activity`.
 
         It runs in a thread. The processes exchange a sign of life every second, so the time-out of the process group
         covers that second, not the action, and a process that hangs is still noticed.
         """
+        self.activity = activity or self.activity
         if self.world_size == 1:
             return action()
         job: Future[T] = Future()

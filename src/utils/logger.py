@@ -7,14 +7,11 @@ the run. At a resume the log must be readable and writable, or a step would be l
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from src.utils.errors import StorageError, UserError, harmless, say
 from src.utils.files import open_regular, read_json, replacing, storage_errors, sync
@@ -26,24 +23,23 @@ class RunLogger:
     def __init__(self, run_dir: Path, is_main: bool) -> None:
         self.run_dir = run_dir
         self.is_main = is_main
-        self._bar: tqdm | None = None
         self._warned = False
         self._held: dict[Path, int] = {}
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with each record of metrics.jsonl after it was written."""
 
-    def hold(self) -> None:
-        """Creates the run's folders and keeps them open, for `check_place`."""
-        if self.is_main:
-            with storage_errors(self.run_dir / "checkpoints", "make the folder"):
-                (self.run_dir / "checkpoints").mkdir(exist_ok=True)
-                for folder in (self.run_dir, self.run_dir / "checkpoints"):
-                    self._held[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-    def release(self) -> None:
-        """Closes what `hold` opened."""
-        while self._held:
-            os.close(self._held.popitem()[1])
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Creates the run's folders and keeps them open in the block, for `check_place`. For the main process."""
+        with storage_errors(self.run_dir / "checkpoints", "make the folder"):
+            (self.run_dir / "checkpoints").mkdir(exist_ok=True)
+            for folder in (self.run_dir, self.run_dir / "checkpoints"):
+                self._held[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield
+        finally:
+            while self._held:
+                os.close(self._held.popitem()[1])
 
     def check_place(self) -> None:
         """Raises StorageError where the paths of the run's folders lead to others than at the start.
@@ -59,9 +55,8 @@ class RunLogger:
     def info(self, text: str) -> None:
         """A line for people, on stderr and in log.txt; control characters are escaped."""
         if self.is_main:
+            say(text)
             text = harmless(text, keep="\n\t")  # a sample can hold any character
-            tqdm.write(text, file=sys.stderr)  # above the progress bar
-            sys.stderr.flush()
             self._append("log.txt", time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + text)
 
     def metric(self, kind: str, step: int, **values: Any) -> None:
@@ -133,20 +128,6 @@ class RunLogger:
         if self.is_main and (self.run_dir / "metrics.jsonl").exists():
             with self._one_warning():
                 sync(self.run_dir / "metrics.jsonl")
-
-    def start_bar(self, step: int, total_steps: int) -> None:
-        """A progress bar, on a terminal only."""
-        if self.is_main and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
-
-    def advance_bar(self, **shown: str) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update()
-
-    def close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

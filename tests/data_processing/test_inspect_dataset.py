@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.synthetic_dataset import make_sparse_dataset
+from benchmarks.loader import make_sparse_dataset
 from src.data_processing.inspect_dataset import excerpt, excerpts, inspect
 from src.data_processing.shards import Manifest, stray_files, write_manifest
 from src.data_processing.tokenizer import Tokenizer, load_tokenizer

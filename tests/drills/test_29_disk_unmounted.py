@@ -8,11 +8,12 @@ import pytest
 from tests.conftest import Commands
 from tests.drills.small_run import AT_LINE, LONGER, contents, mounts, small_disk, start_with
 
+# Before the first save: one that is under way would fail with a message of its own.
 UNMOUNT = (
     AT_LINE
     + """
 import subprocess
-at_line("train", 6, lambda: subprocess.run(["umount", "-l", {path!r}], check=True))
+at_line("train", 2, lambda: subprocess.run(["umount", "-l", {path!r}], check=True))
 """
 )
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,9 @@ class Thread(Processes):
         values = list(self.values)
         self.meeting.wait(timeout=10)  # nobody begins the next one before all have read
         return values
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return [sum(each) for each in zip(*self.gather(values), strict=True)]
 
     def from_main(self, value: Any) -> Any:
         return self.gather(value)[0]
@@ -135,7 +138,7 @@ def two(tmp_path: Path, action: str) -> tuple[int, str]:
 
 
 def test_a_process_may_work_longer_than_the_others_wait_for_each_other(tmp_path: Path):
-    assert two(tmp_path, "assert procs.main_only(lambda: time.sleep(7) or 'read', for_long=True) == 'read'") == (0, "")
+    assert two(tmp_path, "assert procs.main_only(lambda: time.sleep(7) or 'read') == 'read'") == (0, "")
 
 
 def test_an_error_of_long_work_ends_all_in_its_way(tmp_path: Path):

@@ -1,17 +1,11 @@
-import fcntl
 import json
 import os
-import struct
-import subprocess
-import sys
-import termios
 from pathlib import Path
 
 import pytest
 
 from src.utils import files
 from src.utils.logger import RunLogger
-from src.utils.root import ROOT
 
 
 def test_records_are_lines_of_json_without_nan(tmp_path: Path):
@@ -78,39 +72,6 @@ def test_a_log_that_cannot_be_written_is_one_warning(tmp_path: Path, capsys: pyt
     log.info("words")
     log.write_json("status.json", {"state": "running"})
     assert capsys.readouterr().err.count("Training continues") == 1
-
-
-RUN = """
-from pathlib import Path
-from src.utils.logger import RunLogger
-log = RunLogger(Path("."), is_main=True)
-log.start_bar(1, 3)
-log.info("first line")
-log.advance_bar(loss="2.500")
-log.info("second line")
-log.close_bar()
-"""
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_progress_bar_is_for_terminals_and_a_file_holds_lines_only(tmp_path: Path, terminal: bool):
-    mine, theirs = os.openpty() if terminal else os.pipe()
-    if terminal:
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    command = [sys.executable, "-c", RUN]
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=theirs, check=True)
-    os.close(theirs)
-    said = b""
-    try:
-        while part := os.read(mine, 4_096):
-            said += part
-    except OSError:  # a terminal that is closed
-        pass
-    os.close(mine)
-    if terminal:
-        assert b"loss=2.500" in said
-    else:
-        assert said == b"first line\nsecond line\n"
 
 
 def test_the_training_line_of_a_stop_goes_at_the_resume(tmp_path: Path):
