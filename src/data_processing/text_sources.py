@@ -199,12 +199,11 @@ def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path
     return files
 
 
-def read_texts(path: Path, text_field: str, divide_long: bool = False, most_bytes: int = -1) -> Iterator[str]:
+def read_texts(path: Path, text_field: str, divide_long: bool = False) -> Iterator[str]:
     """Yield the documents of one file.
 
-    A .txt or .md file is one document, or with `divide_long` perhaps several; `most_bytes` reads only its beginning.
-    The others hold one a line or row, in the field `text_field`. Raises UserError for a file that is damaged or has no
-    such field.
+    A .txt or .md file is one document, or with `divide_long` perhaps several. The others hold one a line or row,
+    in the field `text_field`. Raises UserError for a file that is damaged or has no such field.
     """
     kind, read = path.suffix.lower(), {".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
@@ -215,7 +214,7 @@ def read_texts(path: Path, text_field: str, divide_long: bool = False, most_byte
         if _ANNEX_POINTER.fullmatch(head):
             raise UserError(f"Cannot read {path}: it is a git-annex pointer. Run git annex get to fetch the file.")
         if kind in (".txt", ".md"):
-            yield from _read_text(path, divide_long, most_bytes)
+            yield from _read_text(path, divide_long)
         else:
             yield from read.get(kind, _read_lines)(path, text_field)
     except UserError:
@@ -385,14 +384,13 @@ def _parts(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _read_text(path: Path, divide_long: bool, most_bytes: int) -> Iterator[str]:
+def _read_text(path: Path, divide_long: bool) -> Iterator[str]:
     """Read a file as a text, decoded from UTF-8, or from UTF-16 or UTF-32 with a mark; its line ends become "\\n"."""
-    with open(path, "rb") as file:
-        data, is_cut = file.read(most_bytes), bool(file.read(1))
+    data = path.read_bytes()
     encoding = _encoding_of(data[:_JUDGED], path)
-    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8" else "surrogatepass")
+    errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
     try:
-        text = decoder.decode(data.removeprefix(codecs.BOM_UTF8), final=not is_cut)
+        text = data.removeprefix(codecs.BOM_UTF8).decode(encoding, errors)
     except UnicodeDecodeError as error:
         raise UserError(
             f"Cannot read {path}: it begins with the mark of {encoding.upper()} and is damaged: {error.reason} at "
