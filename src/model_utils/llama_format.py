@@ -75,7 +75,7 @@ def architecture(config: ModelConfig) -> str:
 def llama_settings(config: ModelConfig) -> dict[str, Any]:
     """Return config.json of the architecture in this shape. Dropout has no counterpart there. Raises UserError."""
     name = architecture(config)
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "Llama": {"mlp_bias": config.bias},
         "Qwen3": {},
         # Its defaults would stretch the positions.
