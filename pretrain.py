@@ -27,7 +27,7 @@ import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -433,7 +433,7 @@ def local_stop_cause(run: Run) -> str:
         run.log.check_place()
     except StorageError:  # the save that ends the run raises it in all processes
         return "a disk that is gone"
-    return f"the file {STOP_FILE}" if run.procs.is_main and (run.log.run_dir / STOP_FILE).exists() else ""
+    return f"the file {STOP_FILE}" if run.procs.is_main and (run.log.run_dir / STOP_FILE).is_file() else ""
 
 
 def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> StepResult:
@@ -606,12 +606,10 @@ def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
     done = step == total_steps and not unmeasured  # else the next start measures them
     if done and (skipped := run.state.progress.skipped_in_a_row):
         log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")
-    if procs.is_main and (stop_file := log.run_dir / STOP_FILE).exists():
+    if procs.is_main and (stop_file := log.run_dir / STOP_FILE).is_file():
         cause = f"the file {STOP_FILE}"  # also where a signal came first: the file decides the next start
-        try:
+        with suppress(OSError):  # the next start would stop at once, and name it again
             stop_file.unlink()
-        except OSError as error:
-            log.info(f"warning: Cannot remove {stop_file}: {error.strerror}. The next start will stop at once.")
     if cause:
         log.event("stop", step, f"requested by {cause}")
     if done:
