@@ -7,7 +7,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,10 +261,10 @@ def test_samples_keep_their_lines_and_lose_their_control(
 ):
     text = f"line\n\tindented {CONTROL}"
     made = sampling.Sample("prompt", text, [1], [-1.0])
-    loaded = SimpleNamespace(model=None, tokenizer=None, path=Path("step_0000001"), autocast=nullcontext)
+    loaded = SimpleNamespace(
+        path=Path("step_0000001"), generate=lambda *_, **__: [made], stream=lambda *_, **__: iter(text)
+    )
     monkeypatch.setattr(sampling, "TextModel", lambda *_: loaded)
-    monkeypatch.setattr(sampling, "sample", lambda *_: [made])
-    monkeypatch.setattr(sampling, "stream", lambda *_: iter(text))
     monkeypatch.setattr("sys.argv", ["sampling", "--checkpoint", "x", "--prompt", "prompt", *more])
     sampling.main()
     shown, _, rest = capsys.readouterr().out.partition("-" * 40)
