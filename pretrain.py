@@ -235,8 +235,8 @@ def refuse_differences(
 def claim(config: Config, procs: Processes, log: RunLogger, stop: Stop, stack: ExitStack) -> Config:
     """Takes the run's folder until `stack` ends. Returns `config`, which resumes where this launch has begun the run.
 
-    Raises BusyError where another process holds it, and UserError where the run would start over without a word,
-    because a machine that does not share its disk holds later checkpoints, or where config.init_from cannot serve.
+    Raises BusyError where another process holds it. Raises UserError where a machine that does not share its disk holds
+    later checkpoints, because the run would start over without a word, and where config.init_from cannot serve.
     """
     root = log.run_dir / "checkpoints"
     steps = procs.together(lambda: checkpoint_steps(root))
@@ -538,11 +538,11 @@ def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> No
     windows = [(first + shard, window) for shard, window in batches.step_windows(progress.step - 1)]
     n_ctx = config.model.n_ctx
     places = " ".join(f"{shard}:{window * n_ctx}-{(window + 1) * n_ctx}" for shard, window in windows[:4])
-    look = f"--inspect --out '{config.data.dir}' --at {places} shows the first of its {len(windows)} window(s)"
+    command = f"python -m src.data_processing.data_downloader --inspect --out '{config.data.dir}' --at {places}"
     run.log.event(
         "skipped step",
         progress.step,
-        f"{result.skipped}; data_downloader {look}",
+        f"{result.skipped}; the beginning of its {len(windows)} window(s) of text: {command}",
         n_ctx=n_ctx,
         windows=windows[:MAX_RECORDED_WINDOWS],
     )

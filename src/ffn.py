@@ -1,4 +1,7 @@
-"""The feed-forward networks that a block can have. F is the hidden width, config.ffn_hidden."""
+"""The feed-forward networks that a block can have.
+
+Shapes: B sequences, T positions, D width, F hidden width (config.ffn_hidden).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +23,8 @@ class FFN(nn.Module):
         self.dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        value, gate = self.in_proj(x_BTD).chunk(2, dim=-1)
-        return self.out_proj(self.dropout(value * F.silu(gate)))
+        value_BTF, gate_BTF = self.in_proj(x_BTD).chunk(2, dim=-1)
+        return self.out_proj(self.dropout(value_BTF * F.silu(gate_BTF)))
 
 
 class ReluSquaredFFN(nn.Module):

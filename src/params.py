@@ -67,7 +67,7 @@ class ModelConfig:
     """Attention heads; n_embd / n_head is the head dimension, which must be even."""
     n_layer: Layers = 16
     """Transformer blocks."""
-    ffn_mult: Layers = 4
+    ffn_mult: Annotated[int, 1, MAX_LAYERS] = 4
     """Hidden size of the feed-forward network, in multiples of n_embd; half as much again with relu2."""
     ffn: Literal["swiglu", "relu2"] = "swiglu"
     """Kind of feed-forward network. relu2 is relu(x)^2, two matrices with as many numbers as SwiGLU's three."""

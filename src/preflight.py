@@ -1,4 +1,4 @@
-"""Eight checks of whether a start of training can work, made in seconds before hours are spent on it.
+"""Eight checks, in seconds, that training can start, before hours are spent on it.
 
     python -m src.preflight PRESET [overrides as of pretrain.py]
 
@@ -203,7 +203,7 @@ def folder(start: Start) -> str:
 
 
 def disk(start: Start) -> str:
-    """Checks the room for checkpoints and for the dataset, of which half must fit: it can only be estimated."""
+    """Checks the room for checkpoints and for the dataset."""
     checkpoints = checkpoints_need(start.config, start.run_dir / "checkpoints")
     place, data_place = existing_folder(start.run_dir), existing_folder(start.dataset)
     request, data = start.to_prepare, 0
@@ -211,11 +211,11 @@ def disk(start: Start) -> str:
         data = disk_needed(request, start.dataset) if request else 0
     free, free_for_data = free_bytes(place), free_bytes(data_place)
     on_one_disk = place.stat().st_dev == data_place.stat().st_dev
-    is_full = checkpoints + on_one_disk * data // 2 > free or data // 2 > free_for_data
+    is_full = checkpoints + on_one_disk * data > free or data > free_for_data
     only = "only " if is_full else ""
     text = f"{size_text(checkpoints)} for checkpoints needed, {only}{size_text(free)} free at {place}"
-    if request:
-        text += f"; roughly {size_text(data)} for data, {size_text(free_for_data)} free at {data_place}"
+    if data:
+        text += f"; at least {size_text(data)} for data, {size_text(free_for_data)} free at {data_place}"
     if is_full:
         raise StorageError(f"{text}; {MAKE_ROOM}, or prepare less with DATA_MAX_TOKENS")
     return text

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -46,9 +46,9 @@ from src.data_processing.shards import (
     stray_files,
     write_manifest,
 )
-from src.data_processing.text_sources import SOURCES, Request, Source, find_files
+from src.data_processing.text_sources import SOURCES, ChangedError, Request, Source, find_files
 from src.data_processing.tokenizer import Tokenizer
-from src.model_configs.arguments import Parser, whole
+from src.model_configs.arguments import Parser, between
 from src.utils.errors import StorageError, UserError, cause_of, exit_with, print_result, say
 from src.utils.files import bytes_below, fingerprint, free_bytes, size_text, storage_errors, sync
 from src.utils.root import dataset_dir
@@ -115,12 +115,13 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
             elif journal.counts["tokens"]:
                 say(f"resuming after {journal.counts['tokens']:,} tokens")
             needed, free = disk_needed(request, folder), free_bytes(folder)
-            if needed > 2 * free:  # the estimate is rough
+            if needed > free:
                 raise StorageError(
-                    f"Cannot prepare {folder}: some {size_text(needed)} of disk needed, {size_text(free)} free. Make "
-                    "room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens."
+                    f"Cannot prepare {folder}: at least {size_text(needed)} of disk needed, {size_text(free)} free. "
+                    "Make room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens."
                 )
-            encode_sources(sources, request, journal, work, workers)
+            with nothing_to_resume(work, ChangedError):
+                encode_sources(sources, request, journal, work, workers)
         documents = SortedDocuments(work, journal, request.drop_duplicates)
         with nothing_to_resume(work):  # too few documents
             shards = write_shards(documents, request, folder)
@@ -173,10 +174,10 @@ def repair(folder: Path, workers: int) -> Manifest:
 
 
 def disk_needed(request: Request, folder: Path) -> int:
-    """Estimate the bytes that preparing `request` in `folder` needs beyond the leftovers of an earlier start."""
+    """Estimate the least bytes that preparing `request` in `folder` needs beyond an earlier start's; 0: unknown."""
     limits = (request.max_tokens or math.inf, (request.max_documents or math.inf) * 1_100)  # FineWeb-Edu's mean
     tokens = int(min(sum(SOURCES[name].tokens(request) for name in request.sources), *limits))
-    # The runs and the shards, with an eighth for records.
+    # Sorted stretches and shards, and an eighth of one copy for records.
     return max(0, tokens * TOKEN_DTYPE.itemsize * 17 // 8 - bytes_below(folder))
 
 
@@ -286,7 +287,7 @@ def _parse_arguments() -> argparse.Namespace:
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in SOURCES.items())
     taken = "take the first documents of the sources, of a hub dataset a random part, up to this many"
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
-    number: dict[str, Any] = {"type": _number_from(1), "metavar": "N"}
+    count: dict[str, Any] = {"type": between(1, 10**15), "metavar": "N"}
     add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--source", **several, choices=tuple(SOURCES), help=f"{kinds}; several are mixed in their given order")
     help = (
@@ -299,17 +300,17 @@ def _parse_arguments() -> argparse.Namespace:
     add("--split", metavar="NAME", help="for --source hub: the dataset's split")
     help = "field or column that holds the text (%(default)s)"
     add("--text-field", metavar="NAME", default=Request.text_field, help=help)
-    add("--max-tokens", **number, help=f"{taken} tokens (default: all)")
-    add("--max-documents", **number, help=f"{taken} (default: all)")
+    add("--max-tokens", **count, help=f"{taken} tokens (default: all)")
+    add("--max-documents", **count, help=f"{taken} (default: all)")
     add("--drop-duplicates", action="store_true", help="keep one of documents that are equal to the byte")
     help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source)"
     add("--out", metavar="DIR", help=help)
     help = "processes that tokenise; the result is the same for any number (default: one a core, %(default)s)"
-    add("--workers", type=_number_from(1, 1_024), metavar="N", default=available_cores(), help=help)
+    add("--workers", type=between(1, 1_024), metavar="N", default=available_cores(), help=help)
     help = "a shard holds at most this many tokens, or one longer document (default: %(default)s)"
-    add("--tokens-per-shard", **number, default=Request.tokens_per_shard, help=help)
+    add("--tokens-per-shard", **count, default=Request.tokens_per_shard, help=help)
     help = "seed of the shuffle (default: %(default)s)"
-    add("--seed", type=_number_from(0, 2**63 - 1), metavar="N", default=Request.seed, help=help)
+    add("--seed", type=between(0, 2**63 - 1), metavar="N", default=Request.seed, help=help)
     modes.add_argument("--verify", action="store_true", help="check the dataset in --out, every byte, and exit")
     modes.add_argument("--repair", action="store_true", help="replace the damaged shards of --out, and exit")
     modes.add_argument("--inspect", action="store_true", help="show the content of the dataset in --out, and exit")
@@ -319,7 +320,7 @@ def _parse_arguments() -> argparse.Namespace:
     sources = args.source or []
     if not (sources or args.verify or args.repair or args.inspect):
         raise UserError(
-            "Cannot prepare a dataset: nothing says of which text. Name files or folders, as in ./llm data my_texts/, "
+            "Cannot prepare a dataset: no text is named. Name files or folders, as in ./llm data my_texts/, "
             "which is --source files --path my_texts/. Or name a source, as in --source pydocs. --help lists all."
         )
     if "" in (*args.path, args.out, args.dataset):
@@ -342,16 +343,6 @@ def _request(args: argparse.Namespace) -> Request:
     fields = {field.name for field in dataclasses.fields(Request)} - {"sources", "paths"}
     paths = [os.path.abspath(os.path.expanduser(path)) for path in args.path]
     return Request(list(dict.fromkeys(args.source)), paths, **{name: getattr(args, name) for name in fields})
-
-
-def _number_from(minimum: int, maximum: int = 10**15) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        with suppress(argparse.ArgumentTypeError):
-            if minimum <= (value := whole(text)) <= maximum:
-                return value
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {minimum} to {maximum:,}")
-
-    return number
 
 
 if __name__ == "__main__":

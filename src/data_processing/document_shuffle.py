@@ -8,7 +8,7 @@ appended to the folder of unfinished work, .preparing in the dataset's:
     tokens         their token ids, uint16
 
 Every 64M tokens have an entry: they are sorted by key and appended to both files, then the journal is replaced at once.
-A restart resumes there, and overwrites what lies behind the documents that the journal counts. In the end the records
+A restart resumes there, and overwrites what follows the documents that the journal counts. In the end the records
 are sorted, and the documents copied into shards in that order. That reads each sorted stretch of `tokens` from its
 beginning to its end. Memory holds some 120 bytes a document, 1.2 GB at 10B tokens, and what the workers work on.
 """
@@ -60,7 +60,7 @@ RECORDS, TOKENS = "records", "tokens"
 
 
 class Position(NamedTuple):
-    """A place in the sources, behind a batch."""
+    """A place in the sources, after a batch."""
 
     source: int = 0
     unit: int = 0
@@ -218,19 +218,18 @@ def encode_sources(sources: Sequence[Source], request: Request, journal: Journal
             f"part {sum(units[: position.source]) + position.unit + 1:,} of {sum(units):,}: {counts['documents']:,} "
             f"documents, {counts['tokens']:,} tokens, {rate:,.0f} tokens/s"
         )
-    with nothing_to_resume(work):  # what was appended may be of neither version
-        for source in sources:
-            source.check_unchanged()
+    for source in sources:
+        source.check_unchanged()
     journal.is_complete = True
     journal.append(work, waiting)
 
 
 @contextmanager
-def nothing_to_resume(work: Path) -> Iterator[None]:
-    """Keeps the next start from resuming after a UserError in the block."""
+def nothing_to_resume(work: Path, after: type[UserError] = UserError) -> Iterator[None]:
+    """Keeps the next start from resuming after an error of this kind in the block."""
     try:
         yield
-    except UserError:
+    except after:
         with storage_errors(work / JOURNAL, "delete"):
             (work / JOURNAL).unlink()
         raise
@@ -258,7 +257,7 @@ class Document(NamedTuple):
 def encode_all(
     sources: Sequence[Source], start: Position, workers: int, seed: int, ahead: int
 ) -> Iterator[tuple[Position, list[Document]]]:
-    """Yield the encoded batches behind `start`, in order, each with the position behind it.
+    """Yield the encoded batches after `start`, in order, each with the position after it.
 
     At most `ahead` batches are read before the first of them is taken. Raises UserError if a worker is killed.
     """
@@ -408,7 +407,7 @@ def write_shards(documents: SortedDocuments, request: Request, folder: Path) -> 
 
 
 def _batches(sources: Sequence[Source], start: Position) -> Iterator[tuple[Position, list[str]]]:
-    """Yield all batches from `start`, each with the position behind it."""
+    """Yield all batches after `start`, each with the position after it."""
     for number, source in enumerate(sources):
         for unit in range(len(source.units)):
             if (number, unit) >= start[:2]:

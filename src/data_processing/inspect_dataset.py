@@ -69,7 +69,7 @@ def excerpts(folder: Path, places: Sequence[str]) -> tuple[str, dict[str, Any]]:
                 f"Cannot show {place[:60]!r}: expected SHARD:FIRST-END, a shard from 0 to {len(manifest.shards) - 1} "
                 f"and at most {_MOST_TOKENS:,} of its tokens, such as 0:0-{min(200, manifest.shards[0].tokens)}."
             )
-        page += [excerpt(folder, manifest, shard, first, end - first, _SAMPLE_LINES) for shard in shards]
+        page += [excerpt(folder, manifest, shard, first, end - first, _MOST_TOKENS) for shard in shards]
     return "\n\n".join(page), {"dataset": str(folder), "places": len(places)}
 
 

@@ -1,7 +1,7 @@
 """The request that describes a dataset, the registry of sources of documents, and files of text as one of them.
 
 A source hands out documents, the same ones in the same order every time. It is made of units, such as files. An
-interrupted preparation resumes behind any batch of documents without reading earlier units.
+interrupted preparation resumes after any batch of documents without reading earlier units.
 Bytes that are not UTF-8 arrive as lone surrogates (PEP 383): the writer replaces and counts them.
 
 To add a source, write a subclass of `Source` and a row of `SOURCES`. The command, the launcher, preflight and the
@@ -133,7 +133,7 @@ class SourceKind:
     """Open the sources of a request. `Pinned` has the details of the same sources from an earlier start or from the
     manifest under repair, or nothing. The path is a folder for downloads; it is deleted with the unfinished work."""
     tokens: Callable[[Request], int] = lambda _: 0
-    """Estimate the tokens without a network, to tell how much disk is needed; 0: unknown."""
+    """Return the least number of tokens without a network, to tell how much disk is needed; 0: unknown."""
     uses_hub: bool = False
 
 
@@ -267,6 +267,10 @@ class PythonDocs(Source):
         return python_docs.documents()
 
 
+class ChangedError(UserError):
+    """A source changed while it was read, so what was read may be of neither version."""
+
+
 class Files(Source):
     """The documents of one path of the user's: a file, or the files of a folder or a pattern, in order."""
 
@@ -297,7 +301,7 @@ class Files(Source):
         # A backup's hard link, chmod or touch changes times. Only then is the content worth reading again.
         is_same_file = all(now.get(name) == before.get(name) for name in ("size", "inode"))
         if not is_same_file or _describe(path) != self.details["files"][unit]:
-            raise UserError(
+            raise ChangedError(
                 f"Cannot use {path}: it changed while it was being prepared. Rerun once it no longer changes."
             )
         self._identities[unit] = now
@@ -327,7 +331,7 @@ SOURCES: dict[str, SourceKind] = {
         dataset_name="",
         help="local files",
         open=lambda request, pinned, downloads: [*open_files(request.paths, request.text_field, pinned)],
-        tokens=lambda request: sum(map(_estimated_tokens, chain(*find_files(request.paths, quiet=True).values()))),
+        tokens=lambda request: sum(map(_least_tokens, chain(*find_files(request.paths, quiet=True).values()))),
     ),
     "pydocs": SourceKind(
         dataset_name="pydocs",
@@ -338,8 +342,9 @@ SOURCES: dict[str, SourceKind] = {
 }
 
 
-def _estimated_tokens(file: Path) -> int:
-    return file.stat().st_size * _COMPRESSION.get(file.suffix.lower(), 1) // _BYTES_PER_TOKEN
+def _least_tokens(file: Path) -> int:
+    # Half of what such a file usually holds.
+    return file.stat().st_size * _COMPRESSION.get(file.suffix.lower(), 1) // (2 * _BYTES_PER_TOKEN)
 
 
 def _files_below(root: Path) -> Iterator[Path]:

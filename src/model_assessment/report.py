@@ -10,11 +10,14 @@ comparison.html into the folder of the first run, the third temp_data/runs/index
 """
 
 import base64
+import glob
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +43,11 @@ from src.model_configs.arguments import Parser
 from src.model_configs.my_llm_config import PRESETS
 from src.params import to_dict
 from src.utils import root
-from src.utils.errors import StorageError, UserError, exit_with, harmless, print_result
-from src.utils.files import replacing, storage_errors
+from src.utils.errors import UserError, exit_with, harmless, print_result
+from src.utils.files import storage_errors
 
 # Groups of config.json that may explain a difference between runs. The others, command and times, always differ.
+LONGEST_WRITE_SECONDS = 60.0
 COMPARED = ("config", "derived", "versions", "machine", "dataset")
 Samples = dict[str, list[list[str]]]  # for each prompt, the texts in each column of a table
 
@@ -81,8 +85,10 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
     if len(run_dirs) > len(COLORS):
         raise UserError(f"Cannot compare {len(run_dirs)} runs: more than {len(COLORS)} look alike. Name fewer.")
     runs = [
-        run_history.published_run() if each.name == "published" and not each.exists() else run_history.read_run(each)
-        for each in run_dirs
+        run_history.published_run()
+        if i and each.name == "published" and not each.exists()
+        else run_history.read_run(each)
+        for i, each in enumerate(run_dirs)
     ]
     count = Counter(run.name for run in runs)
     runs = [replace(run, name=f"{run.name} ({i})") if count[run.name] > 1 else run for i, run in enumerate(runs, 1)]
@@ -257,14 +263,19 @@ def _page(now: float, pictures: Sequence[Picture] = (), **sections: Any) -> byte
 
 def _replace(path: Path, content: bytes) -> Path:
     """Writes a file so that a reader never sees half of it. The run and a person may do so at the same time."""
-    try:
-        with replacing(path) as file:
-            file.write(content)
-    except StorageError as error:
-        # The other one has just given the file its name, or is about to.
-        if not (isinstance(error.__cause__, FileNotFoundError | FileExistsError) and path.exists()):
-            raise
-    return path
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a report that was killed
+        with suppress(OSError):
+            if time.time() - leftover.lstat().st_mtime > LONGEST_WRITE_SECONDS:
+                leftover.unlink()
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        unfinished.unlink(missing_ok=True)
+        try:
+            with open(unfinished, "xb") as file:  # never through a link of that name
+                file.write(content)
+            return unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class TextModel(LoadedModel):
 
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
         """Yields a continuation in pieces while it is generated. Raises UserError."""
-        return stream(self.model, self.tokenizer, prompt, _sampling_config(settings), self.autocast())
+        return stream(self.model, self.tokenizer, prompt, _sampling_config(settings), self.autocast)
 
     @torch.inference_mode()
     def logits(self, text: str) -> torch.Tensor:
@@ -188,18 +188,26 @@ def stream(
     tokenizer: Tokenizer,
     prompt: str,
     config: SamplingConfig,
-    autocast: AbstractContextManager[Any] | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[str]:
-    """Yields the text of `sample`'s first continuation in pieces during generation, cut only between characters."""
+    """Yields the text of `sample`'s first continuation in pieces during generation, cut only between characters.
+
+    `autocast` makes the context to call the model in, which the caller is not in between two pieces.
+    """
     ids, made, shown = _encode(tokenizer, prompt, model), Sample(prompt), 0
-    with autocast or nullcontext():
-        for (token,), (log_prob,) in generate(model, [ids], config, [0], tokenizer.n_vocab):
-            _add(made, token, log_prob, tokenizer, config.stop)
-            if made.finish_reason != "length":
-                break
-            certain = _certain(made.text, config.stop)
-            yield made.text[shown:certain]
-            shown = certain
+    steps = generate(model, [ids], config, [0], tokenizer.n_vocab)
+
+    def one_step() -> tuple[list[int], list[float]] | None:
+        with autocast():
+            return next(steps, None)
+
+    for (token,), (log_prob,) in iter(one_step, None):
+        _add(made, token, log_prob, tokenizer, config.stop)
+        if made.finish_reason != "length":
+            break
+        certain = _certain(made.text, config.stop)
+        yield made.text[shown:certain]
+        shown = certain
     yield made.text[shown:]
 
 

@@ -79,10 +79,10 @@ def validate(
 
 
 def standard_error(window_losses: Sequence[float]) -> float | None:
-    """Of the mean of the losses of successive windows, or of differences of losses. None for a single window.
+    """Standard error, nats, of the mean loss of successive windows, or of the mean difference of two models' losses.
 
-    From the spread of at most BLOCKS means of neighbours. Neighbouring windows come from the same documents and have
-    similar losses, so the spread of single windows would give an error that is too small, by a factor of 2 (LOG.md).
+    It comes from the spread of at most BLOCKS means of neighbours, which come from the same documents and have similar
+    losses. The spread of single windows would give an error too small by a factor of 2 (LOG.md). None for one window.
     """
     blocks = [part.mean() for part in np.array_split(window_losses, min(BLOCKS, len(window_losses)))]
     return float(np.std(blocks, ddof=1) / math.sqrt(len(blocks))) if len(blocks) > 1 else None

@@ -1,16 +1,16 @@
-"""The parsers of command lines: one of settings, which are a preset and overrides, and one for every other command."""
+"""The parsers of command lines: of a preset with settings, and of all other commands."""
 
 import argparse
 import ast
 import difflib
 import inspect
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from itertools import pairwise
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from src.params import MAX_TOKENS, Config, from_dict, to_dict
 from src.utils.errors import UserError
@@ -30,7 +30,14 @@ class Parser(argparse.ArgumentParser):
             similar = _similar(unknown[1], [*self._option_string_actions, *self.also], self.prog)
             raise UserError(f"Cannot find the option {unknown[1]}. {similar}")
         if rest := re.fullmatch("unrecognized arguments: (.*)", message):
-            raise UserError(f"Cannot use {rest[1]!r} here. Plain arguments, such as texts, come before options.")
+            raise UserError(
+                f"Cannot use {rest[1]!r} here. Plain arguments, such as texts, come before options, and an option for "
+                "on or off takes no value: --NAME or --no-NAME."
+            )
+        if given := re.fullmatch("argument ([^ /]*).*: ignored explicit argument (.*)", message):
+            raise UserError(f"Cannot use {given[2]} after {given[1]}, which takes no value. Leave the value out.")
+        if missing := re.fullmatch("argument ([^ /]*).*: expected one argument", message):
+            raise UserError(f"Cannot use {missing[1]} without a value. Type {missing[1]} VALUE.")
         super().error(message)
 
 
@@ -42,8 +49,11 @@ def overridden(config: Config, arguments: Sequence[str], prog: str, about: str, 
     parser = Parser(prog=prog, usage=f"{prog} [--SETTING VALUE ...]", description=about, allow_abbrev=False)
     parser.also = also
     _add_options(parser, config)
-    # Either spelling will do.
+    # Either spelling will do. argparse takes -1e-3 for an option, unless it is joined to the one before.
     arguments = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), each) for each in arguments]
+    for place in range(len(arguments) - 1, 0, -1):
+        if arguments[place][:1] == "-" and _REAL.fullmatch(arguments[place]) and arguments[place - 1][:2] == "--":
+            arguments[place - 1 : place + 1] = [f"{arguments[place - 1]}={arguments[place]}"]
     settings = to_dict(config)
     for name, value in vars(parser.parse_args(arguments)).items():
         group, _, field = name.rpartition(".")
@@ -61,10 +71,23 @@ def whole_number(text: str) -> int | None:
 
 
 def whole(text: str) -> int:
-    """The same for argparse. Raises ArgumentTypeError."""
+    """Returns the whole number that `text` gives, for argparse. Raises ArgumentTypeError."""
     if (value := whole_number(text)) is None:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number")
     return value
+
+
+def between(low: float, high: float) -> Callable[[str], Any]:
+    """Returns a type for argparse: numbers from `low` to `high`, whole ones if `low` is."""
+
+    def convert(text: str) -> float:
+        value = whole_number(text) if isinstance(low, int) else float(text) if _REAL.fullmatch(text) else None
+        if value is None or not low <= value <= high:  # also true for NaN
+            kind, form = ("whole number", ",") if isinstance(low, int) else ("number", "g")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a {kind} from {low:{form}} to {high:{form}}")
+        return value
+
+    return convert
 
 
 def without_resume(arguments: Sequence[str]) -> list[str]:
@@ -86,11 +109,14 @@ def _add_options(parser: Any, group: Any, prefix: str = "--") -> None:
         how = {"dest": prefix[2:] + name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if kind is bool:
             parser.add_argument(option, action="store_true", **how)
+            how["help"] = f"Turns {option} off."
             parser.add_argument(option.replace(prefix, f"{prefix}no-"), action="store_false", **how)
         elif get_origin(kind) is tuple:
             parser.add_argument(option, nargs="*", metavar="VALUE", **how)
         else:
-            parser.add_argument(option, type=partial(_value, kind=kind), metavar="VALUE", **how)
+            values = ",".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
+            how["metavar"] = f"{{{values}}}" if values else "VALUE"
+            parser.add_argument(option, type=partial(_value, kind=kind), **how)
 
 
 def _value(text: str, kind: Any) -> Any:

@@ -143,8 +143,8 @@ class AfterSave:
     def __init__(self, command: str, run_dir: Path, warn: Callable[[str], None]) -> None:
         self.command, self.run_dir, self.warn = command, run_dir, warn
         self._next: Saved | None = None
-        self._newest: Saved | None = None
         self._thread: Thread | None = None
+        self._warnings: list[str] = []  # of the thread, for the log, which only the loop writes
 
     def add(self, saves: list[Saved]) -> None:
         """Takes note of new saves, which `poll` serves."""
@@ -152,27 +152,31 @@ class AfterSave:
             self._next = saves[-1]
 
     def poll(self) -> None:
-        """Has the newest save served, once the command runs no more. Does not wait."""
-        if self._next:
-            self._newest, self._next = self._next, None
+        """Logs the warnings of commands that ended, and starts one for the newest save if none runs."""
+        while self._warnings:
+            self.warn(self._warnings.pop(0))
+        if self._next and not self._runs():
             # A daemon, because a command that hangs must not hold the run.
-            self._thread = Thread(target=self._serve, args=(self._newest, self._thread), daemon=True)
+            self._thread = Thread(target=self._serve, args=(self._next,), daemon=True)
+            self._next = None
             self._thread.start()
 
     def close(self, seconds: float) -> None:
         """Waits for the commands of all saves, at most `seconds`. One that still runs then is left alone."""
+        end = time.monotonic() + seconds
         self.poll()
-        if self._thread and self._thread.is_alive():
+        if self._runs():
             self.warn(f"waiting at most {seconds:g} s for the command after the save")
-            self._thread.join(seconds)
-            if self._thread.is_alive():
-                self.warn("warning: the command after the save still runs; it is left alone")
+        while self._thread and self._runs() and time.monotonic() < end:
+            self._thread.join(end - time.monotonic())
+            self.poll()
+        if self._runs():
+            self.warn("warning: the command after the save still runs; it is left alone")
 
-    def _serve(self, saved: Saved, before: Thread | None) -> None:
-        if before:
-            before.join()
-        if saved is not self._newest:
-            return
+    def _runs(self) -> bool:
+        return bool(self._thread and self._thread.is_alive())
+
+    def _serve(self, saved: Saved) -> None:
         names = {"CHECKPOINT": f"checkpoints/{saved.path.name}", "STEP": str(saved.step), "RUN_NAME": self.run_dir.name}
         options: dict[str, Any] = {"cwd": self.run_dir, "env": outside_environment() | names}
         options |= {"stdin": subprocess.DEVNULL, "stdout": 2}  # stderr; stdout is for results
@@ -180,11 +184,11 @@ class AfterSave:
             # A separate session: Ctrl-C and a stop of the run's processes do not cut a copy short.
             code = subprocess.call(["sh", "-c", self.command], start_new_session=True, **options)
         except (OSError, ValueError) as error:
-            self.warn(f"warning: Cannot start the command after the save: {error}. Training continues.")
+            self._warnings.append(f"warning: Cannot start the command after the save: {error}. Training continues.")
             return
         if code:
             end = f"exit code {code}" if code > 0 else f"signal {-code}"
-            self.warn(f"warning: the command after the save failed with {end}: {self.command}")
+            self._warnings.append(f"warning: the command after the save failed with {end}: {self.command}")
 
 
 def checkpoint_bytes(config: Config) -> int:

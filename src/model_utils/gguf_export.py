@@ -33,10 +33,9 @@ def check_gguf(config: ModelConfig, dtype: str, n_tokens: int) -> None:
             f"Cannot write GGUF: model.n_vocab is {config.n_vocab:,}, and the tokenizer, which GGUF needs, has "
             f"{n_tokens:,} tokens. Use --format hf."
         )
-    if dtype == "q8_0" and config.n_embd % _Q8_0_BLOCK:
-        raise UserError(
-            f"Cannot store q8_0: model.n_embd is {config.n_embd}, not a multiple of {_Q8_0_BLOCK}. Use --dtype bf16."
-        )
+    for what, size in (("model.n_embd", config.n_embd), ("the feed-forward network's width", config.ffn_hidden)):
+        if dtype == "q8_0" and size % _Q8_0_BLOCK:
+            raise UserError(f"Cannot store q8_0: {what} is {size}, not a multiple of {_Q8_0_BLOCK}. Use --dtype bf16.")
 
 
 def write_gguf(

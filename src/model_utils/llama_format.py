@@ -1,8 +1,8 @@
 """Our model as transformers' Llama, Qwen3 or Apertus: names of weights, settings, and reading a model folder.
 
-A Llama computes what our model computes, with or without biases, and a Qwen3 what it computes with QK-norm and without
-biases; an Apertus does that with ReLU^2. Their weights are ours under other names: q, k and v are three matrices there
-and one here, as are value and gate of the feed-forward network.
+A Llama computes what our model computes, with or without biases. A Qwen3 does so for QK-norm without biases, and an
+Apertus for the same with ReLU^2. Their weights are ours under other names. q, k and v are three matrices there and one
+here, and value and gate of the feed-forward network are two.
 """
 
 import math

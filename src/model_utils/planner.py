@@ -14,10 +14,9 @@ if __name__ == "__main__":
     end_at_once_on_ctrl_c()  # before the seconds that importing torch takes
 
 import argparse
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from src.model import LLM
+from src.model_configs.arguments import between
 from src.model_configs.my_llm_config import config_from_command_line, lf_llm_269m
 from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.autotune import SPARE_GPU
@@ -71,7 +71,7 @@ GPUS = {
 
 
 class Cost(NamedTuple):
-    """Of the training steps, without evaluation and checkpoints."""
+    """Speed, time and price of the training steps, without evaluation and checkpoints."""
 
     tokens_per_second: float
     hours: float
@@ -237,8 +237,8 @@ def main() -> int:
 def _parse() -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(prog="planner.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--gpu", type=str.lower, choices=GPUS)
-    parser.add_argument("--gpus", metavar="N", type=_between(int, 1, 10_000))
-    parser.add_argument("--mfu", metavar="SHARE", type=_between(float, 0.001, 1), default=REFERENCE_MFU)
+    parser.add_argument("--gpus", metavar="N", type=between(1, 10_000))
+    parser.add_argument("--mfu", metavar="SHARE", type=between(0.001, 1), default=REFERENCE_MFU)
     parser.add_argument("--price-per-gpu-hour", metavar="DOLLARS", type=_prices)
     parser.add_argument("--sweep", action="store_true")
     args, sys.argv[1:] = parser.parse_known_args()
@@ -257,31 +257,18 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     return args, config
 
 
-def _between(kind: type, at_least: float, at_most: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not at_least <= value <= at_most:  # also false for NaN
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number from {at_least:g} to {at_most:,g}")
-        return value
-
-    return number
-
-
 def _prices(text: str) -> dict[str, float | None]:
     """Dollars per GPU-hour by kind, from "1.8" for all or "a100-80g=1.8,h200=3.5"."""
-    number, prices = _between(float, 1e-6, 1e12), dict[str, float | None].fromkeys(GPUS)
+    dollars, prices = between(1e-6, 1e12), dict[str, float | None].fromkeys(GPUS)
     if "=" not in text:
         try:
-            return dict.fromkeys(GPUS, number(text))
+            return dict.fromkeys(GPUS, dollars(text))
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentTypeError(f"{error}, for all kinds, or GPU=DOLLARS,GPU=DOLLARS") from None
     for name, _, value in (part.partition("=") for part in text.lower().split(",")):
         if name not in GPUS:
             raise argparse.ArgumentTypeError(f"{name!r} is not a GPU in GPU=DOLLARS; choose of {', '.join(GPUS)}")
-        prices[name] = number(value)
+        prices[name] = dollars(value)
     return prices
 
 

@@ -137,10 +137,10 @@ class Processes:
         return cast(T, result)
 
     def together_for_long(self, action: Callable[[], T], activity: str = "") -> T:
-        """As `together`, for an action that may take some processes hours, such as reading a dataset: the `activity`.
+        """Does the same as `together` for an action that may take hours, such as reading a dataset.
 
         It runs in a thread. The processes exchange a sign of life every second, so the time-out of the process group
-        covers that second, not the action, and a process that hangs is still noticed.
+        covers that second and not the action. A process that hangs is still noticed. `activity` names the action.
         """
         self.activity = activity or self.activity
         if self.world_size == 1:
