@@ -185,7 +185,7 @@ def test_what_cannot_work_is_said(
         (["--gpu=t4"], "rtx-3090"),
         (["--gpus=8"], "name one with --gpu"),
         *(
-            (["--gpu=l4", f"{option}={value}"], f"argument {option}: {value!r} must be a number from ")
+            (["--gpu=l4", f"{option}={value}"], f"argument {option}: {value!r} is not a ")
             for option, value in (("--gpus", "0"), ("--gpus", "9007199254740992"), ("--mfu", "32"))
         ),
     ],
