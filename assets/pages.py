@@ -24,7 +24,10 @@ from src.utils.errors import exit_with, print_result
 
 SHOWCASE = Path(__file__).parent / "showcase"
 WIDTH, SCALE = 1_130, 1.5
-TALK = "$('max_new_tokens').value = 60, $('go').click(), new Promise(end => setInterval(() => running || end(), 100))"
+TALK = (
+    "$('prompt').value = 'The Roman emperor', $('max_new_tokens').value = 60, $('go').click(), "
+    "new Promise(end => setInterval(() => running || end(), 100))"
+)
 
 
 def take(browser: Browser, page: Path | str, name: str, last: str, script: str = "0") -> None:

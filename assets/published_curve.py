@@ -2,7 +2,7 @@
 
     python -m assets.published_curve writes assets/published_curve.svg and assets/published_curve_dark.svg.
 
-The published run's losses come from its author's log (assets/data/published_run_269m.csv), the others from the debug
+The published run's losses come from its author's log (assets/data/published_run_269m.csv), the others from the laptop
 preset's run in assets/showcase. Their losses cannot be compared, because size and data differ, and the picture says so.
 """
 
@@ -25,7 +25,7 @@ def draw(published: Run, ours: Run) -> Figure:
     size, cores = compact(ours.setting("derived", "parameters")), ours.setting("machine", "cores")
     notes = {
         "The published run": "320M parameters, FineWeb-Edu,\n8 A100s, 8 h 47 min",
-        "Another size on other data": f"{size} parameters, Python's documentation,\n{cores} CPU cores, "
+        "Another size on other data": f"{size} parameters, prose and manuals,\n{cores} CPU cores, "
         f"{duration(ours.active_seconds)}",
     }
     figure = new_figure()
@@ -37,7 +37,7 @@ def draw(published: Run, ours: Run) -> Figure:
         axes.plot(training.steps * step_tokens, training.values, color=BLUE, linewidth=1.4, label="training")
         axes.plot(validation.steps * step_tokens, validation.values, color=ORANGE, linewidth=1.6, label="validation")
         last = f"{validation.values[-1]:.2f}"
-        place = (validation.steps[-1] * step_tokens, validation.values[-1])
+        place = (validation.steps[-1] * step_tokens, min(validation.values[-1], training.values[-10:].min()))
         axes.annotate(last, place, (4, -16), textcoords="offset points", color=ORANGE, weight="bold", ha="right")
         # The steep fall of the first steps would flatten the rest.
         low, high = place[1], validation.values[validation.steps > 0.015 * run.last_step][0]
