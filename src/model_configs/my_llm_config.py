@@ -1,6 +1,6 @@
 """The presets, and the command line that overrides any of their fields.
 
-On two cores `debug` takes minutes and `laptop` some 18; `lf_llm_269m` is the published recipe. A preset
+On two cores `debug` takes minutes and `laptop` some 21; `lf_llm_269m` is the published recipe. A preset
 also tells the launcher what text it trains on by default and how many processes it takes.
 """
 
@@ -90,7 +90,7 @@ def debug() -> Config:
 
 
 def laptop() -> Config:
-    """A small model on your own text, in some 18 minutes on two cores. More train.total_tokens make it better."""
+    """A small model on your own text, in some 21 minutes on two cores. More train.total_tokens make it better."""
     return Config(
         run_name="laptop",
         model=fast_model(ModelConfig(n_ctx=512, n_embd=256, n_head=4, n_layer=6)),
