@@ -166,7 +166,7 @@ def test_one_disk_for_data_and_checkpoints(tmp_path: Path, monkeypatch: pytest.M
         check(checkpoints + data - 100_000_000)
     assert "for data" not in check(30_000_000_000, start_of(lf_llm_269m()))
     part = start_of(lf_llm_269m(), "new", request("fineweb-edu", max_tokens=1_000_000_000))
-    assert "4.2 GB for data" in check(30_000_000_000, part)
+    assert "4.2 GB for data" in check(32_000_000_000, part)
 
 
 def test_multiple_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
