@@ -31,8 +31,8 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"Cannot find the option {unknown[1]}. {similar}")
         if rest := re.fullmatch("unrecognized arguments: (.*)", message):
             raise UserError(
-                f"Cannot use {rest[1]!r} here. Plain arguments, such as texts, come before options. An option for on or "
-                "off takes no value: --NAME or --no-NAME."
+                f"Cannot use {rest[1]!r} here. Plain arguments, such as texts, come before options. An option for "
+                "on or off takes no value: --NAME or --no-NAME."
             )
         if given := re.fullmatch("argument ([^ /]*).*: ignored explicit argument (.*)", message):
             raise UserError(f"Cannot use {given[2]} after {given[1]}, which takes no value. Leave the value out.")

@@ -204,7 +204,9 @@ def test_too_small_a_disk_is_said_beforehand(tmp_path: Path, monkeypatch: pytest
     path = write_json_lines(tmp_path / "a.jsonl", some_texts(100))
     monkeypatch.setattr(data_downloader, "free_bytes", lambda _: 1_000)
     with monkeypatch.context() as patch:
-        patch.setattr(data_downloader, "free_bytes", lambda _: 20_000)  # more than the least: half of what such text usually holds
+        patch.setattr(
+            data_downloader, "free_bytes", lambda _: 20_000
+        )  # more than the least: half of what such text usually holds
         prepare(request(path), tmp_path / "out", 1)
     with pytest.raises(StorageError, match=r"at least 17\.\d kB of disk needed, 1\.0 kB free\. .* or use --max-tokens"):
         prepare(request(path), tmp_path / "other", 1)

@@ -49,3 +49,13 @@ def test_the_seed_decides():
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
+
+
+def test_a_wide_model_whose_blocks_start_at_zero_begins_below_13_nats():
+    """By the embedding's deviation of a narrow model it would be 20: sqrt(2 / (5 D)) x D."""
+    config = ModelConfig(n_vocab=4_000, n_ctx=8, n_embd=1_024, n_head=4, n_layer=1, zero_init=True)
+    model = LLM(config)
+    init_weights(model, config, seed=3)
+    ids_BT = torch.randint(4_000, (4, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert model(ids_BT[:, :-1], ids_BT[:, 1:]).item() < 13
