@@ -38,9 +38,10 @@ from src.model_configs.my_llm_config import config_from_command_line
 from src.model_utils.autotune import compile_problem
 from src.model_utils.checkpoint_saver import MAKE_ROOM, checkpoints_need
 from src.model_utils.checkpoint_utils import checkpoint_steps, read_unverified, step_dir
+from src.model_utils.llama_format import architecture
 from src.model_utils.load_model import read_initial
 from src.model_utils.planner import GPU, REFERENCE_MFU, cost, describe
-from src.model_utils.training_state import check_settings, refuse_lost
+from src.model_utils.training_state import check_settings, refuse_lost, requested_dir
 from src.params import Config, ConfigError
 from src.utils import hardware, root
 from src.utils.errors import (
@@ -133,7 +134,12 @@ def settings(start: Start) -> str:
             "ip link set lo up, or set NPROC=1."
         ) from None
     size = f"{start.config.train.micro_batch_size} x {start.config.model.n_ctx}"
-    return f"{start.world_size} process(es){here}, micro-batch {size}, {steps} accumulation step(s)"
+    text = f"{start.world_size} process(es){here}, micro-batch {size}, {steps} accumulation step(s)"
+    try:
+        architecture(start.config.model)
+    except UserError as error:
+        return Doubt(f"{text}; no export later: {error}")
+    return text
 
 
 def device(start: Start) -> str:
@@ -263,7 +269,7 @@ def checkpoint(start: Start) -> str:
             origin = f"the weights of {path}, step {step}"
         return f"{origin}; {rest}"
     try:
-        saved = read_unverified(step_dir(folder, steps[-1]))
+        saved = read_unverified(step_dir(folder, steps[-1]) if resume == "auto" else requested_dir(folder, steps[-1]))
     except UserError as error:
         if resume != "auto":
             raise

@@ -291,7 +291,8 @@ def _parse_arguments() -> argparse.Namespace:
     add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--source", **several, choices=tuple(SOURCES), help=f"{kinds}; several are mixed in their given order")
     help = (
-        "for --source files: files, folders (searched to any depth) or patterns; .txt and .md are one document each; "
+        "for --source files: files, folders (searched to any depth) or patterns; .txt and .md are one document each, "
+        "or several above 65,536 characters; "
     )
     help += ".jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow one a line or row"
     add("--path", **several, default=[], metavar="FILE_OR_GLOB", help=help)

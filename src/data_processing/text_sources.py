@@ -183,7 +183,8 @@ def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path
         # The package datasets leaves intermediate results next to its data. Named itself, such a file is read.
         readable -= {path for path in readable if _HF_CACHE.fullmatch(path.name) and not os.path.isfile(given)}
         if not readable:
-            raise UserError(f"Cannot read --path {given}: expected a regular file ending in {', '.join(EXTENSIONS)}.")
+            what = "no regular file in it ends" if os.path.isdir(given) else "expected a regular file ending"
+            raise UserError(f"Cannot read --path {given}: {what} in {', '.join(EXTENSIONS)}.")
         for path in readable:
             try:
                 str(path).encode()
@@ -407,7 +408,7 @@ def _read_text(path: Path, divide_long: bool) -> Iterator[str]:
     if odd >= 100 and odd > len(judged) // 10:
         raise UserError(
             f"Cannot read {path}: {odd:,} of {len(judged):,} characters are not UTF-8. "
-            "Convert it from its encoding: iconv -f LATIN1 -t UTF-8 FILE > NEW (iconv -l lists encodings)."
+            "Convert it: iconv -f ENCODING -t UTF-8 FILE > NEW, such as LATIN1 or SHIFT-JIS (iconv -l lists them)."
         )
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     yield from _parts(text) if divide_long else [text]

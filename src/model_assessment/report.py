@@ -84,11 +84,11 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
     """Writes comparison.html into the first of `run_dirs` and returns its path. Raises like `write_report`."""
     if len(run_dirs) > len(COLORS):
         raise UserError(f"Cannot compare {len(run_dirs)} runs: more than {len(COLORS)} look alike. Name fewer.")
+    if run_dirs[0].name == "published" and not run_dirs[0].exists():
+        raise UserError("Cannot write beside the published run, which has no folder. Type: RUN --compare published.")
     runs = [
-        run_history.published_run()
-        if i and each.name == "published" and not each.exists()
-        else run_history.read_run(each)
-        for i, each in enumerate(run_dirs)
+        run_history.published_run() if each.name == "published" and not each.exists() else run_history.read_run(each)
+        for each in run_dirs
     ]
     count = Counter(run.name for run in runs)
     runs = [replace(run, name=f"{run.name} ({i})") if count[run.name] > 1 else run for i, run in enumerate(runs, 1)]

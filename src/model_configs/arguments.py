@@ -26,9 +26,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError for unknown arguments; else ends with exit code 2."""
-        if unknown := re.fullmatch("unrecognized arguments: .*?(--[^ =]+).*", message):
-            similar = _similar(unknown[1], [*self._option_string_actions, *self.also], self.prog)
-            raise UserError(f"Cannot find the option {unknown[1]}. {similar}")
+        if message.startswith("unrecognized arguments: ") and (unknown := re.findall("(?<= )--[^ =]+", message)):
+            options = [*self._option_string_actions, *self.also]
+            raise UserError(" ".join(f"Cannot find the option {o}. {_similar(o, options, self.prog)}" for o in unknown))
+        if choice := re.fullmatch("argument ([^ /]*).*: invalid choice: '?(.*?)'? .choose from (.*).", message):
+            names = re.findall("[^', ]+", choice[3])
+            close = [name for name in names if choice[2] in name] or difflib.get_close_matches(choice[2], names, n=1)
+            hint = f" Perhaps you mean {close[0]}." if close else ""
+            raise UserError(f"Cannot use {choice[2]!r} for {choice[1]}.{hint} Choose one of: {', '.join(names)}.")
         if rest := re.fullmatch("unrecognized arguments: (.*)", message):
             raise UserError(
                 f"Cannot use {rest[1]!r} here. Plain arguments, such as texts, come before options. An option for "

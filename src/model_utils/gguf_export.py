@@ -3,6 +3,7 @@
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,9 @@ _Q8_0_BLOCK = 32  # numbers that share a scale
 def check_gguf(config: ModelConfig, dtype: str, n_tokens: int) -> None:
     """Raises UserError if the gguf package is missing, or the model does not fit the format."""
     if find_spec("gguf") is None:
-        raise UserError("Cannot write GGUF: the package gguf is missing. Run: pip install gguf==0.19.0")
+        raise UserError(
+            f"Cannot write GGUF: the package gguf is missing. Run: {sys.executable} -m pip install gguf==0.19.0"
+        )
     if config.n_vocab < n_tokens:
         raise UserError(
             f"Cannot write GGUF: model.n_vocab is {config.n_vocab:,}, and the tokenizer, which GGUF needs, has "

@@ -226,6 +226,11 @@ def _push(out: Path, files: list[str], repository: str, is_upload: bool) -> dict
 
 def main() -> int:
     args, started = _parse(), time.perf_counter()
+    if args.checkpoint is not None and args.push is not None and args.out.exists():
+        raise UserError(
+            f"Cannot export to {args.out}: it exists. To send what it holds, leave out the run: ./llm export --out "
+            f"{args.out} --push {args.push}"
+        )
     if args.checkpoint is not None:
         export(args.checkpoint, args.out, args.format, args.dtype)
     seconds = round(time.perf_counter() - started, 3)

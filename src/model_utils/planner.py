@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from src.model import LLM
-from src.model_configs.arguments import between
+from src.model_configs.arguments import Parser, between
 from src.model_configs.my_llm_config import config_from_command_line, lf_llm_269m
 from src.model_utils.adamw_opt import build_optimizers
 from src.model_utils.autotune import SPARE_GPU
@@ -235,7 +235,7 @@ def main() -> int:
 
 
 def _parse() -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(prog="planner.py", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="planner.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--gpu", type=str.lower, choices=GPUS)
     parser.add_argument("--gpus", metavar="N", type=between(1, 10_000))
     parser.add_argument("--mfu", metavar="SHARE", type=between(0.001, 1), default=REFERENCE_MFU)

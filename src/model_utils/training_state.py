@@ -112,6 +112,18 @@ def seed_random_state(seed: int, rank: int, step: int = 0) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0]) >> 1)
 
 
+def requested_dir(root: Path, step: int) -> Path:
+    """Returns the folder of the checkpoint of `step` among those in `root`. Raises UserError if there is none."""
+    path = checkpoint_utils.step_dir(root, step)
+    if not path.is_dir():
+        steps = ", ".join(map(str, checkpoint_utils.checkpoint_steps(root))) or "none"
+        raise UserError(
+            f"Cannot resume from step {step}: {path} does not exist. Steps with a checkpoint: {steps}. Leave out "
+            "--resume to take the newest."
+        )
+    return path
+
+
 def resume_point(
     root: Path, config: Config, dataset_sha256: str, precision: torch.dtype
 ) -> tuple[Checkpoint | None, list[str]]:
@@ -127,14 +139,7 @@ def resume_point(
             refuse_lost(root)
         notes += [f"skipped a damaged checkpoint: {reason}" for reason in damaged]
     else:
-        path = checkpoint_utils.step_dir(root, int(config.resume))
-        if not path.is_dir():
-            steps = ", ".join(map(str, checkpoint_utils.checkpoint_steps(root))) or "none"
-            raise UserError(
-                f"Cannot resume from step {config.resume}: {path} does not exist. Steps with a checkpoint: {steps}. "
-                "Leave out --resume to take the newest."
-            )
-        checkpoint = checkpoint_utils.open_checkpoint(path)
+        checkpoint = checkpoint_utils.open_checkpoint(requested_dir(root, int(config.resume)))
     if checkpoint is not None:
         ours = checkpoint.state["precision"] if config.train.precision == "auto" else str(precision)
         check_settings(checkpoint, config, dataset_sha256, ours)
