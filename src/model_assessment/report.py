@@ -85,7 +85,7 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
     if len(run_dirs) > len(COLORS):
         raise UserError(f"Cannot compare {len(run_dirs)} runs: more than {len(COLORS)} look alike. Name fewer.")
     if run_dirs[0].name == "published" and not run_dirs[0].exists():
-        raise UserError("Cannot write beside the published run, which has no folder. Type: RUN --compare published.")
+        raise UserError("Cannot write a page about the published run: it has no folder. Type: RUN --compare published.")
     runs = [
         run_history.published_run() if each.name == "published" and not each.exists() else run_history.read_run(each)
         for each in run_dirs

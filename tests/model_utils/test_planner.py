@@ -193,7 +193,6 @@ def test_what_cannot_work_is_said(
 def test_impossible_options_are_refused(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises((SystemExit, UserError)) as end:
         run(monkeypatch, "lf_llm_269m", *arguments)
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in capsys.readouterr().err + str(end.value)
