@@ -115,7 +115,8 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
             elif journal.counts["tokens"]:
                 say(f"resuming after {journal.counts['tokens']:,} tokens")
             needed, free = disk_needed(request, folder), free_bytes(folder)
-            if needed > free:
+            # Preflight asks for all of it. A mirror of the hub may hold a part of the pinned files.
+            if needed > free * (4 if any(SOURCES[name].uses_hub for name in request.sources) else 1):
                 raise StorageError(
                     f"Cannot prepare {folder}: at least {size_text(needed)} of disk needed, {size_text(free)} free. "
                     "Make room, choose another disk with --out or TEMP_DATA_DIR, or use --max-tokens."

@@ -183,8 +183,7 @@ def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path
         # The package datasets leaves intermediate results next to its data. Named itself, such a file is read.
         readable -= {path for path in readable if _HF_CACHE.fullmatch(path.name) and not os.path.isfile(given)}
         if not readable:
-            what = "no regular file in it ends in" if os.path.isdir(given) else "expected a regular file ending in"
-            raise UserError(f"Cannot read --path {given}: {what} {', '.join(EXTENSIONS)}.")
+            raise UserError(f"Cannot read --path {given}: expected a regular file ending in {', '.join(EXTENSIONS)}.")
         for path in readable:
             try:
                 str(path).encode()

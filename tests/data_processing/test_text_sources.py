@@ -147,7 +147,7 @@ def test_a_name_with_pattern_characters_is_a_name_first(tmp_path: Path) -> None:
             "picture.png",
             "picture.png: expected a regular file ending in .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow",
         ),
-        ("empty", "empty: no regular file in it ends in"),
+        ("empty", "empty: expected a regular file ending in"),
     ],
 )
 def test_a_path_that_leads_nowhere(tmp_path: Path, path: str, message: str) -> None:

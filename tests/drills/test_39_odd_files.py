@@ -101,10 +101,11 @@ def test_a_link_under_the_name_of_an_unfinished_file(tmp_path: Path, victim: Pat
 
 
 def test_a_killed_report_leaves_nothing_for_good(commands: Commands, trained: Path):  # noqa: F811
-    leftovers = [trained / "report.html.tmp", trained / "plots" / "loss.png.tmp"]
+    leftovers = [trained / "report.html.17.tmp", trained / "plots" / "loss.png.17.tmp"]
     (trained / "plots").mkdir()
     for path in leftovers:
         path.write_bytes(b"half")
+        os.utime(path, (0, 0))
     result = module(commands, "src.model_assessment.report", str(trained))
     assert result.returncode == 0, result.stderr
     assert (trained / "plots" / "loss.png").exists()
