@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,16 +53,21 @@ def main() -> None:
         precision = choose_precision(config.train.precision, procs.device)
         step = make_step(config, state, procs.device, precision)
         step()
-        parts, plain = state.parts(procs), state.plain(config, "", precision, 1)
+        parts = state.parts(procs)
+
+        def at(step: int) -> dict[str, Any]:
+            state.progress.step = step
+            return state.plain(config, "", precision, 1)
+
         foreground = [
-            timed(partial(save_checkpoint, args.out / "waited", n, parts, plain)) for n in range(args.saves + 1)
+            timed(partial(save_checkpoint, args.out / "waited", n, parts, at(n))) for n in range(args.saves + 1)
         ]
         shutil.rmtree(args.out / "waited")
         step_s = [timed(step) for _ in range(5)]
         saver = CheckpointSaver(args.out / "background", config.checkpoint)
         held_up, step_while_saving, seconds = [], [], []
         for number in range(args.saves + 1):
-            held_up.append(timed(partial(saver.start, number, parts, plain)))
+            held_up.append(timed(partial(saver.start, number, parts, at(number))))
             saved = saver.finished()
             while not saved:
                 step_while_saving.append(timed(step))

@@ -124,9 +124,11 @@ def checkpoint_wait_s(config: Config, model: LLM, device: torch.device, folder: 
     model.zero_grad()
     state = TrainingState(model, optimizers, Progress())
     procs = Processes(rank=0, local_rank=0, world_size=1, device=device)
-    parts, plain = state.parts(procs), state.plain(config, "", torch.float32, 1)
+    parts = state.parts(procs)
     saver, waits = CheckpointSaver(folder, config.checkpoint), []
     for number in range(3):
+        state.progress.step = number
+        plain = state.plain(config, "", torch.float32, 1)
         started = time.perf_counter()
         saver.start(number, parts, plain)
         waits.append(time.perf_counter() - started)
