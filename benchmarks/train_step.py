@@ -223,11 +223,13 @@ def llama(config: Config, precision: torch.dtype, device: torch.device, compiled
 def reference(config: Config, precision: torch.dtype, device: torch.device) -> Step:
     model = first_weights(config).to(device).train()
     fast = device.type == "cuda"
-    both = build_optimizers(model, config.optim)[0].param_groups
-    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in both]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.optim.beta1, config.optim.beta2), fused=fast or None)
+    optimizers = build_optimizers(model, config.optim)
+    if config.optim.optimizer == "adamw":
+        groups = [{key: g[key] for key in ("params", "weight_decay", "max_lr")} for g in optimizers[0].param_groups]
+        betas = (config.optim.beta1, config.optim.beta2)
+        optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fast or None)]
     forward = torch.compile(reference_loss) if fast else reference_loss
-    return plain_step(model, [optimizer], lambda batch: forward(model, batch), config, precision, device)
+    return plain_step(model, optimizers, lambda batch: forward(model, batch), config, precision, device)
 
 
 def reference_loss(model: Any, batch: Batch) -> torch.Tensor:
