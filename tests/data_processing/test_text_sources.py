@@ -291,28 +291,26 @@ def parquet_of_views(path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array(TEXTS, pa.string_view())}), path, row_group_size=1_500)
 
 
+def write_arrow(path: Path, texts: Any, new: Callable[..., Any], rows: int) -> None:
+    table = pa.table({"text": texts})
+    with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+
+
 def arrow_file_of_categories(path: Path) -> None:
-    table = pa.table({"text": pa.array(TEXTS).dictionary_encode()})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=2_500)
+    write_arrow(path, pa.array(TEXTS).dictionary_encode(), pa.ipc.new_file, 2_500)
 
 
 def arrow_stream_of_views(path: Path) -> None:
-    table = pa.table({"text": pa.array(TEXTS, pa.string_view())})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=2_500)
+    write_arrow(path, pa.array(TEXTS, pa.string_view()), pa.ipc.new_stream, 2_500)
 
 
 def arrow_file(path: Path) -> None:
-    table = pa.table({"text": TEXTS})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=2_500)
+    write_arrow(path, TEXTS, pa.ipc.new_file, 2_500)
 
 
 def arrow_stream(path: Path) -> None:
-    table = pa.table({"text": pa.array(TEXTS, pa.large_string())})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=1_000)
+    write_arrow(path, pa.array(TEXTS, pa.large_string()), pa.ipc.new_stream, 1_000)
 
 
 @pytest.mark.parametrize(
