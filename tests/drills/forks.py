@@ -7,6 +7,7 @@ reads jobs from stdin, a JSON object a line, and answers each with the exit code
 
 import ctypes
 import functools
+import gc
 import json
 import os
 import signal
@@ -65,6 +66,7 @@ def serve() -> None:
     load_tokenizer()
     sys.argv = ["pretrain.py", "debug"]
     config_from_command_line("")  # its parser is slow the first time
+    gc.freeze()  # or every fork would copy the memory of all objects as it ends, which takes half a second
     for line in sys.stdin:
         job = json.loads(line)
         children = []
