@@ -8,7 +8,7 @@ same windows in the same order, and each schedule is planned for its own length.
 validation windows, so their differences have paired standard errors. Each line of benchmarks/DATASET.jsonl is a
 finished run, which is not repeated.
 
---table prints the comparison from finished runs alone; --picture FILE draws it.
+--table prints the finished runs as Markdown, --picture FILE draws them; neither trains.
 """
 
 import json
@@ -127,29 +127,25 @@ def main() -> None:
     parser.add_argument("--path", nargs="+", default=[], help="files of text")
     parser.add_argument("--dataset", default="recipes", help="name of the dataset and of the file of results")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose names contain one of these")
-    parser.add_argument("--table", action="store_true", help="print the finished runs, and train nothing")
+    parser.add_argument("--table", action="store_true", help="print the finished runs as Markdown, and train nothing")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE.svg", help="draw the finished runs, also as FILE_dark.svg"
     )
     args = parser.parse_args()
     results_file = ROOT / "benchmarks" / f"{args.dataset}.jsonl"
     results = read_results(results_file)
+    if args.table:
+        print(table(results))
+        return
     if args.picture:
         svg = picture(results)
         args.picture.write_text(svg, encoding="utf-8")
         args.picture.with_stem(f"{args.picture.stem}_dark").write_text(dark(svg), encoding="utf-8")
-    elif not args.table:
+    else:
         if not (dataset_dir(args.dataset) / "manifest.json").exists():
-            command = [
-                sys.executable,
-                "-m",
-                "src.data_processing.data_downloader",
-                "--source",
-                "files",
-                "--out",
-                args.dataset,
-            ]
-            subprocess.run([*command, "--path", *args.path], cwd=ROOT, check=True)
+            options = ["--source", "files", "--out", args.dataset, "--path", *args.path]
+            command = [sys.executable, "-m", "src.data_processing.data_downloader", *options]
+            subprocess.run(command, cwd=ROOT, check=True)
         # The best rate is known only once the first runs are done, and adds others.
         while todo := [
             run
@@ -237,6 +233,30 @@ def summary(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             row["stderr"] = standard_error(differences)
         rows.append(row)
     return rows
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the runs of `summary` as Markdown: by size and seed, the faithful recipe first, then the longest run."""
+    rows = sorted(
+        summary(results),
+        key=lambda r: (
+            r["size"],
+            r["seed"],
+            r["recipe"][:4] == "fast",
+            r["recipe"] != "fast",
+            -r["tokens"],
+            r["recipe"],
+        ),
+    )
+    lines = [
+        "| parameters | recipe | seed | steps | tokens | validation loss | difference from the best faithful run |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        difference = f"{row['difference']:+.3f} ± {row['stderr']:.3f}" if "difference" in row else ""
+        run = f"{row['size'][:-1]}M | {row['recipe'].replace('-', ' ', 1)} | {row['seed']} | {row['steps']}"
+        lines.append(f"| {run} | {row['tokens']:,} | {row['loss']:.3f} | {difference} |")
+    return "\n".join(lines)
 
 
 def shares(results: dict[str, dict[str, Any]]) -> dict[str, float]:
