@@ -177,6 +177,7 @@ def expected_cost(config: Config, gpus: int, peak_tflops: float) -> str:
 def dataset(start: Start) -> str:
     """Checks the dataset, or the source that it will be prepared from."""
     config, folder = start.config, start.dataset
+    # `exists` of os.path, which is False for a folder that cannot be searched: reading the manifest then says why.
     is_to_come = start.to_prepare or (start.awaited and not os.path.exists(folder / MANIFEST))
     manifest = None if is_to_come else read_manifest(folder)
     if manifest and start.request:

@@ -253,7 +253,7 @@ def _manifest(request: Request, journal: Journal, documents: SortedDocuments, sh
     records, read, total = documents.records, journal.counts, totals(documents.records)
     sources: list[dict[str, Any]] = []
     for number, entry in enumerate(journal.sources):
-        own = totals(records[records["source"] == number])
+        own = totals(records[records["source"] == number])  # after duplicates were dropped, as all counts of shards
         sources.append(entry | own | {"share": round(own["tokens"] / max(1, total["tokens"]), 6)})
     counts = {
         **total,
@@ -271,7 +271,7 @@ def _manifest(request: Request, journal: Journal, documents: SortedDocuments, sh
         end_of_text=Tokenizer.end_of_text,
         seed=request.seed,
         counts=counts,
-        document_lengths=np.bincount(np.frexp(records["tokens"])[1] - 1).tolist(),
+        document_lengths=np.bincount(np.frexp(records["tokens"])[1] - 1).tolist(),  # by floor(log2)
         shards=shards,
     )
 

@@ -200,6 +200,7 @@ def choose_files(
     if entries and config is None:
         default = [name for name, entry in entries.items() if entry.get("default") is True or name == "default"]
         config = next(iter(default or entries)) if default or len(entries) == 1 else None
+    # A card without configurations leaves the folder of that name.
     entry = entries.get(str(config)) if entries else {"data_dir": config}
     if entry is None:
         raise UserError(f"Cannot choose files of {repository}: which config? Give --config, one of: {_some(entries)}.")

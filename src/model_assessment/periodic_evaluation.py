@@ -84,6 +84,7 @@ class Assessment:
 
         def check(*_: object, done: bool = False) -> bool:
             """True once a process calls it with `done`. All call it equally often, or they wait for each other."""
+            # One sum for both, or a process could wait in the second one while another has left.
             stopped, finished = procs.sum([float(stop()), float(done)])
             if stopped and not finished:
                 raise StoppedError("stopped during an evaluation")

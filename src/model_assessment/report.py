@@ -58,6 +58,7 @@ def write_report(run_dir: Path) -> Path:
     Raises UserError if the run cannot be read, StorageError if the page cannot be written.
     """
     run, now = run_history.read_run(run_dir), time.time()
+    # Everything is made before anything is written, so that an error leaves the old report whole.
     pictures = draw([run])
     page = _page(
         now,

@@ -164,7 +164,7 @@ def sample(
     """
     _check_number(num_samples)
     samples: list[Sample] = []
-    for prompt in prompts:
+    for prompt in prompts:  # a batch holds one prompt only, so that all its rows are equally long
         started = time.perf_counter()
         ids, batch = _encode(tokenizer, prompt, model), [Sample(prompt) for _ in range(num_samples)]
         for tokens, log_probs in generate(model, [ids] * num_samples, config, range(num_samples), tokenizer.n_vocab):
@@ -198,7 +198,7 @@ def stream(
     steps = generate(model, [ids], config, [0], tokenizer.n_vocab)
 
     def one_step() -> tuple[list[int], list[float]] | None:
-        with autocast():
+        with autocast():  # only here: inside a generator it would stay on in the caller's code between two pieces
             return next(steps, None)
 
     for (token,), (log_prob,) in iter(one_step, None):

@@ -271,6 +271,7 @@ def _write_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor]) ->
     layout = json.loads(header)
     layout.pop("__metadata__", None)
     digest, size = hashlib.sha256(length + header), len(length) + len(header)
+    # The file's order, which is not that of `tensors`: safetensors puts wide types first.
     for key in sorted(layout, key=lambda key: layout[key]["data_offsets"]):
         content = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.update(content.data)

@@ -86,8 +86,8 @@ class TrainingState:
         parts = procs.together(lambda: {name: checkpoint.tensors(name) for name in to_read})
         known = {field.name for field in fields(Progress)}
         self.progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
-        seed_random_state(seed, procs.rank, self.progress.step)
-        for name in names:
+        seed_random_state(seed, procs.rank, self.progress.step)  # replaced below where this process's state was saved
+        for name in names:  # of every rank: all processes receive each file, because receiving is collective
             tensors = procs.tensors_from_main(parts.get(name, {}))
             try:
                 if name == "model":
@@ -202,7 +202,7 @@ def _cannot_change_length(checkpoint: Checkpoint, config: Config) -> str:
     if config.total_steps < done:
         return f"The run has done {done} steps already. "
     pairs = [(each.total_steps, each.warmup_steps, each.optim) for each in (before, config)]
-    for step in range(done):
+    for step in range(done):  # not only the last one: two schedules may cross
         if learning_rate(step, *pairs[0]) == learning_rate(step, *pairs[1]):
             continue
         if config.warmup_steps != before.warmup_steps:

@@ -27,7 +27,7 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     residual_std = 1 / (math.sqrt(config.n_embd) * config.n_layer)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith("norm.weight"):  # those of queries and keys, too
                 parameter.fill_(1.0)
             elif name.endswith("bias") or (config.zero_init and name.endswith("out_proj.weight")):
                 parameter.zero_()
