@@ -220,8 +220,9 @@ def disk(start: Start) -> str:
     on_one_disk = place.stat().st_dev == data_place.stat().st_dev
     is_full = checkpoints + on_one_disk * data > free or data > free_for_data
     only = "only " if is_full else ""
-    text = f"{size_text(checkpoints)} for checkpoints needed, {only}{size_text(free)} free at {place}"
-    if data:
+    together = f" and at least {size_text(data)} for data" if data and on_one_disk else ""
+    text = f"{size_text(checkpoints)} for checkpoints{together} needed, {only}{size_text(free)} free at {place}"
+    if data and not on_one_disk:
         text += f"; at least {size_text(data)} for data, {size_text(free_for_data)} free at {data_place}"
     if is_full:
         raise StorageError(f"{text}; {MAKE_ROOM}, or prepare less with DATA_MAX_TOKENS")

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     """Options that the command takes out before it parses."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError for unknown arguments; else ends with exit code 2."""
+        """Raises UserError with the remedy that fits argparse's `message`."""
         if message.startswith("unrecognized arguments: ") and (unknown := re.findall("(?<= )--[^ =]+", message)):
             options = [*self._option_string_actions, *self.also]
             raise UserError(" ".join(f"Cannot find the option {o}. {_similar(o, options, self.prog)}" for o in unknown))
@@ -43,7 +43,8 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"Cannot use {given[2]} after {given[1]}, which takes no value. Leave the value out.")
         if missing := re.fullmatch("argument ([^ /]*).*: expected one argument", message):
             raise UserError(f"Cannot use {missing[1]} without a value. Type {missing[1]} VALUE.")
-        super().error(message)
+        message = re.sub("^argument ([^ /:]*)[^:]*", r"cannot use \1", message)
+        raise UserError(f"{message[0].upper()}{message[1:]}. {self.prog} --help explains all options.")
 
 
 def overridden(config: Config, arguments: Sequence[str], prog: str, about: str, also: Collection[str] = ()) -> Config:

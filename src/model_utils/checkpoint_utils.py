@@ -126,7 +126,7 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
 
     Also returns the damage of newer ones. Raises UserError where none can be used.
     """
-    if STEP_NAME.fullmatch(path.name):
+    if STEP_NAME.fullmatch(path.name) and path.exists():
         return open_checkpoint(path), []
     root = path if path.name == "checkpoints" else path / "checkpoints"
     if not root.is_dir():

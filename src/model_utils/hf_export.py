@@ -8,6 +8,7 @@ import argparse
 import glob
 import json
 import os
+import re
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -264,6 +265,8 @@ def _parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.checkpoint is None and args.push is None:
         parser.error("--checkpoint is missing; only --push works without it, on an earlier export")
+    if args.push is not None and not re.fullmatch("[^/]+/[^/]+", args.push):
+        parser.error(f"argument --push: {args.push!r} is not OWNER/NAME")
     if args.upload and args.push is None:
         parser.error("--upload needs --push OWNER/NAME")
     return args
