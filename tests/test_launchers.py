@@ -392,6 +392,7 @@ printf '%s|' "$@"
         ("export mine --format gguf", "model_utils.hf_export|--checkpoint|mine|--format|gguf|--out|/data/exports/mine"),
         ("data a.txt b --workers 2", "data_processing.data_downloader|--source|files|--path|a.txt|b|--workers|2"),
         ("data pydocs", "data_processing.data_downloader|--source|pydocs"),
+        ("data -- -a.txt", "data_processing.data_downloader|--source|files|--path|./-a.txt"),
         ("data --verify --out x", "data_processing.data_downloader|--verify|--out|x"),
         ("plan debug --sweep", "model_utils.planner|debug|--sweep"),
     ],
