@@ -129,7 +129,7 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
     if STEP_NAME.fullmatch(path.name) and path.exists():
         return open_checkpoint(path), []
     root = path if path.name == "checkpoints" else path / "checkpoints"
-    if not root.is_dir():
+    if not root.is_dir() and not (path / "log.txt").exists():  # a run that has begun has a log
         cause = "is not a run, a step_* folder or an export" if path.exists() else "does not exist"
         raise UserError(
             f"Cannot load a checkpoint: {path} {cause}. Give a run (its folder, or its name under temp_data/runs), one "

@@ -205,3 +205,6 @@ def test_finding_by_run_and_by_step(root: Path):
     (root.parent / "elsewhere").mkdir()
     with pytest.raises(UserError, match=r"is not a run, a step_\* folder or an export\. Give"):
         ck.find_checkpoint(root.parent / "elsewhere")
+    (root.parent / "elsewhere" / "log.txt").touch()
+    with pytest.raises(UserError, match=r"checkpoints holds none yet\. Train first, or wait"):
+        ck.find_checkpoint(root.parent / "elsewhere")
