@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Data and runs can live on a larger disk than the code.
-TEMP_DATA = Path(os.environ.get("TEMP_DATA_DIR") or ROOT / "temp_data").absolute()
+TEMP_DATA = Path(os.environ.get("TEMP_DATA_DIR") or ROOT / "temp_data").expanduser().absolute()
 DATASETS = TEMP_DATA / "datasets"
 RUNS = TEMP_DATA / "runs"
 COMPILE_CACHE = TEMP_DATA / "compile_cache"

@@ -311,8 +311,13 @@ def test_contradictory_options_are_refused(tmp_path: Path, monkeypatch: pytest.M
         ([], "--checkpoint is missing"),
         (["--checkpoint", "x", "--upload"], "needs --push"),
         (["--checkpoint", "x", "--push", "name"], "Cannot use --push: 'name' is not OWNER/NAME"),
+        (["--push", "me/tiny"], "--out is missing"),
     ):
         with pytest.raises(UserError, match=message):
-            call(monkeypatch, "--out", tmp_path / "new", *options)
+            call(monkeypatch, *options)
+    monkeypatch.setattr(hf_export, "TEMP_DATA", tmp_path)
+    (tmp_path / "exports" / "x").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"Cannot write {tmp_path}/exports/x: it exists"):
+        call(monkeypatch, "--checkpoint", "runs/x/")
     with pytest.raises(UserError, match="Cannot store q8_0 in a Hugging Face"):
         call(monkeypatch, "--out", tmp_path / "new", "--checkpoint", "x", "--dtype", "q8_0")
