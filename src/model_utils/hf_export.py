@@ -254,7 +254,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", help="a run (folder or name), a step_* folder, or an export in hf")
     out = "a new folder (default: temp_data/exports/NAME); with --push alone, an earlier export"
-    parser.add_argument("--out", type=Path, help=out)
+    parser.add_argument("--out", type=lambda text: Path(os.path.expanduser(text)), help=out)  # bash leaves --out=~
     parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="Hugging Face folder or GGUF file")
     parser.add_argument(
         "--dtype",
