@@ -201,8 +201,9 @@ def dataset(start: Start) -> str:
 
 def folder(start: Start) -> str:
     """Checks that the run's folder is free and writable, and the dataset's if it will be prepared."""
-    refuse_dangling(start.run_dir)
     to_write = [start.run_dir, start.run_dir / "checkpoints"] + ([start.dataset] if start.to_prepare else [])
+    for path in to_write:
+        refuse_dangling(path)
     for path in sorted({existing_folder(path) for path in to_write}):
         check_writable(path)
     refuse_claimed(start.run_dir)
