@@ -29,6 +29,7 @@ set -euo pipefail
 SCRIPT=$(readlink -f "${BASH_SOURCE[0]}")
 ROOT=$(dirname "$SCRIPT")
 export STARTED_IN="$PWD" # relative paths start here
+RESUME=                  # the settings bring it
 
 for argument in "$@"; do
     case "$argument" in -h | --help)
@@ -66,16 +67,16 @@ child() {
         code=0
         wait "$pid" || code=$?
     done
-    trap 'exit 143' TERM INT USR1 HUP
+    trap 'code=143 && end' TERM INT USR1 HUP
     [ -z "$stopped" ] || [ "$code" -le 5 ] || code=143
     [ -z "$quit" ] || code=130
     return "$code"
 } 3>&2 2>/dev/null # bash's own lines about a process that was killed are not for the user
-trap 'exit 143' TERM INT USR1 HUP # between commands
+trap 'code=143 && end' TERM INT USR1 HUP # between commands
 
 # Exits with $code; after a stop the last line is the command that resumes.
 end() {
-    case "$code" in 130 | 143) say "" && say "to resume: $RESUME" ;; esac
+    case "$code" in 130 | 143) [ -z "$RESUME" ] || { say "" && say "to resume: $RESUME"; } ;; esac
     exit "$code"
 }
 
@@ -155,7 +156,7 @@ if [ "$code" = 0 ]; then
     text=$(mktemp) || text=/dev/null
     # A finished run stays finished if its sample or report fails.
     child module src.model_assessment.sampling --checkpoint "$RUN_DIR" --prompt "$PROMPT" --num-samples 3 \
-        --max-new-tokens 40 --temperature 0.8 --top-k 50 >"$text" || [ -z "$stopped" ] || exit 143
+        --max-new-tokens 40 --temperature 0.8 --top-k 50 >"$text" || [ -z "$stopped" ] || { code=143 && end; }
     sed '$d' "$text" || true # the last line is JSON for programs
     [ "$text" = /dev/null ] || rm -f "$text"
 else
@@ -163,6 +164,6 @@ else
 fi
 if [ -s "$RUN_DIR/metrics.jsonl" ]; then
     stage "5/5 report"
-    child module src.model_assessment.report "$RUN_DIR" || [ -z "$stopped" ] || exit 143
+    child module src.model_assessment.report "$RUN_DIR" || [ -z "$stopped" ] || code=143
 fi
 end

@@ -201,8 +201,9 @@ def dataset(start: Start) -> str:
 
 def folder(start: Start) -> str:
     """Checks that the run's folder is free and writable, and the dataset's if it will be prepared."""
-    refuse_dangling(start.run_dir)
     to_write = [start.run_dir, start.run_dir / "checkpoints"] + ([start.dataset] if start.to_prepare else [])
+    for path in to_write:
+        refuse_dangling(path)
     for path in sorted({existing_folder(path) for path in to_write}):
         check_writable(path)
     refuse_claimed(start.run_dir)
@@ -220,8 +221,9 @@ def disk(start: Start) -> str:
     on_one_disk = place.stat().st_dev == data_place.stat().st_dev
     is_full = checkpoints + on_one_disk * data > free or data > free_for_data
     only = "only " if is_full else ""
-    text = f"{size_text(checkpoints)} for checkpoints needed, {only}{size_text(free)} free at {place}"
-    if data:
+    together = f" and at least {size_text(data)} for data" if data and on_one_disk else ""
+    text = f"{size_text(checkpoints)} for checkpoints{together} needed, {only}{size_text(free)} free at {place}"
+    if data and not on_one_disk:
         text += f"; at least {size_text(data)} for data, {size_text(free_for_data)} free at {data_place}"
     if is_full:
         raise StorageError(f"{text}; {MAKE_ROOM}, or prepare less with DATA_MAX_TOKENS")

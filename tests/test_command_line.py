@@ -51,6 +51,8 @@ def test_a_mistake_is_named_with_exit_code_2(commands: Commands, arguments: list
         ("--train.seed 1", "The preset is missing. Type: python pretrain.py PRESET"),
         ("debug --max-lr 1e-3", "Cannot find the option --max-lr. Perhaps you mean --optim.max-lr."),
         ("debug --lr 1", "Perhaps you mean --optim.max-lr or "),
+        ("debug --data my_texts", "Perhaps you mean --data.dir or "),
+        ("debug --model.bias=false", "Leave it out, or turn it off with --model.no-bias."),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_line_without_pythons_words(

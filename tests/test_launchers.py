@@ -254,6 +254,7 @@ case "$*" in
         touch "{folder}/ready"
         eval "$end"
         ;;
+    *src.model_assessment.report*) touch "{folder}/ready" && exec sleep 60 ;;
 esac
 exit 9
 """
@@ -307,6 +308,18 @@ def test_a_signal_stops_the_restarts_and_the_code_of_training_counts(stand_in, t
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 1
     assert len(starts(tmp_path)) == 1
+
+
+def test_a_second_stop_during_the_report_still_names_the_command_that_resumes(stand_in, tmp_path: Path, started):
+    variables = stand_in("143")
+    (tmp_path / "runs" / "debug").mkdir(parents=True)
+    (tmp_path / "runs" / "debug" / "metrics.jsonl").write_text("{}\n")
+    process = started("--data.dir", "x", **variables)
+    wait_for(process, (tmp_path / "ready").exists)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 143
+    assert (tmp_path / "stderr").read_text().splitlines()[-1].startswith("to resume: PRESET=debug")
 
 
 @pytest.mark.parametrize("streams", [">/dev/full 2>&1", "<&- >&- 2>&-"])
@@ -375,10 +388,10 @@ printf '%s|' "$@"
         ("report mine --compare b", "model_assessment.report|mine|--compare|b"),
         ("export mine out --dtype bf16", "model_utils.hf_export|--checkpoint|mine|--dtype|bf16|--out|out"),
         ("export mine --out=out", "model_utils.hf_export|--checkpoint|mine|--out=out"),
-        ("export ./x/mine", "model_utils.hf_export|--checkpoint|./x/mine|--out|/data/exports/mine"),
-        ("export mine --format gguf", "model_utils.hf_export|--checkpoint|mine|--format|gguf|--out|/data/exports/mine"),
+        ("export ./x/mine --format gguf", "model_utils.hf_export|--checkpoint|./x/mine|--format|gguf"),
         ("data a.txt b --workers 2", "data_processing.data_downloader|--source|files|--path|a.txt|b|--workers|2"),
         ("data pydocs", "data_processing.data_downloader|--source|pydocs"),
+        ("data -- -a.txt", "data_processing.data_downloader|--source|files|--path|./-a.txt"),
         ("data --verify --out x", "data_processing.data_downloader|--verify|--out|x"),
         ("plan debug --sweep", "model_utils.planner|debug|--sweep"),
     ],

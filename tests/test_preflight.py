@@ -161,7 +161,7 @@ def test_one_disk_for_data_and_checkpoints(tmp_path: Path, monkeypatch: pytest.M
 
     check(checkpoints + data + 100_000_000)
     with pytest.raises(
-        StorageError, match=r"26\.9 GB for checkpoints needed, only 69\.. GB free at .* 42\.. GB for data"
+        StorageError, match=r"26\.9 GB for checkpoints and at least 42\.. GB for data needed, only 69\.. GB free"
     ):
         check(checkpoints + data - 100_000_000)
     assert "for data" not in check(30_000_000_000, start_of(lf_llm_269m()))

@@ -118,8 +118,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             "loss": _with_error(values["loss"], values["stderr"], ".4f"),
             "perplexity": f"{values['perplexity']:.2f}",
             "bits per byte": f"{values['bits_per_byte']:.4f}",
-            "loss minus the first": _with_error(change["difference"], change["stderr"], "+.4f") if change else "",
+            "loss minus the first": "" if result is results[0] else f"context is {result['n_ctx']:,}",
         }
+        if change:
+            losses["loss minus the first"] = _with_error(change["difference"], change["stderr"], "+.4f")
         figures.append(model | losses)
         for key, share, stderr in CHOICE_FIGURES:
             if choice := result["multiple_choice"].get(key):
@@ -150,6 +152,8 @@ def main() -> int:
     args = _parser().parse_args()
     if not 1 <= args.val_tokens <= MAX_COUNT:
         raise UserError(f"Cannot measure {args.val_tokens} tokens. Set --val-tokens to between 1 and {MAX_COUNT:,}.")
+    if args.limit is not None and args.hellaswag == "none":
+        raise UserError("Cannot use --limit without multiple choice. Add --hellaswag, or set --val-tokens.")
     folder, manifest = text_for(args.checkpoint, args.data)
     choice = None
     if args.hellaswag != "none":
@@ -183,7 +187,7 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     checkpoint = "runs (folders or names), step_* folders or exports; the others are compared with the first"
-    add("--checkpoint", required=True, nargs="+", metavar="CHECKPOINT", help=checkpoint)
+    add("--checkpoint", required=True, nargs="+", action="extend", metavar="CHECKPOINT", help=checkpoint)
     add("--data", help="a dataset's name or folder (default: the first model's dataset)")
     add("--val-tokens", type=whole, default=2_097_152, help="held-out tokens, at most (default: 2,097,152)")
     items = "HellaSwag as .jsonl or .jsonl.gz; auto fetches it; held-out: a stand-in from the held-out text"

@@ -141,7 +141,7 @@ def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: i
         raise UserError(
             f"Cannot make multiple-choice items: {n_documents} held-out documents with at least "
             f"{MAX_CONTEXT_TOKENS + ENDING_TOKENS} tokens of running text are too few. Prepare a dataset of more "
-            "documents, give a HellaSwag file with --eval.hellaswag-data FILE, or use --eval.hellaswag-items 0."
+            "documents, or give a HellaSwag file. In training, --eval.hellaswag-items 0 turns these items off."
         )
     rng = np.random.default_rng(seed)
     items = []

@@ -10,6 +10,7 @@ where they are used: `number` turns anything that is not a plausible number into
 import csv
 import itertools
 import math
+import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -143,7 +144,7 @@ def read_run(folder: Path) -> Run:
 
     A record's `kind` is a string, its `step` an integer of at least 0, and its `time` a float or NaN.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(
             f"Cannot read the run {folder}: it does not exist. Give a run's name or folder.{instead_of(folder)}"
         )

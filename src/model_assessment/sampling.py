@@ -146,7 +146,7 @@ def _sampling_config(settings: dict[str, Any]) -> SamplingConfig:
     if unknown := [name for name in settings if name not in names]:
         raise UserError(f"Cannot sample with {', '.join(unknown)}. The settings are {', '.join(names)}.")
     stop = settings.get("stop", ())
-    return SamplingConfig(**settings | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    return SamplingConfig(**settings | {"stop": tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)})
 
 
 def sample(
@@ -179,8 +179,10 @@ def sample(
 
 
 def _check_number(num_samples: int) -> None:
-    if not 1 <= num_samples <= MAX_SAMPLES:
-        raise UserError(f"Cannot draw {num_samples} samples of a prompt: it must be between 1 and {MAX_SAMPLES:,}.")
+    if not isinstance(num_samples, int) or not 1 <= num_samples <= MAX_SAMPLES:
+        raise UserError(
+            f"Cannot draw {num_samples!r} samples of a prompt: it must be a whole number from 1 to {MAX_SAMPLES:,}."
+        )
 
 
 def stream(

@@ -96,4 +96,4 @@ def unigram_entropy(dataset: WindowDataset, n_windows: int) -> float:
     targets = np.concatenate([dataset[number][1:] for number in range(n_windows)])
     counts = np.bincount(targets)
     shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    return float(abs((shares * np.log(shares)).sum()))  # not -0.0

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     """Options that the command takes out before it parses."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError for unknown arguments; else ends with exit code 2."""
+        """Raises UserError with the remedy that fits argparse's `message`."""
         if message.startswith("unrecognized arguments: ") and (unknown := re.findall("(?<= )--[^ =]+", message)):
             options = [*self._option_string_actions, *self.also]
             raise UserError(" ".join(f"Cannot find the option {o}. {_similar(o, options, self.prog)}" for o in unknown))
@@ -40,10 +40,13 @@ class Parser(argparse.ArgumentParser):
                 "on or off takes no value: --NAME or --no-NAME."
             )
         if given := re.fullmatch("argument ([^ /]*).*: ignored explicit argument (.*)", message):
-            raise UserError(f"Cannot use {given[2]} after {given[1]}, which takes no value. Leave the value out.")
+            off = re.sub(r"^--(.*\.)?", r"\g<0>no-", given[1])
+            remedy = f", or turn it off with {off}" if off in self._option_string_actions else ""
+            raise UserError(f"Cannot use {given[2]} after {given[1]}, which takes no value. Leave it out{remedy}.")
         if missing := re.fullmatch("argument ([^ /]*).*: expected one argument", message):
             raise UserError(f"Cannot use {missing[1]} without a value. Type {missing[1]} VALUE.")
-        super().error(message)
+        message = re.sub("^argument ([^ /:]*)[^:]*", r"cannot use \1", message)
+        raise UserError(f"{message[0].upper()}{message[1:]}. {self.prog} --help explains all options.")
 
 
 def overridden(config: Config, arguments: Sequence[str], prog: str, about: str, also: Collection[str] = ()) -> Config:
@@ -139,7 +142,7 @@ def _similar(name: str, options: Collection[str], command: str) -> str:
     wanted = name.lstrip("-").rpartition(".")[2]
     last = {option: option.lstrip("-").rpartition(".")[2] for option in options}
     similar = [option for option in options if last[option] == wanted]
-    similar = similar or [option for option in options if f"-{wanted}-" in f"-{last[option]}-"]
+    similar = similar or [option for option in options if f"-{wanted}-" in f"{option[1:]}-".replace(".", "-")]
     if not similar:
         close = dict.fromkeys(difflib.get_close_matches(wanted, last.values(), n=3, cutoff=0.6))  # the closest first
         similar = [option for each in close for option in options if last[option] == each]

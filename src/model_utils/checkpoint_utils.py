@@ -126,11 +126,11 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
 
     Also returns the damage of newer ones. Raises UserError where none can be used.
     """
-    if STEP_NAME.fullmatch(path.name):
+    if STEP_NAME.fullmatch(path.name) and os.path.exists(path):
         return open_checkpoint(path), []
     root = path if path.name == "checkpoints" else path / "checkpoints"
-    if not root.is_dir():
-        cause = "is not a run, a step_* folder or an export" if path.exists() else "does not exist"
+    if not os.path.isdir(root) and not os.path.exists(path / "log.txt"):  # a run that has begun has a log
+        cause = "is not a run, a step_* folder or an export" if os.path.exists(path) else "does not exist"
         raise UserError(
             f"Cannot load a checkpoint: {path} {cause}. Give a run (its folder, or its name under temp_data/runs), one "
             "of its checkpoints/step_* folders, or an exported folder." + instead_of(path)

@@ -8,6 +8,7 @@ import argparse
 import glob
 import json
 import os
+import re
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -41,6 +42,7 @@ from src.params import ModelConfig, to_dict
 from src.utils.errors import StorageError, UserError, exit_with, hub_errors, hub_failure, print_result, say
 from src.utils.files import fingerprint, new_folder, read_json, size_text, sync
 from src.utils.logger import RunLogger
+from src.utils.root import TEMP_DATA
 
 _TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _END_OF_TEXT = "<|endoftext|>"
@@ -251,7 +253,8 @@ def _parse() -> argparse.Namespace:
         "JSON object as the last line, or text on a terminal.",
     )
     parser.add_argument("--checkpoint", help="a run (folder or name), a step_* folder, or an export in hf")
-    parser.add_argument("--out", required=True, type=Path, help="a new folder; with --push alone, an earlier export")
+    out = "a new folder (default: temp_data/exports/NAME); with --push alone, an earlier export"
+    parser.add_argument("--out", type=lambda text: Path(os.path.expanduser(text)), help=out)  # bash leaves --out=~
     parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="Hugging Face folder or GGUF file")
     parser.add_argument(
         "--dtype",
@@ -264,6 +267,11 @@ def _parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.checkpoint is None and args.push is None:
         parser.error("--checkpoint is missing; only --push works without it, on an earlier export")
+    if args.out is None and args.checkpoint is None:
+        parser.error("--out is missing: the earlier export that --push sends")
+    args.out = args.out or TEMP_DATA / "exports" / Path(args.checkpoint).absolute().name
+    if args.push is not None and not re.fullmatch("[^/]+/[^/]+", args.push):
+        parser.error(f"argument --push: {args.push!r} is not OWNER/NAME")
     if args.upload and args.push is None:
         parser.error("--upload needs --push OWNER/NAME")
     return args

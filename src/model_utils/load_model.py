@@ -141,7 +141,7 @@ def pack_linears(model: nn.Module) -> None:
 
 def _read(checkpoint: str | Path) -> Read:
     path = run_dir(str(checkpoint))
-    if not path.exists() and Path(str(checkpoint)).exists():
+    if not os.path.exists(path) and os.path.exists(str(checkpoint)):  # Path.exists raises for a long name
         path = Path(checkpoint).absolute()
     if os.path.lexists(path / EXPORT):
         return _read_export(path)

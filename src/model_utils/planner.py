@@ -235,7 +235,7 @@ def main() -> int:
 
 
 def _parse() -> tuple[argparse.Namespace, Config]:
-    parser = Parser(prog="planner.py", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="python -m src.model_utils.planner", add_help=False, allow_abbrev=False)
     parser.add_argument("--gpu", type=str.lower, choices=GPUS)
     parser.add_argument("--gpus", metavar="N", type=between(1, 10_000))
     parser.add_argument("--mfu", metavar="SHARE", type=between(0.001, 1), default=REFERENCE_MFU)

@@ -147,11 +147,13 @@ def existing_folder(path: Path) -> Path:
 
 
 def refuse_dangling(path: Path) -> None:
-    """Raises StorageError where `path` or a parent is a link to nothing, for example to a disk that is not mounted."""
-    for link in (path, *path.parents):
-        if link.is_symlink() and not link.exists():
+    """Raises StorageError where `path` or a parent is a file, or a link to nothing, such as a disk not mounted."""
+    for place in (path, *path.parents):
+        if os.path.isfile(place):
+            raise StorageError(f"Cannot use {place}: it is a file, not a folder. Move it away, or use another folder.")
+        if place.is_symlink() and not place.exists():
             raise StorageError(
-                f"Cannot use {link}: it is a link to {link.readlink()}, which does not exist. Mount its disk."
+                f"Cannot use {place}: it is a link to {place.readlink()}, which does not exist. Mount its disk."
             )
 
 

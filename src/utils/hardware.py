@@ -47,6 +47,11 @@ def choose_device(requested: str, local_rank: int = 0) -> torch.device:
         return torch.device("cuda", local_rank)
     if requested == "mps" and not torch.backends.mps.is_available():
         raise UserError("Cannot use the device mps: this PyTorch has no MPS. Use the device auto or cpu.")
+    try:
+        torch.empty(0, device=requested)
+    except (RuntimeError, AssertionError) as error:  # a name from a notebook, such as cuda:1
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"Cannot use the device {requested!r}: {cause}. Use auto, cpu, cuda or mps.") from None
     return torch.device(requested)
 
 

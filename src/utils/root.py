@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Data and runs can live on a larger disk than the code.
-TEMP_DATA = Path(os.environ.get("TEMP_DATA_DIR") or ROOT / "temp_data").absolute()
+TEMP_DATA = Path(os.path.expanduser(os.environ.get("TEMP_DATA_DIR") or ROOT / "temp_data")).absolute()
 DATASETS = TEMP_DATA / "datasets"
 RUNS = TEMP_DATA / "runs"
 COMPILE_CACHE = TEMP_DATA / "compile_cache"
@@ -35,6 +35,6 @@ def instead_of(path: Path) -> str:
 
 
 def _named_or_path(name: str, home: Path) -> Path:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     bare = path.name == name and name != ".."
     return home / name if bare else path.absolute()

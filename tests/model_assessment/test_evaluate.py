@@ -105,6 +105,7 @@ def test_table_names_every_protocol_it_has_figures_of():
     assert cells["second acc"] == "27.00% ± 1.00%"
     assert cells["second acc_norm"] == "33.00% ± 3.00%"
     assert "first: (its text)\nsecond: (other text)" in text
+    assert table([result, {**result, "n_ctx": 8}]).split("\n")[3].endswith("| context is 8         |")
 
 
 def write_dataset_of(folder: Path, texts: list[str]) -> None:
@@ -146,7 +147,8 @@ def test_an_export_other_weights_and_multiple_choice(tmp_path: Path, evaluated: 
         (["--checkpoint", "words", "--data", "nosuch"], "find a dataset at"),
         (["--checkpoint", "words", "--data", "ids", "--val-tokens", "0"], "Cannot measure 0 tokens"),
         (["--checkpoint", "words", "--data", "ids", "--hellaswag", "/nope"], "Cannot read /nope"),
-        (["--checkpoint", "words", "small", "--data", "ids"], "the model 97"),
+        (["--checkpoint", "words", "--limit", "5"], "Add --hellaswag"),
+        (["--checkpoint", "words", "--checkpoint", "small", "--data", "ids"], "the model 97"),
         (["--checkpoint", "imported"], "imported/checkpoints/step_0000040 is not recorded. Name one"),
     ],
 )

@@ -102,9 +102,11 @@ def test_the_page_says_what_the_metrics_say(finished: Path) -> None:
 
 @pytest.mark.usefixtures("no_pictures")
 def test_a_model_no_better_than_token_frequencies_is_called_so(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "bad")
+    folder = make_run(tmp_path / "bad", init_from={"path": "/runs/first", "step": 9})
     rewrite(folder, [{"kind": "validation", "step": 5, "time": START, "loss": 6.6, "unigram_entropy": 6.5}])
-    assert "does not beat the unigram entropy of 6.500 yet" in Page(write_report(folder)).text
+    page = Page(write_report(folder)).text
+    assert "does not beat the unigram entropy of 6.500 yet" in page
+    assert "trained from the weights of /runs/first on pydocs" in page
 
 
 def test_samples_of_the_first_and_the_last_step_stand_side_by_side(finished: Path) -> None:

@@ -287,9 +287,12 @@ def test_a_vocabulary_other_than_the_tokenizers(n_vocab: int, prompt: str):
     assert max(made.tokens, default=0) < tokenizer.n_vocab
 
 
-def test_settings_that_cannot_work_are_all_named():
+def test_settings_that_cannot_work_are_all_named(words: Path):
     with pytest.raises(UserError, match=r"max_new_tokens = 0 .* temperature = -1 .* top_p = 0 .* min_p = 2 .* stop"):
         SamplingConfig(max_new_tokens=0, temperature=-1, top_p=0, min_p=2, stop=("",))
+    for values in ({"n": 2.0}, {"stop": None}, {"stop": 5}):  # from a notebook
+        with pytest.raises(UserError, match=repr(next(iter(values.values())))):
+            load(words).generate("word", **values)
 
 
 def conversation(

@@ -199,8 +199,12 @@ def test_finding_by_run_and_by_step(root: Path):
         ck.save_checkpoint(root, step, PARTS, {})
     assert ck.find_checkpoint(root.parent)[0].step == 2
     assert ck.find_checkpoint(root / "step_0000001")[0].step == 1
-    with pytest.raises(UserError, match=r"elsewhere does not exist"):
-        ck.find_checkpoint(root.parent / "elsewhere")
+    for missing in (root.parent / "elsewhere", root / "step_0000003"):
+        with pytest.raises(UserError, match=rf"{missing} does not exist\. Give"):
+            ck.find_checkpoint(missing)
     (root.parent / "elsewhere").mkdir()
     with pytest.raises(UserError, match=r"is not a run, a step_\* folder or an export\. Give"):
+        ck.find_checkpoint(root.parent / "elsewhere")
+    (root.parent / "elsewhere" / "log.txt").touch()
+    with pytest.raises(UserError, match=r"checkpoints holds none yet\. Train first, or wait"):
         ck.find_checkpoint(root.parent / "elsewhere")

@@ -306,12 +306,18 @@ def test_a_push_that_fails_says_why(tiny_export: Path, tmp_path: Path, hub: str,
         call(monkeypatch, "--out", tmp_path, "--push", "me/tiny")
 
 
-def test_contradictory_options_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    for options, message in (([], "--checkpoint is missing"), (["--checkpoint", "x", "--upload"], "needs --push")):
-        with pytest.raises(SystemExit):
-            call(monkeypatch, "--out", tmp_path / "new", *options)
-        assert message in capsys.readouterr().err
+def test_contradictory_options_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for options, message in (
+        ([], "--checkpoint is missing"),
+        (["--checkpoint", "x", "--upload"], "needs --push"),
+        (["--checkpoint", "x", "--push", "name"], "Cannot use --push: 'name' is not OWNER/NAME"),
+        (["--push", "me/tiny"], "--out is missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(monkeypatch, *options)
+    monkeypatch.setattr(hf_export, "TEMP_DATA", tmp_path)
+    (tmp_path / "exports" / "x").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"Cannot write {tmp_path}/exports/x: it exists"):
+        call(monkeypatch, "--checkpoint", "runs/x/")
     with pytest.raises(UserError, match="Cannot store q8_0 in a Hugging Face"):
         call(monkeypatch, "--out", tmp_path / "new", "--checkpoint", "x", "--dtype", "q8_0")

@@ -55,7 +55,7 @@ def test_an_export_in_bf16_is_float32_in_memory(run: Path, tmp_path: Path):
         assert torch.equal(tensor, weights[name].bfloat16().float()), name
 
 
-@pytest.mark.parametrize("mistake", [None, 7])
+@pytest.mark.parametrize("mistake", [None, 7, 300 * "x"])
 def test_what_is_neither_a_name_nor_a_path_is_refused(mistake: Any):
     with pytest.raises(UserError, match=rf"Cannot load a checkpoint: .*/{mistake} does not exist"):
         load_model(mistake)

@@ -22,6 +22,7 @@ from src.utils.files import (
     fingerprint,
     read_json,
     refuse_claimed,
+    refuse_dangling,
     replacing,
     set_aside,
     storage_errors,
@@ -203,3 +204,6 @@ def test_a_folder_on_a_disk_that_is_not_mounted(run_dir: Path, tmp_path: Path):
     run_dir.symlink_to(tmp_path / "unmounted")
     with pytest.raises(StorageError, match=r"held: it is a link to .*unmounted, which does not exist\. Mount its disk"):
         claimed(run_dir).__enter__()
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file: it is a file, not a folder"):
+        refuse_dangling(tmp_path / "file" / "runs" / "new")

@@ -46,6 +46,8 @@ def test_a_missing_device(monkeypatch: pytest.MonkeyPatch):
     assert hardware.choose_device("auto", 1) == torch.device("cuda", 1)
     with pytest.raises(UserError, match=r"Cannot use CUDA device 2 .* PyTorch .* sees 2 devices\. Start at most 2"):
         hardware.choose_device("cuda", 2)
+    with pytest.raises(UserError, match=r"Cannot use the device 'tpu': .* Use auto, cpu, cuda or mps"):
+        hardware.choose_device("tpu")
 
 
 def test_the_machine_is_described_in_plain_data():

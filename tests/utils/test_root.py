@@ -18,5 +18,7 @@ def test_a_path_is_relative_to_the_current_folder(name: str, tmp_path: Path, mon
     assert root.dataset_dir(name).resolve() == (tmp_path / name).resolve()
 
 
-def test_an_absolute_path_stays():
+def test_an_absolute_path_stays_and_a_home_is_found():
     assert root.dataset_dir("/data/set") == Path("/data/set")
+    assert root.dataset_dir("~/set") == Path.home() / "set"
+    assert root.run_dir("~nobody_here") == root.RUNS / "~nobody_here"
