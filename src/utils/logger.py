@@ -123,7 +123,7 @@ class RunLogger:
                 self._replace(path.name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
     def before_save(self) -> None:
-        """Syncs metrics.jsonl, so that it survives a power cut like the checkpoint that follows. Raises StorageError."""
+        """Syncs metrics.jsonl, so that it survives a power cut like the next checkpoint. Raises StorageError."""
         self.check_place()
         if self.is_main and (self.run_dir / "metrics.jsonl").exists():
             with self._one_warning():
