@@ -58,7 +58,7 @@ def test_a_mark_is_enough(tmp_path: Path, commands: Commands, encoding: str) -> 
 def test_odd_bytes_are_counted_by_file(tmp_path: Path, commands: Commands) -> None:
     done = prepare(commands, tmp_path / "texts", "t.txt", LETTER.encode("latin-1"))
     assert done.returncode == 0, done.stderr
-    assert f"replaced by the character U+FFFD: 120 in {tmp_path / 'texts' / 't.txt'}. If a file" in done.stderr
+    assert f"replaced by U+FFFD: 120 in {tmp_path / 'texts' / 't.txt'}. If a file" in done.stderr
 
 
 def test_prose_about_pointers_is_prose(tmp_path: Path, commands: Commands) -> None:
