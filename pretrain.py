@@ -445,7 +445,7 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     micro_losses = []
     for micro_step in range(accumulation):
         inputs_BT, targets_BT = next(batches)
-        # DDP averages gradients over the processes once a step, in the last backward pass.
+        # DDP averages gradients over the processes once per step, in the last backward pass.
         is_last = micro_step + 1 == accumulation
         with nullcontext() if is_last or not isinstance(forward, DistributedDataParallel) else forward.no_sync():
             with hardware.autocast(procs.device, run.precision):

@@ -3,7 +3,7 @@
 python -m benchmarks.loader [--data DIR] [--n-ctx 2048 256] [--seconds 3]
 
 Without --data it reads a sparse dataset of 10B tokens in a temporary folder, which measures the program, not a disk.
-Memory and reads come from /proc, so it runs on Linux only. Each n_ctx is measured in a separate process.
+Memory and reads come from /proc, so this runs only on Linux. Each n_ctx is measured in a separate process.
 """
 
 import itertools

@@ -63,7 +63,7 @@ def main() -> None:
         "no cache, four": partial(no_cache, new, 4, args.tokens, device),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(args.repeats + 1):  # the first does not count
+    for number in range(args.repeats + 1):  # the first is not counted
         for name, variant in variants.items():
             started = time.perf_counter()
             lists[name] = variant()

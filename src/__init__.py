@@ -64,7 +64,7 @@ def load(checkpoint: str | Path, device: str = "auto", weights: str = "auto") ->
         for piece in model.stream("The"): print(piece, end="")
         model.loss("Some text."), model.logits("Some text.")
 
-    `device`: auto, cpu, cuda or mps. `weights`: float32, bf16, or auto: bf16 where the device computes in it. Raises
+    `device`: auto, cpu, cuda or mps. `weights`: float32, bf16, or auto: bf16 if the device computes in it. Raises
     UserError.
     """
     from src.model_assessment.sampling import TextModel  # imports torch, which takes seconds

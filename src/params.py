@@ -44,7 +44,7 @@ Resume = Annotated[str, "auto|never|[0-9]{1,9}", "auto, never or the step of a c
 
 
 class ConfigError(Exception):
-    """Settings that cannot work. The message lists every problem, one a line."""
+    """Settings that cannot work. The message lists every problem, one per line."""
 
     exit_code = 2
 

@@ -295,7 +295,7 @@ def _parse_arguments() -> argparse.Namespace:
         "for --source files: files, folders (searched to any depth) or patterns; .txt and .md are one document each, "
         "or several above 65,536 characters; "
     )
-    help += ".jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow one a line or row"
+    help += ".jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow have one per line or row"
     add("--path", **several, default=[], metavar="FILE_OR_GLOB", help=help)
     add("--dataset", metavar="OWNER/NAME", help="for --source hub: the dataset's name on the hub")
     add("--config", metavar="NAME", help="for --source hub: the dataset's configuration")

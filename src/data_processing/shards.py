@@ -173,7 +173,7 @@ def stray_files(folder: Path, manifest: Manifest) -> str | None:
 def ensure_verified(
     folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], object] = lambda: False
 ) -> None:
-    """Raise UserError with every fault that `find_faults` finds, and StoppedError like it."""
+    """Raise UserError with every fault that `find_faults` returns. May raise StoppedError, too."""
     if faults := find_faults(folder, manifest, trust_stamp, stop):
         lines = "\n".join(f"  {fault}" for fault in faults.values())
         raise UserError(

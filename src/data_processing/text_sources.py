@@ -374,7 +374,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Divide a text of more than LONG_TEXT characters at ends of paragraphs, or of lines where it has none.
+    """Divide a text of more than LONG_TEXT characters at ends of paragraphs, or of lines if it has none.
 
     Each part has about PART_OF_LONG_TEXT characters. Joined, they are the text without the empty lines between them.
     """

@@ -111,7 +111,7 @@ def evaluate(model: LLM, items: Sequence[Item], encode: Encode, protocol: str, *
 def evaluate_lm_eval(model: LLM, items: Sequence[Item], encode: Encode, **scoring: Any) -> dict[str, Any]:
     """`acc` and `acc_norm` by lm-eval's protocol, for items with all fields. Arguments as for `evaluate`.
 
-    Like in lm-eval, standard errors come from the sample variance: sqrt(p (1 - p) / (total - 1)).
+    As in lm-eval, standard errors come from the sample variance: sqrt(p (1 - p) / (total - 1)).
     """
     started = time.perf_counter()
     sums = score_endings(model, questions(items, lm_eval_texts, encode), **scoring)

@@ -102,7 +102,7 @@ def activation_bytes(step: Step) -> int:
     norm = N * (D + 1) * FLOAT32 + (0 if on_gpu else N * D * FLOAT32)  # input and root mean square; a CPU's quotient
     attention = N * (D + 3 * D + 2 * D) * size  # input, its projection, rotated queries and keys
     attention += N * D * size + N * config.n_head * FLOAT32  # result, log-sum-exp
-    if config.qk_norm:  # root mean squares by head; where needed, float32 copies of queries and keys; a CPU's quotients
+    if config.qk_norm:  # root mean squares by head; if needed, float32 copies of queries and keys; a CPU's quotients
         attention += N * 2 * config.n_head * FLOAT32 + (0 if on_gpu else N * 2 * D * FLOAT32)
         attention += N * 2 * D * FLOAT32 if size != FLOAT32 and not step.is_compiled else 0
     hidden = 2 * F if config.ffn == "relu2" else 4 * F  # relu(up) and its square; value, gate, silu(gate) and product

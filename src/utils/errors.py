@@ -97,7 +97,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
             file.write(f"{code}\n")
     sys.stdout.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # gloo's threads take Python's lock once more, and abort a process that is shutting down (LOG.md).
+        # gloo's threads take the GIL again, and abort a process that is shutting down (LOG.md).
         os._exit(code)
     sys.exit(code)
 
