@@ -6,7 +6,7 @@ It listens on 127.0.0.1 and answers only to that address and localhost. So neith
 that its owner points to this machine (DNS rebinding) can use the model or read the page. It fetches nothing.
 
 The answer to POST /continue with {"prompt": ..., "temperature": ..., ...} is one JSON object per line: {"text": ...}
-for each piece, then {"done": {"tokens": ..., "seconds": ...}} or {"error": ...}. If the client hangs up, the model stops.
+for each piece, then {"done": {"tokens": ..., "seconds": ...}} or {"error": ...}. A client that hangs up stops it.
 """
 
 import base64

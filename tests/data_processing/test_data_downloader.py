@@ -110,7 +110,7 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "files", "--path", "{}", "--out", "{}/one.txt/x"], 4, "annot write", id="unwritable"),
         pytest.param(["--source", "files", "--out", "x"], 2, "needs --path", id="no path"),
         pytest.param(["--source", "files", "--path", "", "--out", "x"], 2, "option is empty", id="empty path"),
-        pytest.param([], 2, "as in ./llm data my_texts/", id="nothing"),
+        pytest.param([], 2, "Name files or folders: ./llm data my_texts/", id="nothing"),
         pytest.param(["--source", "files", "--path", "{}/pydoc"], 2, "or the source pydocs.", id="nearly a source"),
         pytest.param(["--source", "files", "--path", "{}/elf.txt"], 2, "elf.txt: it is a binary file", id="program"),
         pytest.param(["--source", "files", "--path", "{}/pdf.txt"], 2, "pdf.txt: it is a binary file", id="pdf"),
