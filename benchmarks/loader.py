@@ -79,7 +79,6 @@ def make_sparse_dataset(folder: Path, n_shards: int = 100, tokens_per_shard: int
 
 
 def loader_figures_in_a_process(folder: Path, n_ctx: int, seconds: float = 3.0) -> dict[str, float]:
-    """Call `loader_figures` in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(loader_figures, (folder, n_ctx, seconds))
 

@@ -64,8 +64,6 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True)
 class Start:
-    """The start to check."""
-
     config: Config
     world_size: int
     processes_here: int

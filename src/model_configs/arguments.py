@@ -135,7 +135,6 @@ def _value(text: str, kind: Any) -> Any:
 
 
 def _similar(name: str, options: Collection[str], command: str) -> str:
-    """Suggests similar options."""
     wanted = name.lstrip("-").rpartition(".")[2]
     last = {option: option.lstrip("-").rpartition(".")[2] for option in options}
     similar = [option for option in options if last[option] == wanted]

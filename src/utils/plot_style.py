@@ -53,14 +53,12 @@ _SIZE_INCHES, _DOTS_PER_INCH = (6.4, 3.9), 180  # readable on a phone and in hal
 
 
 def new_figure() -> Figure:
-    """An empty figure."""
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def as_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
     return png.getvalue()
