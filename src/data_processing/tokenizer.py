@@ -60,7 +60,7 @@ class Tokenizer:
         return self.encode_to_numpy(replace_surrogates(text)).tolist()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """Return the ids of `text` as uint16, without the GIL. Raises UnicodeEncodeError for surrogates."""
+        """Return the ids of `text` as uint16. Releases the GIL. Raises UnicodeEncodeError for surrogates."""
         # Not `encode_ordinary`, which holds the GIL while it makes a list of Python integers.
         encode = self._encoding.encode_to_numpy
         parts = [encode(part, allowed_special=set(), disallowed_special=()) for part in _parts(text)]

@@ -5,8 +5,8 @@
 It listens on 127.0.0.1 and answers only to that address and localhost. So neither another website nor a domain name
 that its owner points to this machine (DNS rebinding) can use the model or read the page. It fetches nothing.
 
-The answer to POST /continue with {"prompt": ..., "temperature": ..., ...} is one JSON object per line: {"text": ...}
-for each piece, then {"done": {"tokens": ..., "seconds": ...}} or {"error": ...}. A client that hangs up stops it.
+POST /continue with {"prompt": ..., "temperature": ..., ...} returns one JSON object per line: {"text": ...} for each
+piece, then {"done": {"tokens": ..., "seconds": ...}} or {"error": ...}. If the client hangs up, the model stops.
 """
 
 import base64

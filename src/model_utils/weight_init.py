@@ -18,8 +18,8 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     N(0, (1 / (sqrt(D) L))^2), so that the stream's variance doesn't grow with depth, or 0 with `zero_init`. Biases 0,
     gains 1.
 
-    With `zero_init` the head, which is the embedding, at first gives the input token a logit of D * std. It is limited
-    to MOST_OWN_LOGIT, or a wide model would begin with a loss of D * std: 20 nats for D = 1,024.
+    With `zero_init` the head, which is the embedding, at first gives the input token itself a logit of D * std. That is
+    limited to MOST_OWN_LOGIT, or a wide model would begin with a loss of D * std: 20 nats for D = 1,024.
     """
     generator = torch.Generator().manual_seed(seed)
     std = math.sqrt(2 / (5 * config.n_embd))
