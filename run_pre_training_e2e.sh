@@ -6,7 +6,7 @@
 #   ./run_pre_training_e2e.sh laptop book.txt more_texts/
 #
 # --dry-run only checks whether the start can work. Variables, with their defaults; PRESET and DATA_PATH may also be
-# given as the first arguments, like above:
+# given as the first arguments, as shown above:
 #   PRESET=lf_llm_269m    a preset; python pretrain.py --help lists them. DEBUG_MODE=True means PRESET=debug
 #   RUN_NAME              folder of the run under temp_data/runs; default: the preset's name, followed by the dataset's
 #                         for your own text

@@ -1,6 +1,6 @@
 """Compare our implementation of HellaSwag, by the reference's protocol, with the reference's.
 
-python -m benchmarks.hellaswag {debug,laptop,lf_llm_269m} --data FILE [--checkpoint DIR] [--items 100 --rounds 5]
+python -m benchmarks.hellaswag PRESET --data FILE [--checkpoint DIR] [--items 100 --rounds 5]
 
 The reference takes one item at a time. It pads the four rows to the longest, computes float32 logits of every position,
 then their cross-entropy and a masked mean. Both implementations score the same items, spaced evenly over the file, with

@@ -1,6 +1,6 @@
 """Compare a training step with others: forward, backward, clipping and optimizer.
 
-python -m benchmarks.train_step {debug,laptop,lf_llm_269m} --data DATASET [--micro-batch-size N --rounds N --steps N]
+python -m benchmarks.train_step PRESET --data DATASET [--micro-batch-size N --rounds N --steps N]
 
 All variants start from the same weights and train on the same batches of real text. Learning rates and precision are
 the same, and dropout is off except in one. The benchmark fails if the losses of the others differ. A line on stderr
