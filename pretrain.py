@@ -501,7 +501,7 @@ def log_line(run: Run, result: StepResult, rest: str = "", **values: Any) -> Non
     """Logs a training line. Loss and speed are means over the steps since the last line, without evaluations."""
     config, progress = run.config, run.state.progress
     if not progress.loss_steps:
-        return  # every step since the last line was skipped
+        return  # all steps since the last line were skipped
     loss, step_seconds = progress.loss_sum / progress.loss_steps, progress.seconds / progress.loss_steps
     rate = config.train.batch_tokens / step_seconds
     peak = hardware.peak_tflops(run.procs.device, run.precision)

@@ -39,7 +39,7 @@ def main() -> None:
         chosen(os.environ, overrides[1:])
         return
     for name, value in settings(os.environ, overrides).items():
-        if isinstance(value, list):  # an array, and "@" for the script's own arguments
+        if isinstance(value, list):  # an array; "@" means the script's arguments
             joined = shlex.join(value)
             print(f"set -- {joined}" if name == "@" else f"{name}=({joined})")
         else:
@@ -184,7 +184,7 @@ def dataset_name(request: Request, variables: Mapping[str, str], preset: str) ->
 
 def _other_text(request: Request, name: str) -> str:
     """Describes how the text of dataset `name`, prepared or not, differs from the requested text; "" if it does not."""
-    from src.data_processing.data_downloader import differences  # not at the top: `chosen` has no packages
+    from src.data_processing.data_downloader import differences  # here, because `chosen` runs before packages are installed
     from src.data_processing.document_shuffle import JOURNAL, WORK
     from src.data_processing.shards import MANIFEST, read_manifest
 

@@ -132,7 +132,7 @@ class Watching:
         quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         run_dir = str(self._log.run_dir.absolute())
         env = outside_environment() | {"OMP_NUM_THREADS": "1"}
-        env.pop("PYTHONSAFEPATH", None)  # it finds its module in the folder it runs in
+        env.pop("PYTHONSAFEPATH", None)  # it looks for its module in the current folder
         return subprocess.Popen([*command, run_dir], cwd=ROOT, env=env, start_new_session=True, **quiet)
 
 

@@ -182,7 +182,7 @@ def _write_origin(folder: Path, origin: dict[str, Any]) -> None:
     """Writes export.json last, with size and hash of every other file, and syncs all."""
     files = {}
     for path in sorted(folder.iterdir()):
-        path.chmod(0o644)  # safetensors makes files that only their owner reads
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
         sync(path)
         files[path.name] = fingerprint(path)
     content = {**origin, "files": files}

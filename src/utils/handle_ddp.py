@@ -183,7 +183,7 @@ def processes(device: str, timeout_s: float) -> Iterator[Processes]:
         return
     # Python's signal handlers don't run inside this call, so a stop ends the process at once. Nothing is lost yet.
     with procs.collective(), end_at_once():
-        bound = chosen if chosen.type == "cuda" else None  # else NCCL guesses the GPU at the first collective
+        bound = chosen if chosen.type == "cuda" else None  # otherwise NCCL guesses the GPU at the first collective
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
     yield procs
     # Only after success: leaving waits for the others, which may hang in another collective after an error.

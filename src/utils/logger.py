@@ -158,7 +158,7 @@ class RunLogger:
     def _append(self, name: str, line: str) -> None:
         if self._is_lost():
             return
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link could lead to a file of the user's
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link could lead to one of the user's files
         with self._one_warning(), open_regular(self.run_dir / name, flags) as file:
             end, rest = file.seek(0, os.SEEK_END), memoryview((line + "\n").encode("utf-8", errors="replace"))
             try:

@@ -11,7 +11,7 @@ from threading import Thread
 
 from src.utils.errors import EXIT_INTERRUPTED, say
 
-# A scheduler's end of a job, Ctrl-C, a scheduler's early warning, and a closed terminal or connection.
+# The end of a scheduler's job, Ctrl-C, a scheduler's early warning, and a closed terminal or connection.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
