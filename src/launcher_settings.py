@@ -184,7 +184,7 @@ def dataset_name(request: Request, variables: Mapping[str, str], preset: str) ->
 
 def _other_text(request: Request, name: str) -> str:
     """Describes how the text of dataset `name`, prepared or not, differs from the requested text; "" if it does not."""
-    from src.data_processing.data_downloader import differences  # not at the top, because `chosen` runs without packages
+    from src.data_processing.data_downloader import differences  # not at the top: `chosen` runs without packages
     from src.data_processing.document_shuffle import JOURNAL, WORK
     from src.data_processing.shards import MANIFEST, read_manifest
 
