@@ -10,7 +10,7 @@ Python. Shapes: B sequences, T positions.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # which Python leaves out where PYTHONSAFEPATH is set
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python omits it if PYTHONSAFEPATH is set
 
 import src  # noqa: F401 (before torch: it sets the environment)
 from src.utils.stop_signals import end_at_once_on_ctrl_c, follow_launcher
@@ -96,7 +96,7 @@ class Outcome:
     step: int
     """Completed optimizer steps."""
     exit_code: int
-    """0 if every step is done, 143 if the run was stopped, after saving."""
+    """0 if every step is done, 143 if the run saved and stopped early."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Run:
     """Used by the main process only."""
     after_save: AfterSave
     forward: nn.Module
-    """The model as training calls it: perhaps compiled, gradients averaged over the processes."""
+    """The model as training calls it: compiled if requested, and wrapped in DDP if there are several processes."""
     precision: torch.dtype
-    """Of matmuls."""
+    """Dtype of the matmuls."""
     stop: Stop
     """True, or the name of the cause, once this process should stop."""
 
@@ -127,7 +127,7 @@ class StepResult:
     """Mean over all processes, nats."""
     grad_norm: float
     layer_grad_norms: list[float]
-    """Of the embedding and each block; empty for a step that is not logged."""
+    """Gradient norms of the embedding and each block; empty for a step that is not logged."""
     lr: float
     skipped: str
     """The reason why the step changed nothing, or ""."""
@@ -136,8 +136,8 @@ class StepResult:
 def train(config: Config, stop: Stop = lambda: False) -> Outcome:
     """Trains until the last step, or until `stop()` is true in any process; a later call resumes.
 
-    `stop()` may return the name of the cause. Raises ConfigError or UserError for what cannot work, BusyError,
-    StorageError, NonFiniteError, StoppedError before the first step and LostPeerError.
+    `stop()` may return the name of the cause. Raises ConfigError or UserError for settings or input that cannot work,
+    BusyError, StorageError, NonFiniteError, LostPeerError, and StoppedError for a stop before the first step.
     """
     with ExitStack() as stack:
         procs = stack.enter_context(processes(config.train.device, config.train.timeout_s))
@@ -158,7 +158,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             precision = getattr(torch, checkpoint.state["precision"].removeprefix("torch."))
         last, keep = config.total_steps, config.checkpoint
         if checkpoint and checkpoint.step == last and not evaluation.missing(last, procs.main_only(log.recorded)):
-            # A kill may have come before the last save removed older ones.
+            # The run may have been killed after its last save but before older checkpoints were removed.
             procs.main_only(lambda: prune(log.run_dir / "checkpoints", keep.keep_last, keep.keep_every_steps, {last}))
             return end_done(log, last)
         for note in (procs.main_only(lambda: stray_files(dataset_dir(config.data.dir), manifest)), evaluation.note):
@@ -171,17 +171,17 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
             run = prepare(config, procs, manifest, checkpoint, precision, log, stop)
         stack.callback(run.watching.close)
         stack.callback(run.saver.close)
-        write_status(run, "running", None, "")  # not before: a start that is refused keeps the old status
+        write_status(run, "running", None, "")  # only now: a start that is refused keeps the old status
         try:
             with out_of_memory_explained(procs):
                 outcome = run_steps(run, training, evaluation)
         except Exception as error:
-            # After a lost peer its code, if it left one on this machine, is the run's.
+            # If a peer was lost and left its exit code on this machine, that code is the run's.
             code = recorded_exit_code() if isinstance(error, LostPeerError) else getattr(error, "exit_code", None)
             write_status(run, "failed", code or EXIT_FAILED, str(error))
             raise
-        run.after_save.poll()  # a copy now has the final status, and need not wait for the report
-        # After the run's status is final: a failure here changes nothing of it.
+        run.after_save.poll()  # a copy made now has the final status, without waiting for the report
+        # Once the run's status is final, a failure of the report cannot change it.
         procs.together_for_long(run.watching.close, "the last report")
         wait = AFTER_SAVE_SECONDS if outcome.exit_code == EXIT_DONE else AFTER_STOP_SECONDS
         procs.together_for_long(lambda: run.after_save.close(wait), "the command after the last save")
@@ -189,7 +189,7 @@ def train(config: Config, stop: Stop = lambda: False) -> Outcome:
 
 
 def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, WindowDataset, Assessment]:
-    """The dataset, verified; its training windows; and all that is evaluated during training. Raises UserError."""
+    """Verifies the dataset and returns its manifest, training windows and evaluations. Raises UserError."""
     folder = dataset_dir(config.data.dir)
     manifest = procs.together(lambda: read_manifest(folder))
     verify = procs.is_machines_first  # on each machine, because its disk may be local
@@ -201,7 +201,7 @@ def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, W
     def opened() -> tuple[WindowDataset, Assessment]:
         if manifest.n_vocab > n_vocab:
             raise UserError(
-                f"Cannot train on {folder}: its ids of {manifest.tokenizer} go up to {manifest.n_vocab - 1}, but "
+                f"Cannot train on {folder}: its token ids ({manifest.tokenizer}) go up to {manifest.n_vocab - 1}, but "
                 f"model.n_vocab = {n_vocab}. Set --model.n-vocab {manifest.n_vocab}."
             )
         training = WindowDataset(folder, manifest.train, n_ctx, n_vocab, at_least=config.batch_size)
@@ -213,7 +213,7 @@ def open_data(config: Config, procs: Processes, stop: Stop) -> tuple[Manifest, W
 def refuse_differences(
     config: Config, procs: Processes, manifest: Manifest, precision: torch.dtype, evaluation: Assessment
 ) -> None:
-    """Raises UserError where a process was started with other settings or data than the main one."""
+    """Raises UserError if a process has settings or data that differ from the main process's."""
     groups = to_dict(replace(config, data=DataConfig()))  # a dataset may lie elsewhere on another machine
     compared = ("model", "optim", "train", "eval", "checkpoint")
     local = {
@@ -233,10 +233,10 @@ def refuse_differences(
 
 
 def claim(config: Config, procs: Processes, log: RunLogger, stop: Stop, stack: ExitStack) -> Config:
-    """Takes the run's folder until `stack` ends. Returns `config`, which resumes where this launch has begun the run.
+    """Locks the run's folder until `stack` ends. Returns `config`, set to resume if this launch already began the run.
 
-    Raises BusyError where another process holds it. Raises UserError where a machine that does not share its disk holds
-    later checkpoints, because the run would start over without a word, and where config.init_from cannot serve.
+    Raises BusyError if another process holds the folder, and UserError if config.init_from cannot be used. Also raises
+    UserError if another machine's disk holds later checkpoints: the run would silently start over.
     """
     root = log.run_dir / "checkpoints"
     steps = procs.together(lambda: checkpoint_steps(root))
@@ -264,7 +264,7 @@ def claim(config: Config, procs: Processes, log: RunLogger, stop: Stop, stack: E
 def find_checkpoint(
     config: Config, manifest: Manifest, precision: torch.dtype, procs: Processes, log: RunLogger
 ) -> Checkpoint | None:
-    """The checkpoint to resume from, with the log cut back to it; None for a run that starts at its first step."""
+    """Returns the checkpoint to resume from, after cutting the log back to it; None to start at step 0."""
     if config.resume == "never":
         if any(log.run_dir.iterdir()):
             moved = set_aside(log.run_dir)
@@ -284,7 +284,7 @@ def find_checkpoint(
         before, now = checkpoint.state["config"]["train"], vars(config.train)
         pairs = [(before[name], now[name]) for name in ("micro_batch_size", "compile")]
         is_exact = checkpoint.state["world_size"] == procs.world_size
-        is_exact &= all(saved == asked or "auto" in (saved, asked) for saved, asked in pairs)
+        is_exact &= all(saved == requested or "auto" in (saved, requested) for saved, requested in pairs)
         if procs.device.type == "cuda":  # a checkpoint may be older than the setting
             is_exact &= now["deterministic"] and before.get("deterministic", False)
         bits = "" if is_exact else "; the same samples, but not the same bits: see docs/reproducibility.md"
@@ -307,7 +307,7 @@ def prepare(
     if procs.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # bf16 matmuls add up in float32
-        if config.train.deterministic:  # the backward pass of attention, above all
+        if config.train.deterministic:  # mainly for attention's backward pass
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             # PyTorch would fill every new tensor; everything here is written before it is read.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -322,7 +322,7 @@ def prepare(
     saved = checkpoint.state["config"]["train"] if checkpoint else None
     config, forward, notes = settle(config, saved, model, precision, procs, log.info)
     procs.activity = "preparing model and optimizer"
-    # After `settle`, whose trials need the memory of the moments, and draw random numbers.
+    # After `settle`: its trials draw random numbers and need the memory that the optimizer's moments will take.
     state = TrainingState(model, build_optimizers(model, config.optim), Progress())
     if checkpoint is not None:
         state.restore(checkpoint, config.train.seed, procs)
@@ -354,7 +354,7 @@ def prepare(
 
 
 def load_initial_weights(config: Config, procs: Processes, model: LLM, log: RunLogger) -> dict[str, Any]:
-    """Replaces the model's weights by those that config.init_from names, and returns their path and step."""
+    """Loads the weights that config.init_from names into the model. Returns their path and step."""
     nothing: tuple[dict[str, torch.Tensor], Path, int] = ({}, Path(), 0)
     tensors, path, step = procs.together_for_long(
         lambda: read_initial(config) if procs.is_main else nothing, "loading the initial weights"
@@ -391,7 +391,7 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
             cause = stop_cause(run)
             ending = bool(cause) or progress.step == config.total_steps
             due = progress.step and progress.step % config.checkpoint.every_steps == 0
-            # Among skipped steps nothing has changed, and saving would push out the checkpoints before them.
+            # Skipped steps change nothing, and saving them would push out the checkpoints before them.
             if ending or (due and not progress.skipped_in_a_row):
                 save(run)
             record_saves(run, run.saver.finished())
@@ -402,7 +402,7 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
                 return finish(run, cause, evaluation.missing(progress.step, recorded))
 
             step_started = time.perf_counter()
-            started = started or step_started  # evaluation before the first step does not count in the time left
+            started = started or step_started  # the time left is estimated without evaluation before the first step
             result = train_step(run, batches)
             if result.skipped:
                 procs.together(partial(record_skip, run, batches, result))
@@ -419,7 +419,7 @@ def run_steps(run: Run, training: WindowDataset, evaluation: Assessment) -> Outc
 
 
 def stop_cause(run: Run) -> str:
-    """The name of the cause for any of the processes to stop, or ""; all call it together."""
+    """The cause that makes any of the processes stop, or "". A collective: all processes call it."""
     local = local_stop_cause(run)
     return next(filter(None, run.procs.gather(local)), "") if run.procs.any(bool(local)) else ""
 
@@ -445,7 +445,7 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
     micro_losses = []
     for micro_step in range(accumulation):
         inputs_BT, targets_BT = next(batches)
-        # DDP averages gradients over the processes once a step, in the last backward pass.
+        # DDP averages gradients over the processes once per step, in the last backward pass.
         is_last = micro_step + 1 == accumulation
         with nullcontext() if is_last or not isinstance(forward, DistributedDataParallel) else forward.no_sync():
             with hardware.autocast(procs.device, run.precision):
@@ -471,7 +471,7 @@ def train_step(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -
         with procs.collective():  # Muon's updates
             for optimizer in optimizers:
                 optimizer.step()
-    run.guard.add(loss_value)  # a spike too: after enough of them, they are the new level
+    run.guard.add(loss_value)  # spikes too: enough of them become the new level
     model.zero_grad()
     progress.step += 1  # a skipped step counts: the next one must see other data
     return StepResult(loss_value, norm_value, layer_values, lr, skipped)
@@ -482,7 +482,7 @@ def is_logged(config: Config, step: int) -> bool:
 
 
 def answer_to_stop(run: Run) -> str:
-    """Says what a requested stop still does and how long that may take, by the last lines of the log."""
+    """Says what still happens before a requested stop, and estimates its time from the last lines of the log."""
     last = {record["kind"]: record for record in run.log.records()}
     progress, activity, saved = run.state.progress, run.procs.activity, last.get("checkpoint", {})
     step_ms = last.get("train", {}).get("step_ms")
@@ -498,10 +498,10 @@ def answer_to_stop(run: Run) -> str:
 
 
 def log_line(run: Run, result: StepResult, rest: str = "", **values: Any) -> None:
-    """One training line. Loss and speed are means over the steps since the last line, evaluations left out."""
+    """Logs a training line. Loss and speed are means over the steps since the last line, without evaluations."""
     config, progress = run.config, run.state.progress
     if not progress.loss_steps:
-        return  # every step since the last line was skipped
+        return  # all steps since the last line were skipped
     loss, step_seconds = progress.loss_sum / progress.loss_steps, progress.seconds / progress.loss_steps
     rate = config.train.batch_tokens / step_seconds
     peak = hardware.peak_tflops(run.procs.device, run.precision)
@@ -530,10 +530,10 @@ def log_line(run: Run, result: StepResult, rest: str = "", **values: Any) -> Non
 
 
 def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> None:
-    """Records a step that changed nothing and its windows of the data; too many in a row end the run."""
+    """Records a skipped step and its windows of the data. Raises NonFiniteError after too many in a row."""
     config, progress = run.config, run.state.progress
     progress.skipped_in_a_row += 1
-    # Shards are counted over the whole manifest, in which those for validation come first.
+    # Shard numbers count over the whole manifest, which lists validation shards first.
     first = len(run.manifest.validation)
     windows = [(first + shard, window) for shard, window in batches.step_windows(progress.step - 1)]
     n_ctx = config.model.n_ctx
@@ -542,7 +542,7 @@ def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> No
     run.log.event(
         "skipped step",
         progress.step,
-        f"{result.skipped}; the beginning of its {len(windows)} window(s) of text: {command}",
+        f"{result.skipped}; show the start of its {len(windows)} window(s) of text with: {command}",
         n_ctx=n_ctx,
         windows=windows[:MAX_RECORDED_WINDOWS],
     )
@@ -550,13 +550,13 @@ def record_skip(run: Run, batches: TrainingDataLoader, result: StepResult) -> No
     if progress.skipped_in_a_row >= min(MAX_SKIPPED_STEPS, config.total_steps):
         raise NonFiniteError(
             f"Cannot continue: the last {progress.skipped_in_a_row} step(s), up to step {progress.step}, were skipped, "
-            "because loss or gradient was not finite or the loss a spike. They changed no weights. Restart with a "
+            "because the loss or gradient was not finite, or the loss was a spike. They changed no weights. Use a "
             "lower --optim.max-lr or a longer --optim.warmup-steps under another --run-name."
         )
 
 
 def evaluate(run: Run, evaluation: Assessment, kind: str) -> bool:
-    """Makes and logs the records of one kind for this step; False, and no records, if a stop interrupts it."""
+    """Runs one kind of evaluation and logs its records. Returns False, without records, if a stop interrupts it."""
     procs, step = run.procs, run.state.progress.step
     procs.activity = f"{kind} at step {step}"
     try:
@@ -577,7 +577,7 @@ def evaluate(run: Run, evaluation: Assessment, kind: str) -> bool:
 
 
 def save(run: Run) -> None:
-    """Starts to save a checkpoint of this step. Waits for the save before it and for a copy of the tensors."""
+    """Starts saving a checkpoint of this step. Waits for the previous save and for a copy of the tensors."""
     procs, state = run.procs, run.state
     step, parts = state.progress.step, state.parts(procs)
     plain = state.plain(run.config, run.manifest.sha256, run.precision, procs.world_size)
@@ -591,7 +591,7 @@ def record_saves(run: Run, saves: list[Saved]) -> None:
         run.log.metric("checkpoint", saved.step, path=str(path), **times, bytes=saved.bytes)
         run.log.info(
             f"saved {path.name}: {saved.bytes / 1e6:.0f} MB in {saved.seconds:.1f} s, "
-            f"of which training waited {saved.held_up_seconds:.1f} s"
+            f"training paused for {saved.held_up_seconds:.1f} s"
         )
     run.after_save.add(saves)
 
@@ -599,16 +599,16 @@ def record_saves(run: Run, saves: list[Saved]) -> None:
 def finish(run: Run, cause: str, unmeasured: Sequence[str]) -> Outcome:
     """Waits for the last save and writes the end of the log.
 
-    `cause`: of a stop. `unmeasured`: evaluations that a stop left out; without them the last step is not the end.
+    `cause` of a stop, or "". `unmeasured`: evaluations that a stop skipped; the run is not done without them.
     """
     procs, log, step, total_steps = run.procs, run.log, run.state.progress.step, run.config.total_steps
     procs.main_only(lambda: record_saves(run, run.saver.wait()), f"the checkpoint of step {step}")
-    done = step == total_steps and not unmeasured  # else the next start measures them
+    done = step == total_steps and not unmeasured  # the next start makes up for skipped evaluations
     if done and (skipped := run.state.progress.skipped_in_a_row):
         log.info(f"warning: the last {skipped} step(s) were skipped, so the weights are those of step {step - skipped}")
     if procs.is_main and (stop_file := log.run_dir / STOP_FILE).is_file():
-        cause = f"the file {STOP_FILE}"  # also where a signal came first: the file decides the next start
-        with suppress(OSError):  # the next start would stop at once, and name it again
+        cause = f"the file {STOP_FILE}"  # even if a signal came first: slurm/pretrain.sbatch then does not requeue
+        with suppress(OSError):  # if it stays, the next start stops at once and names it again
             stop_file.unlink()
     if cause:
         log.event("stop", step, f"requested by {cause}")
@@ -660,7 +660,7 @@ def run_settings(
 
 
 def summary(settings: dict[str, Any], train_tokens: int) -> str:
-    """The most important settings in three lines. `train_tokens`: of the dataset."""
+    """The most important settings in three lines. `train_tokens`: in the dataset's training shards."""
     config, derived, machine = settings["config"], settings["derived"], settings["machine"]
     train = config["train"]
     epochs = derived["total_steps"] * train["batch_tokens"] / train_tokens
@@ -681,8 +681,8 @@ def main() -> int:
     if dry_run:
         sys.argv.remove("--dry-run")
     config = config_from_command_line(
-        "Train a language model. The same command resumes a run that was stopped. With --dry-run, only check the "
-        "settings, for as many processes as the environment variable WORLD_SIZE says.",
+        "Train a language model. Rerun the same command to resume a stopped run. --dry-run only checks the settings, "
+        "for the number of processes in the environment variable WORLD_SIZE.",
         also=("--dry-run",),
     )
     if dry_run:

@@ -6,22 +6,22 @@
 #   ./run_pre_training_e2e.sh laptop book.txt more_texts/
 #
 # --dry-run only checks whether the start can work. Variables, with their defaults; PRESET and DATA_PATH may also be
-# given as the first arguments, like above:
+# given as the first arguments, as shown above:
 #   PRESET=lf_llm_269m    a preset; python pretrain.py --help lists them. DEBUG_MODE=True means PRESET=debug
-#   RUN_NAME              folder of the run under temp_data/runs; by default the preset's name, for your own text
-#                         followed by the dataset's
-#   DATA_SOURCE           a source of text, of those that data_downloader --help lists; by default files where DATA_PATH
-#                         is set, hub where DATA_DATASET is set, else the preset's
+#   RUN_NAME              folder of the run under temp_data/runs; default: the preset's name, followed by the dataset's
+#                         for your own text
+#   DATA_SOURCE           source of text; data_downloader --help lists them. Default: files if DATA_PATH is set, hub if
+#                         DATA_DATASET is set, else the preset's
 #   DATA_PATH             for files: a file, folder or glob, or several with colons between them
-#   DATA_DATASET          for hub: OWNER/NAME; with DATA_CONFIG and DATA_SPLIT if the dataset has several
+#   DATA_DATASET          for hub: OWNER/NAME; also DATA_CONFIG and DATA_SPLIT if the dataset has several
 #   DATA_TEXT_FIELD=text  for files and hub: the field or column that holds the text
 #   DATA_MAX_TOKENS       at most this many tokens of data, in a dataset folder for that size; default: all
-#   DATA_DIR              name or path of the dataset folder; by default after the source, with a number where a
-#                         dataset of that name holds other text
-#   NPROC                 processes on this machine; by preset one, or one per GPU
+#   DATA_DIR              name or path of the dataset folder; default: named after the source, with a number if a
+#                         dataset of that name holds different text
+#   NPROC                 processes on this machine; default: one or one per GPU, depending on the preset
 #   MAX_RESTARTS=3        restarts of a run that died of an unexpected error or was killed; 0: none
-#   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     for several machines, on each of them; they share this folder.
-#                         A restart meets on the next port
+#   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     for several machines; set on each. They share this folder.
+#                         Each restart uses the next port
 #   DATA_WAIT=21600       seconds that the other machines wait for node 0 to prepare the data
 #   PYTHON                the interpreter to start from
 #   TEMP_DATA_DIR         folder of datasets and runs, instead of temp_data/
@@ -40,7 +40,7 @@ for argument in "$@"; do
     esac
 done
 
-# A file opened later would take the number of a stream that is closed.
+# Otherwise a file opened later would take the number of a closed stream.
 [ -e /dev/fd/0 ] || exec </dev/null
 [ -e /dev/fd/1 ] || exec >/dev/null
 [ -e /dev/fd/2 ] || exec 2>/dev/null
@@ -48,11 +48,11 @@ done
 . "$ROOT/src/utils/environment.sh"
 
 stage() { say "" && say "== $*"; }
-module() { cd "$ROOT" && exec "$PYTHON" -m "$@"; } # the folder it runs in must not hold another package named src
+module() { cd "$ROOT" && exec "$PYTHON" -m "$@"; } # any other folder might hold a package named src
 
-# Runs a command so that a signal to this shell reaches it, once and as SIGTERM: bash starts commands in the background
-# deaf to Ctrl-C. Returns the command's exit code, or 143 if the signal ended it. `stopped` is the second in which one
-# came. A Ctrl-C after that ends the command without saving: then the code is 130.
+# Runs a command and passes it a signal to this shell, once and as SIGTERM, because bash makes background commands
+# ignore Ctrl-C. Returns the command's exit code, or 143 if the signal ended it. `stopped` is the second when a signal
+# arrived. A later Ctrl-C ends the command without saving, with code 130.
 child() {
     local code=0 pid= quit=
     stopped=
@@ -61,7 +61,7 @@ child() {
           elif [ "$SECONDS" -gt "$stopped" ]; then quit=yes; kill -USR2 $pid || true; fi' INT
     "$@" 2>&3 3>&- &
     pid=$!
-    [ -z "$stopped" ] || kill -TERM "$pid" || true # it came before there was a process
+    [ -z "$stopped" ] || kill -TERM "$pid" || true # the signal came before the process existed
     wait "$pid" || code=$?
     while kill -0 "$pid"; do # the signal ended the wait, not the command
         code=0
@@ -71,7 +71,7 @@ child() {
     [ -z "$stopped" ] || [ "$code" -le 5 ] || code=143
     [ -z "$quit" ] || code=130
     return "$code"
-} 3>&2 2>/dev/null # bash's own lines about a process that was killed are not for the user
+} 3>&2 2>/dev/null # hides bash's own messages about killed processes
 trap 'code=143 && end' TERM INT USR1 HUP # between commands
 
 # Exits with $code; after a stop the last line is the command that resumes.
@@ -86,7 +86,7 @@ train() {
         exec "$PYTHON" "$ROOT/pretrain.py" "$@"
     elif [ "$NNODES" = 1 ]; then # by number: a machine's own name may not resolve
         set -- --standalone --local-addr 127.0.0.1 "$ROOT/pretrain.py" "$@"
-    else # at each restart on another port: no machine may join what the others are about to leave
+    else # a new port at each restart, so that no machine joins a group that the others are leaving
         set -- --nnodes "$NNODES" --node-rank "$NODE_RANK" --rdzv-conf "timeout=$MEETING_SECONDS" \
             --master-addr "$MASTER_ADDR" --master-port $((MASTER_PORT + restarts)) "$ROOT/pretrain.py" "$@"
     fi
@@ -94,7 +94,7 @@ train() {
 }
 
 stage "1/5 environment"
-# Before packages are installed, which takes minutes: a preset or text that is missing.
+# Reports a missing preset or text before packages are installed, which takes minutes.
 python=$(_first_python) || exit 2
 (PYTHON=$python && module src.launcher_settings --early "$@") || exit
 choose_python requirements.txt
@@ -108,9 +108,9 @@ export DATA DATA_SOURCE DATA_PATH DATA_DATASET DATA_CONFIG DATA_SPLIT DATA_TEXT_
 code=0
 summary=$(WORLD_SIZE=$((NPROC * NNODES)) module src.preflight "$@") || code=$?
 if [ -n "$DRY_RUN" ] && [ ! -t 1 ]; then
-    printf '%s\n' "$summary" || true # nobody may read it
+    printf '%s\n' "$summary" || true # stdout may be closed
 elif [ "$DRY_RUN$code" = yes0 ]; then
-    say "" && say "all checks passed: this start can work"
+    say "" && say "all checks passed: training can start"
 fi
 [ "$code$DRY_RUN" = 0 ] || exit "$code"
 
@@ -152,7 +152,7 @@ done
 [ "$code" != 130 ] || { say "quit at once" && end; }
 
 if [ "$code" = 0 ]; then
-    stage "4/5 a text from the saved model"
+    stage "4/5 sample from the saved model"
     text=$(mktemp) || text=/dev/null
     # A finished run stays finished if its sample or report fails.
     child module src.model_assessment.sampling --checkpoint "$RUN_DIR" --prompt "$PROMPT" --num-samples 3 \
@@ -160,7 +160,7 @@ if [ "$code" = 0 ]; then
     sed '$d' "$text" || true # the last line is JSON for programs
     [ "$text" = /dev/null ] || rm -f "$text"
 else
-    stage "4/5 a text from the saved model: skipped, because training ended with exit code $code"
+    stage "4/5 sample from the saved model: skipped, because training ended with exit code $code"
 fi
 if [ -s "$RUN_DIR/metrics.jsonl" ]; then
     stage "5/5 report"

@@ -11,8 +11,8 @@ if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m ruff check .
     "$PYTHON" -m mypy
-    # One worker more than there are cores, since many tests wait for time to pass. A worker that has none left takes
-    # over tests of the others, so that a long file does not end last.
+    # One worker more than there are cores, because many tests wait for time to pass. An idle worker takes over tests
+    # from the others, so that a long file does not end last.
     workers=$("$PYTHON" -c 'from src import available_cores; print(min(available_cores(), 4) + 1)')
     set -- --numprocesses "$workers" --dist worksteal
 fi

@@ -65,7 +65,7 @@ class Browser:
         return json.loads(message)
 
     def open(self, page: Path | str, size: tuple[int, int], scheme: str = "light", whole: bool = False) -> None:
-        """Loads a page at a size, in CSS pixels; `whole`: the window is as high as the page."""
+        """Loads a page with a window of `size`, in CSS pixels, or with `whole` as high as the page."""
         self.events.clear()
         self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._resize(*size)
@@ -85,17 +85,17 @@ class Browser:
         )
 
     def complaints(self) -> list[dict[str, Any]]:
-        """Errors and warnings of the console, and whatever else a page says there."""
+        """Errors, warnings and other messages on the page's console."""
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [event for event in self.events if event.get("method") in kinds]
 
     def fetched(self) -> list[str]:
-        """Every address that the page requested, except its own and data that it holds."""
-        asked = [event["params"]["request"]["url"] for event in self.events if _is_request(event)]
-        return [url for url in asked if not url.startswith(("file:///", "data:image/svg+xml;base64,"))]
+        """Every address that the page requested, except itself and embedded data."""
+        urls = [event["params"]["request"]["url"] for event in self.events if _is_request(event)]
+        return [url for url in urls if not url.startswith(("file:///", "data:image/svg+xml;base64,"))]
 
     def picture(self) -> np.ndarray:
-        """What is to be seen: height, width, red-green-blue, each 0 to 1."""
+        """A screenshot of shape (height, width, 3), RGB from 0 to 1."""
         png = base64.b64decode(self("Page.captureScreenshot", format="png")["data"])
         return imread(io.BytesIO(png))[..., :3]
 

@@ -1,4 +1,4 @@
-"""Take the pictures of the browser's pages that the README and docs/running.md show, for light and dark pages.
+"""Take the screenshots that the README and docs/running.md show, in light and dark.
 
     python -m assets.pages RUN RUN RUN ...
 

@@ -1,4 +1,4 @@
-"""Benchmarks: each prints its figures as words on a terminal, and elsewhere as one JSON object."""
+"""Benchmarks: each prints its figures as text on a terminal, otherwise as one JSON object."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ from src.utils.errors import print_result
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    """Print a benchmark's result."""
     print_result(figures, "\n".join(lines(figures)))
 
 

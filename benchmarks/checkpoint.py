@@ -5,7 +5,7 @@ python -m benchmarks.checkpoint PRESET --out FOLDER [--saves 5 --micro-batch-siz
 Steps are real, on random tokens of the preset's shapes. Figures are medians without the first save of each kind.
 
 - `save_s`: a save in the foreground.
-- `held_up_s`: the loop's wait for the start of a save in the background.
+- `held_up_s`: the time that the loop waits to start a save in the background.
 - `step_s` and `step_while_saving_s`: a step without and during a save in the background.
 """
 

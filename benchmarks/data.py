@@ -9,7 +9,7 @@ Two measurements take turns. One is tiktoken's `encode_ordinary` on one core, wi
 whole command: process start, reading, tokenising, sorting, writing and fsync. Then the training data loader is measured
 on the last dataset, see benchmarks/loader.py.
 
-Memory comes from /proc, so it runs on Linux only. Leave the machine idle otherwise.
+Memory comes from /proc, so this runs only on Linux. The machine should be idle otherwise.
 """
 
 import json
@@ -106,7 +106,7 @@ def tiktoken_alone(corpus: Path, documents: int) -> float:
 
 
 def prepare(corpus: Path, out: Path, workers: int) -> dict[str, float]:
-    """Run the command as a user does, and return its speed, seconds and peak memory of all its processes."""
+    """Run the command like a user, and return its speed, seconds, and the peak memory of all its processes."""
     command = [sys.executable, "-m", "src.data_processing.data_downloader", "--source", "files", "--path", str(corpus)]
     start = time.perf_counter()
     process = subprocess.Popen(

@@ -1,13 +1,13 @@
-"""Short runs, and checks in short runs, that need a GPU. benchmarks/on_gpu.sh runs all of them.
+"""Measurements and checks in short runs that need a GPU. benchmarks/on_gpu.sh runs all of them.
 
 python -m benchmarks.gpu_parts PART PRESET --data DATASET --batch-tokens N [--out FOLDER]
 
 uncompiled, compiled   20 steps: the medians of speed, MFU and memory, and the last loss
 profile                a profile of two steps, copied to --out
-plain_model            losses and gradients of compiled blocks and fused loss, next to the plain model's
-skip                   a loss that is not finite changes no weights, with both optimizers
-texts                  sampling and scoring with our choice of attention kernels, and with PyTorch's
-same_bits              a deterministic run, resumed from the half, has the bits of one that was not; its speed
+plain_model            losses and gradients of compiled blocks and fused loss, compared with the plain model's
+skip                   a non-finite loss changes no weights, with both optimizers
+texts                  speed of sampling and scoring with our choice of attention kernels, and with PyTorch's
+same_bits              a deterministic run, resumed halfway, is bit-identical to an uninterrupted one; its speed
 waits                  the operators of each step that wait for the device
 nccl                   one process under torchrun with NCCL, or Gloo on a CPU, saved and resumed
 auto_micro_batch       the micro-batch that --train.micro-batch-size auto chooses
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def short(args: argparse.Namespace, name: str, steps: int, **changes: Any) -> Config:
-    """Return the preset with little evaluation, as run gpu-NAME, and remove what an earlier run of that name left."""
+    """Return the preset with little evaluation, as run gpu-NAME. Remove an earlier run of that name."""
     shutil.rmtree(RUNS / f"gpu-{name}", ignore_errors=True)
     preset = PRESETS[args.preset]()
     train = {"total_steps": steps, "batch_tokens": args.batch_tokens, "log_every_steps": 1, **changes}
@@ -110,7 +110,7 @@ def plain_model(_: argparse.Namespace) -> Result:
     for name in ("faithful", "fast"):
         shape = replace(PRESETS["lf_llm_269m"]().model, n_ctx=256, n_embd=512, n_head=8, n_layer=2)
         if name == "fast":
-            shape = replace(fast_model(shape), zero_init=False)  # projections of zeros would hide most gradients
+            shape = replace(fast_model(shape), zero_init=False)  # zero projections would hide most gradients
         model = LLM(replace(shape, residual_dropout=0.0, ffn_dropout=0.0))
         init_weights(model, shape, seed=0)
         model.to(device)
@@ -162,7 +162,7 @@ def texts(args: argparse.Namespace) -> Result:
     model = LLM(shape)
     init_weights(model, shape, seed=0)
     model.to(device).eval()
-    # Endings and contexts of many lengths, as HellaSwag's
+    # Endings and contexts of many lengths, like HellaSwag's.
     questions = [(list(range(40 + i % 50)), [list(range(10 + i % 20))] * 4) for i in range(400)]
     settings = sampling.SamplingConfig(max_new_tokens=100)
     counts: dict[str, Callable[[], int]] = {

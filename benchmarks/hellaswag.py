@@ -1,6 +1,6 @@
-"""Compare HellaSwag with the reference's protocol: our implementation and the reference's.
+"""Compare our implementation of HellaSwag, by the reference's protocol, with the reference's.
 
-python -m benchmarks.hellaswag {debug,laptop,lf_llm_269m} --data FILE [--checkpoint DIR] [--items 100 --rounds 5]
+python -m benchmarks.hellaswag PRESET --data FILE [--checkpoint DIR] [--items 100 --rounds 5]
 
 The reference takes one item at a time. It pads the four rows to the longest, computes float32 logits of every position,
 then their cross-entropy and a masked mean. Both implementations score the same items, spaced evenly over the file, with
@@ -8,7 +8,7 @@ the same token ids and precision. They take turns. Each figure is the median ove
 weights come from `--checkpoint` or are random.
 
 The benchmark fails if the scores differ by more than rounding. `other_choices` counts the items with different choices.
-`largest_gap` is the largest difference between the reference's scores of two such choices. A tie has a tiny one.
+`largest_gap` is the largest difference between the reference's scores of two such choices. It is tiny for ties.
 """
 
 import argparse

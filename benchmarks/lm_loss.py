@@ -1,5 +1,5 @@
-"""Measure head and loss, forward and backward: ours with its softmax compiled, as training on a GPU runs it, ours with
-the softmax by rows, plain PyTorch, and plain PyTorch compiled.
+"""Measure head and loss, forward and backward: ours with a compiled softmax (like training on a GPU), ours with the
+softmax by rows, plain PyTorch, and plain PyTorch compiled.
 
 python -m benchmarks.lm_loss [--tokens N --width N --dtype {bf16,float32}]. The benchmark fails
 if the losses differ. Figures are medians of --repeats passes after a warmup. Leave the other cores free.

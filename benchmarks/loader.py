@@ -3,7 +3,7 @@
 python -m benchmarks.loader [--data DIR] [--n-ctx 2048 256] [--seconds 3]
 
 Without --data it reads a sparse dataset of 10B tokens in a temporary folder, which measures the program, not a disk.
-Memory and reads come from /proc, so it runs on Linux only. Each n_ctx is measured in a separate process.
+Memory and reads come from /proc, so this runs only on Linux. Each n_ctx is measured in a separate process.
 """
 
 import itertools
@@ -79,7 +79,6 @@ def make_sparse_dataset(folder: Path, n_shards: int = 100, tokens_per_shard: int
 
 
 def loader_figures_in_a_process(folder: Path, n_ctx: int, seconds: float = 3.0) -> dict[str, float]:
-    """Call `loader_figures` in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(loader_figures, (folder, n_ctx, seconds))
 

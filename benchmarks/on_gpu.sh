@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Measure on a GPU what LOG.md and docs/performance.md predict, part by part, the most telling first.
+# Measure on a GPU what LOG.md and docs/performance.md predict, part by part, the most informative first.
 #
 #   OUT=FOLDER benchmarks/on_gpu.sh [PART ...]
 #
-# Without names it runs the parts in order until BUDGET seconds are over; each is bounded in time and appends its JSON
-# result to OUT/results.jsonl and its stderr to OUT/log.txt as it ends. After a failure or time-out, the next part runs.
+# Without names it runs all parts in order for BUDGET seconds. Each part has a time limit. When it ends, it appends its
+# JSON result to OUT/results.jsonl and its stderr to OUT/log.txt. After a failure or time-out, the next part runs.
 #
 # Variables:
 #   PRESET     lf_llm_269m; choose a smaller one to try the script on a CPU
 #   BATCH_TOKENS  65,536: two micro-batches of the full size; choose fewer for a smaller preset
-#   BUDGET     800 seconds, for a GPU that is lent for 15 minutes
-#   PATIENCE   1: multiplies the time of each part, for a trial on a CPU
+#   BUDGET     800 seconds, for a GPU that is available for 15 minutes
+#   PATIENCE   1: multiplies the time limit of each part, for a trial on a CPU
 #   DATA       a prepared dataset (pydocs)
 #   HELLASWAG  the validation set as a file, for the part hellaswag_reference
 #   PYTHON     the interpreter; any with PyTorch from 2.11 on

@@ -1,6 +1,6 @@
-"""Measure the share of a run's time that is not training: each part separately, then summed for the recipe.
+"""Measure the share of a run's time that is not training: each part separately, then the sum for a recipe.
 
-python -m benchmarks.overheads {debug,laptop,lf_llm_269m} --data DATASET [--hellaswag FILE --items 64 --processes 8]
+python -m benchmarks.overheads PRESET --data DATASET [--hellaswag FILE --items 64 --processes 8]
 
 The parts are measured on this machine, in the preset's precision:
 

@@ -2,8 +2,8 @@
 
 python -m benchmarks.roofline [lf_llm_269m | lf_llm_269m_fast] [--gpus N]
 
-Work comes from the shapes; bytes and launches were counted on a stand-in for a GPU (tests/gpu_stand_in); rates are the
-data sheets', times the shares below. docs/performance.md explains them.
+FLOPs come from the shapes; bytes and launches were counted on a stand-in for a GPU (tests/gpu_stand_in); rates are the
+data sheets' times the shares below. docs/performance.md explains them.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class GPU:
     tflops: float
     matmul_share: float
     attention_tflops: float
-    """Of forward and backward, causal, head dimension 64."""
+    """Rate of forward and backward, causal, head dimension 64."""
     gb_per_s: float
     dropout_ms: float
-    """To draw random numbers, in kernels that otherwise wait for memory."""
+    """Time to draw random numbers, in kernels that otherwise wait for memory."""
 
 
 BANDWIDTH_SHARE, GAP_US, LINK_GB_PER_S, EXPOSED_MS = 0.85, 1.5, 230.0, 1.7
@@ -39,8 +39,8 @@ GPUS = {
     "H200": GPU(989, 0.70, 290, 4_800, 4),
 }
 
-# GB a micro-batch of Triton kernels in blocks, and launches of all kinds (LOG.md). It is Inductor's count, less
-# what that counts twice in the kernel that applies rotary positions.
+# GB per micro-batch moved by Triton kernels in blocks, and launches of all kinds (LOG.md). This is Inductor's count,
+# minus what it counts twice in the kernel that applies rotary positions.
 COUNTED = {"lf_llm_269m": (105.3, 942), "lf_llm_269m_fast": (91.5, 1_034)}
 MUON_BYTES = 30  # of a matrix, in every process: momentum 12, decay and step 18
 
@@ -55,12 +55,12 @@ def main() -> None:
 
 
 def predict(preset: str, gpu: GPU, gpus: int) -> dict[str, float]:
-    """Return milliseconds a micro-batch by kind of work, their sum, tokens a second of one GPU, and MFU."""
+    """Return milliseconds per micro-batch by kind of work, their sum, tokens per second of one GPU, and MFU."""
     config, (block_gb, launches) = PRESETS[preset](), COUNTED[preset]
     model, N = config.model, config.micro_batch_size * config.model.n_ctx
     parameters, in_blocks = parameter_counts(model)
     accumulation = config.grad_accumulation_steps(gpus)
-    matmul, bandwidth = gpu.tflops * 1e9 * gpu.matmul_share, gpu.gb_per_s * 1e6 * BANDWIDTH_SHARE  # a millisecond
+    matmul, bandwidth = gpu.tflops * 1e9 * gpu.matmul_share, gpu.gb_per_s * 1e6 * BANDWIDTH_SHARE  # per ms
     in_adamw = parameters - in_blocks if config.optim.optimizer == "muon" else parameters
     muon_ms = 0.0
     if config.optim.optimizer == "muon":
@@ -70,7 +70,7 @@ def predict(preset: str, gpu: GPU, gpus: int) -> dict[str, float]:
     times = {
         "matmuls of blocks": 6 * in_blocks * N / matmul,
         "matmuls of the head": 6 * model.n_embd * PADDED_VOCAB * N / matmul,
-        # Forward two products of T x T, of which causal attention needs half; backward five.
+        # Two T x T products forward and five backward; causal attention needs half of each.
         "attention": 3.5 * 2 * model.n_ctx * model.n_embd * N * model.n_layer / (gpu.attention_tflops * 1e9),
         "other kernels of blocks": block_gb * 1e9 / bandwidth,
         "softmax of the head": 3 * 2 * N * PADDED_VOCAB / bandwidth,  # two reads and a write of bf16

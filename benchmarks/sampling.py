@@ -1,6 +1,6 @@
 """Measure tokens per second of sampling, against transformers' `generate` and a loop without a cache.
 
-python -m benchmarks.sampling {debug,laptop,lf_llm_269m} [--tokens 48 --repeats 5 --weights bf16] prints a JSON object.
+python -m benchmarks.sampling PRESET [--tokens 48 --repeats 5 --weights bf16] prints a JSON object.
 
 All models have the same initial weights and choose the likeliest token. The variants take turns. Figures are medians.
 
@@ -63,7 +63,7 @@ def main() -> None:
         "no cache, four": partial(no_cache, new, 4, args.tokens, device),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(args.repeats + 1):  # the first does not count
+    for number in range(args.repeats + 1):  # the first is not counted
         for name, variant in variants.items():
             started = time.perf_counter()
             lists[name] = variant()

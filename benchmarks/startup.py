@@ -1,7 +1,8 @@
 """Measure the time to the end of the first training step: cold compile cache, warm cache, uncompiled.
 
-python -m benchmarks.startup {debug,laptop,lf_llm_269m} --data DATASET [--repeats 3]. Each start
-is a new process and a new run of two steps with minimal evaluation. A cold start has an empty cache folder.
+python -m benchmarks.startup PRESET --data DATASET [--repeats 3]
+
+Each start is a new process and a new run of two steps with minimal evaluation. A cold start has an empty cache folder.
 """
 
 import argparse

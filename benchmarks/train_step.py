@@ -1,10 +1,10 @@
 """Compare a training step with others: forward, backward, clipping and optimizer.
 
-python -m benchmarks.train_step {debug,laptop,lf_llm_269m} --data DATASET [--micro-batch-size N --rounds N --steps N]
+python -m benchmarks.train_step PRESET --data DATASET [--micro-batch-size N --rounds N --steps N]
 
 All variants start from the same weights and train on the same batches of real text. Learning rates and precision are
-the same, and dropout is off but for one. The benchmark fails if the losses of the others differ. A line on stderr
-appears as each variant ends. The variants:
+the same, and dropout is off except in one. The benchmark fails if the losses of the others differ. A line on stderr
+appears when each variant ends. The variants:
 
 ours                   `pretrain.train_step` with --train.compile on
 ours_eager             the same with --train.compile off
@@ -15,8 +15,8 @@ llama_compiled         the same in torch.compile
 reference              the reference implementation: full float32 logits, and rotary tables made on the CPU and moved to
                        the device in every layer. On a GPU it has torch.compile and fused AdamW, on a CPU neither.
 
-On a CPU the variants take turns, so that other load affects all alike. On a GPU each variant has the memory alone. Each
-figure is the median over rounds of the mean of `--steps` steps. `first_step_s` holds the first step, which compiles.
+On a CPU the variants take turns, so that other load affects all alike. On a GPU each variant has all the memory. Each
+figure is the median over rounds of the mean of `--steps` steps. `first_step_s` is the first step, which compiles.
 `matmul_tflops` is the speed of square matrix products in the same precision, measured between the rounds.
 """
 
@@ -109,7 +109,7 @@ def main() -> None:
         rates.append(matmul_tflops(device, precision))
         for name in names:
             step_ms, memory_gb = statistics.median(timings[name].rounds_ms), timings[name].memory_gb
-            say(f"{name}: {step_ms:.1f} ms a step, first {timings[name].first_step_s:.1f} s, {memory_gb or 0:.1f} GB")
+            say(f"{name}: {step_ms:.1f} ms per step, first {timings[name].first_step_s:.1f} s, {memory_gb or 0:.1f} GB")
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
@@ -169,7 +169,7 @@ def ours(
     float32_logits: bool = False,
     dropout: bool = False,
 ) -> Step:
-    """Return the training loop's step, in a run whose files are temporary."""
+    """Return the training loop's step, in a run with temporary files."""
     if dropout:
         config = replace(config, model=replace(config.model, residual_dropout=0.1, ffn_dropout=0.15))
     with tempfile.TemporaryDirectory() as folder:
@@ -297,7 +297,7 @@ def plain_step(
 
 
 def matmul_tflops(device: torch.device, precision: torch.dtype) -> float:
-    """Return TFLOP/s of the product of two square matrices: the median of 9, without a first one."""
+    """Return TFLOP/s of the product of two square matrices: the median of 9, after one that is not counted."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=precision) for _ in range(2))
     seconds = []

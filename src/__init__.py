@@ -3,12 +3,12 @@
 OpenMP threads that wait for each other must release the core soon. Spinning for long, the default of the library in
 PyTorch's Linux builds, made a training step 18 times slower next to another program on the same two cores (LOG.md).
 
-torch.compile's cache lies with our data, where a user finds it and a second start reuses it. PyTorch makes that folder
-when it is imported for training. Where it can't, or the path holds a space, which the compiler's commands don't take, a
-folder among the user's temporary files serves.
+torch.compile's cache is kept with our data, where a user finds it and the next start reuses it. PyTorch creates that
+folder when it is imported for training. If it can't, or if the path contains a space, which the compiler's commands
+can't handle, a folder in the user's temporary directory is used.
 """
 
-from __future__ import annotations  # a Python that is too old must come as far as saying so
+from __future__ import annotations  # so that a Python that is too old gets far enough to say so
 
 import os
 import sys
@@ -35,7 +35,7 @@ if os.path.expanduser("~") == "~":  # neither HOME nor a known user, as in some 
 
 
 def _name_the_right_python(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ends a program with exit code 2 and the Python to use, where this one is too old or lacks a pinned package."""
+    """Ends the program with exit code 2, naming the Python to use, if this one is too old or lacks a pinned package."""
     missing = (getattr(error, "name", None) or "").partition(".")[0] if kind is ModuleNotFoundError else ""
     pins = (ROOT / "requirements.txt").read_text(encoding="utf-8").replace("-", "_") if missing else ""
     is_old = sys.version_info < (3, 10)
@@ -64,7 +64,7 @@ def load(checkpoint: str | Path, device: str = "auto", weights: str = "auto") ->
         for piece in model.stream("The"): print(piece, end="")
         model.loss("Some text."), model.logits("Some text.")
 
-    `device`: auto, cpu, cuda or mps. `weights`: float32, bf16, or auto: bf16 where the device computes in it. Raises
+    `device`: auto, cpu, cuda or mps. `weights`: float32, bf16, or auto: bf16 if the device computes in it. Raises
     UserError.
     """
     from src.model_assessment.sampling import TextModel  # imports torch, which takes seconds
@@ -73,7 +73,7 @@ def load(checkpoint: str | Path, device: str = "auto", weights: str = "auto") ->
 
 
 def available_cores() -> int:
-    """Processors that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -87,7 +87,7 @@ def _is_usable(folder: Path) -> bool:
 
 
 def _own_temporary_folder() -> str:
-    """The same folder at the user's next start, unless it belongs to another user: it holds programs."""
+    """A folder for the user's compiled programs, reused at the next start unless another user owns it."""
     folder = f"{tempfile.gettempdir()}/compile_cache_{os.getuid()}"
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)

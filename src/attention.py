@@ -18,7 +18,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        if config.qk_norm:  # Henry et al. 2020, https://arxiv.org/abs/2010.04245: keeps large rates stable
+        if config.qk_norm:  # Henry et al. 2020, https://arxiv.org/abs/2010.04245: keeps high learning rates stable
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -28,14 +28,14 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         q, k, v = self.qkv_proj(x_BTD).view(B, T, 3, self.config.n_head, self.config.head_dim).unbind(2)
         if self.config.qk_norm:
-            # In the gain's dtype, float32 in training, because others would not reach the fused kernel.
+            # In the gain's dtype (float32 in training), because other dtypes miss the fused kernel.
             dtype = self.q_norm.weight.dtype
             q, k = self.q_norm(q.to(dtype)).to(v.dtype), self.k_norm(k.to(dtype)).to(v.dtype)
         past = cache.length if cache else 0
         cos, sin = rope_tables(self.config.n_ctx, self.config.head_dim, self.config.rope_theta, x_BTD.device)
         cos_T1K2, sin_T1K2 = cos[past : past + T, None], sin[past : past + T, None]  # the same for all heads
         q, k = apply_rope(q, cos_T1K2, sin_T1K2), apply_rope(k, cos_T1K2, sin_T1K2)
-        # Only now, so that q, k and v and their gradients lie in memory as the projection does: on a GPU the compiled
+        # Only now, so that q, k and v and their gradients share the projection's memory layout: on a GPU the compiled
         # backward pass then writes the gradient of qkv_proj's output in one go.
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache:
@@ -48,7 +48,7 @@ class Attention(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the up to `n_ctx` positions that one attention layer has seen."""
+    """Keys and values of the positions that one attention layer has seen, at most `n_ctx`."""
 
     def __init__(self, config: ModelConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (batch_size, config.n_head, config.n_ctx, config.head_dim)

@@ -1,4 +1,4 @@
-"""The feed-forward networks that a block can have.
+"""The feed-forward networks of a block.
 
 Shapes: B sequences, T positions, D width, F hidden width (config.ffn_hidden).
 """

@@ -1,7 +1,7 @@
 """Tensors that are computed rather than learned, one copy per process and device.
 
-A key holds everything that determines its tensor. So all layers of a model share one copy, and two models of
-different shapes in one process never do.
+A key holds everything that determines its tensor. So all layers of a model share one copy, and models of different
+shapes in one process never do.
 """
 
 from collections.abc import Callable, Hashable

@@ -39,7 +39,7 @@ def main() -> None:
         chosen(os.environ, overrides[1:])
         return
     for name, value in settings(os.environ, overrides).items():
-        if isinstance(value, list):  # an array, and "@" for the script's own arguments
+        if isinstance(value, list):  # an array; "@" means the script's arguments
             joined = shlex.join(value)
             print(f"set -- {joined}" if name == "@" else f"{name}=({joined})")
         else:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, str | int | list[str]]:
-    """Returns every variable of the launcher by name. Raises UserError or ConfigError for one that cannot work."""
+    """Returns every variable of the launcher by name. Raises UserError or ConfigError for an invalid one."""
     as_typed, typed = variables, overrides
     variables, overrides, preset, source = chosen(variables, overrides)
     nodes = number(variables, "NNODES", 1, 1, "a number of machines", MAX_PROCESSES)
@@ -61,7 +61,7 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
         processes = torch.cuda.device_count()
     processes = max(1, processes)
     threads = max(1, available_cores() // processes)
-    # OpenMP takes a list, one number for each level of nested loops.
+    # OpenMP accepts a list with one number per level of nested loops.
     omp = {"OMP_NUM_THREADS": variables.get("OMP_NUM_THREADS", "").partition(",")[0]}
     arguments = [argument for argument in overrides if argument != "--dry-run"]
     has_data = _has_data(arguments)
@@ -106,10 +106,10 @@ def settings(variables: Mapping[str, str], overrides: list[str]) -> dict[str, st
 
 
 def chosen(variables: Mapping[str, str], overrides: list[str]) -> tuple[Mapping[str, str], list[str], str, str]:
-    """Returns the variables and overrides, freed of plain arguments; then the preset; then the source of text.
+    """Returns the variables, the overrides without plain arguments, the preset and the source of text.
 
-    Raises UserError for what a newcomer gets wrong. Standard library only, because it also runs before packages are
-    installed, which takes minutes.
+    Raises UserError for typical first mistakes. Uses only the standard library, because it also runs before packages
+    are installed, which takes minutes.
     """
     plain = list(takewhile(lambda argument: not argument.startswith("-"), overrides))
     if plain:
@@ -126,7 +126,7 @@ def chosen(variables: Mapping[str, str], overrides: list[str]) -> tuple[Mapping[
             raise UserError(
                 f"Cannot use both {paths[0]!r} and --data.dir: texts become a new dataset. Leave out one of them."
             )
-    # An empty variable counts as unset, as a scheduler may pass them all on.
+    # An empty variable counts as unset, because schedulers may pass on all of them.
     debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
     preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
     default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""
@@ -163,7 +163,7 @@ def requested(variables: Mapping[str, str]) -> Request:
 def dataset_name(request: Request, variables: Mapping[str, str], preset: str) -> str:
     """Returns the name or path of the folder of the dataset that `request` describes, prepared or not.
 
-    The name follows from the source. Where a dataset of that name holds other text, a number is added.
+    The name follows from the source. If a dataset of that name holds different text, a number is added.
     """
     name = request.default_name
     if variables.get("DATA_DIR") or SOURCES[request.sources[0]].dataset_name:
@@ -183,23 +183,23 @@ def dataset_name(request: Request, variables: Mapping[str, str], preset: str) ->
 
 
 def _other_text(request: Request, name: str) -> str:
-    """Says that the dataset `name`, prepared or not, is of other text than `request` describes, and which; else ""."""
-    from src.data_processing.data_downloader import differences  # not at the top: `chosen` has no packages
+    """Describes how the text of dataset `name`, prepared or not, differs from the requested text; "" if it does not."""
+    from src.data_processing.data_downloader import differences  # not at the top: `chosen` runs without packages
     from src.data_processing.document_shuffle import JOURNAL, WORK
     from src.data_processing.shards import MANIFEST, read_manifest
 
     folder = root.dataset_dir(name)
     if os.path.exists(folder / MANIFEST):
         changes = differences(request, folder, read_manifest(folder))
-        return f"holds other text: {changes}" if changes else ""
+        return f"holds different text: {changes}" if changes else ""
     with suppress(OSError, UserError, LookupError, TypeError):
         if read_json(folder / WORK / JOURNAL)["request"] != request.stored():
-            return "is being prepared from other text"
+            return "is being prepared from different text"
     return ""
 
 
 def _run_name(preset: str, request: Request, folder: str) -> str:
-    """Returns the preset's name, with the dataset's where that is the user's own."""
+    """Returns the preset's name, followed by the dataset's if the text is the user's."""
     return preset if SOURCES[request.sources[0]].dataset_name else f"{preset}-{Path(folder).name}"
 
 
@@ -214,7 +214,7 @@ def _preparation(request: Request, folder: str) -> list[str]:
 
 
 def _paths(variables: Mapping[str, str]) -> list[str]:
-    """Returns the paths in DATA_PATH, one a line or between colons, except a path that holds a colon itself."""
+    """Returns the paths in DATA_PATH, separated by newlines or colons. A line that exists as a path is kept whole."""
     lines = [os.path.expanduser(line) for line in variables.get("DATA_PATH", "").splitlines()]
     parts = [[line] if os.path.exists(line) else line.split(":") for line in lines]
     return [os.path.abspath(os.path.expanduser(part)) for line in parts for part in line if part]
@@ -237,7 +237,7 @@ def one_of(variable: str, value: str, names: Collection[str]) -> str:
 def number(
     variables: Mapping[str, str], name: str, default: int, at_least: int, meaning: str, at_most: int = 10**15
 ) -> int:
-    """Returns the number that the variable holds, or `default` where it is empty or unset."""
+    """Returns the number in the variable, or `default` if it is empty or unset."""
     text = variables.get(name) or str(default)
     value = whole_number(text)
     if value is None or (variables.get(name) and not at_least <= value <= at_most):

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# 8,192 x 50,257 x 2 bytes = 0.8 GB of logits in bf16: enough to keep any device's matmuls at their full rate. All
-# 32,768 positions of the full-size micro-batch would be the peak of a step's memory.
+# 8,192 x 50,257 x 2 bytes = 0.8 GB of logits in bf16, enough to keep any device's matmuls at full rate. All 32,768
+# positions of the full-size micro-batch at once would be the peak of a step's memory.
 LOGIT_POSITIONS = 8_192
 
-# Rows of logits in float32 at once, for the softmax that is not compiled. On a CPU 16 x 50,257 x 4 bytes = 3 MB fit a
-# core's cache. 2,048 positions of width 256 took 299 ms with 16 rows and 338 with 64; torch's cross_entropy took 721,
-# compiled 307 (two cores, LOG.md). A GPU wants few, large kernels.
+# Rows of float32 logits at once in the uncompiled softmax. On a CPU 16 x 50,257 x 4 bytes = 3 MB fit into a core's
+# cache. 2,048 positions of width 256 took 299 ms with 16 rows and 338 with 64; torch's cross_entropy took 721, compiled
+# 307 (two cores, LOG.md). A GPU wants few, large kernels.
 ROWS_CPU = 16
 ROWS_GPU = 4096
 
@@ -96,7 +96,7 @@ def _softmax_by_rows_(logits_NV: torch.Tensor, targets_N: torch.Tensor, with_gra
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are computed forward, where the softmax exists, and only scaled backward."""
+    """Computes the gradients in the forward pass, where the softmax exists. The backward pass only scales them."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, dtype, with_gradients, softmax):
@@ -111,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_loss,) = grad_outputs
-        grad_loss = grad_loss / len(ctx.saved_tensors[0])  # saved: gradients of the sum over N; the loss is the mean
+        grad_loss = grad_loss / len(ctx.saved_tensors[0])  # saved are gradients of the sum over N, the loss is the mean
         grads = (g.to(dtype) * grad_loss for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *grads, None, None, None, None
 

@@ -29,7 +29,7 @@ class LLM(nn.Module):
         self.embedding = nn.Embedding(config.n_vocab, config.n_embd, _weight=weight_VD)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        # On the meta device, because its first weight is replaced at once and needs no memory.
+        # On the meta device: its own weight is replaced at once, so it needs no memory.
         self.head = nn.Linear(config.n_embd, config.n_vocab, bias=False, device="meta")
         self.head.weight = self.embedding.weight
 
@@ -43,11 +43,11 @@ class LLM(nn.Module):
         x_BTD = self.hidden(ids_BT, caches)
         if targets_BT is None:
             return self.head(x_BTD)
-        # The head is part of this loss, because the logits of a whole batch would be the peak of its memory.
+        # The loss includes the head, because the logits of a whole batch would be the peak of memory.
         return linear_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, targets_BT.flatten())
 
     def hidden(self, ids_BT: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
-        """The head's input, (B, T, D), for callers that need the logits of a few positions, or losses by position."""
+        """The head's input, (B, T, D), for callers that need the logits of a few positions or per-position losses."""
         x_BTD = self.embedding(ids_BT)
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, caches[i] if caches else None)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 MAX_STEPS = 10_000_000  # 500 times the published run's
 MAX_NAME_BYTES = 200  # of run_name: file systems take 255, and folders set aside get longer names
-# Far above anything this code can train, so that a slip of the keyboard is refused at once and takes no memory.
+# Far above anything this code can train. A typo is refused at once, before it takes memory.
 MAX_WIDTH = MAX_VOCAB = 65_536  # token ids are uint16
 MAX_LAYERS = 1_024
 MAX_CONTEXT = 1_048_576
@@ -24,8 +24,8 @@ MAX_REAL = 1e12
 MAX_TOKENS = 10**15
 Reporter = Literal["tensorboard", "wandb"]
 
-# Types of settings. A number's has the least and the greatest value; a text's has a pattern and its meaning.
-KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
+# Types of settings: a number with its smallest and largest value, a string with its pattern and a description.
+KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "None"}
 ABOVE_0, _BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
 Count = Annotated[int, 1, MAX_COUNT]
 CountOr0 = Annotated[int, 0, MAX_COUNT]
@@ -44,7 +44,7 @@ Resume = Annotated[str, "auto|never|[0-9]{1,9}", "auto, never or the step of a c
 
 
 class ConfigError(Exception):
-    """Settings that cannot work. The message lists every problem, one a line."""
+    """Settings that cannot work. The message lists every problem, one per line."""
 
     exit_code = 2
 
@@ -68,9 +68,9 @@ class ModelConfig:
     n_layer: Layers = 16
     """Transformer blocks."""
     ffn_mult: Annotated[int, 1, MAX_LAYERS] = 4
-    """Hidden size of the feed-forward network, in multiples of n_embd; half as much again with relu2."""
+    """Hidden size of the feed-forward network, in multiples of n_embd; relu2 has 1.5 times as much."""
     ffn: Literal["swiglu", "relu2"] = "swiglu"
-    """Kind of feed-forward network. relu2 is relu(x)^2, two matrices with as many numbers as SwiGLU's three."""
+    """Kind of feed-forward network. relu2 is relu(x)^2: two matrices with as many parameters as SwiGLU's three."""
     norm_eps: Positive = 1e-5
     """Added to the mean square inside RMSNorm."""
     rope_theta: Positive = 10_000.0
@@ -82,7 +82,7 @@ class ModelConfig:
     bias: bool = True
     """Biases in the linear layers of the blocks."""
     qk_norm: bool = False
-    """RMSNorm of each head's queries and keys, with a gain for each dimension, as in Qwen3."""
+    """RMSNorm on each head's queries and keys, with a gain per dimension, like Qwen3."""
     zero_init: bool = False
     """Start the projections into the residual stream at zero, so that a new block changes nothing."""
 
@@ -118,24 +118,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its learning-rate schedule: linear warm-up, perhaps constant for a while, then decay."""
+    """The optimizer and its learning-rate schedule: linear warm-up, an optional constant phase, then decay."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw for all parameters. muon: Muon for the matrices in blocks, AdamW for the others."""
     max_lr: Positive = 2.1e-3
     """Learning rate at the end of warm-up."""
     embedding_lr: Positive | None = None
-    """With muon: the same for AdamW's parameters, which are the embedding, biases and gains; None takes max_lr."""
+    """With muon: the same for AdamW's parameters (embedding, biases and gains); None takes max_lr."""
     momentum: ShareBelow1 = 0.95
     """Decay of Muon's running mean of gradients."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """Form of the decay."""
     decay_ratio: Share = 1.0
-    """Share of the steps after warm-up over which the learning rate decays, at the end of the run."""
+    """Share of the steps after warm-up, at the end of the run, during which the learning rate decays."""
     min_lr_ratio: Share = 0.1
     """Final learning rate of the decay, as a share of max_lr."""
     warmup_ratio: Share = 0.0119
-    """Share of all tokens over which the learning rate rises linearly."""
+    """Share of all tokens during which the learning rate rises linearly."""
     warmup_steps: StepsOr0 | None = None
     """Warm-up in steps; None derives it from warmup_ratio."""
     beta1: ShareBelow1 = 0.9
@@ -149,7 +149,7 @@ class OptimConfig:
     clip_grad_norm: Positive = 1.0
     """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
     spike_z: PositiveOr0 = 0.0
-    """Skip steps whose loss lies this many standard deviations above the recent ones; 0 turns it off."""
+    """Skip steps whose loss is this many standard deviations above recent ones; 0 turns it off."""
 
 
 @dataclass(frozen=True)
@@ -163,24 +163,24 @@ class TrainConfig:
     batch_tokens: Count = 524_288
     """Tokens in one optimizer step, over all processes and accumulation steps."""
     micro_batch_size: Count | Literal["auto"] = 16
-    """Sequences in one forward pass of one process; gradient accumulation follows from it. auto: as many as fit.
+    """Sequences in one forward pass of one process; determines gradient accumulation. auto: as many as fit.
     Affects only rounding and dropout's random numbers."""
     seed: Seed = 42
     """Seeds initial weights, dropout and data order."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """bf16 autocast or float32. auto: bf16 on GPUs since Ampere and on CPUs with AMX, else float32; a resumed run keeps
-    its precision."""
+    """bf16 autocast or float32. auto: bf16 on Ampere or newer GPUs and on CPUs with AMX, else float32; a resumed run
+    keeps its precision."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks and the loss; auto: on for CUDA, off elsewhere; a resumed run keeps its choice."""
     deterministic: bool = False
-    """Deterministic algorithms on CUDA, at a cost in speed: a resumed run has the bits of an uninterrupted one there
-    only with it. No effect on a CPU, where runs always have."""
+    """Use deterministic, slower algorithms on CUDA, which a resumed run needs there to match an uninterrupted one bit
+    for bit. No effect on a CPU, where it always matches."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on; auto takes CUDA, else MPS, else the CPU."""
     log_every_steps: Count = 50
     """Steps between training lines in metrics.jsonl and on the console."""
     timeout_s: Annotated[float, 1, MAX_COUNT] = 600.0
-    """Seconds that a process waits for another one before it gives up and names the step."""
+    """Seconds that a process waits for another before it gives up and names the step."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class EvalConfig:
     val_every_steps: Count = 100
     """Steps between validations."""
     val_tokens: Count = 2_097_152
-    """Validation tokens, the same ones every time; fewer where shard 0 holds fewer. A quarter of the published
-    recipe's, which take 5% of its time; the standard error is logged."""
+    """Validation tokens, the same every time; fewer if shard 0 holds fewer. The published recipe uses four times as
+    many, which take 5% of its time. The standard error is logged."""
     hellaswag_every_steps: Count = 500
     """Steps between multiple-choice evaluations."""
     hellaswag_data: Place = "auto"
@@ -233,13 +233,13 @@ class Config:
     """auto: resume from the newest good checkpoint. never: start from scratch and set an old run aside. Or a step:
     resume from its checkpoint and set later ones aside."""
     init_from: str = ""
-    """Start with the weights of this run, step_* folder or export, at step 0 of a new run. Random ones without it."""
+    """Start a new run at step 0 with the weights of this run, step_* folder or export. Default: random weights."""
     profile: CountOr0 = 0
     """Steps to record with PyTorch's profiler, near the start; the trace opens at ui.perfetto.dev."""
     report_to: tuple[Reporter, ...] = ()
-    """Trackers to report to: tensorboard, wandb or both; they must be installed. Affects no result."""
+    """Trackers to report to: tensorboard, wandb or both; they must be installed. Does not affect results."""
     price_per_gpu_hour: Positive | None = None
-    """Dollars. With it, preflight and the report say what the run costs; affects nothing else."""
+    """Dollars. Makes preflight and the report show the cost of the run; affects nothing else."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -251,7 +251,7 @@ class Config:
         shape = self.model.problems() if isinstance(self.model, ModelConfig) else []
         problems = list(dict.fromkeys([*shape, *outside(self)]))  # each once
         if (length := len(str(self.run_name).encode(errors="replace"))) > MAX_NAME_BYTES:
-            problems.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; it can have {MAX_NAME_BYTES}")
+            problems.append(f"run_name = {self.run_name[:20]!r}... has {length} bytes; at most {MAX_NAME_BYTES} fit")
         if problems:  # the other checks compare numbers
             raise ConfigError(problems)
         train, n_ctx = self.train, self.model.n_ctx
@@ -294,7 +294,7 @@ class Config:
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences in one forward pass of one process; 1, the smallest possible, until "auto" is settled."""
+        """Sequences in one forward pass of one process; 1, the smallest possible, until "auto" is resolved."""
         return 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_size
 
     def grad_accumulation_steps(self, world_size: int) -> int:
@@ -351,7 +351,7 @@ def _from_dict(kind: Any, data: Any, prefix: str) -> Any:
 
 
 def _leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name, value and annotated type of every setting, and of a group that is not one."""
+    """Name, value and annotated type of every setting, and of a group whose value has the wrong type."""
     for name, kind in get_type_hints(type(group), include_extras=True).items():
         value = getattr(group, name)
         if isinstance(kind, type) and isinstance(value, kind) and dataclasses.is_dataclass(value):
@@ -361,13 +361,13 @@ def _leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def outside(group: Any, prefix: str = "") -> list[str]:
-    """The problems of all values that have another type than their setting or lie outside its limits."""
+    """A problem for each value that has the wrong type or lies outside its setting's limits."""
     needed = ((name, value, _must_be(value, kind)) for name, value, kind in _leaves(group, prefix))
     return [f"{name} = {repr(value)[:80]} must be {what}" for name, value, what in needed if what]
 
 
 def _must_be(value: Any, kind: Any) -> str:
-    """The values that a setting of this type takes, for people; "" if `value` is one of them."""
+    """Describes the values that a setting of this type takes; "" if `value` is one of them."""
     origin, kinds = get_origin(kind), get_args(kind)
     if origin is Annotated:
         base, low, high = kinds
@@ -388,7 +388,7 @@ def _must_be(value: Any, kind: Any) -> str:
     if kinds:
         needed = [_must_be(value, each) for each in kinds]
         return "" if "" in needed else _either(needed)
-    # Surrogates are Python's stand-ins for bytes of the command line; no file of the run could hold them.
+    # Surrogates stand for bytes of the command line that are not UTF-8; no file of the run could hold them.
     if kind is str and isinstance(value, str) and re.search("[\ud800-\udfff]", value):
         return "UTF-8 text; set LC_ALL=C.UTF-8"
     is_number = kind is float and isinstance(value, (int, float)) and not isinstance(value, bool)

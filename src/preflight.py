@@ -1,11 +1,11 @@
-"""Eight checks, in seconds, that training can start, before hours are spent on it.
+"""Eight checks that training can start. They take seconds and may save hours.
 
-    python -m src.preflight PRESET [overrides as of pretrain.py]
+    python -m src.preflight PRESET [the same overrides as pretrain.py]
 
-Trains, downloads and writes nothing, except a dataset's stamp. stderr gets a line per check, stdout one JSON object.
-The launcher describes its start by variables: WORLD_SIZE processes, NPROC of them on this machine, in the folder
-STARTED_IN. With DATA=prepare it will prepare the dataset as DATA_SOURCE and the other variables say. With DATA=wait
-another machine does.
+Nothing is trained, downloaded or written, except a dataset's stamp. Prints a line per check on stderr and one JSON
+object on stdout. The launcher describes its start in variables: WORLD_SIZE processes, NPROC of them on this machine, in
+the folder STARTED_IN. DATA=prepare: it will prepare the dataset that DATA_SOURCE and the other variables describe.
+DATA=wait: another machine does.
 """
 
 import src  # noqa: F401 (before torch: it sets the environment)
@@ -57,20 +57,18 @@ from src.utils.errors import (
 from src.utils.files import check_writable, existing_folder, free_bytes, refuse_claimed, refuse_dangling, size_text
 from src.utils.handle_ddp import device_and_backend, processes_here, world_size
 
-# Of a training step: 17.1M parameters and 2,048 tokens took 1.42 s on two cores with AVX512 (LOG.md).
+# Measured: a training step of 2,048 tokens with 17.1M parameters took 1.42 s on two cores with AVX512 (LOG.md).
 CPU_FLOPS_PER_CORE = 7e10
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
 class Start:
-    """The start to check."""
-
     config: Config
     world_size: int
     processes_here: int
     request: Request | None = None
-    """The dataset that the launcher prepares if it does not exist; None if any dataset serves."""
+    """The dataset that the launcher prepares if it does not exist; None if any dataset will do."""
     awaited: bool = False
     """True if another machine prepares the dataset."""
 
@@ -88,14 +86,14 @@ class Start:
 
 
 class Doubt(str):
-    """The result of a check that does not fail, but warns."""
+    """The result of a check that warns without failing."""
 
 
 def main() -> int:
     os.chdir(os.environ.get("STARTED_IN") or ".")
     config = config_from_command_line(
         "Check whether pretrain.py can start with these settings, with WORLD_SIZE processes, NPROC of them here. Exit "
-        "codes: 0 yes, 2 no, 4 no because of storage alone, 5 no because another process holds the run.",
+        "codes: 0 it can; 4 no, only storage fails; 5 no, only another process holds the run; 2 no, for other reasons.",
         prog="python -m src.preflight",
     )
     data = os.environ.get("DATA")
@@ -117,7 +115,7 @@ def main() -> int:
     if failed:
         say(f"\nnot started: {len(failed)} check(s) failed: {', '.join(failed)}")
     result = {"exit_code": code, "failed": failed, "warnings": warnings, "checks": results}
-    print_result(result, "" if failed else "\nall checks passed: this start can work")
+    print_result(result, "" if failed else "\nall checks passed: training can start")
     return code
 
 
@@ -125,7 +123,7 @@ def settings(start: Start) -> str:
     steps = start.config.grad_accumulation_steps(start.world_size)
     here = f" ({start.processes_here} on this machine)" if start.processes_here != start.world_size else ""
     try:
-        if start.processes_here > 1:  # which a container without a network may keep apart
+        if start.processes_here > 1:  # a container without a network may keep them from connecting
             with socket.create_server(("127.0.0.1", 0)) as server:
                 socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
@@ -164,20 +162,20 @@ def device(start: Start) -> str:
 
 
 def expected_cost(config: Config, gpus: int, peak_tflops: float) -> str:
-    """Hours and dollars of all steps on GPUs of this dense bf16 peak, at the reference's share of it."""
+    """Hours and dollars of all steps, on GPUs with this dense bf16 peak and at the reference's MFU."""
     per_hour = config.price_per_gpu_hour
     estimate = cost(config, GPU(0, peak_tflops, ""), gpus, price=per_hour)
     price = "; --price-per-gpu-hour DOLLARS shows the cost"
     if estimate.dollars is not None:
         price = f", {estimate.dollars:,.2f} dollars at {per_hour:,.2f} per GPU-hour"
     steps = f"{config.total_steps:,} steps take about {duration(3600 * estimate.hours)}{price}"
-    return f"{steps}. Assumes {REFERENCE_MFU:.0%} of the GPU's peak, as the reference had on A100, and no evaluation"
+    return f"{steps}. Assumes {REFERENCE_MFU:.0%} of the GPU's peak, the reference's MFU on A100, and no evaluation"
 
 
 def dataset(start: Start) -> str:
     """Checks the dataset, or the source that it will be prepared from."""
     config, folder = start.config, start.dataset
-    # `exists` of os.path, which is False for a folder that cannot be searched: reading the manifest then says why.
+    # os.path.exists is False for a folder that cannot be searched; reading the manifest then gives the reason.
     is_to_come = start.to_prepare or (start.awaited and not os.path.exists(folder / MANIFEST))
     manifest = None if is_to_come else read_manifest(folder)
     if manifest and start.request:
@@ -185,7 +183,7 @@ def dataset(start: Start) -> str:
     name, n_vocab = (manifest.tokenizer, manifest.n_vocab) if manifest else (Tokenizer.name, Tokenizer.n_vocab)
     if n_vocab > config.model.n_vocab:
         raise UserError(
-            f"Cannot train on {folder}: it has {n_vocab} different ids, those of {name}, but model.n_vocab = "
+            f"Cannot train on {folder}: its token ids ({name}) go up to {n_vocab - 1}, but model.n_vocab = "
             f"{config.model.n_vocab}. Set --model.n-vocab {n_vocab}."
         )
     if request := start.to_prepare:
@@ -200,7 +198,7 @@ def dataset(start: Start) -> str:
 
 
 def folder(start: Start) -> str:
-    """Checks that the run's folder is free and writable, and the dataset's if it will be prepared."""
+    """Checks that the run's folder is free and writable, and the dataset's folder too if it will be prepared."""
     to_write = [start.run_dir, start.run_dir / "checkpoints"] + ([start.dataset] if start.to_prepare else [])
     for path in to_write:
         refuse_dangling(path)
@@ -211,7 +209,7 @@ def folder(start: Start) -> str:
 
 
 def disk(start: Start) -> str:
-    """Checks the room for checkpoints and for the dataset."""
+    """Checks that the disk has room for the checkpoints and the dataset."""
     checkpoints = checkpoints_need(start.config, start.run_dir / "checkpoints")
     place, data_place = existing_folder(start.run_dir), existing_folder(start.dataset)
     request, data = start.to_prepare, 0
@@ -259,7 +257,7 @@ def trackers(start: Start) -> str:
 
 
 def checkpoint(start: Start) -> str:
-    """Checks the checkpoint to resume from, except its bytes, which training verifies."""
+    """Checks the checkpoint to resume from, except the hashes of its files, which training verifies."""
     folder, resume = start.run_dir / "checkpoints", start.config.resume
     steps = [int(resume)] if resume.isdecimal() else checkpoint_steps(folder) if resume == "auto" else []
     if not steps:

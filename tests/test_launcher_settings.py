@@ -110,7 +110,7 @@ def test_a_second_corpus_gets_a_new_dataset_and_run(tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert names() == ("texts-2", "debug-texts-2")
     said = capsys.readouterr().err
-    assert f"holds other text: {texts}/3.txt is new. " in said
+    assert f"holds different text: {texts}/3.txt is new. " in said
     assert "To train on that, or resume, add --data.dir texts --run-name debug-texts" in said
     prepare_it("texts-2")
     assert names() == ("texts-2", "debug-texts-2")

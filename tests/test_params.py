@@ -129,7 +129,7 @@ def test_presets_work_with_one_and_two_processes():
 
 
 def test_a_run_name_that_no_file_system_takes_is_refused():
-    with pytest.raises(ConfigError, match="has 201 bytes; it can have 200"):
+    with pytest.raises(ConfigError, match="has 201 bytes; at most 200 fit"):
         Config(run_name="a" + "\N{LATIN SMALL LETTER E WITH ACUTE}" * 100)
     Config(run_name="a" * 200)
 
@@ -140,7 +140,7 @@ def test_a_run_name_that_no_file_system_takes_is_refused():
         ("model", "n_embd", "256", "model.n_embd = '256' must be a whole number"),
         ("train", "seed", True, "train.seed = True must be a whole number"),
         ("train", "precision", "fp8", "train.precision = 'fp8' must be auto, bf16 or float32"),
-        ("eval", "sample_prompts", [1], "eval.sample_prompts = (1,) must be a list of: a text"),
+        ("eval", "sample_prompts", [1], "eval.sample_prompts = (1,) must be a list of: text"),
         ("data", "dir", "\udcff", "data.dir = '\\udcff' must be UTF-8 text; set LC_ALL=C.UTF-8"),
         ("optim", "warmup_steps", 1.5, "optim.warmup_steps = 1.5 must be a whole number or None"),
     ],

@@ -26,6 +26,12 @@ BETTER = {
     r"(?<!there )(is|are) no": "is not a",
     r"to be had": "available",
     r"whether .{0,60}, if any": "say the fact",
+    r"meanwhile": "say when: during the read, until then",
+    r"(is|are|was|were) said": "says so, or the message names it",
+    r"without a word": "silently",
+    r"signs? of life": "heartbeat, or record",
+    r"one an? (line|row|core|step|document|process)": "one per line",
+    r"raises \w+ where": "raises X if",
 }
 # A docstring begins with a verb or the noun it defines.
 OPENINGS = re.compile(r"(What|Those that|Whether|Where|How|From .{1,40} to) ")

@@ -88,13 +88,13 @@ def main() -> None:
 def prepare(request: Request, folder: Path, workers: int, expected: Manifest | None = None) -> Manifest:
     """Return the dataset that `request` describes, in `folder`: the existing one, or a new one.
 
-    With `expected`, the sources must be those of that manifest. Raises UserError, StorageError, or BusyError if
-    another process prepares the same folder.
+    With `expected`, the sources must match that manifest. Raises UserError, StorageError, or BusyError if another
+    process is preparing the same folder.
     """
-    if os.path.exists(folder / MANIFEST):  # False, where Path.exists raises, for a folder that cannot be searched
+    if os.path.exists(folder / MANIFEST):  # False for a folder that cannot be searched; Path.exists would raise
         return _existing(request, folder)
     with claimed_work(folder) as work:
-        if (folder / MANIFEST).exists():  # another process has finished since the line above
+        if (folder / MANIFEST).exists():  # another process has just finished
             return _existing(request, folder)
         journal = Journal.read(work, request)
         if journal and journal.is_complete:
@@ -106,16 +106,16 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
             for name in request.sources:
                 pinned = [entry for entry in earlier if entry.get("name") == name]
                 sources += SOURCES[name].open(request, pinned, work / DOWNLOADS)
-            # Files are hashed again at each start; of the hub and of a dataset under repair, the pinned version counts.
+            # Files are hashed again at each start. For the hub and for a repair, the pinned version counts.
             current = [source.details for source in sources]
             if expected and (changes := _changes(_content(expected.sources), _content(current))):
-                raise UserError(f"the sources are not what they were: {changes}")
+                raise UserError(f"the sources have changed: {changes}")
             if journal is None or journal.sources != current:
                 journal = start_over(folder, work, request, current)
             elif journal.counts["tokens"]:
                 say(f"resuming after {journal.counts['tokens']:,} tokens")
             needed, free = disk_needed(request, folder), free_bytes(folder)
-            # Preflight asks for all of it. A mirror of the hub may hold a part of the pinned files.
+            # Preflight requires all of it. Here a mirror of the hub may hold only part of the pinned files.
             if needed > free * (4 if any(SOURCES[name].uses_hub for name in request.sources) else 1):
                 raise StorageError(
                     f"Cannot prepare {folder}: at least {size_text(needed)} of disk needed, {size_text(free)} free. "
@@ -126,21 +126,21 @@ def prepare(request: Request, folder: Path, workers: int, expected: Manifest | N
         documents = SortedDocuments(work, journal, request.drop_duplicates)
         with nothing_to_resume(work):  # too few documents
             shards = write_shards(documents, request, folder)
-        # Last, because it makes the folder a dataset. Deleting the unfinished work follows at the end of the block.
+        # Last, because it makes the folder a dataset. The end of the block deletes the unfinished work.
         write_manifest(folder, _manifest(request, journal, documents, shards))
     if journal.replaced_in:
         say(
-            f"warning: invalid UTF-8 in {journal.counts['replaced_invalid']} document(s) was replaced by the character "
-            f"U+FFFD: {', '.join(f'{count:,} in {name}' for name, count in journal.replaced_in.items())}. If a file "
+            f"warning: invalid UTF-8 in {journal.counts['replaced_invalid']} document(s) was replaced by U+FFFD: "
+            f"{', '.join(f'{count:,} in {name}' for name, count in journal.replaced_in.items())}. If a file "
             "is in another encoding, convert it and prepare the dataset again: iconv -f LATIN1 -t UTF-8 FILE > NEW"
         )
     return read_manifest(folder)
 
 
 def repair(folder: Path, workers: int) -> Manifest:
-    """Replace the damaged shards of a dataset: it is prepared again inside its folder, and only those are moved.
+    """Replace the damaged shards of a dataset: prepare it again inside its folder, and move only those shards.
 
-    Raises UserError if the sources are not what they were, StorageError, or BusyError.
+    Raises UserError if the sources have changed, StorageError, or BusyError.
     """
     manifest = read_manifest(folder)
     faults = find_faults(folder, manifest, trust_stamp=False)
@@ -155,18 +155,18 @@ def repair(folder: Path, workers: int) -> Manifest:
     damaged, fields = [manifest.shards[number] for number in faults], dict(manifest.request)
     try:
         prepare(Request(fields.pop("source"), **fields), again, workers, expected=manifest)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # also of a request that another program wrote
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # another program may have written the request
         raise UserError(
             f"Cannot repair {folder}: {cause_of(error)}. Restore the sources, or the shards from a copy."
         ) from error
     for shard in damaged:
         if fault := shard_fault(again, shard, manifest.n_vocab, full=True):
             raise UserError(
-                f"Cannot repair {shard.file}: the sources give another shard ({fault}). Delete {folder} and prepare "
-                "the dataset again."
+                f"Cannot repair {shard.file}: the sources produce a different shard ({fault}). Delete {folder} and "
+                "prepare the dataset again."
             )
     with storage_errors(folder):
-        for shard in damaged:  # none before all are verified
+        for shard in damaged:  # only after all are verified
             os.replace(again / shard.file, folder / shard.file)
         sync(folder)
         shutil.rmtree(again)
@@ -175,20 +175,20 @@ def repair(folder: Path, workers: int) -> Manifest:
 
 
 def disk_needed(request: Request, folder: Path) -> int:
-    """Estimate the least bytes that preparing `request` in `folder` needs beyond an earlier start's; 0: unknown."""
+    """Estimate the minimum bytes that preparing `request` in `folder` still needs; 0 if unknown."""
     limits = (request.max_tokens or math.inf, (request.max_documents or math.inf) * 1_100)  # FineWeb-Edu's mean
     tokens = int(min(sum(SOURCES[name].tokens(request) for name in request.sources), *limits))
-    # Sorted stretches and shards, and an eighth of one copy for records.
+    # Two copies, one as sorted stretches and one as shards, and an eighth of one for records.
     return max(0, tokens * TOKEN_DTYPE.itemsize * 17 // 8 - bytes_below(folder))
 
 
 def _existing(request: Request, folder: Path) -> Manifest:
-    """Return the manifest of `folder`. Raises UserError for another request, changed files, or a damaged shard."""
+    """Return the manifest of `folder`. Raises UserError for a different request, changed files or a damaged shard."""
     manifest = read_manifest(folder)
     refuse_other(request, folder, manifest)
     for shard in manifest.shards:
         check_shard(folder, shard, manifest.n_vocab)
-    # Left by a process that was killed between its last two steps; another process that holds it deletes it, too.
+    # Left by a process that was killed between its last two steps. Another process that holds it also deletes it.
     shutil.rmtree(folder / WORK, ignore_errors=True)
     say(f"already prepared: {folder}")
     return manifest
@@ -206,14 +206,14 @@ def refuse_other(request: Request, folder: Path, manifest: Manifest) -> None:
 def differences(request: Request, folder: Path, manifest: Manifest) -> str:
     """Describe how the dataset in `folder` differs from the one that `request` describes; empty for no difference.
 
-    Files are compared by name and size, and by content where one was written to, or a link made, since the preparation.
+    Files are compared by name and size, and also by content if they were written or linked since the preparation.
     """
     changes = _changes(manifest.request, request.stored())
     if changes or "files" not in request.sources:
         return changes
     then = {entry["path"]: entry for source in manifest.sources for entry in source.get("files", ())}
     now: dict[str, Any] = {}
-    with suppress(UserError, OSError):  # of files that are gone since: the dataset stands without them
+    with suppress(UserError, OSError):  # files deleted since the preparation: the dataset no longer needs them
         for path in chain(*find_files(request.paths).values()):
             now[str(path)] = entry = {"path": str(path)} | then.get(str(path), {})
             written = max(path.stat().st_mtime, path.lstat().st_mtime)
@@ -224,7 +224,7 @@ def differences(request: Request, folder: Path, manifest: Manifest) -> str:
 
 
 def _content(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the beginning of the hash of each file, by its path, and the version of each package."""
+    """Map the path of each file to the start of its hash, and each package to its version."""
     content: dict[str, Any] = {}
     for source in sources:
         content.update({entry["path"]: f"sha256 {entry['sha256'][:12]}..." for entry in source.get("files", ())})
@@ -253,7 +253,7 @@ def _manifest(request: Request, journal: Journal, documents: SortedDocuments, sh
     records, read, total = documents.records, journal.counts, totals(documents.records)
     sources: list[dict[str, Any]] = []
     for number, entry in enumerate(journal.sources):
-        own = totals(records[records["source"] == number])  # after duplicates were dropped, as all counts of shards
+        own = totals(records[records["source"] == number])  # without dropped duplicates, like the counts of shards
         sources.append(entry | own | {"share": round(own["tokens"] / max(1, total["tokens"]), 6)})
     counts = {
         **total,
@@ -283,19 +283,19 @@ def _parse_arguments() -> argparse.Namespace:
         "validation (shard 0) and training (the rest), with a manifest that says where they came from.",
         epilog="The result is one JSON object, the last line of stdout, or text on a terminal. Exit codes: 0 done, 2 "
         "bad input, 4 storage, 5 another process is preparing the folder, 130 Ctrl-C. Rerun the same command to "
-        "resume a preparation that was stopped, from the last 64M tokens.",
+        "resume a stopped preparation; at most its last 64M tokens are repeated.",
     )
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in SOURCES.items())
-    taken = "take the first documents of the sources, of a hub dataset a random part, up to this many"
+    taken = "take the first documents of the sources, or a random part of a hub dataset, up to this many"
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     count: dict[str, Any] = {"type": between(1, 10**15), "metavar": "N"}
     add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--source", **several, choices=tuple(SOURCES), help=f"{kinds}; several are mixed in their given order")
+    add("--source", **several, choices=tuple(SOURCES), help=f"{kinds}; several are combined in the given order")
     help = (
         "for --source files: files, folders (searched to any depth) or patterns; .txt and .md are one document each, "
         "or several above 65,536 characters; "
     )
-    help += ".jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow one a line or row"
+    help += ".jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow have one per line or row"
     add("--path", **several, default=[], metavar="FILE_OR_GLOB", help=help)
     add("--dataset", metavar="OWNER/NAME", help="for --source hub: the dataset's name on the hub")
     add("--config", metavar="NAME", help="for --source hub: the dataset's configuration")
@@ -304,10 +304,10 @@ def _parse_arguments() -> argparse.Namespace:
     add("--text-field", metavar="NAME", default=Request.text_field, help=help)
     add("--max-tokens", **count, help=f"{taken} tokens (default: all)")
     add("--max-documents", **count, help=f"{taken} (default: all)")
-    add("--drop-duplicates", action="store_true", help="keep one of documents that are equal to the byte")
-    help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: a name by the source)"
+    add("--drop-duplicates", action="store_true", help="keep one copy of byte-identical documents")
+    help = "folder of the dataset; a bare name means temp_data/datasets/NAME (default: named after the source)"
     add("--out", metavar="DIR", help=help)
-    help = "processes that tokenise; the result is the same for any number (default: one a core, %(default)s)"
+    help = "processes that tokenise; the result is the same for any number (default: one per core, %(default)s)"
     add("--workers", type=between(1, 1_024), metavar="N", default=available_cores(), help=help)
     help = "a shard holds at most this many tokens, or one longer document (default: %(default)s)"
     add("--tokens-per-shard", **count, default=Request.tokens_per_shard, help=help)
@@ -322,11 +322,11 @@ def _parse_arguments() -> argparse.Namespace:
     sources = args.source or []
     if not (sources or args.verify or args.repair or args.inspect):
         raise UserError(
-            "Cannot prepare a dataset: no text is named. Name files or folders, as in ./llm data my_texts/, "
-            "which is --source files --path my_texts/. Or name a source, as in --source pydocs. --help lists all."
+            "Cannot prepare a dataset: no text is named. Name files or folders: ./llm data my_texts/, "
+            "which means --source files --path my_texts/. Or name a source: --source pydocs. --help lists all."
         )
     if "" in (*args.path, args.out, args.dataset):
-        raise UserError("An option is empty; perhaps a variable that is not set.")
+        raise UserError("An option is empty. Perhaps it comes from a variable that is not set.")
     if bool(args.path) != ("files" in sources):
         raise UserError("--source files needs --path FILE_OR_GLOB ..., and --path is for --source files.")
     if bool(args.dataset) != ("hub" in sources):
@@ -337,7 +337,7 @@ def _parse_arguments() -> argparse.Namespace:
         raise UserError("--out DIR is needed: the name of a dataset, or a folder.")
     args.out = args.out or _request(args).default_name
     if ".." in Path(args.out).parts:
-        raise UserError(f"--out {args.out} leads out of its folder by '..'. Name the folder itself.")
+        raise UserError(f"--out {args.out} contains '..'. Name the folder itself.")
     return args
 
 

@@ -1,16 +1,16 @@
 """Documents -> shards in a shuffled order: one sort on disk, resumable and the same for any number of workers.
 
-A document's key is a hash of its text and the seed, so the order of the keys is a shuffle. Documents are encoded and
-appended to the folder of unfinished work, .preparing in the dataset's:
+A document's key is a hash of its text and the seed, so sorting by key shuffles. Encoded documents are appended to files
+in .preparing, the folder of unfinished work inside the dataset's folder:
 
     journal.json   the request, the details of its sources, counts, and the position of the last entry in the sources
     records        a RECORD of each document
     tokens         their token ids, uint16
 
-Every 64M tokens have an entry: they are sorted by key and appended to both files, then the journal is replaced at once.
-A restart resumes there, and overwrites what follows the documents that the journal counts. In the end the records
-are sorted, and the documents copied into shards in that order. That reads each sorted stretch of `tokens` from its
-beginning to its end. Memory holds some 120 bytes a document, 1.2 GB at 10B tokens, and what the workers work on.
+Every 64M tokens form an entry: its documents are sorted by key and appended to both files, then the journal is replaced
+atomically. A restart resumes there and overwrites anything after the documents that the journal counts. At the end the
+records are sorted, and the documents are copied into shards in that order. That reads each sorted stretch of `tokens`
+from start to end. Memory holds about 120 bytes per document, 1.2 GB at 10B tokens, and the workers' batches.
 """
 
 import hashlib
@@ -44,11 +44,11 @@ from src.utils.files import open_regular, read_json, replacing, storage_errors, 
 WORK = ".preparing"
 DOWNLOADS = "downloads"
 JOURNAL, _LOCK = "journal.json", "lock"
-JOURNAL_VERSION = 5  # another one is not resumed; change it with the files or the way that batches are divided
+JOURNAL_VERSION = 5  # others are not resumed; increase it when the files or the division into batches change
 FLUSH_TOKENS = 1 << 26  # 128 MB in memory between two entries of the journal
 _BATCH_CHARS = 1 << 20  # that a worker gets at once
-_DOCUMENT_COST = 100  # tokens that take as much memory as a document's objects
-# Validation is a twentieth of the corpus; of a small one more, up to a quarter, to measure anything at all.
+_DOCUMENT_COST = 100  # a document's objects take as much memory as this many tokens
+# Validation takes a twentieth of the corpus, or up to a quarter of a small one, enough to measure something.
 _VALIDATION_SHARE, _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS = 20, 4, 16_384
 _FILES_NAMED = 5
 _MOST_SHARDS = 100_000
@@ -84,13 +84,13 @@ class Journal:
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("documents", "tokens", "skipped_empty", "replaced_invalid"), 0)
     )
-    """Documents that are not empty and their tokens, duplicates included; documents left out; documents mended."""
+    """Documents that are not empty and their tokens, including duplicates; empty documents; mended documents."""
     replaced_in: dict[str, int] = field(default_factory=dict)
-    """Number of replaced characters by file; of the files beyond the first five together."""
+    """Number of replaced characters by file; files after the first five are counted together."""
 
     @classmethod
     def read(cls, work: Path, request: Request) -> "Journal | None":
-        """Return the journal of an earlier start with the same request; None for another or a damaged one."""
+        """Return the journal of an earlier start; None if its request differs or it is damaged."""
         if not (work / JOURNAL).exists():
             return None
         with suppress(ValueError, KeyError, TypeError), storage_errors(work / JOURNAL, "read"):
@@ -101,7 +101,7 @@ class Journal:
             expected = (JOURNAL_VERSION, request.stored(), cls({}, []).counts.keys())
             if (journal.version, journal.request, journal.counts.keys()) == expected and journal._fits(work):
                 return journal
-        say("starting over: the unfinished work is damaged or of another request")
+        say("starting over: the unfinished work is damaged or belongs to another request")
         return None
 
     def _fits(self, work: Path) -> bool:
@@ -124,17 +124,17 @@ class Journal:
     def append(self, work: Path, documents: Sequence["Document"]) -> None:
         """Append `documents`, none of them empty and all counted, then write the journal. Raises StorageError."""
         records = np.array([(each.key, each.tokens, each.source, each.text_bytes) for each in documents], RECORD)
-        order = np.argsort(records["key"], kind="stable")  # of equal documents the first stays the first
+        order = np.argsort(records["key"], kind="stable")  # equal documents keep their order
         contents = {RECORDS: [records[order].tobytes()], TOKENS: [documents[place].ids for place in order]}
         for name, (length, size) in self._lengths().items():
             added = sum(map(len, contents[name]))
             with (
                 storage_errors(work / name, needed_bytes=added),
-                # Without following a link, and with an error for a pipe.
+                # Refuses a link or a pipe.
                 io.BufferedWriter(open_regular(work / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)) as file,
             ):
                 file.seek(length * size - added)
-                file.truncate()  # what a killed start has left
+                file.truncate()  # removes leftovers of a killed start
                 file.writelines(contents[name])
                 file.flush()
                 os.fsync(file.fileno())
@@ -145,13 +145,13 @@ class Journal:
 def claimed_work(folder: Path) -> Iterator[Path]:
     """Hold `folder`, created if needed, until the block ends; yield the folder inside it for unfinished work.
 
-    It is deleted when the block ends well, and after a failure if it holds nothing to resume from. Raises
-    StorageError if the folder cannot be written, and BusyError if another process holds it.
+    That folder is deleted if the block succeeds, and after a failure if it holds nothing to resume from. Raises
+    StorageError if `folder` cannot be written, and BusyError if another process holds it.
     """
     work = folder / WORK
     with storage_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-        if work.is_symlink():  # all in this folder may be deleted
+        if work.is_symlink():  # this folder may be deleted
             raise StorageError(f"Cannot use {work}: it is a link. Move it away.")
     with storage_errors(work / _LOCK):
         lock = open_regular(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
@@ -175,13 +175,13 @@ def claimed_work(folder: Path) -> Iterator[Path]:
 def start_over(folder: Path, work: Path, request: Request, sources: list[dict[str, Any]]) -> Journal:
     """Delete an earlier start's shards, then write a new journal and return it.
 
-    Raises UserError for shards whose origin is unknown, and StorageError.
+    Raises UserError for shards of unknown origin, and StorageError.
     """
     shards = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name.removesuffix(".tmp"))]
     if shards and not (work / JOURNAL).exists():
         raise UserError(
-            f"Cannot prepare {folder}: it holds {len(shards)} shards without a manifest, such as {min(shards).name}, "
-            "whose preparation is unknown. Move them away or choose another --out."
+            f"Cannot prepare {folder}: it holds {len(shards)} shards without a manifest, such as {min(shards).name}. "
+            "Their origin is unknown. Move them away or choose another --out."
         )
     for path in [*shards, *work.glob("*.*")]:  # the old journal vouches for the shards until they are gone
         with storage_errors(path, "delete"):
@@ -192,13 +192,13 @@ def start_over(folder: Path, work: Path, request: Request, sources: list[dict[st
 
 
 def encode_sources(sources: Sequence[Source], request: Request, journal: Journal, work: Path, workers: int) -> None:
-    """Encode and append the documents from the journal's position on, up to the request's limits.
+    """Encode and append the documents after the journal's position, up to the request's limits.
 
-    Raises UserError if a source is faulty or changed meanwhile, and StorageError.
+    Raises UserError if a source is faulty or changes while it is read, and StorageError.
     """
-    load_tokenizer()  # or a fault of its files would show after the first download
+    load_tokenizer()  # now, so that a fault in its files shows before the first download
     start, tokens_before, say_if_due = time.monotonic(), journal.counts["tokens"], now_and_then()
-    # A limited request may need little of what is read ahead; otherwise the workers stay busy during an append.
+    # A limited request may need little of what is read ahead. Otherwise enough to keep workers busy during an append.
     ahead = workers + 1 if request.is_limited else 8 * workers
     waiting: list[Document] = []
     size = 0
@@ -226,7 +226,7 @@ def encode_sources(sources: Sequence[Source], request: Request, journal: Journal
 
 @contextmanager
 def nothing_to_resume(work: Path, after: type[UserError] = UserError) -> Iterator[None]:
-    """Keeps the next start from resuming after an error of this kind in the block."""
+    """Deletes the journal after such an error in the block, so that the next start does not resume."""
     try:
         yield
     except after:
@@ -239,15 +239,15 @@ class Document(NamedTuple):
     """An encoded document."""
 
     key: bytes = b""
-    """Its place in the dataset's order: 16 bytes that look random, from its UTF-8 and the seed."""
+    """Its place in the dataset's order: a 16-byte hash of its UTF-8 text and the seed."""
     ids: bytes = b""
-    """The end-of-text token and the text's ids, uint16; nothing for a document of white space, which is left out."""
+    """The end-of-text token and the text's ids, uint16; empty for a document of white space, which is left out."""
     text_bytes: int = 0
     source: int = 0
     replaced_in: str | None = None
-    """Its file, if U+FFFD replaces what is not UTF-8."""
+    """Its file, if invalid UTF-8 was replaced by U+FFFD."""
     replaced: int = 0
-    """Number of these characters."""
+    """Number of replaced characters."""
 
     @property
     def tokens(self) -> int:
@@ -259,10 +259,10 @@ def encode_all(
 ) -> Iterator[tuple[Position, list[Document]]]:
     """Yield the encoded batches after `start`, in order, each with the position after it.
 
-    At most `ahead` batches are read before the first of them is taken. Raises UserError if a worker is killed.
+    At most `ahead` batches are read ahead of the result. Raises UserError if a worker is killed.
     """
     pending: deque[tuple[Position, Future[list[Document]]]] = deque()
-    # tiktoken releases Python's lock, but two threads reach only three quarters of two processes' rate. Spawned ones
+    # tiktoken releases the GIL, but two threads reach only three quarters of the rate of two processes. Spawned, these
     # inherit no locks from the threads that download or read parquet.
     pool: Executor = ThreadPoolExecutor(1)
     batches = _batches(sources, start)
@@ -272,7 +272,7 @@ def encode_all(
     try:
         for position, texts in chain(head, batches):
             name = sources[position.source].units[position.unit]
-            # The worker that this may start inherits that Ctrl-C is held back: it ends with its parent instead.
+            # A worker started here inherits the blocked SIGINT: Ctrl-C does not reach it, it ends with its parent.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 pending.append((position, pool.submit(encode_batch, texts, seed, position.source, name)))
@@ -293,7 +293,7 @@ def encode_all(
 
 
 def _follow_parent() -> None:
-    """End this process with its parent, however that ends."""
+    """End this process when its parent ends, even by SIGKILL."""
     parent = multiprocessing.parent_process()
     assert parent
 
@@ -305,7 +305,7 @@ def _follow_parent() -> None:
 
 
 def encode_batch(texts: list[str], seed: int, source: int, name: str) -> list[Document]:
-    """Encode documents of the unit `name` of a source, replacing lone surrogates by U+FFFD."""
+    """Encode documents from the unit `name` of a source. Lone surrogates become U+FFFD."""
     tokenizer = load_tokenizer()
     mark = TOKEN_DTYPE.type(tokenizer.end_of_text).tobytes()
     encoded = []
@@ -321,17 +321,17 @@ def encode_batch(texts: list[str], seed: int, source: int, name: str) -> list[Do
             replaced = mended.count("\ufffd") - text.count("\ufffd")
             text, data, replaced_in = mended, mended.encode(), name
         ids = mark + tokenizer.encode_to_numpy(text).tobytes()
-        # Different documents have different keys, but for a chance of 1e-24 in ten million.
+        # The chance that two of ten million different documents share a key is 1e-24.
         key = hashlib.blake2b(data, digest_size=16, key=str(seed).encode()).digest()
         encoded.append(Document(key, ids, len(data), source, replaced_in, replaced))
     return encoded
 
 
 class SortedDocuments:
-    """All documents in the order of their keys; equal ones form a group, which is not divided."""
+    """All documents sorted by key. Equal documents form a group, which stays in one shard."""
 
     def __init__(self, work: Path, journal: Journal, drop_duplicates: bool) -> None:
-        """Read all records. Of equal documents only the first is kept if `drop_duplicates`. Raises StorageError."""
+        """Read all records, and keep only the first of equal documents if `drop_duplicates`. Raises StorageError."""
         self._path = work / TOKENS
         with storage_errors(work / RECORDS, "read"):
             records = np.fromfile(work / RECORDS, RECORD, journal.counts["documents"])
@@ -344,9 +344,9 @@ class SortedDocuments:
         self.group_tokens = np.add.reduceat(self.records["tokens"].astype(np.int64), starts)
 
     def read(self, groups: np.ndarray) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-        """Return records and tokens of the documents of these groups, in order. The iterator raises StorageError."""
+        """Return records and tokens of the documents in these groups, in order. The iterator raises StorageError."""
         firsts, sizes = self._starts[groups], self._starts[groups + 1] - self._starts[groups]
-        # Counts on from each group's first document.
+        # Consecutive places from each group's first document.
         places = np.arange(sizes.sum()) + np.repeat(firsts - (np.cumsum(sizes) - sizes), sizes)
         return self.records[places], self._tokens(places)
 
@@ -363,20 +363,20 @@ class SortedDocuments:
 
 
 def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[np.ndarray]:
-    """Divide groups of equal documents into shards, validation first; return the numbers of the groups of each.
+    """Divide groups of equal documents into shards, validation first; return the group numbers of each shard.
 
     A shard holds at most `tokens_per_shard` tokens, or one longer group. Raises UserError for fewer than two groups.
     """
     if len(group_tokens) < 2:
         raise UserError(
-            f"Cannot divide {len(group_tokens)} document(s) that are neither empty nor repeated: at least two are "
-            "needed, one to validate and one to train. Give more text, raise the limit, or divide the text: only a "
-            f".txt or .md file of more than {LONG_TEXT:,} characters is divided, at ends of paragraphs."
+            f"Cannot divide {len(group_tokens)} document(s), not counting empty and repeated ones: at least two are "
+            "needed, one to validate and one to train. Give more text, raise the limit, or split the file yourself: "
+            f"only a .txt or .md file of more than {LONG_TEXT:,} characters is divided, at ends of paragraphs."
         )
     total = int(group_tokens.sum())
     share = max(total // _VALIDATION_SHARE, min(total // _SMALL_VALIDATION_SHARE, _USEFUL_VALIDATION_TOKENS))
     limit = min(tokens_per_shard, share)
-    # Validation must not swallow a long document where a short one will do, so it begins with one that fits.
+    # Validation begins with a group that fits, so that it does not take a long document when a short one will do.
     fitting = group_tokens <= limit
     begin = int(np.argmax(fitting)) if fitting.any() else int(np.argmin(group_tokens))
     end = begin + next(_cuts(group_tokens[begin:], limit))
@@ -385,14 +385,14 @@ def plan_shards(group_tokens: np.ndarray, tokens_per_shard: int) -> list[np.ndar
     shards = [np.arange(begin, end), *np.split(training, cuts[:-1])]
     if len(shards) > _MOST_SHARDS:
         raise UserError(
-            f"Cannot divide {total:,} tokens into {len(shards):,} shards: {_MOST_SHARDS:,} are the most. Use at least "
-            f"--tokens-per-shard {-(-total // _MOST_SHARDS) * 2}."
+            f"Cannot divide {total:,} tokens into {len(shards):,} shards: the maximum is {_MOST_SHARDS:,}. Use at "
+            f"least --tokens-per-shard {-(-total // _MOST_SHARDS) * 2}."
         )
     return shards
 
 
 def write_shards(documents: SortedDocuments, request: Request, folder: Path) -> tuple[Shard, ...]:
-    """Write and return all shards. Raises UserError as `plan_shards`, StorageError."""
+    """Write and return all shards. Raises UserError like `plan_shards`, and StorageError."""
     plans, prefix = plan_shards(documents.group_tokens, request.tokens_per_shard), "+".join(request.sources)
     say(f"writing {len(plans)} shards")
     shards = []
@@ -431,7 +431,7 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _within_limits(batch: list[Document], request: Request, journal: Journal) -> list[Document]:
-    """Return the documents of `batch` that the request allows, all if no limit is reached, and count them."""
+    """Return the documents of `batch` that the request's limits allow, and count them."""
     counts, most_tokens = journal.counts, request.max_tokens or math.inf
     for number, document in enumerate(batch):
         is_one_too_many = (

@@ -4,13 +4,13 @@
 
 All: one file after the other is downloaded and read. A partial file ends in .partial and is resumed. It gets its final
 name once its size and sha256 match the hub's list.
-A part (--max-tokens, --max-documents): the row groups of all files in a random order, of each only the text column.
+A part (--max-tokens, --max-documents): row groups of all files, in random order, are read, and only their text column.
 Config and split: the patterns in the dataset card's YAML decide. Without them, the files are SPLIT.parquet,
 SPLIT-*.parquet or SPLIT/*.parquet in the config's folder (without a config: at the top), or in `data` below it.
 
-Requests use huggingface_hub's session, so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and its time-outs apply, and the token
-reaches the hub's host only. Its ready-made calls don't fit: `hf_hub_download` restarts a file after each failure, and
-`dataset_info` has no bound on time and size.
+Requests use huggingface_hub's session, so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and its time-outs apply, and only the
+hub's host receives the token. Its ready-made calls don't fit: `hf_hub_download` restarts a file after each failure, and
+`dataset_info` limits neither time nor size.
 """
 
 import io
@@ -47,8 +47,8 @@ T = TypeVar("T")
 _FINEWEB_EDU_CARD = {"configs": [{"config_name": "sample-10BT", "data_files": "sample/10BT/*.parquet"}]}
 
 ATTEMPTS = 5
-BASE_DELAY_S = 4.0  # before the second attempt; doubles with each further one
-_LISTING_BYTES, _LISTING_S = 256 << 20, 120.0  # a longer list of files is refused
+BASE_DELAY_S = 4.0  # before the second attempt; doubles with each attempt
+_LISTING_BYTES, _LISTING_S = 256 << 20, 120.0  # a larger or slower list of files is refused
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class HubFile:
 
 
 def open_hub(name: str, request: Request, pinned: Sequence[dict[str, Any]], downloads: Path) -> list[Source]:
-    """Open the dataset of the source `name` that `request` describes, for downloads into a folder.
+    """Open the dataset that `request` describes as the source `name`. Downloads go to the folder `downloads`.
 
-    `pinned`: the details that an earlier preparation recorded. They keep its revision and files, and need no network.
-    Raises UserError if the hub is out of reach or has no such dataset.
+    `pinned`: the details that an earlier preparation recorded. They fix its revision and files, without a network.
+    Raises UserError if the hub cannot be reached or has no such dataset.
     """
     if name == "fineweb-edu":
         request = replace(request, dataset="HuggingFaceFW/fineweb-edu", config="sample-10BT", split="train")
@@ -101,7 +101,7 @@ def open_hub(name: str, request: Request, pinned: Sequence[dict[str, Any]], down
             f"Cannot use the list of files of {request.dataset}: {type(error).__name__}: {str(error)[:300]}. Check "
             "the name and HF_ENDPOINT, or delete the dataset's folder and prepare it again."
         ) from None
-    keys = ("config", "split", "repository", "revision", "hub_files")  # without the counts of an earlier preparation
+    keys = ("config", "split", "repository", "revision", "hub_files")  # not the counts of an earlier preparation
     details = {"name": name} | {key: details[key] for key in keys if key in details}
     if request.is_limited:
         return [_RandomPart(details, files, request.text_field, request.seed)]
@@ -118,7 +118,7 @@ class _WholeFiles(Source):
     def texts(self, unit: int) -> Iterator[str]:
         with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            if unit > 1:  # a resumed preparation may need the last unit once more, but rarely an earlier one
+            if unit > 1:  # a resumed preparation may need the last unit again, but rarely an earlier one
                 (self._folder / self._files[unit - 2].local_name).unlink(missing_ok=True)
         file, path = self._files[unit], self._folder / self._files[unit].local_name
         if not path.is_file() or path.stat().st_size != file.bytes:
@@ -127,7 +127,7 @@ class _WholeFiles(Source):
 
 
 class _RandomPart(Source):
-    """The row groups of all files in an order that the seed decides. A unit is a row group."""
+    """The row groups of all files, in an order determined by the seed. A unit is a row group."""
 
     def __init__(self, details: dict[str, Any], files: Sequence[HubFile], text_field: str, seed: int) -> None:
         self._text_field = text_field
@@ -139,7 +139,7 @@ class _RandomPart(Source):
 
     def texts(self, unit: int) -> Iterator[str]:
         file, parquet, number = self._groups[unit]
-        # Without threads, as without a buffer ahead: those can abort a process that exits meanwhile.
+        # No threads and, below, no pre-buffering: either can abort a process that exits during a read.
         read = partial(parquet.read_row_group, number, columns=[self._text_field], use_threads=False)
         table = _retry(f"row group {number} of {file.path}", file.repository, read)
         return iter(column_texts(table.column(0)))
@@ -152,7 +152,7 @@ class _RandomPart(Source):
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file on the hub. Each read is one Range request: pyarrow reads a footer or the chunk of a column."""
+    """A file on the hub. Each read is one Range request: pyarrow reads a footer or a column chunk."""
 
     def __init__(self, file: HubFile) -> None:
         self._file, self._position = file, 0
@@ -175,7 +175,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _details(name: str, request: Request) -> dict[str, Any]:
-    """List the requested files at the newest commit, for the manifest. Raises ValueError and others for nonsense."""
+    """List the requested files at the newest commit. Raises ValueError and others for a malformed answer."""
     repository, config, split = str(request.dataset), request.config, request.split or "train"
     validate_repo_id(repository)
     info = _retry("the list of files", repository, lambda: _fetch_info(repository), attempts=3)
@@ -192,7 +192,7 @@ def _details(name: str, request: Request) -> dict[str, Any]:
 def choose_files(
     repository: str, paths: Sequence[str], card: dict[str, Any], config: str | None, split: str
 ) -> list[str]:
-    """Return those of `paths` that hold `split` of `config`, sorted. `card`: the YAML of the dataset's card.
+    """Return the `paths` that hold `split` of `config`, sorted. `card`: the YAML of the dataset's card.
 
     Raises UserError that lists what exists, and KeyError, TypeError or AttributeError for a damaged card.
     """
@@ -200,7 +200,7 @@ def choose_files(
     if entries and config is None:
         default = [name for name, entry in entries.items() if entry.get("default") is True or name == "default"]
         config = next(iter(default or entries)) if default or len(entries) == 1 else None
-    # A card without configurations leaves the folder of that name.
+    # Without configurations in the card, a config is the folder of that name.
     entry = entries.get(str(config)) if entries else {"data_dir": config}
     if entry is None:
         raise UserError(f"Cannot choose files of {repository}: which config? Give --config, one of: {_some(entries)}.")
@@ -230,13 +230,13 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """True if a path fits a pattern: `*` stays within a name, except in a pattern with `**`."""
+    """True if the path matches the pattern. `*` matches within one name, except in a pattern with `**`."""
     is_depth_right = "**" in pattern or path.count("/") == pattern.count("/")
     return is_depth_right and fnmatchcase(path, pattern.replace("**/", "*"))
 
 
 def _fetch_info(repository: str) -> dict[str, Any]:
-    """Return what the hub knows about a dataset: commit, card, and all files with sizes and hashes."""
+    """Fetch the hub's data about a dataset: commit, card, and all files with sizes and hashes."""
     body, deadline = bytearray(), time.monotonic() + _LISTING_S
     with _stream(f"api/datasets/{repository}?blobs=true") as response:
         for chunk in response.iter_bytes():
@@ -247,7 +247,7 @@ def _fetch_info(repository: str) -> dict[str, Any]:
 
 
 def _download(file: HubFile, path: Path) -> None:
-    """Append the missing bytes to a partial file, verify it and give it its name. One attempt."""
+    """Append the missing bytes to the partial file, verify it and give it its final name. One attempt."""
     partial = path.with_name(path.name + ".partial")
     with storage_errors(partial):
         output = open_regular(partial, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
@@ -255,8 +255,8 @@ def _download(file: HubFile, path: Path) -> None:
     with output:
         if (missing := file.bytes - output.tell()) > free_bytes(path):
             raise StorageError(
-                f"Cannot download {file.path}: {size_text(missing)} are missing, {size_text(free_bytes(path))} of disk "
-                f"are free at {path.parent}. Make room, or use another disk with --out or TEMP_DATA_DIR."
+                f"Cannot download {file.path}: {size_text(missing)} of disk needed, {size_text(free_bytes(path))} free "
+                f"at {path.parent}. Make room, or use another disk with --out or TEMP_DATA_DIR."
             )
         for chunk in _read_range(file, output.tell(), file.bytes):
             # Only writes may become storage errors: the hub's errors are OSErrors too, and are retried.
@@ -274,7 +274,7 @@ def _download(file: HubFile, path: Path) -> None:
 
 
 def _read_range(file: HubFile, start: int, end: int) -> Iterator[bytes]:
-    """Yield bytes `start` to `end` of a file. One attempt. Raises OSError for a body of another length."""
+    """Yield bytes `start` to `end` of a file. One attempt. Raises OSError for a body of the wrong length."""
     if start >= end:
         return
     path = f"datasets/{file.repository}/resolve/{file.revision}/{quote(file.path)}"
@@ -301,13 +301,13 @@ def _stream(path: str, headers: dict[str, str] | None = None) -> Iterator[httpx2
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
         try:
             hf_raise_for_status(response)
-        except UnicodeDecodeError as error:  # of a page that explains a refusal, in another encoding
+        except UnicodeDecodeError as error:  # an error page in another encoding
             raise HfHubHTTPError(f"HTTP {response.status_code}", response=response) from error
         yield response
 
 
 def _retry(name: str, repository: str, attempt: Callable[[], T], attempts: int = ATTEMPTS) -> T:
-    """Return what `attempt` returns. Retry errors after growing waits, each with a line on stderr.
+    """Return the result of `attempt`. After an error, retry with growing delays and a line on stderr.
 
     Raises UserError after the last attempt, and at once if the hub refuses.
     """
@@ -319,7 +319,7 @@ def _retry(name: str, repository: str, attempt: Callable[[], T], attempts: int =
             raise
         except hub_errors() as error:
             answer = error.response if isinstance(error, HfHubHTTPError) else None
-            # After a redirect the storage refused, not the hub, which signs a new address for each attempt.
+            # After a redirect it is the storage that refused. The hub signs a new address for each attempt.
             is_refusal = answer and not answer.history and answer.status_code in (400, 401, 403, 404, 410, 451)
             is_hopeless = isinstance(error, OfflineModeIsEnabled | httpx2.UnsupportedProtocol | httpx2.InvalidURL)
             if number == attempts or is_refusal or is_hopeless:

@@ -1,12 +1,12 @@
-"""A dataset on one page: its manifest as tables, the lengths of its documents, and pieces of its text.
+"""A dataset on one page: its manifest as tables, the lengths of its documents, and excerpts of its text.
 
     │ the last words of a document
     ──── document ────
     │ The next one begins.
 
-Boundaries come from token ids, and only they leave the margin: a document that spells out `<|endoftext|>`, or a line
-like the second one above, cannot imitate them. Control characters are escaped. The tables need manifest.json only, so
-a dataset of any size takes a second or two.
+Boundaries come from token ids, and only they are outside the margin: a document that spells out `<|endoftext|>`, or a
+line like the second one above, cannot imitate them. Control characters are escaped. The tables need only manifest.json,
+so a dataset of any size takes a second or two.
 """
 
 import re
@@ -28,13 +28,13 @@ from src.utils.errors import UserError, harmless
 BOUNDARY = "──── document ────"
 _MARGIN = "│ "
 _SAMPLES = (("validation", 1 / 2), ("train", 1 / 3), ("train", 2 / 3))  # split, and where in it
-_SAMPLE_TOKENS, _TOKENS_BEFORE, _SEARCHED_TOKENS = 200, 40, 32_768  # the last: how far a boundary may lie
+_SAMPLE_TOKENS, _TOKENS_BEFORE, _SEARCHED_TOKENS = 200, 40, 32_768  # the last: how far to search for a boundary
 _SAMPLE_LINES = 6  # of each document
 _MOST_TOKENS = 1_000_000  # at one place
 
 
 def inspect(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return a page on the dataset in `folder`, which names a damaged shard, and figures for JSON. Raises UserError."""
+    """Return a page about the dataset in `folder`, naming damaged shards, and figures for JSON. Raises UserError."""
     manifest = read_manifest(folder)
     documents, tokens, text_bytes = _totals(manifest.shards)
     tokenizer = f"{manifest.tokenizer}, {manifest.n_vocab:,} ids, the end-of-text token is {manifest.end_of_text}"
@@ -55,7 +55,7 @@ def inspect(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def excerpts(folder: Path, places: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the text at `places`, each SHARD:FIRST-END in numbers of shards and tokens, and figures.
+    """Return the text at `places`, each SHARD:FIRST-END (a shard's number and token numbers), and figures for JSON.
 
     Raises UserError for a place that the dataset in `folder` does not have.
     """
@@ -74,9 +74,9 @@ def excerpts(folder: Path, places: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def excerpt(folder: Path, manifest: Manifest, shard: Shard, first: int, n_tokens: int, document_lines: int) -> str:
-    """Return a heading, and the text of `n_tokens` tokens from token `first` on, in lines behind a margin.
+    """Return a heading, then the text of `n_tokens` tokens from token `first`, in lines with a margin.
 
-    Each end-of-text token is a line without margin. A document has up to `document_lines`.
+    Each end-of-text token is a line without a margin. A document has up to `document_lines` lines.
     """
     page = [harmless(f"{shard.file}, from token {first:,}")]
     try:
@@ -108,7 +108,7 @@ def _sources(manifest: Manifest) -> str:
 
 
 def _splits(manifest: Manifest) -> str:
-    rows = [["split", "shards", "documents", "tokens", "share", "bytes a token", "tokens a document"]]
+    rows = [["split", "shards", "documents", "tokens", "share", "bytes per token", "tokens per document"]]
     all_tokens = max(1, _totals(manifest.shards)[1])
     for name, shards in (("validation", manifest.validation), ("training", manifest.train), ("all", manifest.shards)):
         documents, tokens, text_bytes = _totals(shards)
@@ -123,7 +123,7 @@ def _splits(manifest: Manifest) -> str:
 def _histogram(manifest: Manifest) -> str:
     """Count the documents of each length: entry k of the manifest's counts is for 2^k to 2^(k+1) - 1 tokens."""
     counts = manifest.document_lengths
-    rows = [["tokens a document", "documents", "share", ""]]
+    rows = [["tokens per document", "documents", "share", ""]]
     for k in range(next((k for k, count in enumerate(counts) if count), len(counts)), len(counts)):
         bar = "█" * -(-40 * counts[k] // max(counts))  # rounded up, so a single document shows
         rows.append([f"{2**k:,} to {2 ** (k + 1) - 1:,}", f"{counts[k]:,}", f"{counts[k] / sum(counts):.1%}", bar])
@@ -131,7 +131,7 @@ def _histogram(manifest: Manifest) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], alignment: str) -> str:
-    """Put `rows` into columns, each aligned to the left (<) or the right (>)."""
+    """Format `rows` in columns, each aligned left (<) or right (>)."""
     cells = [[harmless(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -141,7 +141,7 @@ def _table(rows: Sequence[Sequence[str]], alignment: str) -> str:
 
 
 def _samples(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield the text around the first boundary behind each place in _SAMPLES, or the text there if none is near."""
+    """Yield the text around the first boundary after each place in _SAMPLES, or the text there if none is near."""
     for split, fraction in _SAMPLES:
         shards = [shard for shard in manifest.shards if shard.split == split]
         ends = list(accumulate(shard.tokens for shard in shards))
@@ -149,7 +149,7 @@ def _samples(folder: Path, manifest: Manifest) -> Iterator[str]:
         shard = shards[number]
         first = int(fraction * ends[-1]) - (ends[number] - shard.tokens)
         first = max(0, min(first, shard.tokens - 2 * _SAMPLE_TOKENS))  # not only the last words of a shard
-        with suppress(UserError):  # the excerpt says it
+        with suppress(UserError):  # the excerpt reports it
             near = _read(folder, manifest, shard, first, _SEARCHED_TOKENS)
             boundaries = np.flatnonzero(near == manifest.end_of_text)
             first = max(0, first + int(boundaries[0]) - _TOKENS_BEFORE) if boundaries.size else first
@@ -165,7 +165,7 @@ def _read(folder: Path, manifest: Manifest, shard: Shard, first: int, count: int
 
 
 def _text_lines(ids: np.ndarray, manifest: Manifest, limit: int) -> list[str]:
-    """Return the text of `ids`, without boundaries, in up to `limit` lines behind the margin."""
+    """Return the text of `ids`, without boundaries, in up to `limit` lines with the margin."""
     is_ours = manifest.tokenizer_sha256 == Tokenizer.sha256
     text = load_tokenizer().decode(ids.tolist()) if is_ours else " ".join(map(str, ids))
     width = max(40, shutil.get_terminal_size((100, 24)).columns) - len(_MARGIN)

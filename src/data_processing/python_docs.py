@@ -1,7 +1,7 @@
-"""Prose that every Python brings: the language reference and the docstrings of its library, NumPy and PyTorch.
+"""Prose that comes with Python: the language reference and the docstrings of its library, NumPy and PyTorch.
 
-Nothing is imported but the language reference (`pydoc_data.topics`, strings only): docstrings are read from
-source files with `ast`.
+Only the language reference is imported (`pydoc_data.topics`, strings only). Docstrings are read from source files
+with `ast`.
 """
 
 import ast
@@ -15,10 +15,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Third-party packages worth reading where they are installed; PyTorch is, NumPy nearly always.
+# Third-party packages worth reading if installed: PyTorch always is, NumPy nearly always.
 _PACKAGES = ("numpy", "torch")
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "testing", "site-packages", "dist-packages", "_vendor", "__pycache__"}
-# Of packages, the private folders are skipped too, mostly compiler internals; but much of NumPy lives in _core.
+# Private folders of packages, mostly compiler internals, are skipped too. But much of NumPy is in _core.
 _KEPT_PRIVATE = {"_core"}
 _MIN_DOCSTRING_CHARS = 100
 
@@ -30,10 +30,10 @@ def package_versions() -> dict[str, str]:
 
 
 def documents() -> Iterator[str]:
-    """Yield a text for each topic of the language reference, then for each module with docstrings; always in one order.
+    """Yield a text for each topic of the language reference, then for each module with docstrings, in a fixed order.
 
     A module's text is its docstring and those of its classes and functions, each below its full name.
-    Docstrings under 100 characters and repeated ones are left out.
+    Docstrings that are repeated or have less than 100 characters are left out.
     """
     from pydoc_data.topics import topics
 
@@ -84,7 +84,7 @@ def _module_text(path: Path, root: Path, seen: set[str]) -> Iterator[str]:
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the full names and cleaned docstrings of `node` and all it holds, in reading order."""
+    """Yield the full names and cleaned docstrings of `node` and everything inside it, in reading order."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         docstring = ast.get_docstring(node, clean=False)
         if docstring:

@@ -4,9 +4,9 @@ A dataset is a folder with `manifest.json` and the .npy files it lists, one-dime
 token ids. Shard 0 is validation, the rest are training. Other files in the folder are ignored. The manifest is written
 last: a folder without one is not a dataset. Its sha256 identifies the dataset, because it covers every shard's hash.
 
-The stamp, .verified.json in the dataset's folder, lists all files as they were found sound: sizes, inodes and times.
-While all of them are still these, none is read again. Writing to a file, setting its times and renaming another over it
-all change its inode or its ctime, which nobody can set.
+The stamp, .verified.json in the dataset's folder, records sizes, inodes and times of all files when they were verified.
+While these are unchanged, no file is read again. Writing to a file, setting its times or renaming another over it
+changes its inode or its ctime, which no program can set.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Shard:
     """Hash of the whole file, its .npy header included."""
     first_key: str
     last_key: str
-    """Keys of the first and last document, 32 hexadecimal digits that follow from seed and text; they ascend."""
+    """Keys of the first and last document, 32 hexadecimal digits derived from seed and text, in ascending order."""
 
 
 @dataclass(frozen=True)
@@ -69,29 +69,29 @@ class Manifest:
     """The content of a dataset's manifest.json."""
 
     sources: list[dict[str, Any]]
-    """One entry a source: its name, package versions, files with hashes, or the hub's revision; its documents, tokens
+    """One entry per source: its name; package versions, files with hashes, or the hub's revision; its documents, tokens
     and text_bytes, and its share of the tokens."""
     request: dict[str, Any]
-    """The arguments that decide the output."""
+    """The arguments that determine the output."""
     tokenizer: str
     tokenizer_sha256: str
     n_vocab: int
     end_of_text: int
     seed: int
     counts: dict[str, int]
-    """Sums over all shards: documents, tokens, text_bytes. Of the documents_read, some are left out: skipped_empty hold
-    only white space, dropped_duplicates repeat another (left out on request). In replaced_invalid documents, bytes
-    that are not UTF-8 became U+FFFD."""
+    """Sums over all shards: documents, tokens, text_bytes. documents_read also counts documents that were left out:
+    skipped_empty hold only white space, dropped_duplicates repeat another (on request). In replaced_invalid documents,
+    bytes that are not UTF-8 became U+FFFD."""
     document_lengths: list[int]
     """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens, the end-of-text token included."""
     shards: tuple[Shard, ...]
     """In index order, the validation shard first."""
     sha256: str = ""
-    """Hash of the manifest file, if it was read from one."""
+    """Hash of the manifest file, if the manifest was read from one."""
 
     @property
     def origins(self) -> list[dict[str, Any]]:
-        """Return the sources without their lists of files, which can be long."""
+        """The sources without their lists of files, which can be long."""
         lists = {"files", "hub_files"}
         return [{name: value for name, value in s.items() if name not in lists} for s in self.sources]
 
@@ -133,7 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
 def check_shard(folder: Path, shard: Shard, n_vocab: int, full: bool = False) -> None:
     """Raise UserError with path, expected and actual if the file, its header or its size differs from the manifest.
 
-    That takes microseconds. With `full`, the file is read: every id must be below `n_vocab`, and the sha256 agree.
+    That takes microseconds. With `full`, also read the file: every id must be below `n_vocab`, and the sha256 match.
     """
     if fault := shard_fault(folder, shard, n_vocab, full):
         raise UserError(f"Cannot use the dataset: {fault}. Repair it with: {_COMMAND} --repair --out '{folder}'")
@@ -144,7 +144,7 @@ def shard_fault(
 ) -> str | None:
     """Return the fault that `check_shard` reports; None for a sound file.
 
-    Raises StoppedError once `stop()` is true, which is called before every 4 MiB of a full check.
+    A full check calls `stop()` for every 4 MiB and raises StoppedError once it is true.
     """
     path = folder / shard.file
     if not lies_in(folder, shard.file):
@@ -173,11 +173,11 @@ def stray_files(folder: Path, manifest: Manifest) -> str | None:
 def ensure_verified(
     folder: Path, manifest: Manifest, trust_stamp: bool = True, stop: Callable[[], object] = lambda: False
 ) -> None:
-    """Raise UserError naming every fault that `find_faults` finds, and StoppedError as it does."""
+    """Raise UserError with every fault that `find_faults` returns. May raise StoppedError, too."""
     if faults := find_faults(folder, manifest, trust_stamp, stop):
         lines = "\n".join(f"  {fault}" for fault in faults.values())
         raise UserError(
-            f"Cannot use {folder}: {len(faults)} of {len(manifest.shards)} shards are not as prepared:\n{lines}\n"
+            f"Cannot use {folder}: {len(faults)} of {len(manifest.shards)} shards differ from the manifest:\n{lines}\n"
             f"Restore the files, or replace them with: {_COMMAND} --repair --out '{folder}'"
         )
 
@@ -187,11 +187,11 @@ def find_faults(
 ) -> dict[int, str]:
     """Return the fault of each damaged shard by its number.
 
-    Reads all shards, unless the stamp vouches for them, and stamps them if they are sound. A stamp that cannot be
-    written costs one line on stderr and a slower next start. Raises StoppedError once `stop()` is true, which several
-    threads call.
+    Reads all shards, unless the stamp vouches for them, and stamps them if they are sound. If the stamp cannot be
+    written, a line on stderr says so and the next start is slower. Raises StoppedError once `stop()` is true; several
+    threads call it.
     """
-    # Looked at before their content is read. The manifest's hash covers what they must hold.
+    # Taken before the content is read. The manifest's hash covers the expected content.
     files = {shard.file: identity(folder / shard.file) for shard in manifest.shards}
     stamp = {"format": STAMP_FORMAT, "manifest": manifest.sha256, "files": files}
     with suppress(OSError, ValueError):  # an absent or damaged stamp: everything is read
@@ -200,7 +200,7 @@ def find_faults(
     faults: dict[int, str] = {}
     say_if_due = now_and_then()
     pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
-    try:  # without `with`: an exception must cancel the shards that no thread has begun
+    try:  # not `with`, because an exception has to cancel the shards that no thread has begun
         check = partial(shard_fault, folder, n_vocab=manifest.n_vocab, full=True, stop=stop)
         for number, fault in enumerate(pool.map(check, manifest.shards)):
             if fault:
@@ -218,15 +218,15 @@ def find_faults(
 
 
 def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iterable[np.ndarray]) -> tuple[str, str]:
-    """Write `arrays`, each 1-D uint16, `tokens` ids in all, as one shard; return its file name and sha256.
+    """Write `arrays`, each 1-D uint16, `tokens` ids in total, as one shard; return its file name and sha256.
 
-    The file gets its name only when it is complete and on the disk. Raises StorageError.
+    The file gets its name only once it is complete and on disk. Raises StorageError.
     """
     name = f"{prefix}_i_{index:06d}_t_{tokens}.npy"
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": TOKEN_DTYPE.str, "fortran_order": False, "shape": (tokens,)})
     digest = hashlib.sha256(header.getvalue())
-    # Hashed during the write, because a corpus of 20 GB would otherwise be read once more.
+    # Hashed while writing, so that a corpus of 20 GB need not be read again.
     with replacing(folder / name, expected_bytes=tokens * TOKEN_DTYPE.itemsize) as file:
         file.write(header.getvalue())
         for array in arrays:
@@ -239,7 +239,7 @@ def write_shard(folder: Path, prefix: str, index: int, tokens: int, arrays: Iter
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json, which makes `folder` a dataset; `manifest.sha256` is left out. Raises StorageError."""
+    """Write manifest.json, which makes `folder` a dataset. Omits `manifest.sha256`. Raises StorageError."""
     content = {"format": FORMAT_VERSION, **dataclasses.asdict(manifest)}
     del content["sha256"]
     with replacing(folder / MANIFEST) as file:

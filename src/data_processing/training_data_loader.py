@@ -1,7 +1,7 @@
 """Batches of token ids from a dataset's shards, in an order that is a pure function of (seed, step).
 
 - A *window* is n_ctx + 1 consecutive tokens of a shard. Neighbouring windows overlap by one token, so an epoch
-  predicts each token once. The exceptions are a shard's first token and the rest at its end that fills no window.
+  predicts each token once, except a shard's first token and the remainder at its end that fills no window.
 - A *group* is GROUP_TOKENS // n_ctx consecutive windows of a shard, fewer at its end. The loader reads a group in
   one piece and holds one group at a time, so reads are long and memory stays small for a dataset of any size.
 
@@ -32,13 +32,13 @@ GROUP_TOKENS = 1 << 23
 
 
 class WindowDataset:
-    """The windows of some shards of a dataset. A file is open only during a read.
+    """The windows of some shards of a dataset. Files are open only during a read.
 
     Raises UserError for a dataset that is damaged or too small, and StorageError if a later read fails.
     """
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...], n_ctx: int, n_vocab: int, at_least: int) -> None:
-        """Check the shards' headers. `at_least`: windows that the caller needs. `n_vocab`: ids that the model takes."""
+        """Check the shards' headers. `at_least`: windows that the caller needs. `n_vocab`: the model's."""
         for shard in shards:
             check_shard(folder, shard, n_vocab)
         self.n_ctx = n_ctx
@@ -70,7 +70,7 @@ class WindowDataset:
         with storage_errors(path, "read"), open(path, "rb") as file:
             file.seek(self._header_bytes[shard] + first * self.n_ctx * TOKEN_DTYPE.itemsize)
             if file.readinto(tokens.data) < tokens.nbytes:
-                raise StorageError(f"Cannot read {path}: it became shorter during use. Prepare the dataset again.")
+                raise StorageError(f"Cannot read {path}: it became shorter while in use. Prepare the dataset again.")
 
 
 class SampleOrder:
@@ -86,7 +86,7 @@ class SampleOrder:
         ]
         """Shard, first window and number of windows of each group."""
 
-        # An epoch walks through one group after the other, so only the current orders are cached.
+        # An epoch visits one group after the other, so only the current orders are cached.
         self._group_order = lru_cache(maxsize=2)(self._make_group_order)
         self._window_order = lru_cache(maxsize=2)(
             lambda epoch, group: permutation(self.groups[group][2], seed, epoch, 1 + group)
@@ -136,7 +136,7 @@ class TrainingDataLoader:
         self._next = first_step * self._micro_batches_a_step
 
     def step_windows(self, step: int) -> list[tuple[int, int]]:
-        """Shard of the dataset, and window in it, of each sequence of `step`, counted from 0, of all processes.
+        """Shard of the dataset, and window in it, of each sequence of `step` (counted from 0) over all processes.
 
         Process r trains on the r-th of world_size equal parts of the list, micro-batch after micro-batch.
         """
@@ -150,7 +150,7 @@ class TrainingDataLoader:
         step, part = divmod(self._next, self._micro_batches_a_step)  # of this process, counted from step 0 of the run
         part += self.rank * self._micro_batches_a_step
         first = step * self.batch_size + part * self.micro_batch_size
-        # Pinned memory lets the copy to the GPU overlap with the program. Without it, each copy blocks.
+        # Pinned memory lets the copy to the GPU run in the background. Without it, each copy blocks.
         pinned = self.device.type == "cuda"
         n_ctx = self.dataset.n_ctx
         batch = torch.empty(self.micro_batch_size, n_ctx + 1, dtype=torch.int64, pin_memory=pinned)

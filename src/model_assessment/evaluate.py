@@ -1,7 +1,7 @@
-"""One or several models on the same text and questions: a table for people, and JSON.
+"""Evaluate one or several models on the same text and questions: a table for people, and JSON.
 
-The difference between two models' losses has a separate standard error. Both are measured on the same windows of text,
-so that a window hard for both does not count.
+The difference between two models' losses has a separate standard error. It is paired: both models are measured on the
+same windows of text, so that a window that is hard for both does not count.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from src.utils.root import dataset_dir
 
 BATCH_TOKENS = 2_048  # per validation batch
 HELD_OUT_ITEMS = 500  # default for the stand-in, which can make any number of items
-# Of multiple choice: the protocol, its figure, and that figure's standard error.
+# Multiple choice: the protocol, its figure, and that figure's standard error.
 CHOICE_FIGURES = (
     ("reference", "acc_norm", "stderr"),
     ("lm_eval", "acc", "acc_stderr"),
@@ -37,8 +37,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The figures of a model on the first `val_tokens` of the held-out text in `folder`, and on multiple choice.
 
-    `weights` names the dtype that they were loaded in; `choice`: the options of `hellaswag.measure`. Raises UserError
-    where the text does not suit the model.
+    `weights`: the dtype in which the weights were loaded. `choice`: the options of `hellaswag.measure`. Raises
+    UserError if the text does not suit the model.
     """
     config, held_out, model = loaded.config.model, manifest.validation[0], loaded.model
     windows = WindowDataset(folder, manifest.validation, config.n_ctx, config.n_vocab, at_least=1)
@@ -83,7 +83,7 @@ def less(result: dict[str, Any], first: dict[str, Any]) -> dict[str, Any] | None
 
 
 def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manifest]:
-    """The dataset `data`, or else the first model's. Raises UserError where it does not suit every model."""
+    """The dataset `data`, or else the first model's. Raises UserError if it does not suit every model."""
     models = [(m.path, m.config, m.dataset_sha256) for m in (load_model(name, "cpu") for name in checkpoints)]
     path, config, trained_on = models[0]
     if data is None and not trained_on:
@@ -93,11 +93,11 @@ def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manife
     for path, config, trained_on in models:
         if manifest.n_vocab > config.model.n_vocab:
             raise UserError(
-                f"Cannot measure {path} on {folder}: the text has {manifest.n_vocab} different ids of "
-                f"{manifest.tokenizer}, the model {config.model.n_vocab}. Give a dataset of its tokenizer with --data."
+                f"Cannot measure {path} on {folder}: the text has {manifest.n_vocab} token ids ({manifest.tokenizer}), "
+                f"the model {config.model.n_vocab}. Give a dataset with the model's tokenizer with --data."
             )
         if trained_on != manifest.sha256:
-            known = "was trained on another dataset than" if trained_on else "comes without the name of its dataset;"
+            known = "was trained on another dataset than" if trained_on else "does not record its dataset;"
             say(f"note: {path} {known} {folder}, and may have seen its text")
     return folder, manifest
 
@@ -183,17 +183,17 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m src.model_assessment.evaluate",
         description="Measure one or several trained models on the same held-out text and multiple-choice items. Prints "
-        "a table, then, except on a terminal, one JSON object as the last line.",
+        "a table, then one JSON object as the last line (not on a terminal).",
     )
     add = parser.add_argument
     checkpoint = "runs (folders or names), step_* folders or exports; the others are compared with the first"
     add("--checkpoint", required=True, nargs="+", action="extend", metavar="CHECKPOINT", help=checkpoint)
     add("--data", help="a dataset's name or folder (default: the first model's dataset)")
-    add("--val-tokens", type=whole, default=2_097_152, help="held-out tokens, at most (default: 2,097,152)")
+    add("--val-tokens", type=whole, default=2_097_152, help="maximum held-out tokens (default: 2,097,152)")
     items = "HellaSwag as .jsonl or .jsonl.gz; auto fetches it; held-out: a stand-in from the held-out text"
     add("--hellaswag", default="none", metavar="{FILE,auto,held-out,none}", help=f"{items} (default: none)")
     add("--limit", type=whole, help=f"use the first N items (default: all; held-out: {HELD_OUT_ITEMS})")
-    weights = "dtypes to hold the weights in, one after the other (default: float32; matmuls as in training)"
+    weights = "dtypes of the weights, measured one after the other (default: float32; matmuls as in training)"
     add("--weights", nargs="+", default=["float32"], choices=WEIGHT_DTYPES[1:], help=weights)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     return parser

@@ -1,13 +1,13 @@
-"""HellaSwag: the share of items whose right ending, of four, is the likeliest to the model.
+"""HellaSwag: the share of items for which the model finds the right ending, of four, the likeliest.
 
-The task is Zellers et al. 2019, https://arxiv.org/abs/1905.07830; guessing gives 25%. Two protocols are measured, whose
+The task is Zellers et al. 2019, https://arxiv.org/abs/1905.07830; guessing gives 25%. There are two protocols. Their
 figures cannot be compared with each other:
 
 reference   The raw `ctx`, then an ending after a single space. The choice is the ending whose tokens have the highest
             mean log-probability. Runs record this one.
 lm-eval     The task `hellaswag` of lm-evaluation-harness 0.4.13, which most published figures come from
             (https://github.com/EleutherAI/lm-evaluation-harness/tree/main/lm_eval/tasks/hellaswag). `acc` chooses the
-            ending of the highest log-probability, `acc_norm` that of the highest log-probability per character.
+            ending with the highest log-probability, `acc_norm` with the highest log-probability per character.
 
 Shapes: B rows of a batch, T positions, D width, V vocabulary, N scored tokens of a batch.
 """
@@ -34,7 +34,7 @@ from src.utils.errors import UserError, exit_with, now_and_then, print_result, s
 from src.utils.handle_ddp import ALONE, Processes
 from src.utils.hardware import attention_for_any_shape
 
-# Recorded with every result. The last one must never be read as the first.
+# Recorded with every result, so that nobody takes the last one for the first.
 HELLASWAG_PROTOCOL = (
     "hellaswag-ctx-mean-logprob (HellaSwag: raw ctx, ending of the highest mean log-probability a token)"
 )
@@ -44,8 +44,8 @@ LM_EVAL_PROTOCOL = (
 )
 HELD_OUT_PROTOCOL = "held-out-ctx-mean-logprob (not HellaSwag: a stand-in from held-out text, scored the same way)"
 
-# Tokens of a batch, and positions whose logits exist at once. On a CPU these stay near the caches: with 512 the head of
-# width 256 takes 2.7 times as long.
+# Tokens in a batch, and positions whose logits exist at once. On a CPU small numbers stay in the caches: with 512
+# positions the head of width 256 takes 2.7 times as long.
 CPU_SIZES = (1_024, 128)
 GPU_SIZES = (32_768, 4_096)
 
@@ -61,7 +61,7 @@ def choose_items(
 ) -> tuple[str, list[Item]]:
     """The text of the reference's protocol and the first `limit` items of `data`.
 
-    "auto" fetches HellaSwag. "held-out" makes a stand-in from the documents of `validation_shard`, always the same one.
+    "auto" fetches HellaSwag. "held-out" makes a stand-in from the documents of `validation_shard`, always the same.
     Anything else is a file. Raises UserError.
     """
     if limit is not None and not 1 <= limit <= MAX_COUNT:
@@ -74,9 +74,9 @@ def choose_items(
 
 
 def measure(model: LLM, items: Sequence[Item], tokenizer: Tokenizer, protocol: str) -> dict[str, dict[str, Any]]:
-    """The results as "reference" and, where the items have all of HellaSwag's fields, "lm_eval".
+    """The results as "reference" and, if the items have all of HellaSwag's fields, "lm_eval".
 
-    `protocol` comes from `choose_items`. Autocast is the caller's. Raises UserError for a model of fewer tokens.
+    `protocol` comes from `choose_items`. The caller sets autocast. Raises UserError if the model has fewer tokens.
     """
     if model.config.n_vocab < tokenizer.n_vocab:
         raise UserError(f"Cannot score text of {tokenizer.name}: the model has fewer tokens. Choose another model.")
@@ -109,9 +109,9 @@ def evaluate(model: LLM, items: Sequence[Item], encode: Encode, protocol: str, *
 
 
 def evaluate_lm_eval(model: LLM, items: Sequence[Item], encode: Encode, **scoring: Any) -> dict[str, Any]:
-    """`acc` and `acc_norm` by lm-eval's protocol, for items with all fields; otherwise as `evaluate`.
+    """`acc` and `acc_norm` by lm-eval's protocol, for items with all fields. Arguments as for `evaluate`.
 
-    As in lm-eval, their standard errors come from the sample variance: sqrt(p (1 - p) / (total - 1)).
+    As in lm-eval, standard errors come from the sample variance: sqrt(p (1 - p) / (total - 1)).
     """
     started = time.perf_counter()
     sums = score_endings(model, questions(items, lm_eval_texts, encode), **scoring)
@@ -155,7 +155,7 @@ def _clean(text: str) -> str:
 
 
 def _count_right(items: Sequence[Item], values: list[list[float]]) -> int:
-    # A model that gives NaN or infinity knows nothing, and must not score 25% by the order of endings.
+    # A model that returns NaN or infinity should score 0, not 25% by the order of endings.
     return sum(
         math.isfinite(sum(endings)) and endings.index(max(endings)) == item.label
         for item, endings in zip(items, values, strict=True)
@@ -163,7 +163,7 @@ def _count_right(items: Sequence[Item], values: list[list[float]]) -> int:
 
 
 def questions(items: Sequence[Item], texts: Callable[[Item], Texts], encode: Encode) -> list[Question]:
-    """The items' `texts` by one protocol as token ids, each text encoded by itself."""
+    """The items' `texts` by one protocol as token ids, each text encoded separately."""
     return [(encode(context), [encode(ending) for ending in endings]) for context, endings in map(texts, items)]
 
 
@@ -177,14 +177,14 @@ def score_endings(
 ) -> list[list[float]]:
     """The log-probability of each ending of each question, summed over its tokens, in nats; equal in every process.
 
-    Where context and ending are longer than the model's context, their beginning is cut. `between_batches` gets the
-    numbers of endings done and of all. Every process calls it equally often, and it may raise to give up. The model
-    must be in eval mode; autocast is the caller's.
+    If context and ending exceed the model's context, their beginning is cut. `between_batches` gets the number of
+    endings done and the total. Every process calls it equally often, and it may raise to give up. The model must be in
+    eval mode; the caller sets autocast.
     """
     n_ctx = model.config.n_ctx
     batch_tokens, logit_positions = CPU_SIZES if model.embedding.weight.device.type == "cpu" else GPU_SIZES
     rows = [([*context, *ending][-n_ctx - 1 :], len(ending)) for context, endings in questions for ending in endings]
-    # All processes form the same batches and deal them out: rounding depends on the rows that share a batch.
+    # All processes form the same batches and divide them, because rounding depends on the rows in a batch.
     batches = _batches([len(tokens) - 1 for tokens, _ in rows], batch_tokens)
     log_probs, done = [0.0] * len(rows), 0
     for first in range(0, len(batches), procs.world_size):
@@ -199,7 +199,7 @@ def score_endings(
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of rows, batch by batch. The longest come first, so that a batch that does not fit fails at once."""
+    """Row indices by batch. The longest come first, so that a batch that does not fit in memory fails at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches, first = [], 0
     while first < len(order):
@@ -209,7 +209,7 @@ def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
 
 
 def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: int) -> list[float]:
-    """The log-probability of each row's ending; a row is its tokens and the length of its ending."""
+    """The log-probability of each row's ending. A row is its tokens and the length of its ending."""
     device = model.embedding.weight.device
     # Padded on the right: attention is causal, so that no scored position sees the padding.
     tokens_BT = pad_sequence([torch.tensor(tokens) for tokens, _ in rows], batch_first=True)
@@ -230,9 +230,9 @@ def _score(model: LLM, rows: Sequence[tuple[list[int], int]], logit_positions: i
 def main() -> int:
     parser = Parser(
         prog="python -m src.model_assessment.hellaswag",
-        description="Measure a trained model on HellaSwag. Prints, except on a terminal, one JSON object as the last "
-        "line: the figures of the reference's protocol, and as lm_eval those of lm-evaluation-harness where the items "
-        "have the fields it needs.",
+        description="Measure a trained model on HellaSwag. Prints one JSON object as the last line (not on a "
+        "terminal): the figures of the reference's protocol and, if the items have the fields it needs, those of "
+        "lm-evaluation-harness as lm_eval.",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")

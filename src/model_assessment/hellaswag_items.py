@@ -25,7 +25,7 @@ INSTEAD = (
 )
 
 ENDING_TOKENS = 16
-# The first word cut in this range. With its ending a passage fits a model with 80 positions.
+# The context starts at the first word in this range before the ending, so a passage fits a model with 80 positions.
 MIN_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS = 40, 64
 CHOICES = 4
 
@@ -43,14 +43,14 @@ class Item:
     label: int
     """Index of the right ending."""
     activity_label: str | None = None
-    """This and the next two are for lm-eval's protocol; None where the file lacks them."""
+    """This and the next two are for lm-eval's protocol; None if the file lacks them."""
     ctx_a: str | None = None
     ctx_b: str | None = None
     """The second part of `ctx`, which may be empty."""
 
 
 def load_items(path: Path, limit: int | None = None) -> list[Item]:
-    """The first `limit` items of a .jsonl or .jsonl.gz in HellaSwag's format. Raises UserError with file and line."""
+    """The first `limit` items of a .jsonl or .jsonl.gz file in HellaSwag's format. Raises UserError with the line."""
     try:
         with open_regular(path) as file:
             text = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(MAX_BYTES + 1)
@@ -69,12 +69,12 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
 
 def fetch_items(limit: int | None = None) -> list[Item]:
     """The first `limit` of HellaSwag's 10,042 validation items, from the hub or its cache. Raises UserError."""
-    import datasets  # used here only, and its import takes a second
+    import datasets  # its import takes a second, and only this function needs it
 
     refuse_silent_hub()  # `datasets` itself would retry for half a minute
     try:
         records = datasets.load_dataset("Rowan/hellaswag", split="validation")
-    except Exception as error:  # of any library below: httpx, pyarrow, the hub's client
+    except Exception as error:  # from any library below: httpx, pyarrow, the hub's client
         raise UserError(f"Cannot fetch HellaSwag from {hub.ENDPOINT}: {error}. {INSTEAD}.") from error
     return [
         _item(json.dumps(record).encode(), f"Rowan/hellaswag, record {i}")
@@ -83,7 +83,7 @@ def fetch_items(limit: int | None = None) -> list[Item]:
 
 
 def refuse_silent_hub() -> None:
-    """Raises UserError, within seconds, where `fetch_items` would wait for a hub that does not answer."""
+    """Raises UserError, within seconds, if `fetch_items` would wait for a hub that does not answer."""
     if not hub.HF_HUB_OFFLINE and not hub_answers():
         raise UserError(
             f"Cannot fetch HellaSwag: {hub.ENDPOINT} does not answer. {connection_advice()}. {INSTEAD}. "
@@ -92,13 +92,13 @@ def refuse_silent_hub() -> None:
 
 
 def cached_items() -> Path | None:
-    """The copy that an earlier `fetch_items` left, under the name that `datasets` gives it."""
+    """The copy that an earlier `fetch_items` left in the cache of `datasets`, or None."""
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(hub.HF_HOME) / "datasets")
     return next(cache.glob("Rowan___hellaswag/*/*/*/hellaswag-validation.arrow"), None)
 
 
 def _item(line: bytes, where: str) -> Item:
-    """The item of a JSON object; raises UserError that names the place and its wrong fields."""
+    """The item of a JSON object. Raises UserError naming the place and the wrong fields."""
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -124,15 +124,15 @@ def _is_text(value: Any) -> bool:
 def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: int) -> list[Item]:
     """At most `count` items from `tokens`, uint16 ids of documents that each follow an end-of-text token.
 
-    A stand-in for HellaSwag that needs no network and that a small model can learn: it chooses the continuation of a
-    passage of the validation text. A passage is a context and the ENDING_TOKENS tokens after it. An item
-    is one passage with the endings of three others, from other documents. Right and wrong endings are drawn alike, so
-    that only the context tells which one is right.
+    A stand-in for HellaSwag that needs no network and that a small model can learn: choosing the continuation of a
+    passage of validation text. A passage is a context and the ENDING_TOKENS tokens after it. An item is one passage
+    with the endings of three others, from other documents. Right and wrong endings are drawn alike, so that only the
+    context tells which one is right.
 
-    A pure function of its arguments. The right ending's place is uniform, and an item's endings differ. Raises
-    UserError where fewer than four documents are long enough.
+    A pure function of its arguments. The right ending's position is uniform, and an item's endings differ. Raises
+    UserError if fewer than four documents are long enough.
     """
-    # Boilerplate of two documents would be right and wrong at once, so only the first passage of an ending counts.
+    # Boilerplate in two documents would be both right and wrong, so only the first passage with an ending counts.
     passages: dict[str, tuple[str, int]] = {}
     for context, ending, document in _passages(np.asarray(tokens[:_MOST_TOKENS]), tokenizer):
         passages.setdefault(ending, (context, document))
@@ -155,12 +155,12 @@ def held_out_items(tokens: np.ndarray, tokenizer: Tokenizer, count: int, seed: i
 
 
 def _passages(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[tuple[str, str, int]]:
-    """Contexts, endings and documents of passages in the text's order, none of which overlap."""
+    """Contexts, endings and documents of passages that don't overlap, in the text's order."""
     is_cut = _word_cuts(tokens, tokenizer)
     cuts = np.flatnonzero(is_cut)
     middles = cuts[cuts < len(tokens) - ENDING_TOKENS]
     ends = middles + ENDING_TOKENS
-    # For each token the position of the end-of-text token that its document follows.
+    # For each token, the position of the end-of-text token before its document.
     document_at = np.maximum.accumulate(np.where(tokens == tokenizer.end_of_text, np.arange(len(tokens)), 0))
     starts = cuts[np.searchsorted(cuts, np.maximum(document_at[middles], middles - MAX_CONTEXT_TOKENS))]
     good = is_cut[ends] & (middles - starts >= MIN_CONTEXT_TOKENS) & (document_at[middles] == document_at[ends])
@@ -173,7 +173,7 @@ def _passages(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[tuple[str, s
 
 
 def _word_cuts(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Shape (len(tokens),): True where a token is a single space and the beginning of a word."""
+    """Shape (len(tokens),): True for a token that is a single space and the beginning of a word."""
     begins_word = np.zeros(tokenizer.n_vocab, dtype=bool)
     ends_word = np.zeros(tokenizer.n_vocab, dtype=bool)
     for token in np.unique(tokens).tolist():

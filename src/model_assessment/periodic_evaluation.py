@@ -1,6 +1,6 @@
-"""Everything that is measured during training: what is due at a step, and its records.
+"""Evaluations during training: which ones are due at a step, and their records.
 
-A new evaluation is a method that returns records, and its row in `Assessment.evaluations`.
+A new evaluation is a method that returns records, and a row in `Assessment.evaluations`.
 """
 
 from collections.abc import Callable, Container
@@ -30,12 +30,12 @@ class Record:
 
 
 Check = Callable[..., bool]
-"""To be called between batches, equally often in all processes; raises StoppedError in all once one should stop."""
+"""Called between batches, equally often in all processes. Raises StoppedError in all of them once one should stop."""
 MakeRecords = Callable[[LLM, int, Processes, Check], list[Record]]
 
 
 class Assessment:
-    """Validation, multiple choice and samples, on data chosen once. Raises UserError where that data is missing."""
+    """Validation, multiple choice and samples, on data chosen once. Raises UserError if that data is missing."""
 
     def __init__(self, config: Config, folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
@@ -47,10 +47,10 @@ class Assessment:
         self.note = ""
         """The reason why an evaluation is left out of this run."""
         self.protocol, self.items = self._choose_items(folder / held_out.file)
-        self.encode = cache(tokenizer.encode)  # the texts of all items take a second, each time
+        self.encode = cache(tokenizer.encode)  # encoding all items takes a second each time
 
     def evaluations(self) -> dict[str, tuple[int, MakeRecords]]:
-        """The table of what is measured, in its order: kind, steps between (0 turns it off), function."""
+        """The evaluations in order: kind -> steps between two (0 turns it off), function."""
         settings = self.config.eval
         return {
             "validation": (settings.val_every_steps, self._validation),
@@ -59,7 +59,7 @@ class Assessment:
         }
 
     def missing(self, step: int, recorded: Container[tuple[str, int]]) -> list[str]:
-        """The kinds that are due after `step` steps and not among the kinds and steps of `recorded`.
+        """The kinds that are due after `step` steps and not in `recorded`, which holds pairs of kind and step.
 
         All are due before the first and after the last step.
         """
@@ -76,15 +76,15 @@ class Assessment:
         procs: Processes,
         stop: Callable[[], bool],
     ) -> list[Record]:
-        """The records of one kind. All processes call it together, with the same model, which then is in training mode.
+        """The records of one kind. All processes call it together, with the same model, left in training mode.
 
         `batch_size`: windows per batch of validation. Soon after `stop()` is true in one process, raises StoppedError
         in all.
         """
 
         def check(*_: object, done: bool = False) -> bool:
-            """True once a process calls it with `done`. All call it equally often, or they wait for each other."""
-            # One sum for both, or a process could wait in the second one while another has left.
+            """True once a process calls it with `done`. All must call it equally often, because they wait in it."""
+            # One sum for both. With two, a process could wait in the second one after another has left.
             stopped, finished = procs.sum([float(stop()), float(done)])
             if stopped and not finished:
                 raise StoppedError("stopped during an evaluation")
@@ -137,7 +137,7 @@ class Assessment:
         return [Record("hellaswag", result, words)]
 
     def _samples(self, model: LLM, _: int, procs: Processes, check: Check) -> list[Record]:
-        if not procs.is_main:  # joins the checks of process 0, which samples
+        if not procs.is_main:  # joins the checks of the main process, which samples
             while not check():
                 pass
             return []

@@ -4,9 +4,9 @@
     python -m src.model_assessment.report RUN --compare RUN [RUN ...]
     python -m src.model_assessment.report --all
 
-RUN is a path, or the name of a run under temp_data/runs; in a comparison, "published" is the reference's. The first
+RUN is a path or the name of a run under temp_data/runs. In a comparison, "published" is the reference's run. The first
 form writes report.html and plots/*.png into the run folder; training regenerates them regularly. The second writes
-comparison.html into the folder of the first run, the third temp_data/runs/index.html, a table of all runs.
+comparison.html into the folder of the first run. The third writes temp_data/runs/index.html, a table of all runs.
 """
 
 import base64
@@ -46,8 +46,8 @@ from src.utils import root
 from src.utils.errors import UserError, exit_with, harmless, print_result
 from src.utils.files import storage_errors
 
-# Groups of config.json that may explain a difference between runs. The others, command and times, always differ.
 LONGEST_WRITE_SECONDS = 60.0
+# Groups of config.json that may explain a difference between runs. The others, command and times, always differ.
 COMPARED = ("config", "derived", "versions", "machine", "dataset")
 Samples = dict[str, list[list[str]]]  # for each prompt, the texts in each column of a table
 
@@ -58,7 +58,7 @@ def write_report(run_dir: Path) -> Path:
     Raises UserError if the run cannot be read, StorageError if the page cannot be written.
     """
     run, now = run_history.read_run(run_dir), time.time()
-    # Everything is made before anything is written, so that an error leaves the old report whole.
+    # Everything is rendered before anything is written, so that an error leaves the old report intact.
     pictures = draw([run])
     page = _page(
         now,
@@ -132,7 +132,7 @@ def main() -> None:
     )
     parser.add_argument("run_dir", metavar="RUN", nargs="?", help="a path, or the name of a run under temp_data/runs")
     options = parser.add_mutually_exclusive_group()
-    compare = "write comparison.html about RUN and these runs; published is the reference's"
+    compare = "write comparison.html about RUN and these runs; published means the reference's run"
     options.add_argument("--compare", metavar="RUN", nargs="+", help=compare)
     options.add_argument("--all", action="store_true", help="write temp_data/runs/index.html, a table of all runs")
     arguments = parser.parse_args()
@@ -155,13 +155,13 @@ def _state(run: Run, now: float) -> Any:
 
 
 def _samples(run: Run) -> list[tuple[list[str], Samples]]:
-    """Tables of samples with their titles, newest first: the last step next to the first, then each step between."""
+    """Tables of samples with their titles: the last step next to the first, then the steps between, newest first."""
     columns = _samples_by_step(run)[::-1]
     return [_side_by_side([columns[0], columns[-1]][: len(columns)]), *(_side_by_side([c]) for c in columns[1:-1])]
 
 
 def _samples_by_step(run: Run) -> list[tuple[str, list[Record]]]:
-    """The samples of each step with a title; one empty group if there are none."""
+    """The samples of each step, with a title. One empty group if there are none."""
     by_step: dict[str, list[Record]] = {}
     for sample in run.of_kind("sample"):
         by_step.setdefault(f"step {sample['step']:,}", []).append(sample)
@@ -179,7 +179,7 @@ def _side_by_side(columns: list[tuple[str, list[Record]]]) -> tuple[list[str], S
 
 
 def _preset(run: Run) -> str:
-    """The name of the preset that the run's command names, or ""."""
+    """The preset in the run's command, or ""."""
     return next((word for word in str(run.settings.get("command")).split() if word in PRESETS), "")
 
 
@@ -207,16 +207,16 @@ def _compared(figure: KeyFigure | None, first: KeyFigure | None) -> str:
 
 
 def _setting_groups(run: Run) -> dict[str, dict[str, Any]]:
-    """All of config.json by group: first what stands alone, then the groups of `config` and the others."""
+    """All of config.json by group: first single values, then the groups of `config` and the others."""
     config = run.settings.get("config")
     entries = {**(config if isinstance(config, dict) else {}), **run.settings}
-    entries.pop("config", None)  # its groups stand among the others
+    entries.pop("config", None)  # its groups are listed with the others
     alone = {name: value for name, value in entries.items() if not isinstance(value, dict)}
     return {"run": alone, **{name: _flat(value) for name, value in entries.items() if isinstance(value, dict)}}
 
 
 def _differences(runs: list[Run]) -> list[tuple[str, ...]]:
-    """Settings that are not the same in all runs, with the value in each run."""
+    """Settings that differ between the runs, with each run's value."""
     flats = [_flat({name: run.settings[name] for name in COMPARED if name in run.settings}) for run in runs]
     keys = dict.fromkeys(key for settings in flats for key in settings if key != "config.run_name")
     rows = [(key.removeprefix("config."), *(_text(settings.get(key, "—")) for settings in flats)) for key in keys]
@@ -227,7 +227,7 @@ def _flat(value: dict[str, Any], prefix: str = "", depth: int = 0) -> dict[str, 
     """Nested settings under dotted names, like on the command line."""
     flat: dict[str, Any] = {}
     for key, entry in value.items():
-        if isinstance(entry, dict) and depth < 5:  # ours have three levels; a file edited by hand may have a thousand
+        if isinstance(entry, dict) and depth < 5:  # ours has three levels; a file edited by hand may have a thousand
             flat |= _flat(entry, f"{prefix}{key}.", depth + 1)
         else:
             flat[prefix + key] = entry
@@ -256,14 +256,14 @@ def _page(now: float, pictures: Sequence[Picture] = (), **sections: Any) -> byte
         lstrip_blocks=True,
     )
     environment.filters |= {each.__name__: each for each in (moment, duration, fixed, percent, compact, number)}
-    # As images they can neither run nor fetch anything, whatever a name in them says.
+    # Embedded as images, they can neither run nor fetch anything, whatever a name in them contains.
     images = [(picture, base64.b64encode(picture.svg).decode("ascii")) for picture in pictures]
     page = environment.get_template("report_template.html").render(now=now, images=images, **sections)
     return page.encode("utf-8")
 
 
 def _replace(path: Path, content: bytes) -> Path:
-    """Writes a file so that a reader never sees half of it. The run and a person may do so at the same time."""
+    """Replaces a file so that a reader never sees half of it. The run and a person may do so at the same time."""
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a report that was killed
         with suppress(OSError):
             if time.time() - leftover.lstat().st_mtime > LONGEST_WRITE_SECONDS:
@@ -272,7 +272,7 @@ def _replace(path: Path, content: bytes) -> Path:
     with storage_errors(path):
         unfinished.unlink(missing_ok=True)
         try:
-            with open(unfinished, "xb") as file:  # never through a link of that name
+            with open(unfinished, "xb") as file:  # "x" never writes through a link of that name
                 file.write(content)
             return unfinished.replace(path)
         finally:

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn from the list FIGURES: one run or several.
+"""The figures of a report on one or several runs, drawn from the list FIGURES.
 
 for picture in draw([read_run(folder)]):
     (plots / f"{picture.name}.png").write_bytes(picture.png)
@@ -22,29 +22,29 @@ from numpy.typing import NDArray
 from src.model_assessment.run_history import CHANCE, Run, Series, choice_name, compact, number, protocols
 from src.utils.errors import harmless
 
-SIZE_INCHES = (5.6, 3.7)  # its text is readable in half the width of a desktop and on a phone
+SIZE_INCHES = (5.6, 3.7)  # its text is readable at half the width of a desktop and on a phone
 MOST_POINTS = 600  # of a drawn curve
 MOST_VALUES = 90  # places along the x axis that show their values
-MANY_POINTS = 300  # a longer curve is drawn faintly under its running median
+MANY_POINTS = 300  # a longer curve is drawn faintly behind its running median
 # Okabe and Ito's palette for the colour-blind (https://jfly.uni-koeln.de/color/), without yellow.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
 RED = "#a3341a"  # skipped steps
 
 
 class Picture(NamedTuple):
-    """A finished figure; `caption` helps to read it."""
+    """A finished figure, with a caption that helps to read it."""
 
     name: str
     title: str
     png: bytes
     svg: bytes
     values: list[tuple[float, float, str]]
-    """Strips of the picture with the values there: left edge and width in percent of the picture's width, text."""
+    """Strips of the picture that show values: left edge and width in percent of the picture's width, text."""
     caption: str
 
 
 class Curve(NamedTuple):
-    """One quantity of metrics.jsonl. `color` is for a run alone."""
+    """One quantity of metrics.jsonl. `color` is used for a single run."""
 
     kind: str
     key: str
@@ -71,7 +71,7 @@ class FigureSpec(NamedTuple):
 
 
 def draw(runs: list[Run]) -> list[Picture]:
-    """The figures of FIGURES that the first run has data for; of a run alone also its gradient norms by layer."""
+    """The figures of FIGURES for which the first run has data; for a single run also gradient norms by layer."""
     specs = [spec for spec in FIGURES if spec.curves != (ACCURACY,) or any(map(choice_name, runs))]
     if len(runs) == 1 and (layers := _layer_norms(runs[0])):
         specs.insert(1 + [spec.name for spec in specs].index("gradient_norm"), layers)
@@ -80,7 +80,7 @@ def draw(runs: list[Run]) -> list[Picture]:
 
 
 def compared_by_tokens(runs: list[Run]) -> bool:
-    """True if the runs differ in batch size. Then only tokens, not steps, compare them fairly."""
+    """True if the runs differ in batch size, so that only tokens, not steps, compare them fairly."""
     sizes = [run.tokens_per_step or 0.0 for run in runs]
     return min(sizes) > 0 and max(sizes) > 1.001 * min(sizes)
 
@@ -92,7 +92,7 @@ def points_of(run: Run, curve: Curve, by_tokens: bool) -> Series:
 
 
 def figure_of(title: str, units: list[str], by_tokens: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel per unit, one above the other, over a common x axis."""
+    """A figure with one panel per unit, stacked, with a common x axis."""
     figure = new_figure()
     panels = list(figure.subplots(len(units), 1, sharex=True, squeeze=False)[:, 0])
     panels[0].set_title(title)
@@ -107,13 +107,13 @@ def figure_of(title: str, units: list[str], by_tokens: bool = False) -> tuple[Fi
 
 
 def draw_level(axes: Axes, value: float, label: str) -> None:
-    """A dashed line to compare with, if `value` is finite."""
+    """Draws a dashed reference line if `value` is finite."""
     if np.isfinite(value):
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1.3, label=label, zorder=1.5)
 
 
 def marker_for(points: Series) -> str:
-    """Dots where the points are few, so that a single one is visible."""
+    """Dots if the points are few, so that a single one is visible."""
     return "." if points.steps.size < 30 else ""
 
 
@@ -125,7 +125,7 @@ def running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def thinned(points: Series) -> Series:
-    """At most MOST_POINTS of the points: the smallest and the largest of each part, so that no spike is lost."""
+    """At most MOST_POINTS points: the smallest and the largest of each part, so that no spike is lost."""
     if points.steps.size <= MOST_POINTS:
         return points
     kept = set[int]()
@@ -148,7 +148,7 @@ def _draw_figure(spec: FigureSpec, runs: list[Run]) -> Picture | None:
     for each in sorted(drawn, key=lambda each: -runs.index(each.run)):  # the first run on top
         _draw_curve(axes, runs, *each)
     caption = spec.finish(axes, runs, drawn)
-    # After the limits: the best place for a legend depends on them.
+    # After the limits, because the best place for a legend depends on them.
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(loc="best", reverse=len(runs) > 1)  # the first run is drawn last
     title, png, svg = axes.get_title("left"), as_png(figure), as_svg(figure)
@@ -158,7 +158,7 @@ def _draw_figure(spec: FigureSpec, runs: list[Run]) -> Picture | None:
 def _values(
     figure: Figure, axes: Axes, spec: FigureSpec, drawn: list[Drawn], by_tokens: bool
 ) -> list[tuple[float, float, str]]:
-    """Strips from left to right that cover the plot. `axes` has its final limits and place."""
+    """Strips from left to right that cover the plot. `axes` already has its final limits and position."""
     every = np.unique(np.concatenate([points.steps for _, _, points in drawn]))
     low, high = axes.get_xlim()
     last_in_part = {int((x - low) / (high - low) * MOST_VALUES): float(x) for x in every if low <= x <= high}
@@ -172,7 +172,7 @@ def _values(
         step = f"step {place:,.0f}" + (f", {compact(place * tokens)} tokens" if tokens else "")
         lines = [f"{place:,.6g} million tokens" if by_tokens else step]
         for run, curve, points in drawn:
-            # The latest value that was known there.
+            # The latest value known there.
             if (i := int(np.searchsorted(points.steps, place, side="right")) - 1) >= 0:
                 name, value = curve.label or spec.title.lower(), points.values[i]
                 if not is_alone:
@@ -185,7 +185,7 @@ def _values(
 
 
 def _short(run: Run) -> str:
-    """The run's name as a label; SVG has no place for a control character."""
+    """The run's name as a label, without control characters, which SVG forbids."""
     return harmless(run.name[:24])
 
 
@@ -202,7 +202,7 @@ def _draw_curve(axes: Axes, runs: list[Run], run: Run, curve: Curve, points: Ser
         errors = np.nan_to_num(run.series(curve.kind, "stderr").values[known]).clip(min=0)
         axes.errorbar(*points, errors, **style | {"marker": "o", "markersize": 4, "capsize": 2.5, "elinewidth": 1})
     elif curve.kind == "train" and curve.key != "lr" and points.steps.size >= MANY_POINTS:
-        if "." not in curve.key:  # of many layers only the median
+        if "." not in curve.key:  # for layers, of which there are many, only the median
             axes.plot(*thinned(points), color=style["color"], linewidth=0.6, alpha=0.3)
         axes.plot(*thinned(Series(points.steps, running_median(points.values))), **style)
     else:
@@ -212,10 +212,10 @@ def _draw_curve(axes: Axes, runs: list[Run], run: Run, curve: Curve, points: Ser
 def _finish_loss(axes: Axes, runs: list[Run], drawn: list[Drawn]) -> list[str]:
     entropy = number(runs[0].last("validation").get("unigram_entropy"))
     draw_level(axes, entropy, "unigram entropy")
-    # Neither the first steps nor a diverging end may flatten the rest.
+    # Keeps the first steps or a diverging end from flattening the rest.
     every = [points.values for _, _, points in drawn if points.values.size]
     losses, start = np.concatenate(every), max(values[0] for values in every)
-    usual = np.quantile(losses, 0.95 if losses.size >= 100 else 1.0)  # of few points none is an exception
+    usual = np.quantile(losses, 0.95 if losses.size >= 100 else 1.0)  # with few points, none is an outlier
     low, high = np.nanmin([entropy, losses.min()]), np.nanmax([entropy, min(usual, start)])
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
@@ -258,8 +258,8 @@ def _finish_gradient_norm(axes: Axes, runs: list[Run], drawn: list[Drawn]) -> li
 
 
 def _layer_norms(run: Run) -> FigureSpec | None:
-    """The gradient norm of the embedding and of each block, as far as the run has recorded them."""
-    # The line of a stopped run has none.
+    """The gradient norms of the embedding and of each block, if the run has recorded them."""
+    # The last line of a stopped run has none.
     norms = next((n for line in reversed(run.of_kind("train")) if (n := line.get("layer_grad_norms"))), None)
     count = min(len(norms), MOST_LAYERS) if isinstance(norms, list) else 0
     shades = map(matplotlib.colors.to_hex, matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count)))
@@ -279,15 +279,15 @@ def _finish_layers(axes: Axes, runs: list[Run], drawn: list[Drawn]) -> list[str]
 
 def _from_zero(axes: Axes, _: list[Run], __: list[Drawn]) -> list[str]:
     values = np.concatenate([np.zeros(1), *(np.asarray(line.get_ydata(), np.float64) for line in axes.lines)])
-    # Neither the first gradients nor one slow step may flatten the rest.
+    # Keeps the first gradients or one slow step from flattening the rest.
     axes.set_ylim(0, 1.06 * min(values.max(), 2 * np.quantile(values, 0.95)) or None)
     return []
 
 
 MOST_LAYERS = 256
 HELD_OUT_CHOICE = (
-    "Held-out choice: the model picks the ending of a passage of validation text among four, three of which are from "
-    "other documents."
+    "Held-out choice: the model picks the ending of a passage of validation text among four. Three are from other "
+    "documents."
 )
 LOSSES = (Curve("train", "loss", "training"), Curve("validation", "loss", "validation", ORANGE))
 ACCURACY = Curve("hellaswag", "acc_norm", "right answers", GREEN)

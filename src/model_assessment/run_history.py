@@ -4,7 +4,7 @@
     steps, losses = run.series("train", "loss")
 
 config.json, status.json and lines of metrics.jsonl may be missing, truncated or edited by hand. So values are checked
-where they are used: `number` turns anything that is not a plausible number into NaN.
+when they are used: `number` turns anything that is not a plausible number into NaN.
 """
 
 import csv
@@ -53,7 +53,7 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the files of a run folder say; see `read_run`."""
+    """The content of a run folder's files; see `read_run`."""
 
     name: str
     settings: dict[str, Any]
@@ -106,18 +106,18 @@ class Run:
 
     @property
     def first_and_last_time(self) -> tuple[float, float]:
-        """Unix times of the first and the last sign of life, or NaN. A clock may have been set back between them."""
+        """Unix times of the first and the last record, or NaN. The clock may have been set back between them."""
         times = [number(record.get("time")) for record in (*self.records, self.status)]
         known = [time for time in times if math.isfinite(time)] or [math.nan]
         return min(known), max(known)
 
     def is_running(self, now: float) -> bool:
-        """True if the run claims to be running and has written recently, compared with its usual pauses."""
+        """True if the run's status is running and it has written recently, compared with its usual pauses."""
         longest, (_, last) = max(_silences(self.records[-50:]), default=0.0), self.first_and_last_time
         return self.status.get("state") == "running" and now - last <= max(SILENT_SECONDS, 3 * longest)
 
     def seconds_left(self) -> float:
-        """Seconds from the last record to the last step at the recent pace, evaluations and saves included, or NaN."""
+        """Seconds from the last record to the last step, at the recent pace including evaluations and saves, or NaN."""
         recent = self.records[-100:]
         steps = recent[-1]["step"] - recent[0]["step"]
         if steps <= 0 or not self.total_steps:
@@ -126,17 +126,17 @@ class Run:
 
 
 class KeyFigure(NamedTuple):
-    """One number to compare runs by, with a note that gives its context."""
+    """A number to compare runs by, with a note that gives its context."""
 
     label: str
     value: str
     note: str
     unit: str = ""
-    """Follows the value in a table of several runs."""
+    """Shown after the value in a table of several runs."""
     number: float = math.nan
-    """The value itself where runs can be compared by it."""
+    """The numeric value if runs can be compared by it."""
     decimals: int | None = None
-    """Of a difference between two runs; None: a difference is a percentage of the first."""
+    """Decimals of a difference between two runs; None shows it as a percentage of the first."""
 
 
 def read_run(folder: Path) -> Run:
@@ -162,7 +162,7 @@ def read_run(folder: Path) -> Run:
 
 
 def published_run() -> Run:
-    """The reference's own log, with the settings of the preset that follows it."""
+    """The reference's log, with the settings of the preset that reproduces it."""
     records: list[Record] = []
     for row in csv.DictReader(PUBLISHED_RUN.read_text(encoding="ascii").splitlines()):
         step = int(row["step"]) + 1  # its log counts from 0: the first line has the first step's learning rate
@@ -176,7 +176,7 @@ def published_run() -> Run:
 
 
 def protocols(run: Run) -> list[str]:
-    """Names of the multiple-choice protocols the run was measured with."""
+    """Names of the multiple-choice protocols used in the run."""
     return list(dict.fromkeys(str(record.get("protocol") or "not recorded") for record in run.of_kind("hellaswag")))
 
 
@@ -193,7 +193,7 @@ def choice_name(run: Run) -> str:
 
 
 def key_figures(run: Run) -> list[KeyFigure]:
-    """The figures that the run has, in the order of a page."""
+    """The key figures that the run has, in the page's order."""
     training, validation, choice = run.last("train"), run.last("validation"), run.last("hellaswag")
     error = fixed(validation.get("stderr"))
     loss_note = f"± {error}; " if error else ""
@@ -203,7 +203,7 @@ def key_figures(run: Run) -> list[KeyFigure]:
         loss_note += "the lowest" if best == losses.size - 1 else f"lowest: {losses[best]:.3f} at step {at[best]:,.0f}"
     steps = f"of {run.total_steps:,} steps" if run.total_steps else "steps"
     tokens, seconds = number(training.get("tokens_seen")), run.active_seconds
-    # Medians, because the first steps compile and a machine has slow moments.
+    # Medians, because the first steps compile and machines have slow moments.
     speed, mfu = (run.series("train", key).median() for key in ("tokens_per_second", "mfu"))
     memory = max(run.series("train", "memory_gb").finite().values, default=0.0)
 
@@ -230,7 +230,7 @@ def key_figures(run: Run) -> list[KeyFigure]:
 
 
 def _training_loss(run: Run) -> KeyFigure:
-    """The mean of the last twentieth of the steps: a single step's loss says little."""
+    """The mean of the last twentieth of the steps, because a single step's loss says little."""
     steps, losses = run.series("train", "loss").finite()
     before = steps[steps <= 0.95 * steps[-1]] if steps.size else steps
     since = before[-1] if before.size else 0.0
@@ -240,7 +240,7 @@ def _training_loss(run: Run) -> KeyFigure:
 
 
 def _cost(run: Run) -> KeyFigure:
-    """Dollars so far, without pauses, where the run knows its price."""
+    """Dollars so far, without pauses, if the price is known."""
     price = number(run.setting("config", "price_per_gpu_hour"))
     per_second = price * number(run.setting("derived", "world_size")) / 3600
     cost, left = per_second * run.active_seconds, per_second * run.seconds_left()
@@ -261,12 +261,12 @@ def fixed(value: Any, decimals: int = 3) -> str:
 
 
 def percent(share: Any) -> str:
-    """A share of 0 to 1 in percent; empty if it is not a number."""
+    """A share between 0 and 1 in percent; empty if it is not a number."""
     return f"{number(share):.1%}" if math.isfinite(number(share)) else ""
 
 
 def compact(value: Any) -> str:
-    """A count, from a million on like 320.1M; empty if it is not a number."""
+    """A count, such as 320.1M if it is at least a million; empty if it is not a number."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number(value) >= size:
             return f"{value / size:.{1 if value >= 10 * size else 2}f}{letter}"
@@ -274,7 +274,7 @@ def compact(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """The two largest units, like 8 h 47 min."""
+    """A time in its two largest units, such as 8 h 47 min."""
     if not math.isfinite(seconds):
         return "an unknown time"
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""Text from a model: continuations of prompts, as a command, as a conversation and from Python.
+"""Generate text from a model: continue prompts from the command line, interactively or from Python.
 
 The model sees at most n_ctx tokens. When a text outgrows that, its older half is dropped and the rest is read again.
 
@@ -27,16 +27,16 @@ from src.params import ABOVE_0, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_VOCAB, Positive
 from src.utils.errors import UserError, exit_with, harmless, print_result, say
 from src.utils.hardware import attention_for_any_shape
 
-# Sorting the whole vocabulary takes longer than a small model needs for a token. So many nearly always reach top_p.
+# Sorting the whole vocabulary takes longer than a small model's token. This many nearly always reach top_p.
 CANDIDATES = 1_024
 LEAST_TEMPERATURE = 1e-6  # logits divided by less overflow
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The rules that choose the next token. Raises UserError listing all impossible values.
+    """The rules for choosing the next token. Raises UserError listing all impossible values.
 
-    The penalty comes first, then the temperature, then top_k, top_p and min_p, each on the remaining tokens.
+    The penalty comes first, then the temperature, then top_k, top_p and min_p, each applied to the remaining tokens.
     """
 
     max_new_tokens: Annotated[int, 1, MAX_NEW_TOKENS] = 50
@@ -52,7 +52,7 @@ class SamplingConfig:
     repetition_penalty: Annotated[float, 0.001, 1_000] = 1.0
     """Divides positive logits of tokens already in the text, multiplies negative ones (arXiv:1909.05858)."""
     stop: tuple[str, ...] = ()
-    """Texts at whose first appearance a continuation ends, without them."""
+    """Texts that end a continuation at their first occurrence and are not part of it."""
 
     def __post_init__(self) -> None:
         problems = outside(self) if all(self.stop) else [*outside(self), "stop must be without an empty text"]
@@ -62,19 +62,19 @@ class SamplingConfig:
 
 @dataclass(repr=False)
 class Sample:
-    """One continuation of a prompt. As a string, both."""
+    """One continuation of a prompt. `str()` gives both."""
 
     prompt: str
     text: str = ""
     """The continuation alone, up to the stop text."""
     tokens: list[int] = field(default_factory=list)
-    """All generated ids, those of a stop text included, the end-of-text token excluded."""
+    """All generated ids, including those of a stop text, without the end-of-text token."""
     log_probs: list[float] = field(default_factory=list)
-    """The model's own log-probability of each token in nats, before temperature, penalty and cuts."""
+    """The model's log-probability of each token in nats, before temperature, penalty and cuts."""
     finish_reason: str = "length"
     """"end_of_text" (chosen by the model), "stop" (a stop text) or "length"."""
     tokens_per_second: float = field(default=0.0, compare=False)
-    """Of all samples of the prompt together."""
+    """Total for all samples of the prompt."""
 
     def __str__(self) -> str:
         return self.prompt + self.text
@@ -109,14 +109,14 @@ class TextModel(LoadedModel):
             return sample(self.model, self.tokenizer, [prompt], _sampling_config(settings), n)
 
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
-        """Yields a continuation in pieces while it is generated. Raises UserError."""
+        """Yields a continuation in pieces during generation. Raises UserError."""
         return stream(self.model, self.tokenizer, prompt, _sampling_config(settings), self.autocast)
 
     @torch.inference_mode()
     def logits(self, text: str) -> torch.Tensor:
         """The logits after each token of `text`, float32 on the CPU, shape (T, V); the last row is for the next token.
 
-        Of a text beyond the context the last n_ctx tokens count. An empty text is the beginning of a document.
+        If a text exceeds the context, its last n_ctx tokens count. An empty text is the beginning of a document.
         """
         ids = _encode(self.tokenizer, text, self.model)[-self.config.model.n_ctx :]
         with self.autocast():
@@ -126,8 +126,8 @@ class TextModel(LoadedModel):
     def loss(self, text: str) -> float:
         """The mean loss of the tokens of `text` as a document, in nats.
 
-        A text beyond the context is read in pieces of n_ctx tokens, each without the ones before. Raises UserError for
-        an empty text.
+        A text that exceeds the context is split into pieces of n_ctx tokens, each read without the previous ones.
+        Raises UserError for an empty text.
         """
         ids = [*_encode(self.tokenizer, "", self.model), *_encode(self.tokenizer, text, self.model, quiet=True)]
         if not text:
@@ -159,12 +159,12 @@ def sample(
 ) -> list[Sample]:
     """Continues each prompt `num_samples` times, in one batch per prompt. The model must be in eval mode.
 
-    An empty prompt starts a new document. Autocast is the caller's. `between_tokens` may raise to give up. Raises
+    An empty prompt starts a new document. The caller sets autocast. `between_tokens` may raise to give up. Raises
     UserError for a prompt with tokens unknown to the model, and for an impossible number of samples.
     """
     _check_number(num_samples)
     samples: list[Sample] = []
-    for prompt in prompts:  # a batch holds one prompt only, so that all its rows are equally long
+    for prompt in prompts:  # a batch holds only one prompt, so that all its rows are equally long
         started = time.perf_counter()
         ids, batch = _encode(tokenizer, prompt, model), [Sample(prompt) for _ in range(num_samples)]
         for tokens, log_probs in generate(model, [ids] * num_samples, config, range(num_samples), tokenizer.n_vocab):
@@ -194,13 +194,13 @@ def stream(
 ) -> Iterator[str]:
     """Yields the text of `sample`'s first continuation in pieces during generation, cut only between characters.
 
-    `autocast` makes the context to call the model in, which the caller is not in between two pieces.
+    `autocast` makes the context in which the model is called. The caller's code between two pieces is outside it.
     """
     ids, made, shown = _encode(tokenizer, prompt, model), Sample(prompt), 0
     steps = generate(model, [ids], config, [0], tokenizer.n_vocab)
 
     def one_step() -> tuple[list[int], list[float]] | None:
-        with autocast():  # only here: inside a generator it would stay on in the caller's code between two pieces
+        with autocast():  # only here: around a `yield` it would stay on in the caller's code between two pieces
             return next(steps, None)
 
     for (token,), (log_prob,) in iter(one_step, None):
@@ -223,23 +223,23 @@ def generate(
 ) -> Iterator[tuple[list[int], list[float]]]:
     """Yields the next token of each row and the model's log-probability of it in nats, config.max_new_tokens times.
 
-    prompts: token ids, equally many in all rows, at least one. samples: the number of each row among the samples of
-    its prompt, which seeds its random numbers. n_tokens: ids from there on are never chosen, because they have logits
-    but are not tokens. The model must be in eval mode.
+    prompts: token ids, at least one per row, equally many in all rows. samples: the number of each row among the
+    samples of its prompt, which seeds its random numbers. n_tokens: ids from this one up are never chosen, because they
+    have logits but are not tokens. The model must be in eval mode.
     """
     rows = [list(prompt) for prompt in prompts]
     weight, device = model.embedding.weight, model.embedding.weight.device
-    # That of the attention's projections.
+    # The dtype of attention's projections.
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
     generators = [_generator(config.seed, number) for number in samples]
     start, caches = -1, list[KVCache]()
     for _ in range(config.max_new_tokens):
         if start != (moved := _window_start(len(rows[0]), model.config.n_ctx)):
-            # Every token has another position now, so all keys change.
+            # Every token has a new position, so all keys change.
             start, caches = moved, model.new_caches(len(rows), dtype)
         unread_BT = torch.tensor([row[start + caches[0].length :] for row in rows], device=device)
         with attention_for_any_shape():
-            # Of the last position only: the logits of a long prompt take gigabytes.
+            # Only the last position's: the logits of a long prompt take gigabytes.
             logits_BV = model.head(model.hidden(unread_BT, caches)[:, -1])[:, :n_tokens].float().cpu()
         log_probs_BV = logits_BV - logits_BV.logsumexp(dim=-1, keepdim=True)
         tokens = []
@@ -251,7 +251,7 @@ def generate(
 
 
 def _window_start(length: int, n_ctx: int) -> int:
-    """The first token that the model sees of a sequence of `length` tokens: it moves in strides of n_ctx / 2."""
+    """The first token of a sequence of `length` tokens that the model sees. It moves in strides of n_ctx / 2."""
     stride = max(1, n_ctx // 2)
     return max(0, -(-(length - n_ctx) // stride) * stride)
 
@@ -279,14 +279,14 @@ def _choose(logits_V: torch.Tensor, row: list[int], draw: torch.Tensor, config: 
 
 
 def _candidates(probs_V: torch.Tensor, config: SamplingConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities and ids of the likeliest tokens in falling order; top_p sets the rest to probability 0."""
+    """Probabilities and ids of the likeliest tokens in descending order; top_p sets the rest to probability 0."""
     probs_K, ids_K = probs_V.topk(min(config.top_k or CANDIDATES, len(probs_V)))
     if config.top_k:
         probs_K /= probs_K.sum()
     elif probs_K.sum() < config.top_p:
         probs_K, ids_K = probs_V.sort(descending=True)
     before_K = probs_K.cumsum(dim=-1) - probs_K
-    probs_K[before_K >= config.top_p] = 0  # never the first, which has nothing before it
+    probs_K[before_K >= config.top_p] = 0  # never the first, where before_K is 0
     return probs_K, ids_K
 
 
@@ -305,14 +305,14 @@ def _add(sample: Sample, token: int, log_prob: float, tokenizer: Tokenizer, stop
 
 
 def _certain(text: str, stop: tuple[str, ...]) -> int:
-    """The number of characters of `text` that more tokens cannot change."""
+    """The number of characters of `text` that further tokens cannot change."""
     text = text.rstrip("\ufffd")  # a token may end inside a character
     beginnings = (size for each in stop for size in range(1, len(each)) if text.endswith(each[:size]))
     return len(text) - max(beginnings, default=0)
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, model: LLM, quiet: bool = False) -> list[int]:
-    """Token ids of a prompt, at least one."""
+    """Token ids of a prompt; the end-of-text token for an empty one."""
     if not isinstance(prompt, str):  # from a notebook
         raise UserError(f"Cannot read {prompt!r}: a prompt must be one text.")
     ids, n_vocab, n_ctx = tokenizer.encode(prompt) or [tokenizer.end_of_text], model.config.n_vocab, model.config.n_ctx
@@ -361,9 +361,9 @@ def main() -> int:
 
 
 def converse(show: Callable[[str, SamplingConfig], Iterator[str]], config: SamplingConfig, text: str = "") -> None:
-    """Reads texts until the input ends and shows the continuation of each, with the next seed each time.
+    """Reads texts until the input ends and shows a continuation of each, increasing the seed each time.
 
-    An empty line continues the last text, at first `text`. Ctrl-C ends a continuation.
+    An empty line continues the last text, initially `text`. Ctrl-C ends a continuation.
     """
     say("Type a text to continue, nothing to continue the last one, or Ctrl-D.")
     while True:
@@ -380,22 +380,22 @@ def converse(show: Callable[[str, SamplingConfig], Iterator[str]], config: Sampl
 
 
 def _show(text: str) -> None:
-    """Prints text that a model wrote: escaped, so that it cannot control a terminal, but with its lines and tabs."""
+    """Prints a model's text with its lines and tabs, but with escapes, so that it cannot control a terminal."""
     print(harmless(text, keep="\n\t"), end="", flush=True)
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m src.model_assessment.sampling",
-        description="Continue a prompt with a trained model. Prints the texts, then, except on a terminal, one JSON "
-        "object as the last line; with --stream or --interactive only the text. Control characters are shown as "
-        "escapes; the JSON has the exact texts. Without --prompt a new document begins.",
+        description="Continue a prompt with a trained model. Prints the texts, then one JSON object as the last line "
+        "(not on a terminal); with --stream or --interactive only the text. Control characters are shown as escapes; "
+        "the JSON has the exact texts. Without --prompt a new document begins.",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
     add("--prompt", action="append", help="text to continue; may be repeated")
     add("--num-samples", type=whole, default=1, help="continuations of each prompt (default: 1)")
-    add("--stream", action="store_true", help="print the continuation while it is generated")
+    add("--stream", action="store_true", help="print the continuation during generation")
     add("--interactive", action="store_true", help="read one prompt after the other")
     add("--max-new-tokens", type=whole, default=50, help="length of a continuation (default: 50)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
@@ -405,7 +405,7 @@ def _parser() -> Parser:
     add("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repetitions")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--seed", type=whole, default=0, help="the same seed gives the same text (default: 0)")
-    weights = "dtype of the weights; bf16 takes half of the memory (default: bf16 where the device computes with it)"
+    weights = "dtype of the weights; bf16 takes half the memory (default: bf16 if the device computes in it)"
     add("--weights", default="auto", choices=WEIGHT_DTYPES, help=weights)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     return parser

@@ -1,12 +1,12 @@
-"""A page in the browser where a model continues what people write.
+"""A web page where a model continues what people write.
 
     python -m src.model_assessment.talk --checkpoint RUN [--port 8000]
 
-It listens on 127.0.0.1 and answers only to that address and localhost. So neither another website nor a name that its
-owner points to this machine (DNS rebinding) can use the model or read the page. It fetches nothing from elsewhere.
+It listens on 127.0.0.1 and answers only to that address and localhost. So neither another website nor a domain name
+that its owner points to this machine (DNS rebinding) can use the model or read the page. It fetches nothing.
 
-POST /continue with {"prompt": ..., "temperature": ..., ...} is answered by one JSON object a line: {"text": ...} for
-each piece, then {"done": {"tokens": ..., "seconds": ...}} or {"error": ...}. A client that hangs up stops the model.
+POST /continue with {"prompt": ..., "temperature": ..., ...} returns one JSON object per line: {"text": ...} for each
+piece, then {"done": {"tokens": ..., "seconds": ...}} or {"error": ...}. If the client hangs up, the model stops.
 """
 
 import base64
@@ -32,16 +32,16 @@ ADDRESS, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 MOST_BYTES = 1_000_000  # of a request
 SILENT_SECONDS = 60.0  # a client that neither reads nor writes is dropped
-BUSY_SECONDS = 30.0  # how long a request waits for the one before
+BUSY_SECONDS = 30.0  # how long a request waits for the previous one
 
 
 class Server(ThreadingHTTPServer):
-    """The page of a model on this machine's loopback, ready for `serve_forever`. Port 0 takes a free one.
+    """Serves the page of a model on this machine's loopback, with `serve_forever`. Port 0 takes a free port.
 
-    Raises UserError for a port that is taken.
+    Raises UserError if the port is taken.
     """
 
-    daemon_threads = True  # Ctrl-C does not wait for a text
+    daemon_threads = True  # Ctrl-C does not wait for a text to end
 
     def __init__(self, model: TextModel, port: int) -> None:
         facts = f"{compact(model.parameters)} parameters, {model.config.model.n_ctx:,} tokens of context"
@@ -65,7 +65,7 @@ class Server(ThreadingHTTPServer):
             raise UserError(f"Cannot listen on {ADDRESS}:{port}: {reason}. Choose another --port.") from None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Prints the error that ended an answer, unless the client hung up, which stops the model like this."""
+        """Prints the error that ended an answer, unless the client hung up, which stops the model by an OSError."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
@@ -81,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hosts = self.headers.get_all("Host") or [""]
         try:
-            # Another name is that of a site whose owner points it to this machine.
+            # Any other name belongs to a site whose owner points it to this machine.
             if len(hosts) > 1 or hosts[0].partition(":")[0] not in NAMES:
                 raise _Refused(403, f"The page is only at http://{NAMES[0]} and http://{NAMES[1]}.")
             if self.command == "POST":
@@ -99,11 +99,11 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = _answer
 
     def _continue(self) -> None:
-        # A browser names the site that asks, and a site cannot make it leave that out.
+        # A browser names the requesting site in this header, and a site cannot suppress it.
         if self.path != "/continue" or self.headers.get("Origin") != f"http://{self.headers['Host']}":
-            raise _Refused(403, "Only the page itself may ask: the header Origin names another site, or none.")
+            raise _Refused(403, "Only this page may send requests: the header Origin names another site, or none.")
         pieces = self._request()
-        # One text at a time; the one before may not have noticed yet that its client hung up.
+        # One text at a time. The previous one may not have noticed yet that its client hung up.
         if not self.server.busy.acquire(timeout=BUSY_SECONDS):
             raise _Refused(503, "The model is busy with another text. Try again later.")
         try:
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.busy.release()
 
     def _request(self) -> Iterator[str]:
-        """The text in pieces, none of which has been generated yet."""
+        """Returns a generator of the text's pieces, which has not started yet."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MOST_BYTES:
             raise _Refused(413, f"Send at most {MOST_BYTES:,} bytes, and their number in Content-Length.")
@@ -121,13 +121,13 @@ class _Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError):
             raise _Refused(400, "The request is not JSON.") from None
         if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
-            raise _Refused(400, "The request needs a text named prompt.")
+            raise _Refused(400, "The request needs the field prompt, a text.")
         chosen = {name: values[name] for name in SETTINGS if name in values}
         prompt = values["prompt"].encode(errors="replace").decode()  # JSON can hold half of a character
         return self.server.model.stream(prompt, **chosen)
 
     def _stream(self, pieces: Iterator[str]) -> None:
-        started, tokens = time.perf_counter(), -1  # the last piece is a rest without a token
+        started, tokens = time.perf_counter(), -1  # the last piece is the remaining text, without a token
         self._head(200, "application/x-ndjson")
         try:
             for piece in pieces:
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(values).encode() + b"\n")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuses what http.server refuses, such as PUT, in the form of all refusals."""
+        """Answers requests that http.server refuses, such as PUT, in the same form as other refusals."""
         self._refuse(code, message or "The request is not HTTP.")
 
     def _refuse(self, status: int, message: str) -> None:
@@ -164,11 +164,11 @@ class _Handler(BaseHTTPRequestHandler):
 def main() -> None:
     parser = Parser(
         prog="python -m src.model_assessment.talk",
-        description="Show a page on this machine where a model continues what people write. Ctrl-C ends it. To see the "
-        "page of another machine: ssh -L 8000:127.0.0.1:8000 HOST.",
+        description="Serve a page on this machine where a model continues what people write. Ctrl-C ends it. To open "
+        "the page of another machine: ssh -L 8000:127.0.0.1:8000 HOST.",
     )
     parser.add_argument("--checkpoint", required=True, help="a run (folder or name), a step_* folder or an export")
-    parser.add_argument("--port", type=between(0, 65_535), default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument("--port", type=between(0, 65_535), default=8000, help="0 takes a free port (default: 8000)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     model = TextModel(args.checkpoint, args.device)
@@ -176,7 +176,7 @@ def main() -> None:
         address = f"http://{ADDRESS}:{server.server_port}/"
         say(f"Open {address} in a browser on this machine. Ctrl-C ends it.")
         print_result({"address": address, "checkpoint": str(model.path)})
-        sys.stdout.flush()  # a program that waits for the address
+        sys.stdout.flush()  # a program may be waiting for the address
         server.serve_forever()
 
 

@@ -1,6 +1,6 @@
-"""Views of a running training: TensorBoard, Weights & Biases, and report.html regenerated regularly.
+"""Views of a run during training: TensorBoard, Weights & Biases, and a regularly regenerated report.html.
 
-All are optional extras. One that fails is dropped with a warning, and training continues.
+All are optional. If one fails, it is dropped with a warning and training continues.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from src.utils.root import ROOT
 
 REPORT_SECONDS = 120.0  # between two reports, each of which takes a few seconds of one core at the lowest priority
 LAST_REPORT_SECONDS = 8.0  # how long the end of a run waits for its last report
-WANDB_START_SECONDS, WANDB_END_SECONDS = 30.0, 20.0  # a run must end although the network is gone
+WANDB_START_SECONDS, WANDB_END_SECONDS = 30.0, 20.0  # so that a run ends even if the network is down
 MEASURED = ("train", "validation", "hellaswag", "checkpoint")  # kinds of records that hold numbers
 
 
@@ -40,7 +40,7 @@ def require_packages(names: Iterable[str]) -> None:
 class Watching:
     """Feeds the trackers in `report_to` from `log` and regenerates report.html, until `close`.
 
-    Each start replays all of metrics.jsonl. So a tracker also has what was logged before it was requested, and after a
+    Each start replays all of metrics.jsonl. So a tracker also gets records from before it was requested, and after a
     resume from an earlier checkpoint TensorBoard has each step once. `settings`: the content of config.json. Processes
     other than the main one do nothing.
     """
@@ -48,7 +48,7 @@ class Watching:
     def __init__(self, log: RunLogger, report_to: Iterable[str], run_name: str, settings: dict[str, Any]) -> None:
         self._log = log
         self._trackers: dict[str, TensorBoard | WeightsAndBiases] = {}
-        self._samples: list[Record] = []  # of the step that is being sampled
+        self._samples: list[Record] = []  # of the current step
         self._report: subprocess.Popen[bytes] | None = None
         self._report_due = time.monotonic() + REPORT_SECONDS
         self._report_failed = False
@@ -67,7 +67,7 @@ class Watching:
             log.listeners.append(self._write)
 
     def refresh(self) -> None:
-        """Starts to regenerate report.html if it is time. Does not wait for it."""
+        """Starts regenerating report.html if it is due. Does not wait for it."""
         if not self._is_open or time.monotonic() < self._report_due or (self._report and self._report.poll() is None):
             return
         if self._report and self._report.returncode and not self._report_failed:
@@ -76,25 +76,25 @@ class Watching:
             cause = f"exit code {self._report.returncode}"
             self._log.info(f"warning: Cannot regenerate report.html: {cause}. Run `{command}` to see why.")
         self._report_due = time.monotonic() + REPORT_SECONDS
-        with suppress(OSError):  # too many processes, say: the next one may succeed
+        with suppress(OSError):  # perhaps too many processes; the next attempt may succeed
             self._report = self._start_report()
 
     def close(self) -> None:
-        """Closes the trackers and brings an existing report.html up to date. A second call does nothing."""
+        """Closes the trackers and updates an existing report.html. A second call does nothing."""
         if not self._is_open:
             return
         self._is_open = False
         self._write_samples()
         self._each(lambda tracker: tracker.close())
         if self._report:
-            self._report.kill()  # it would overwrite the last one
+            self._report.kill()  # it would overwrite the last report
             self._report.wait()
         if (self._log.run_dir / "report.html").exists():
             with suppress(OSError, subprocess.TimeoutExpired):
                 self._start_report().wait(LAST_REPORT_SECONDS)
 
     def _write(self, record: Record) -> None:
-        """Sends a record to the trackers. Samples are kept until those of their step are together."""
+        """Sends a record to the trackers. Samples are kept until their step is complete."""
         if self._samples and (record["kind"], record["step"]) != ("sample", self._samples[0]["step"]):
             self._write_samples()
         if record["kind"] == "sample":
@@ -126,13 +126,13 @@ class Watching:
             self._log.info(f"warning: Cannot report to {name}: {cause}. Training continues; see metrics.jsonl.")
 
     def _start_report(self) -> subprocess.Popen[bytes]:
-        # A separate process, because drawing takes seconds of CPU and must never crash training. Ctrl-C does not reach
-        # it in its own session.
+        # A separate process, because drawing takes seconds of CPU and could crash. In a separate session, Ctrl-C does
+        # not reach it.
         command = ["nice", "-n", "19", sys.executable, "-m", "src.model_assessment.report"]
         quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         run_dir = str(self._log.run_dir.absolute())
         env = outside_environment() | {"OMP_NUM_THREADS": "1"}
-        env.pop("PYTHONSAFEPATH", None)  # it finds its module in the folder it runs in
+        env.pop("PYTHONSAFEPATH", None)  # it looks for its module in the current folder
         return subprocess.Popen([*command, run_dir], cwd=ROOT, env=env, start_new_session=True, **quiet)
 
 
@@ -142,8 +142,8 @@ class TensorBoard:
     def __init__(self, run_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Purging from step 0 makes TensorBoard forget what earlier starts wrote. Their files stay: an open TensorBoard
-        # would not find its way from a deleted file to the next.
+        # Purging from step 0 makes TensorBoard forget what earlier starts wrote. Their files stay, because an open
+        # TensorBoard does not continue from a deleted file to the next.
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=0, flush_secs=5)
 
     def numbers(self, record: Record, values: dict[str, float]) -> None:
@@ -151,7 +151,7 @@ class TensorBoard:
             self._writer.add_scalar(name, value, record["step"], walltime=record.get("time"))
 
     def texts(self, record: Record, rows: list[tuple[str, str]]) -> None:
-        # TensorBoard renders Markdown. Indented by four, every line is code, whatever it holds.
+        # TensorBoard renders Markdown. Indented by four, every line is code, whatever it contains.
         lines = [line for row in rows for line in [*" | ".join(row).splitlines(), ""]]
         markdown = "\n".join(f"    {line}" for line in lines)
         self._writer.add_text("samples", markdown, record["step"], walltime=record.get("time"))
@@ -161,13 +161,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run at Weights & Biases. Without a key it is kept in the run's folder wandb, for `wandb sync`."""
+    """A run at Weights & Biases. Without a key, it is stored in the run's folder wandb for `wandb sync`."""
 
     def __init__(self, run_dir: Path, run_name: str, settings: dict[str, Any], say: Callable[[str], None]) -> None:
         import wandb
 
         self._wandb = wandb
-        # By its id wandb recognises this run folder after a resume, even at another place.
+        # With this id, wandb recognises the run folder after a resume, even if it was moved.
         id_file = run_dir / "wandb" / "id.txt"
         id_file.parent.mkdir(exist_ok=True)
         if not id_file.exists():

@@ -16,7 +16,7 @@ from src.lm_loss import linear_losses
 from src.model import LLM
 from src.utils.handle_ddp import ALONE, Processes
 
-BLOCKS = 32  # gives the standard error to some 12%
+BLOCKS = 32  # gives the standard error to about 12%
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ValidationResult:
     """Mean negative log-likelihood per token, nats."""
     perplexity: float
     bits_per_byte: float
-    """Bits per byte of the text: comparable between tokenizers."""
+    """Loss in bits per byte of text, which is comparable between tokenizers."""
     tokens: int
     """Predicted tokens."""
     stderr: float | None
@@ -58,7 +58,7 @@ def validate(
         between_batches(first * procs.world_size)
         numbers = local[first : first + batch_size]
         if not numbers:
-            continue  # other processes have one window more
+            continue  # other processes have one more window
         batch_BT = torch.from_numpy(np.stack([dataset[number] for number in numbers]).astype(np.int64)).to(device)
         targets_N = batch_BT[:, 1:].flatten()
         losses_N = linear_losses(model.hidden(batch_BT[:, :-1]).flatten(0, 1), model.head.weight, targets_N)
@@ -81,8 +81,8 @@ def validate(
 def standard_error(window_losses: Sequence[float]) -> float | None:
     """Standard error, nats, of the mean loss of successive windows, or of the mean difference of two models' losses.
 
-    It comes from the spread of at most BLOCKS means of neighbours, which come from the same documents and have similar
-    losses. The spread of single windows would give an error too small by a factor of 2 (LOG.md). None for one window.
+    It is computed from the means of at most BLOCKS blocks of neighbouring windows, because neighbours come from the
+    same documents and have similar losses. Single windows would give half the error (LOG.md). None for one window.
     """
     blocks = [part.mean() for part in np.array_split(window_losses, min(BLOCKS, len(window_losses)))]
     return float(np.std(blocks, ddof=1) / math.sqrt(len(blocks))) if len(blocks) > 1 else None
@@ -91,7 +91,7 @@ def standard_error(window_losses: Sequence[float]) -> float | None:
 def unigram_entropy(dataset: WindowDataset, n_windows: int) -> float:
     """Entropy, in nats per token, of the frequencies of the tokens that `validate` predicts.
 
-    A model that ignores the context cannot have a lower loss on them.
+    A model that ignores the context cannot reach a lower loss on them.
     """
     targets = np.concatenate([dataset[number][1:] for number in range(n_windows)])
     counts = np.bincount(targets)

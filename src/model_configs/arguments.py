@@ -1,4 +1,4 @@
-"""The parsers of command lines: of a preset with settings, and of all other commands."""
+"""Command-line parsers: one for a preset with settings, one for all other commands."""
 
 import argparse
 import ast
@@ -19,10 +19,10 @@ _REAL = re.compile(r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]{1,3})
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that refuses an unknown option with those that may be meant."""
+    """An ArgumentParser that suggests similar options for an unknown one."""
 
     also: Collection[str] = ()
-    """Options that the command takes out before it parses."""
+    """Options that the command removes before parsing."""
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with the remedy that fits argparse's `message`."""
@@ -50,14 +50,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def overridden(config: Config, arguments: Sequence[str], prog: str, about: str, also: Collection[str] = ()) -> Config:
-    """Returns `config` with the settings that `arguments` override. `also`: as in Parser; `about`: for its help.
+    """Returns `config` with the settings that `arguments` override. `also`: see Parser; `about`: its description.
 
     Raises UserError for a setting that does not exist, and ConfigError listing all values that cannot work.
     """
     parser = Parser(prog=prog, usage=f"{prog} [--SETTING VALUE ...]", description=about, allow_abbrev=False)
     parser.also = also
     _add_options(parser, config)
-    # Either spelling will do. argparse takes -1e-3 for an option, unless it is joined to the one before.
+    # Both - and _ are accepted. argparse takes -1e-3 for an option unless "=" joins it to the previous argument.
     arguments = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), each) for each in arguments]
     for place in range(len(arguments) - 1, 0, -1):
         if arguments[place][:1] == "-" and _REAL.fullmatch(arguments[place]) and arguments[place - 1][:2] == "--":
@@ -70,7 +70,7 @@ def overridden(config: Config, arguments: Sequence[str], prog: str, about: str, 
 
 
 def whole_number(text: str) -> int | None:
-    """The whole number that `text` gives, as 1000, 1_000 or 1e3; None for anything else."""
+    """The whole number that `text` spells, such as 1000, 1_000 or 1e3; None for anything else."""
     if re.fullmatch("[-+]?[0-9]{1,400}", text):
         return int(text)
     if not _REAL.fullmatch(text) or not abs(value := float(text)) <= MAX_TOKENS or not value.is_integer():
@@ -79,14 +79,14 @@ def whole_number(text: str) -> int | None:
 
 
 def whole(text: str) -> int:
-    """Returns the whole number that `text` gives, for argparse. Raises ArgumentTypeError."""
+    """Returns the whole number that `text` spells, for argparse. Raises ArgumentTypeError."""
     if (value := whole_number(text)) is None:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number")
     return value
 
 
 def between(low: float, high: float) -> Callable[[str], Any]:
-    """Returns a type for argparse: numbers from `low` to `high`, whole ones if `low` is."""
+    """Returns a type for argparse: numbers from `low` to `high`, only integers if `low` is one."""
 
     def convert(text: str) -> float:
         value = whole_number(text) if isinstance(low, int) else float(text) if _REAL.fullmatch(text) else None
@@ -128,7 +128,7 @@ def _add_options(parser: Any, group: Any, prefix: str = "--") -> None:
 
 
 def _value(text: str, kind: Any) -> Any:
-    """The value of this type that `text` stands for; else `text`, which the checks of Config refuse."""
+    """Converts `text` to this type. If it cannot, returns `text`, which Config's checks then refuse."""
     kinds = get_args(kind) or (kind,)
     if text == "None" and NoneType in kinds:
         return None
@@ -138,7 +138,6 @@ def _value(text: str, kind: Any) -> Any:
 
 
 def _similar(name: str, options: Collection[str], command: str) -> str:
-    """Names the options that may be meant."""
     wanted = name.lstrip("-").rpartition(".")[2]
     last = {option: option.lstrip("-").rpartition(".")[2] for option in options}
     similar = [option for option in options if last[option] == wanted]

@@ -1,7 +1,7 @@
 """The presets, and the command line that overrides any of their fields.
 
-On two cores `debug` takes minutes and `laptop` some 21; `lf_llm_269m` is the published recipe. A preset
-also tells the launcher what text it trains on by default and how many processes it takes.
+On two cores `debug` takes minutes and `laptop` about 21; `lf_llm_269m` is the published recipe. A preset also tells the
+launcher its default source of text and number of processes.
 """
 
 import sys
@@ -20,9 +20,9 @@ class Preset:
 
     make: Callable[[], Config]
     source: str
-    """The launcher prepares the dataset from this source by default; a name in text_sources.SOURCES."""
+    """Default source of the dataset, a name in text_sources.SOURCES."""
     processes: Literal["one", "gpus"]
-    """Processes that the launcher starts by default: one, or one per GPU of the machine."""
+    """Default number of processes: one, or one per GPU of the machine."""
 
     def __call__(self) -> Config:
         return self.make()
@@ -31,8 +31,8 @@ class Preset:
 def config_from_command_line(description: str, prog: str = "python pretrain.py", also: Collection[str] = ()) -> Config:
     """Returns the Config that sys.argv describes: the name of a preset, then overrides of any field.
 
-    `prog` is the command's name in its help, `also`: options that it has taken out already. Raises UserError or
-    ConfigError for a preset or setting that cannot work.
+    `prog`: the command's name in its help. `also`: options that it has already removed from sys.argv. Raises UserError
+    or ConfigError for a preset or setting that cannot work.
     """
     first, names = (sys.argv[1:] or ["--"])[0], ", ".join(PRESETS)
     if first.partition("=")[0] == "--preset":
@@ -56,12 +56,12 @@ FAST_OPTIM = OptimConfig(
     min_lr_ratio=0.0,
     warmup_ratio=0.05,
 )
-# In some hundred steps the embedding learns best at a higher rate (LOG.md). Full runs keep the cited one.
+# In a few hundred steps the embedding learns best at a higher rate (LOG.md). Full runs keep the cited one.
 SHORT_OPTIM = replace(FAST_OPTIM, embedding_lr=1e-2)
 
 
 def fast_model(shape: ModelConfig) -> ModelConfig:
-    """Return `shape` as the class of transformers' Qwen3, with no dropout and projections that start at zero."""
+    """Returns `shape` with the architecture of transformers' Qwen3, no dropout and projections that start at zero."""
     return replace(shape, bias=False, qk_norm=True, zero_init=True, residual_dropout=0.0, ffn_dropout=0.0)
 
 
@@ -90,7 +90,7 @@ def debug() -> Config:
 
 
 def laptop() -> Config:
-    """A small model on your own text, in some 21 minutes on two cores. More train.total_tokens make it better."""
+    """A small model on your own text, in about 21 minutes on two cores. More train.total_tokens make it better."""
     return Config(
         run_name="laptop",
         model=fast_model(ModelConfig(n_ctx=512, n_embd=256, n_head=4, n_layer=6)),
@@ -115,8 +115,8 @@ def laptop() -> Config:
 def lf_llm_269m() -> Config:
     """The published recipe: 10B tokens of FineWeb-Edu, 524,288 a step, on 8 GPUs of 80 GB.
 
-    The defaults of the dataclasses are this recipe's values, except eval.val_tokens, which is a quarter of it.
-    Checkpoints are saved more often than the recipe's five; those five are kept for good.
+    The defaults of the dataclasses are this recipe's values, except eval.val_tokens: a quarter of the recipe's.
+    Checkpoints are saved more often than the recipe's five; those five are never pruned.
     """
     return Config(
         run_name="lf_llm_269m",

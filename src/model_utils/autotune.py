@@ -1,6 +1,6 @@
 """Choices that a run makes before its first step: how many sequences per micro-batch, and whether to compile.
 
-The run's checkpoints hold the choice, and a resumed run takes it over, so that its results stay bit-identical.
+The run's checkpoints store the choices, and a resumed run keeps them, so that its results stay bit-identical.
 """
 
 import os
@@ -30,23 +30,23 @@ from src.utils.errors import UserError
 from src.utils.files import existing_folder
 from src.utils.handle_ddp import Processes, processes_here
 
-# Shares of memory that a micro-batch "auto" leaves free: on a GPU for what PyTorch does not allocate, such as NCCL's
-# buffers; on a CPU for all other programs.
+# Shares of memory that the micro-batch "auto" leaves free: on a GPU for memory that PyTorch does not allocate, such as
+# NCCL's buffers; on a CPU for other programs.
 SPARE_GPU, SPARE_CPU = 0.03, 0.5
 
 
 class CompiledForward(nn.Module):
     """`model(inputs_BT, targets_BT)` with its blocks and the loss's softmax compiled, for batches of one shape.
 
-    The compiling happens at the first batch. All blocks share the code of one, so it takes a fraction of the time of
-    compiling the whole model. `model` itself stays eager, so validation and sampling compile nothing.
+    The first batch compiles. All blocks share the code of one, so this takes a fraction of the time for the whole
+    model. `model` itself stays eager, so validation and sampling compile nothing.
     """
 
     def __init__(self, model: LLM, backend: str | Callable[..., Any] = "inductor") -> None:
         super().__init__()
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-        # Else PyTorch cuts a graph that it compiles inside DDP at the borders of gradient buckets. A block is small
-        # enough for gradients to travel while the backward pass of the next one runs.
+        # Otherwise PyTorch splits a graph compiled inside DDP at the borders of gradient buckets. A block is small
+        # enough that its gradients are sent during the backward pass of the next one.
         torch._dynamo.config.optimize_ddp = False
         config, device = model.config, model.embedding.weight.device
         rope_tables(config.n_ctx, config.head_dim, config.rope_theta, device)  # tracing must find them in the cache
@@ -72,8 +72,8 @@ def settle(
 ) -> tuple[Config, nn.Module, list[str]]:
     """`config` without "auto", the module that computes the training loss, and notes for the log.
 
-    `was` are the settings `train` of the checkpoint that the run resumes from. `say` announces what takes long. All
-    processes call this together. Raises UserError where not even one sequence fits, or the model cannot be compiled.
+    `was`: the `train` settings of the checkpoint that the run resumes from. `say` announces slow actions. All
+    processes call this together. Raises UserError if not even one sequence fits, or the model cannot be compiled.
     """
     forward: nn.Module = model
     size, why = config.train.micro_batch_size, "as set"
@@ -82,9 +82,9 @@ def settle(
     is_on, reason = _compile(config, was, procs)
     config = replace(config, train=replace(config.train, micro_batch_size=size, compile="on" if is_on else "off"))
     if is_on:
-        say("compiling the model, which takes up to a minute; a request to stop is heard afterwards")
+        say("compiling the model, which takes up to a minute; a request to stop takes effect afterwards")
         forward, started = CompiledForward(model), time.perf_counter()
-        if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # each process starts so many more
+        if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # each rank starts this many processes
             torch._inductor.config.compile_threads = max(1, min(32, available_cores() // processes_here()))
         compile_now = partial(_compile_now, forward, config, precision, procs.device)
         procs.together(lambda: compile_now() if procs.is_machines_first else None)  # fills the cache for the others
@@ -98,7 +98,7 @@ def settle(
 
 @contextmanager
 def out_of_memory_explained(procs: Processes) -> Iterator[None]:
-    """Turns PyTorch's error in the block into a UserError: restarting the same command would not help."""
+    """Turns PyTorch's out-of-memory error in the block into a UserError, because a restart would not help."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -150,7 +150,7 @@ def _micro_batch_size(
 
 
 def _fits(model: LLM, precision: torch.dtype, procs: Processes, size: int) -> bool:
-    """True if a micro-batch of `size` fits. On a GPU this is tried out; elsewhere it is estimated."""
+    """True if a micro-batch of `size` fits: tested on a GPU, estimated elsewhere."""
     device, has_ddp = procs.device, procs.world_size > 1
     if device.type != "cuda":
         needed = estimate_memory(Step(model.config, size, precision.itemsize, device.type, 1 + has_ddp)).total
@@ -158,7 +158,7 @@ def _fits(model: LLM, precision: torch.dtype, procs: Processes, size: int) -> bo
     fits = True
     try:
         total = torch.cuda.get_device_properties(device).total_memory
-        # Stands for AdamW's moments, 8 bytes per parameter, DDP's buckets, 4 bytes, and what is to stay free.
+        # Stands for AdamW's moments (8 bytes per parameter), DDP's buckets (4 bytes), and memory that stays free.
         held = (12 if has_ddp else 8) * count_parameters(model) + int(SPARE_GPU * total)
         room = torch.empty(held, dtype=torch.uint8, device=device)
         for _ in range(2):  # the second pass runs while the gradients of the first exist
@@ -166,7 +166,7 @@ def _fits(model: LLM, precision: torch.dtype, procs: Processes, size: int) -> bo
         del room
     except torch.OutOfMemoryError:
         fits = False
-    model.zero_grad()  # only here, because the error kept the tensors of its pass alive
+    model.zero_grad()  # only here, because inside `except` the error keeps the tensors of its pass alive
     torch.cuda.empty_cache()
     return fits
 
@@ -189,7 +189,7 @@ def _compile_now(forward: nn.Module, config: Config, precision: torch.dtype, dev
         _one_pass(forward, config.model, config.micro_batch_size, precision, device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # PyTorch's compilers fail in many ways, and wrap the error of a backend
+    except Exception as error:  # PyTorch's compilers fail in many ways and wrap a backend's error
         cause = getattr(error, "inner_exception", error)
         lines = (str(cause) or type(cause).__name__).strip().splitlines()
         line = lines[-1 if lines[0].endswith(":") else 0]  # a traceback from a worker process ends with the error

@@ -1,4 +1,4 @@
-"""Checkpoints saved during training, and the disk they will need.
+"""Saving checkpoints during training, and the disk space they need.
 
 The training loop waits for a copy of the tensors; a thread writes and verifies them.
 """
@@ -26,7 +26,7 @@ from src.utils.handle_ddp import outside_environment
 
 Parts = dict[str, dict[str, torch.Tensor]]
 
-# How long the end of a run waits for the command after the last save; after a stop, whose time is often short, less.
+# How long the end of a run waits for the command after the last save. Less after a stop, which often has a time limit.
 AFTER_SAVE_SECONDS, AFTER_STOP_SECONDS = 600.0, 30.0
 _HEADER_BYTES = 140  # of a tensor in a safetensors file: name, type, shape and place
 _SMALL_FILES_BYTES = 12_000  # a process's random states, state.json and manifest.json
@@ -38,25 +38,25 @@ MAKE_ROOM = (
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is on the disk and was read back whole."""
+    """A checkpoint on disk, verified by reading it back."""
 
     path: Path
     step: int
     bytes: int
     seconds: float
-    """Time until the last check passed; older checkpoints are removed after that."""
+    """Time until the last check passed. Older checkpoints are removed after that."""
     held_up_seconds: float
-    """The training loop's wait: for the save before, and for the copy."""
+    """The training loop's wait for the previous save and for the copy."""
 
 
 class CheckpointSaver:
     """Saves and prunes under `root`, a run's checkpoints folder, one save at a time. For one process only.
 
-    Holds a second copy of all it saves in the machine's memory, page-locked where it comes from a GPU.
+    Keeps a copy of the saved tensors in CPU memory, page-locked if they come from a GPU.
     """
 
     def __init__(self, root: Path, settings: CheckpointConfig, before: Callable[[], None] = lambda: None) -> None:
-        """`before` runs in the thread ahead of each save."""
+        """`before` runs in the saving thread before each save."""
         self.root, self.settings, self.before = root, settings, before
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Saved] | None = None
@@ -64,9 +64,9 @@ class CheckpointSaver:
         self._copies: Parts = {}
 
     def start(self, step: int, parts: Parts, state: dict[str, Any]) -> list[Saved]:
-        """Copies `parts`, file name to tensors, and starts to save them with `state` as the checkpoint of `step`.
+        """Copies `parts` (file name to tensors) and starts saving them with `state` as the checkpoint of `step`.
 
-        Waits for the save before it; returns and raises as `wait`. A step that has a checkpoint is left alone.
+        First waits for the previous save; returns and raises like `wait`. Does nothing if the step has a checkpoint.
         """
         started = time.perf_counter()
         saved = self.wait()
@@ -87,15 +87,15 @@ class CheckpointSaver:
         return self.wait() if self._saving is not None and self._saving.done() and not self.failed else []
 
     def wait(self) -> list[Saved]:
-        """Waits for the save under way; returns it, unless it was returned before.
+        """Waits for the current save and returns it, unless it was returned before.
 
-        Raises StorageError where it could not be written, NonFiniteError where it held numbers that are not finite.
+        Raises StorageError if it could not be written, NonFiniteError if it held infinities or NaN.
         """
         saving, self._saving = self._saving, None
         return [] if saving is None else [saving.result()]
 
     def close(self) -> None:
-        """Waits for the save under way and ignores its result."""
+        """Waits for the current save and ignores its result."""
         self._pool.shutdown()
 
     def _copy(self, parts: Parts) -> None:
@@ -116,8 +116,8 @@ class CheckpointSaver:
             f"{part}: {name}"
             for part, tensors in self._copies.items()
             for name, tensor in tensors.items()
-            # Not torch's isfinite: it would start a second team of OpenMP threads, and with more threads than cores
-            # the teams stop spinning between operations. Every later step of a small model took 15 to 20% longer.
+            # Not torch.isfinite, which would start a second team of OpenMP threads. With more threads than cores, the
+            # teams stop spinning between operations: every later step of a small model took 15 to 20% longer.
             if tensor.is_floating_point() and not np.isfinite(tensor.numpy()).all()
         ]
         if bad:
@@ -126,7 +126,7 @@ class CheckpointSaver:
                 f"{bad[0]}. Earlier ones are untouched. Restart with a lower --optim.max-lr or a longer "
                 "--optim.warmup-steps under another --run-name."
             )
-        self.before()  # here, in the thread: the loop must not wait for a slow disk
+        self.before()  # here, in the thread, so that the loop does not wait for a slow disk
         size = checkpoint_utils.save_checkpoint(self.root, step, self._copies, state)
         self._verified.add(step)
         seconds = held_up + time.perf_counter() - started
@@ -137,32 +137,32 @@ class CheckpointSaver:
 class AfterSave:
     """Runs the user's command after each save, one at a time; training waits for it only at the end.
 
-    A save that ends while the command runs is served after that; of several, only the newest.
+    If saves end while the command runs, it runs again afterwards, for the newest save only.
     """
 
     def __init__(self, command: str, run_dir: Path, warn: Callable[[str], None]) -> None:
         self.command, self.run_dir, self.warn = command, run_dir, warn
         self._next: Saved | None = None
         self._thread: Thread | None = None
-        self._warnings: list[str] = []  # of the thread, for the log, which only the loop writes
+        self._warnings: list[str] = []  # from the thread, for the log, which only the loop writes
 
     def add(self, saves: list[Saved]) -> None:
-        """Takes note of new saves, which `poll` serves."""
+        """Queues the newest save for `poll`."""
         if saves and self.command:
             self._next = saves[-1]
 
     def poll(self) -> None:
-        """Logs the warnings of commands that ended, and starts one for the newest save if none runs."""
+        """Logs the warnings of finished commands, and starts one for the newest save if none is running."""
         while self._warnings:
             self.warn(self._warnings.pop(0))
         if self._next and not self._runs():
-            # A daemon, because a command that hangs must not hold the run.
+            # A daemon, so that a command that hangs cannot keep the run from ending.
             self._thread = Thread(target=self._serve, args=(self._next,), daemon=True)
             self._next = None
             self._thread.start()
 
     def close(self, seconds: float) -> None:
-        """Waits for the commands of all saves, at most `seconds`. One that still runs then is left alone."""
+        """Waits up to `seconds` for the commands of all saves. One that still runs then is left running."""
         end = time.monotonic() + seconds
         self.poll()
         if self._runs():
@@ -171,7 +171,7 @@ class AfterSave:
             self._thread.join(end - time.monotonic())
             self.poll()
         if self._runs():
-            self.warn("warning: the command after the save still runs; it is left alone")
+            self.warn("warning: the command after the save still runs; it is left running")
 
     def _runs(self) -> bool:
         return bool(self._thread and self._thread.is_alive())
@@ -181,7 +181,7 @@ class AfterSave:
         options: dict[str, Any] = {"cwd": self.run_dir, "env": outside_environment() | names}
         options |= {"stdin": subprocess.DEVNULL, "stdout": 2}  # stderr; stdout is for results
         try:
-            # A separate session: Ctrl-C and a stop of the run's processes do not cut a copy short.
+            # A separate session, so that Ctrl-C and a stop of the run don't interrupt a copy.
             code = subprocess.call(["sh", "-c", self.command], start_new_session=True, **options)
         except (OSError, ValueError) as error:
             self._warnings.append(f"warning: Cannot start the command after the save: {error}. Training continues.")
@@ -192,20 +192,20 @@ class AfterSave:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Roughly the bytes of one checkpoint: float32 weights, the optimizer's moments of each, and small files."""
+    """Approximate bytes of one checkpoint: float32 weights, the optimizer's moments, and small files."""
     with torch.device("meta"):
         weights = dict(LLM(config.model).named_parameters())
     has_muon = config.optim.optimizer == "muon"
     tensors = sum(w.nbytes * (2 if has_muon and is_hidden_matrix(name) else 3) for name, w in weights.items())
-    # a header for each weight, two moments and a count of steps
+    # Headers for each weight, its two moments and its step count.
     return tensors + 4 * len(weights) * _HEADER_BYTES + _SMALL_FILES_BYTES
 
 
 def checkpoints_need(config: Config, root: Path) -> int:
     """Bytes that the run will need under `root`, its checkpoints folder, in addition to those there now.
 
-    The most it will ever hold at once, including the one being written, less what it holds now: checkpoints that will
-    be pruned on the way are not needed again. Those that it sets aside, to resume from an earlier step, stay.
+    The maximum that the folder will hold at once, including the checkpoint being written, minus what it holds now.
+    Checkpoints that the run sets aside, to resume from an earlier step, stay.
     """
     size, resume, every = checkpoint_bytes(config), config.resume, config.checkpoint.every_steps
     now = {step: bytes_below(step_dir(root, step)) for step in checkpoint_steps(root) if resume != "never"}
@@ -216,7 +216,7 @@ def checkpoints_need(config: Config, root: Path) -> int:
     planned += [config.total_steps] if start < config.total_steps else []
     if not planned:
         return 0
-    # The number held never falls from one save to the next, but at the first, if fewer are to be kept than before.
+    # Each save leaves at least as many as before, except the first one if the run is to keep fewer than until now.
     before, last, multiple = [*now, *planned[:-1]], config.checkpoint.keep_last, config.checkpoint.keep_every_steps
     kept = [step for step in before[:-last] if multiple and step % multiple == 0] + before[-last:]
     more_at_last_save = sum(now.get(step, size) for step in kept) + size - sum(now.values())
@@ -225,8 +225,8 @@ def checkpoints_need(config: Config, root: Path) -> int:
 
 
 def refuse_full_disk(config: Config, run_dir: Path) -> None:
-    """Raises StorageError where the checkpoints that the run will hold cannot fit on the disk of `run_dir`."""
-    root = run_dir / "checkpoints"  # which may be a link to another disk, or a disk
+    """Raises StorageError if the run's checkpoints cannot fit on the disk of `run_dir`."""
+    root = run_dir / "checkpoints"  # may be a mount point or a link to another disk
     needed, free = checkpoints_need(config, root), free_bytes(root)
     if needed > free:
         raise StorageError(

@@ -1,9 +1,9 @@
 """Checkpoints: named tensors and plain data <-> a directory that can be verified.
 
 `checkpoints/step_0000050/` holds safetensors files, state.json, and manifest.json with the size and sha256 of each. The
-hashes are computed from memory, so they also reveal what a disk changed. A save writes into `step_0000050.tmp-<pid>`,
-syncs every file, writes the manifest last, renames, reads everything back from the disk, and only then removes older
-checkpoints. A directory under its final name is never written again. Nothing here is unpickled.
+hashes are computed from memory, so they also reveal changes by the disk. A save writes into `step_0000050.tmp-<pid>`,
+syncs every file, writes the manifest last, renames, reads everything back from disk, and only then removes older
+checkpoints. A directory under its final name is never written to again. Nothing here is unpickled.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _LEFTOVER = re.compile(r"step_[0-9]{7,}\.(tmp|removed)-[0-9]+")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every file agreed with its manifest."""
+    """An opened checkpoint; `open_checkpoint` also verifies its files."""
 
     path: Path
     step: int
@@ -38,7 +38,7 @@ class Checkpoint:
     """The plain data of state.json."""
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of `name`.safetensors, mapped from the file; raises UserError where they cannot be read."""
+        """The tensors of `name`.safetensors, mapped from the file. Raises UserError if they cannot be read."""
         try:
             return load_file(self.path / f"{name}.safetensors")
         except (OSError, SafetensorError) as error:
@@ -51,9 +51,9 @@ def step_dir(root: Path, step: int) -> Path:
 
 
 def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> int:
-    """Saves `parts`, file name to tensors, and `state` as the checkpoint of `step`; returns its bytes.
+    """Saves `parts` (file name to tensors) and `state` as the checkpoint of `step`; returns its bytes.
 
-    When it returns, the checkpoint is on the disk and was read back whole. Raises StorageError.
+    When it returns, the checkpoint is on disk and has been verified by reading it back. Raises StorageError.
     """
     final = step_dir(root, step)
     temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
@@ -61,7 +61,7 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
         temporary.mkdir(parents=True)
         files = {f"{name}.safetensors": _write_tensors(temporary, name, tensors) for name, tensors in parts.items()}
         files["state.json"] = _write_json(temporary / "state.json", {"step": step, **state})
-        _write_json(temporary / "manifest.json", {"step": step, "files": files})  # last: without it nothing counts
+        _write_json(temporary / "manifest.json", {"step": step, "files": files})  # last: it makes the checkpoint valid
         sync(temporary)  # the names of the files, before the folder gets its own
         os.rename(temporary, final)
         sync(root)
@@ -81,14 +81,14 @@ def save_checkpoint(root: Path, step: int, parts: dict[str, dict[str, torch.Tens
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in `path`, a step_* directory, after verifying every file; raises UserError naming the bad one."""
+    """The checkpoint in `path`, a step_* directory, with every file verified. Raises UserError naming a bad file."""
     if problem := damage(path):
         raise UserError(f"Cannot use the checkpoint {path}: {problem}.")
     return read_unverified(path)
 
 
 def read_unverified(path: Path) -> Checkpoint:
-    """The checkpoint in `path`, whose tensors may be damaged; raises UserError for a damaged state.json."""
+    """The checkpoint in `path`; its tensors may be damaged. Raises UserError for a damaged state.json."""
     try:
         state = read_json(path / "state.json")
     except OSError as error:
@@ -101,8 +101,8 @@ def read_unverified(path: Path) -> Checkpoint:
 def newest_checkpoint(root: Path, remedy: str = "") -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint under `root` that verifies, and the damage of each newer one.
 
-    None where `root` holds no checkpoint. Raises UserError where it holds some and none verifies: starting over in
-    silence would hide the loss. `remedy`: an alternative to restoring one, for the message.
+    None if `root` holds no checkpoint. Raises UserError if it holds some but none verifies, because silently starting
+    over would hide the loss. `remedy`: an alternative to restoring one, for the message.
     """
     rejected = []
     for step in reversed(checkpoint_steps(root)):
@@ -124,7 +124,7 @@ def newest_checkpoint(root: Path, remedy: str = "") -> tuple[Checkpoint | None, 
 def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
     """The checkpoint that `--checkpoint` names: a step_* directory, or a run directory's newest good one.
 
-    Also returns the damage of newer ones. Raises UserError where none can be used.
+    Also returns the damage of newer ones. Raises UserError if none can be used.
     """
     if STEP_NAME.fullmatch(path.name) and os.path.exists(path):
         return open_checkpoint(path), []
@@ -142,7 +142,7 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def checkpoint_steps(root: Path) -> list[int]:
-    """The steps that have a directory under `root`, whole or not, in order."""
+    """The steps that have a directory under `root`, damaged or not, in order."""
     if not root.is_dir():
         return []
     with storage_errors(root, "read"):
@@ -152,7 +152,7 @@ def checkpoint_steps(root: Path) -> list[int]:
 def prune(root: Path, keep_last: int, keep_every_steps: int, verified: set[int]) -> None:
     """Removes all but the newest `keep_last` checkpoints and the multiples of `keep_every_steps`, if that is not 0.
 
-    Keeps more where fewer than two would verify. Adds to `verified`, the steps known to verify, those it had to read.
+    Keeps more if fewer than two of them verify. `verified`: steps known to verify; those that it had to read are added.
     """
     steps = checkpoint_steps(root)
     doomed = [step for step in steps[:-keep_last] if not (keep_every_steps and step % keep_every_steps == 0)]
@@ -183,16 +183,16 @@ def remove_leftovers(root: Path) -> list[str]:
 def damage(path: Path, from_disk: bool = False) -> str | None:
     """The first problem of the checkpoint directory `path`, or None if every file verifies.
 
-    `from_disk`: as in `fingerprint`. Raises StorageError for a file that may not be read, which is not damage.
+    `from_disk`: see `fingerprint`. Raises StorageError for missing read permission, which is not damage.
     """
     name = "manifest.json"
     try:
         manifest = read_json(path / name)
         files = {file: (entry["bytes"], entry["sha256"]) for file, entry in manifest["files"].items()}
         if not _is_step_of(path, step := manifest["step"]):
-            return f"it holds step {repr(step)[:80]}, another than its name says"
+            return f"it holds step {repr(step)[:80]}, but its name says otherwise"
         for name, (size, sha256) in files.items():
-            # A file elsewhere may change or vanish without this folder.
+            # A file outside this folder may change or vanish.
             if not lies_in(path, name):
                 return f"manifest.json lists {name!r}, which is not in this folder"
             actual = fingerprint(path / name, from_disk)
@@ -210,7 +210,7 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
         return f"{name}: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{name} is damaged ({cause_of(error)})"
-    # A resume would use unlisted files unverified. Bounded by the files listed, as the number may be a lie of billions.
+    # A resume would use unlisted files without verifying them. `min`, because a wrong number could be billions.
     ranks = [f"rank_{rank:05d}.safetensors" for rank in range(min(n_processes, len(files)))]
     needed = ["state.json", "model.safetensors", *(["optimizer.safetensors"] if n_processes else []), *ranks]
     missing = next((file for file in needed if file not in files), None)
@@ -218,13 +218,13 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
 
 
 def _is_step_of(path: Path, step: Any) -> bool:
-    """True for the number of a step that the folder `path` may hold."""
+    """True if `step` is a valid step number and matches the folder's name."""
     match = STEP_NAME.fullmatch(path.name)
     return type(step) is int and 0 <= step <= MAX_STEPS and (not match or match[1] == f"{step:07}")
 
 
 def _wrong_claim(path: Path, state: dict[str, Any]) -> str | None:
-    """The first entry of a state.json that later code could not use, as after a change by hand."""
+    """Describes the first entry of a state.json that later code could not use, such as one edited by hand."""
     step, processes = state.get("step", -1), state.get("world_size", 1)
     progress = state.get("progress", {})
     is_dict = isinstance(progress, dict)
@@ -241,11 +241,11 @@ def _wrong_claim(path: Path, state: dict[str, Any]) -> str | None:
     }
     if wrong := next((name for name, good in is_good.items() if not good), ""):
         return f"{wrong} = {repr(state.get(wrong))[:80]} cannot be that of {path.name}"
-    needed = ("config", "dataset_sha256", "precision", "progress", "world_size")  # by a resume
+    needed = ("config", "dataset_sha256", "precision", "progress", "world_size")  # for a resume
     if missing := [name for name in needed if name not in state] if "progress" in state else []:
         return f"it lacks {missing[0]}"
     try:
-        # Only what decides the run's length: limits of other settings may be narrower than when it was saved.
+        # Only the settings that determine the run's length: other limits may be stricter than when it was saved.
         deciding = {name: state["config"][name] for name in ("model", "train") if name in state.get("config", {})}
         if "config" in state and step > (total := from_dict(deciding).total_steps):
             return f"step = {step} is beyond the {total} of its run"
@@ -255,9 +255,9 @@ def _wrong_claim(path: Path, state: dict[str, Any]) -> str | None:
 
 
 def _write_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, int | str]:
-    """Writes `name`.safetensors in `folder`, onto the disk; returns the fingerprint that it should have.
+    """Writes and syncs `name`.safetensors in `folder`; returns the fingerprint that it should have.
 
-    Only the header, which gives each tensor's place, is read from the file. Raises OSError, SafetensorError.
+    Only the header, which has each tensor's offsets, is read from the file. Raises OSError, SafetensorError.
     """
     path = folder / f"{name}.safetensors"
     save_file(tensors, path)
@@ -271,7 +271,7 @@ def _write_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor]) ->
     layout = json.loads(header)
     layout.pop("__metadata__", None)
     digest, size = hashlib.sha256(length + header), len(length) + len(header)
-    # The file's order, which is not that of `tensors`: safetensors puts wide types first.
+    # In the file's order, which differs from that of `tensors`: safetensors puts wide types first.
     for key in sorted(layout, key=lambda key: layout[key]["data_offsets"]):
         content = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.update(content.data)
@@ -280,7 +280,7 @@ def _write_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor]) ->
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> dict[str, int | str]:
-    """Writes `content`, onto the disk; returns the fingerprint that the file should have."""
+    """Writes and syncs `content`; returns the fingerprint that the file should have."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
     sync(path)

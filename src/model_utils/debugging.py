@@ -1,4 +1,4 @@
-"""Numbers about a model, and a recording of training steps to find out where their time goes."""
+"""A model's parameter count and FLOPs, and a profiler for training steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ WARM_UP_STEPS = 2  # not recorded: the first one allocates, and may compile
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters of `model`. A shared one counts once."""
+    """Number of parameters. A shared one counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -25,17 +25,17 @@ def flops_per_token(config: ModelConfig, n_parameters: int) -> int:
 
     6 N: each parameter multiplies and adds once in the forward pass and twice in the backward pass. The embedding's
     lookup is free, but its weight is the head's matmul, so it counts once.
-    12 L D T: the two attention matmuls over the full context, as in appendix B of the PaLM paper
-    (https://arxiv.org/abs/2204.02311). Causal masking would halve them, but MFU is usually given without that.
+    12 L D T: the two attention matmuls over the full context (PaLM paper, appendix B,
+    https://arxiv.org/abs/2204.02311). Causal masking would halve them, but MFU is usually reported without that.
     """
     return 6 * n_parameters + 12 * config.n_layer * config.n_embd * config.n_ctx
 
 
 @contextmanager
 def profiler(steps: int, first_step: int, log: RunLogger) -> Iterator[torch.profiler.profile | None]:
-    """PyTorch's profiler for `steps` steps in the main process, else None. The caller calls its `step` after each step.
+    """Yields PyTorch's profiler in the main process, else None. The caller calls its `step` after each step.
 
-    Writes a trace for ui.perfetto.dev and a table of the slowest operators into the run's folder `profile`.
+    After `steps` steps, writes a trace for ui.perfetto.dev and a table of the slowest operators to RUN/profile.
     """
     if not steps or not log.is_main:
         yield None
@@ -52,7 +52,7 @@ def profiler(steps: int, first_step: int, log: RunLogger) -> Iterator[torch.prof
 
 
 def _write(folder: Path, first_step: int, log: RunLogger, recording: torch.profiler.profile) -> None:
-    last = first_step + recording.step_num  # earlier than requested where the run ends before
+    last = first_step + recording.step_num  # earlier than requested if the run ends before that
     name = f"steps_{first_step + WARM_UP_STEPS + 1:07d}_to_{last:07d}"
     trace = folder / f"{name}.json.gz"
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
@@ -61,7 +61,7 @@ def _write(folder: Path, first_step: int, log: RunLogger, recording: torch.profi
         recording.export_chrome_trace(str(trace))
         table = recording.key_averages().table(sort_by=order, row_limit=30)
         (folder / f"{name}.txt").write_text(table, encoding="utf-8")
-    except Exception as error:  # a profile that cannot be written is not worth the run
+    except Exception as error:  # a profile that cannot be written does not end the run
         log.info(f"warning: Cannot write the profile in {folder}: {cause_of(error)}")
     else:
         log.info(f"profile: open {trace} at ui.perfetto.dev; {name}.txt lists the slowest operators")

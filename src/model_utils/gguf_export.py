@@ -16,7 +16,7 @@ from src.model_utils.llama_format import HEAD, XIELU, architecture, llama_tensor
 from src.params import ModelConfig
 from src.utils.errors import StorageError, UserError
 
-# Names of a matrix's type and of a file's, and the most rounding relative to a matrix's largest number.
+# Name of the matrix type, name of the file type, and the largest rounding error relative to a matrix's largest number.
 _TYPES = {
     "float32": ("F32", "ALL_F32", 0.0),
     "bf16": ("BF16", "MOSTLY_BF16", 2**-8),
@@ -50,10 +50,10 @@ def write_gguf(
     merges: list[str],
     dtype: str,
 ) -> None:
-    """Writes our named parameters `weights` to `path` as the model `name`, and compares what it reads back.
+    """Writes our named parameters `weights` to `path` as the model `name`, reads the file back and compares.
 
-    `dtype` is that of matrices; vectors are float32, as llama.cpp requires. `tokens` end with the end-of-text token.
-    Raises OSError, and StorageError if the file does not hold the model.
+    `dtype` is for matrices; vectors are float32, because llama.cpp requires it. `tokens` end with the end-of-text
+    token. Raises OSError, and StorageError if the file does not hold the model.
     """
     import gguf
 
@@ -81,7 +81,7 @@ def write_gguf(
 def _metadata(config: ModelConfig, tokens: list[str], merges: list[str], dtype: str) -> dict[str, Any]:
     import gguf
 
-    # Ids of the model that the tokenizer never uses get names that no text contains.
+    # Ids that the tokenizer never uses get names that no text contains.
     unused = [f"<|unused_{i}|>" for i in range(len(tokens), config.n_vocab)]
     kinds = [gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL]
     kind = architecture(config).lower()
@@ -115,7 +115,7 @@ def _metadata(config: ModelConfig, tokens: list[str], merges: list[str], dtype: 
 
 
 def _tensors(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns the weights by their names in GGUF. Without a head, llama.cpp takes the embedding, except for Apertus."""
+    """Returns the weights by GGUF names. Without a head, llama.cpp uses the embedding, except for Apertus."""
     import gguf
 
     kind = architecture(config).lower()
@@ -125,8 +125,8 @@ def _tensors(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str,
         if (llama_name == HEAD and kind != "apertus") or ".act_fn." in llama_name:
             continue
         if kind == "llama" and (".q_proj." in llama_name or ".k_proj." in llama_name):
-            # In a Llama, llama.cpp rotates dimension 2i with 2i + 1, and we i with i + K/2 of a head's K. Interleaving
-            # the rows of both projections maps one to the other and leaves every product of query and key as it was.
+            # In a Llama, llama.cpp rotates dimension 2i with 2i + 1, we rotate i with i + K/2 (head dimension K).
+            # Interleaving the rows of both projections maps one to the other and keeps every query-key product.
             halves = tensor.unflatten(0, (config.n_head, 2, config.head_dim // 2))
             tensor = halves.transpose(1, 2).flatten(0, 2)
         tensors[str(names.get_name(llama_name, try_suffixes=(".weight", ".bias")))] = tensor.numpy()
@@ -136,7 +136,7 @@ def _tensors(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str,
 def _differences(
     reader: Any, metadata: dict[str, Any], tensors: dict[str, np.ndarray], rounding: float
 ) -> Iterator[str]:
-    """Yields the names of fields and tensors that a file does not hold as given, up to the matrices' `rounding`."""
+    """Yields the names of fields and tensors that differ from those given, beyond the matrices' `rounding`."""
     import gguf
 
     for key, value in metadata.items():

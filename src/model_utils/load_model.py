@@ -27,13 +27,13 @@ class LoadedModel:
     model: LLM
     """In eval mode, on `device`."""
     config: Config
-    """The run's."""
+    """The run's settings."""
     path: Path
     """The step_* directory or exported folder."""
     step: int
-    """0 where unknown."""
+    """0 if unknown."""
     dataset_sha256: str
-    """Of the training dataset's manifest; empty where unknown."""
+    """Hash of the training dataset's manifest; "" if unknown."""
     device: torch.device
     precision: torch.dtype
     """The dtype of matmuls: bfloat16 or float32."""
@@ -43,12 +43,12 @@ class LoadedModel:
 
 
 def load_model(checkpoint: str | Path, device: str = "auto", weights: str = "float32") -> LoadedModel:
-    """Loads a run directory (its newest good checkpoint), a step_* directory or a Hugging Face folder.
+    """Loads a run directory (its newest good checkpoint), a step_* directory or an exported folder.
 
-    `weights` is one of WEIGHT_DTYPES, as in `convert_weights`.
+    `weights` is one of WEIGHT_DTYPES, see `convert_weights`.
 
     A bare name means a run under temp_data/runs, or else a folder here; ./NAME always means a folder. Raises UserError
-    for one that is missing, damaged or of another architecture.
+    if it is missing, damaged or of another architecture.
     """
     config, tensors, path, step, dataset_sha256 = _read(checkpoint)
     chosen = choose_device(device)
@@ -80,9 +80,9 @@ def _option(name: str, value: Any) -> str:
 
 
 def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, assign: bool = False) -> None:
-    """Loads weights, named as in `model.named_parameters()`. Copies them, or with `assign` makes them the parameters.
+    """Loads weights, named like `model.named_parameters()`. Copies them, or with `assign` makes them the parameters.
 
-    Raises UserError before any change where names or shapes differ.
+    Raises UserError, before any change, if names or shapes differ.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -98,7 +98,7 @@ def load_weights(model: LLM, tensors: dict[str, torch.Tensor], origin: object, a
 def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtype:
     """Converts `model` in place to `kind`, one of WEIGHT_DTYPES, and returns the dtype to call it in.
 
-    "auto" means bf16 where `precision` is bfloat16; "float32" keeps the weights, called in `precision`.
+    "auto" means bf16 if `precision` is bfloat16. "float32" keeps the weights and returns `precision`.
     """
     if kind == "float32" or (kind == "auto" and precision == torch.float32):
         return precision
@@ -107,9 +107,9 @@ def convert_weights(model: LLM, kind: str, precision: torch.dtype) -> torch.dtyp
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with its weight in oneDNN's order, for sampling in bf16 on CPUs. O outputs, I inputs.
+    """A linear layer with its weight in oneDNN's layout, for sampling in bf16 on CPUs. O outputs, I inputs.
 
-    F.linear to the bit, for inference only. F.linear reorders a bf16 weight every time, 40% of a token's time.
+    Bit-identical to F.linear, for inference only. F.linear reorders a bf16 weight at each call, 40% of a token's time.
     """
 
     weight_OI: torch.Tensor
@@ -125,9 +125,9 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replaces every nn.Linear in `model` by a PackedLinear where oneDNN can: bfloat16 on a CPU with bf16 kernels.
+    """Replaces every nn.Linear in `model` by a PackedLinear if oneDNN can: bfloat16 on a CPU with bf16 kernels.
 
-    A weight shared with an embedding is then kept twice. The model can no longer be trained, saved or moved.
+    A weight shared with an embedding is then stored twice. The model can no longer be trained, saved or moved.
     """
     weight = next(model.parameters())
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
@@ -152,7 +152,7 @@ def _read(checkpoint: str | Path) -> Read:
         )
     found, rejected = find_checkpoint(path)
     for reason in rejected:
-        say(f"warning: passed over a damaged checkpoint: {reason}")
+        say(f"warning: skipped a damaged checkpoint: {reason}")
     config, sha256 = from_dict(found.state["config"]), found.state.get("dataset_sha256", "")
     return config, found.tensors("model"), found.path, found.step, sha256
 

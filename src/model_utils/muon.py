@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# Each triple is an odd polynomial a s + b s^3 + c s^5 of the singular values; all in turn bring those between 0.001 and
-# 1 near 1 (Polar Express, Amsel et al. 2025, https://arxiv.org/abs/2505.16932).
+# Each triple is an odd polynomial a s + b s^3 + c s^5 of the singular values. Applied in turn, they bring values from
+# 0.001 to 1 close to 1 (Polar Express, Amsel et al. 2025, https://arxiv.org/abs/2505.16932).
 _POLYNOMIALS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -20,22 +20,22 @@ _POLYNOMIALS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-_SAFETY = 1.02  # rounding in bf16 must not lift a singular value above 1, where the polynomials diverge
+_SAFETY = 1.02  # keeps bf16 rounding from lifting a singular value above 1, where the polynomials diverge
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay. For hidden matrices only.
 
-    An update is scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is AdamW's and both can share
-    rates (Liu et al. 2025, https://arxiv.org/abs/2502.16982). Each of several processes orthogonalises its share of the
-    matrices and receives the others; all must call `step` together, with the same gradients.
+    An update is scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square matches AdamW's and both can share
+    learning rates (Liu et al. 2025, https://arxiv.org/abs/2502.16982). Each process orthogonalises its share of the
+    matrices and receives the others. All processes call `step` together, with the same gradients.
     """
 
     def __init__(self, parameters: Mapping[nn.Parameter, int], momentum: float, weight_decay: float) -> None:
-        """`parameters` gives the number of equal blocks of rows of each one; each block is a matrix by itself.
+        """`parameters` maps each one to its number of equal row blocks, each of which is treated as a matrix.
 
         A projection that computes queries, keys and values together has three. Raises ValueError for a parameter that
-        is not a matrix or does not divide into its blocks.
+        is not a matrix or is not divisible into its blocks.
         """
         for parameter, blocks in parameters.items():
             if parameter.dim() != 2 or len(parameter) % blocks:
@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
     def flops(self) -> int:
-        """Return the floating-point operations of orthogonalising all matrices once, as bf16 does it."""
+        """Return the floating-point operations of orthogonalising all matrices once, by the method for bf16."""
         total = 0
         for parameter, blocks in self._blocks.items():
             R, C = sorted((len(parameter) // blocks, parameter.shape[1]))
@@ -83,14 +83,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(updates_NRC: torch.Tensor) -> torch.Tensor:
-    """Return U V^T of each matrix U S V^T, nearly: singular values above 0.001 of the norm become 0.9 to 1.1.
+    """Return approximately U V^T of each matrix U S V^T: singular values above 0.001 of the norm become 0.9 to 1.1.
 
-    bf16 on CUDA, where it is fast, else in the given dtype; R <= C. A matrix of zeros stays one.
+    Computes in bf16 on CUDA, where it is fast, else in the given dtype. R <= C. A zero matrix stays zero.
     """
     X = updates_NRC.bfloat16() if updates_NRC.is_cuda else updates_NRC
-    # The norm is at least the largest singular value. The minimum keeps a matrix of zeros, and is far below any other.
+    # The norm is at least the largest singular value. The minimum, far below any other norm, keeps a zero matrix zero.
     X = X / (torch.linalg.matrix_norm(X, keepdim=True) * _SAFETY).clamp(min=1e-30)
-    if X.shape[2] >= 2 * X.shape[1] and X.dtype != torch.bfloat16:  # which would lose the squares of small values
+    if X.shape[2] >= 2 * X.shape[1] and X.dtype != torch.bfloat16:  # bf16 would lose the squares of small values
         # Half the work for wide matrices: Q X for a symmetric Q that commutes with X X^T, so that only two products
         # have C columns.
         G = X @ X.mT
@@ -109,11 +109,11 @@ def orthogonalize(updates_NRC: torch.Tensor) -> torch.Tensor:
 
 
 def _orthogonal_updates(gradients_and_means: list[tuple[torch.Tensor, torch.Tensor]], momentum: float) -> torch.Tensor:
-    """Return the orthogonalised Nesterov updates (N, R, C), the work shared among the processes of a group if any."""
+    """Return the orthogonalised Nesterov updates (N, R, C). The processes of a group, if any, share the work."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     count = len(gradients_and_means)
     share = -(-count // world_size)
-    # A process makes the updates of its share only. The last ones may have fewer and fill up with zeros.
+    # Each process computes only its share. The last ones may have fewer matrices and are padded with zeros.
     own_NRC = gradients_and_means[0][0].new_zeros(share, *gradients_and_means[0][0].shape)
     for own, (gradient, mean) in zip(own_NRC, gradients_and_means[rank * share :], strict=False):
         own.copy_(gradient.lerp(mean, momentum))

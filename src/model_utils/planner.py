@@ -1,4 +1,4 @@
-"""Estimates of a run before it costs money: parameters, work, memory, time, dollars, disk.
+"""Estimates of a run before it costs money: parameters, FLOPs, memory, time, dollars, disk.
 
     python -m src.model_utils.planner PRESET [--gpu a100-80g --gpus 8 --price-per-gpu-hour 1.8] [overrides]
     python -m src.model_utils.planner PRESET --sweep --gpus 8 --price-per-gpu-hour a100-80g=1.8,h100-80g=2.9
@@ -39,8 +39,8 @@ from src.utils.files import size_text
 from src.utils.hardware import PEAK_BF16_TFLOPS, choose_device, choose_precision
 
 REFERENCE_MFU = 0.32  # from its log: 43.3k tokens/s per A100 with 8 of them
-# Memory that estimates leave out, as a share of them: CUDA context, NCCL, fragmentation. From the only measurement: the
-# reference's step took 72 GB (LOG.md).
+# Memory missing from the estimates, as a share of them: CUDA context, NCCL, fragmentation. From the only measurement:
+# the reference's step took 72 GB (LOG.md).
 UNCOUNTED = 0.2
 COUNTS = (1, 2, 4, 8, 16)  # of GPUs, in a sweep of one kind
 NODE = 8  # GPUs, in a sweep of all kinds
@@ -49,7 +49,7 @@ TOKEN_BYTES = 2
 
 @dataclass(frozen=True)
 class GPU:
-    """One model of GPU, from its maker's data sheet. Those without bf16 matrix units are left out."""
+    """A GPU model, from the maker's data sheet. GPUs without bf16 matrix units are left out."""
 
     memory_gb: float
     tflops: float
@@ -79,11 +79,11 @@ class Cost(NamedTuple):
 
 
 def step_of(config: Config, micro_batch_size: int, world_size: int, kind: str = "cuda") -> Step:
-    """The run's step with this micro-batch. Raises ConfigError where the processes cannot share the batch evenly."""
+    """The run's step with this micro-batch. Raises ConfigError if the processes cannot share the batch evenly."""
     sized = replace(config, train=replace(config.train, micro_batch_size=micro_batch_size))
     accumulates = sized.grad_accumulation_steps(world_size) > 1
     itemsize = FLOAT32 if config.train.precision == "float32" else 2
-    # A micro-batch "auto" is tried uncompiled (autotune.py), which takes more memory.
+    # The micro-batch "auto" is tested uncompiled (autotune.py), which takes more memory.
     is_compiled = kind == "cuda" and config.train.compile != "off" and config.train.micro_batch_size != "auto"
     return Step(
         config.model,
@@ -107,12 +107,12 @@ def largest_fit(config: Config, gpu: GPU, count: int) -> int:
 
 
 def usable_bytes(gpu: GPU) -> int:
-    """The part of its memory that an estimate may fill."""
+    """The part of the GPU's memory that an estimate may fill."""
     return int((1 - SPARE_GPU) * gpu.memory_gb * 1e9 / (1 + UNCOUNTED))
 
 
 def cost(config: Config, gpu: GPU, count: int, mfu: float = REFERENCE_MFU, price: float | None = None) -> Cost:
-    """Tokens per second = GPUs x peak x MFU / FLOPs per token, with Muon's share, and what follows from it.
+    """Speed, time and price. Tokens per second = GPUs x peak x MFU / FLOPs per token, including Muon's.
 
     `price`: dollars per GPU-hour; None for no estimate of the cost.
     """
@@ -125,14 +125,14 @@ def cost(config: Config, gpu: GPU, count: int, mfu: float = REFERENCE_MFU, price
 
 
 def optimizer_flops(config: Config) -> int:
-    """Return the work of Muon in a step, over all processes, which share it. AdamW's is only memory traffic."""
+    """FLOPs of Muon in a step, summed over the processes that share them. AdamW's cost is only memory traffic."""
     with torch.device("meta"):
         optimizers = build_optimizers(LLM(config.model), config.optim)
     return sum(optimizer.flops() for optimizer in optimizers if isinstance(optimizer, Muon))
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Parameters, work and disk, which are the same on any machine."""
+    """Parameters, FLOPs and disk, which are the same on any machine."""
     parameters, _ = parameter_counts(config.model)
     tokens, flops = config.total_steps * config.train.batch_tokens, flops_per_token(config.model, parameters)
     no_run = Path(os.devnull) / "checkpoints"  # a folder that cannot hold checkpoints of an earlier start
@@ -200,7 +200,7 @@ def _step_numbers(step: Step, accumulation: int, memory: Memory) -> dict[str, An
 
 
 def sweep(config: Config, prices: dict[str, float | None], counts: Sequence[int], mfu: float) -> list[dict[str, Any]]:
-    """One row per kind in `prices` and count: the largest micro-batch and the cost; 0 and None where nothing fits.
+    """One row per kind in `prices` and count: the largest micro-batch and the cost; 0 and None if nothing fits.
 
     Raises ConfigError for a count that cannot share the batch.
     """
@@ -230,7 +230,7 @@ def main() -> int:
     else:
         result |= plan_here(config)
     say("\n".join(_lines(result)))
-    print_result(result)  # its words are on stderr
+    print_result(result)  # the text is on stderr
     return EXIT_DONE
 
 
@@ -247,10 +247,10 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     if args.gpu and args.price_per_gpu_hour and not args.price_per_gpu_hour[args.gpu]:
         parser.error(f"--price-per-gpu-hour has no price of {args.gpu}; add {args.gpu}=DOLLARS")
     config = config_from_command_line(
-        "Estimate what a run takes. Options in addition to the overrides: --gpu NAME and --gpus N, where to train "
+        "Estimate the memory, time and cost of a run. Options in addition to the overrides: --gpu NAME and --gpus N "
         f"({', '.join(GPUS)}); --mfu SHARE of the GPU's peak, by default the reference's {REFERENCE_MFU}; "
-        "--price-per-gpu-hour also as a100-80g=1.8,h200=3.5; --sweep, a line for each kind of GPU, or with --gpu for "
-        "each number. Exit codes: 0 done, 2 the run cannot work.",
+        "--price-per-gpu-hour, one price or a100-80g=1.8,h200=3.5; --sweep, a line for each kind of GPU, or with --gpu "
+        "for each number. Exit codes: 0 done, 2 the run cannot work.",
         prog="python -m src.model_utils.planner",
         also=parser._option_string_actions,
     )
@@ -267,13 +267,13 @@ def _prices(text: str) -> dict[str, float | None]:
             raise argparse.ArgumentTypeError(f"{error}, for all kinds, or GPU=DOLLARS,GPU=DOLLARS") from None
     for name, _, value in (part.partition("=") for part in text.lower().split(",")):
         if name not in GPUS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a GPU in GPU=DOLLARS; choose of {', '.join(GPUS)}")
+            raise argparse.ArgumentTypeError(f"{name!r} is not a GPU in GPU=DOLLARS; choose from {', '.join(GPUS)}")
         prices[name] = dollars(value)
     return prices
 
 
 def _lines(result: dict[str, Any], indent: str = "") -> Iterator[str]:
-    """One line per number, below its group; a sweep's rows are a table."""
+    """One line per number, under its group; a sweep becomes a table."""
     for name, value in result.items():
         label = indent + name.replace("_bytes", "").replace("_", " ")
         if isinstance(value, dict):

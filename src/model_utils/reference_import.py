@@ -1,8 +1,8 @@
-"""Make a run of a checkpoint file of the reference implementation, which every command then opens like ours.
+"""Turn a checkpoint file of the reference implementation into a run, which every command then opens like ours.
 
-The file is a pickled dict: model_state_dict, hParams (an instance of its class src.params.HParams), step, and more
-that is left out. PyTorch's weights-only unpickler reads it as plain data: that class is replaced by the empty one
-below, and any other class or function is refused.
+The file is a pickled dict: model_state_dict, hParams (an instance of its class src.params.HParams), step, and other
+entries that are ignored. PyTorch's weights-only unpickler reads it as plain data: the empty class below replaces that
+class, and any other class or function is refused.
 """
 
 import time
@@ -49,20 +49,20 @@ _PARTS = {  # the reference's name of a part: ours
     "ffn.net.0": "ffn.in_proj",
     "ffn.net.3": "ffn.out_proj",
 }
-_HEAD = "out_proj.weight"  # saved next to the embedding, whose weight it shares
+_HEAD = "out_proj.weight"  # saved in addition to the embedding, whose weight it shares
 
 
 class _HParams:
-    """Stands in for the reference's class. A file's values become its attributes."""
+    """Replaces the reference's class. A file's values become its attributes."""
 
 
 def read_reference(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], int]:
     """Returns shape, float32 weights by our names and completed steps of the checkpoint in the file `path`.
 
-    Every tensor is checked, and nothing in the file is run. Raises UserError.
+    Checks every tensor and runs nothing in the file. Raises UserError.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would wait
             raise OSError("it is not a file")
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -78,18 +78,18 @@ def read_reference(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], in
         raise UserError(
             f"Cannot read {path}: {error.strerror or error}. Name a checkpoint file of torch.save."
         ) from None
-    except Exception as error:  # a file made to do harm may fail in any way
+    except Exception as error:  # a malicious file may fail in any way
         text = "; ".join(getattr(error, "problems", [])) or f"{type(error).__name__}: {error}"  # of a ConfigError
         reason = " ".join(text.removeprefix("ValueError: ").split())[:300]
         raise UserError(f"Cannot import {path}: {reason}. Use a checkpoint of the reference implementation.") from None
 
 
 def import_reference(path: Path, run_name: str) -> dict[str, Any]:
-    """Makes the run `run_name` of the file `path`, whole or not at all. Raises UserError and StorageError."""
+    """Turns the file `path` into the run `run_name`, completely or not at all. Raises UserError and StorageError."""
     run = run_dir(run_name)
     with new_folder(run) as folder:
         model, weights, step = read_reference(path)
-        # The recipe with the file's model and steps. The training data is unknown; no warm-up fits any number of steps.
+        # The recipe with the file's model and steps. The training data is unknown. No warm-up, which fits any length.
         recipe, imported = lf_llm_269m(), {"file": path.name, **fingerprint(path)}
         train = replace(recipe.train, batch_tokens=recipe.micro_batch_size * model.n_ctx, total_steps=max(step, 1))
         optim, data = replace(recipe.optim, warmup_steps=0), DataConfig(dir="unknown")
@@ -150,9 +150,9 @@ def _our_name(name: str) -> str:
 def main() -> int:
     parser = Parser(
         prog="python -m src.model_utils.reference_import",
-        description="Make a run of a checkpoint file of the reference implementation, for sampling, evaluation and "
-        "export. The file is read as data; nothing in it is run. Prints one JSON object as the last line, on a "
-        "terminal words.",
+        description="Turn a checkpoint file of the reference implementation into a run, for sampling, evaluation and "
+        "export. The file is read as data; nothing in it is run. Prints one JSON object as the last line, or text on "
+        "a terminal.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="the file, .pth")

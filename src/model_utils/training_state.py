@@ -1,4 +1,4 @@
-"""Everything a run must remember to resume as if it had never stopped, and the checkpoint it resumes from."""
+"""The state that a run needs to resume as if it had never stopped, and the checkpoint it resumes from."""
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -26,13 +26,13 @@ class Progress:
     """The position of a run in its schedule, and sums for the next training line."""
 
     step: int = 0
-    """Completed steps, the skipped ones included; decides which data come next."""
+    """Completed steps, including skipped ones; determines which data come next."""
     skipped_in_a_row: int = 0
     loss_sum: float = 0.0
-    """Over the steps since the last training line, as are the next two; skipped steps count in none."""
+    """This and the next two: over the steps since the last training line, without skipped ones."""
     loss_steps: int = 0
     seconds: float = 0.0
-    """In training steps; evaluations and saves don't count."""
+    """Time of training steps, without evaluations and saves."""
     recent_losses: list[float] = field(default_factory=list)
     """The spike guard's memory."""
 
@@ -53,7 +53,7 @@ class TrainingState:
     progress: Progress
 
     def parts(self, procs: Processes) -> dict[str, dict[str, torch.Tensor]]:
-        """The tensors of a checkpoint by file, not copied; all processes call it."""
+        """The tensors of a checkpoint by file, not copied. A collective: all processes call it."""
         random_state = {"cpu": torch.get_rng_state()}
         if procs.device.type != "cpu":
             random_state[procs.device.type] = torch.get_device_module(procs.device).get_rng_state()
@@ -76,9 +76,9 @@ class TrainingState:
         }
 
     def restore(self, checkpoint: Checkpoint, seed: int, procs: Processes) -> None:
-        """Takes over everything from the checkpoint, whose files only the main process reads.
+        """Restores everything from the checkpoint. Only the main process reads its files.
 
-        Dropout gets new seeds on another number of processes, and on a device whose random state was not saved.
+        Dropout gets new seeds if the number of processes changed, or if the device's random state was not saved.
         """
         state = checkpoint.state
         names = ["model", "optimizer", *(f"rank_{rank:05d}" for rank in range(state["world_size"]))]
@@ -86,8 +86,8 @@ class TrainingState:
         parts = procs.together(lambda: {name: checkpoint.tensors(name) for name in to_read})
         known = {field.name for field in fields(Progress)}
         self.progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
-        seed_random_state(seed, procs.rank, self.progress.step)  # replaced below where this process's state was saved
-        for name in names:  # of every rank: all processes receive each file, because receiving is collective
+        seed_random_state(seed, procs.rank, self.progress.step)  # replaced below if this process's state was saved
+        for name in names:  # of every rank: all processes receive each file, because the broadcast is collective
             tensors = procs.tensors_from_main(parts.get(name, {}))
             try:
                 if name == "model":
@@ -129,8 +129,8 @@ def resume_point(
 ) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint under `root` to resume from, or None, and notes on what was set aside or removed.
 
-    Raises UserError, and changes nothing, where the requested checkpoint or all of them are damaged or missing, or
-    where it belongs to another configuration. A precision of "auto" becomes the checkpoint's.
+    Raises UserError, and changes nothing, if the requested checkpoint or all of them are damaged or missing, or if it
+    belongs to another configuration. A precision of "auto" becomes the checkpoint's.
     """
     notes = []
     if config.resume == "auto":
@@ -152,9 +152,9 @@ def resume_point(
 
 
 def refuse_lost(root: Path) -> None:
-    """Raises UserError where the checkpoints folder `root` is empty although the run's log says that it saved some.
+    """Raises UserError if the checkpoints folder `root` is empty although the run's log says that it saved some.
 
-    A disk may not be mounted, or someone made room. Starting over would hide that and lose the log.
+    Perhaps a disk is not mounted, or someone deleted them. Starting over would hide that and lose the log.
     """
     log = RunLogger(root.parent, is_main=False)
     saved = max((step for kind, step in log.recorded() if kind == "checkpoint"), default=None)
@@ -175,9 +175,9 @@ def refuse_lost(root: Path) -> None:
 def check_settings(
     checkpoint: Checkpoint, config: Config, dataset_sha256: str | None = None, precision: str | None = None
 ) -> None:
-    """Raises UserError listing every setting that would change what the rest of the run computes.
+    """Raises UserError listing every setting that would change the results of the rest of the run.
 
-    Data and precision are compared where they are given.
+    Data and precision are compared if given.
     """
     state = checkpoint.state
     saved = _deciding(from_dict(state["config"]), state["dataset_sha256"], state["precision"])
@@ -194,9 +194,9 @@ def check_settings(
 
 
 def _cannot_change_length(checkpoint: Checkpoint, config: Config) -> str:
-    """The reason why a run cannot continue with another number of steps; "" where it has not mattered until now.
+    """The reason why a run cannot continue with another number of steps, or "".
 
-    It has not where every step so far would have had the same learning rate.
+    It can if every step so far would have had the same learning rate.
     """
     before, done = from_dict(checkpoint.state["config"]), checkpoint.step
     if config.total_steps < done:
@@ -211,14 +211,14 @@ def _cannot_change_length(checkpoint: Checkpoint, config: Config) -> str:
         earlier = f"Continue from before with --resume {steps[-1]}, or " if steps else ""
         train = f"{earlier or 'No checkpoint from before is kept: '}train a new run from these weights"
         return (
-            f"The learning rate fell from step {step} on, towards the end at step {before.total_steps}. {train} with "
+            f"The learning rate fell from step {step} on, for an end at step {before.total_steps}. {train} with "
             f"--init-from {before.run_name} --run-name OTHER. "
         )
     return ""
 
 
 def _deciding(config: Config, dataset_sha256: str, precision: str) -> dict[str, Any]:
-    """The settings that decide the losses of a run, by their names on the command line."""
+    """The settings that determine a run's losses, by their names on the command line."""
     groups = to_dict(config)
     settings = {f"{group}.{name}": value for group in ("model", "optim") for name, value in groups[group].items()}
     settings |= {f"train.{name}": groups["train"][name] for name in ("seed", "batch_tokens")}

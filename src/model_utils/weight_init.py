@@ -7,19 +7,19 @@ from torch import nn
 
 from src.params import ModelConfig
 
-MOST_OWN_LOGIT = 12.5  # reached at a width of 390; beyond it nothing was trained here
+MOST_OWN_LOGIT = 12.5  # reached at a width of 390; no wider model has been trained here
 
 
 def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fills the parameters in place, the same for a seed on every device and in every process.
+    """Fills the parameters in place, with the same values for a seed on every device and in every process.
 
     Embedding and input projections: N(0, 2 / (5 D)) ("small init", Nguyen & Salazar 2019,
     https://arxiv.org/abs/1910.05895). The two projections into the residual stream of each block:
     N(0, (1 / (sqrt(D) L))^2), so that the stream's variance doesn't grow with depth, or 0 with `zero_init`. Biases 0,
     gains 1.
 
-    With `zero_init` the head, which is the embedding, first gives each token its own logit D * std. That is at most
-    MOST_OWN_LOGIT, or a wide model would begin with a loss of D * std: 20 nats for D = 1,024.
+    With `zero_init` the head, which is the embedding, at first gives the input token itself a logit of D * std. That is
+    limited to MOST_OWN_LOGIT, or a wide model would begin with a loss of D * std: 20 nats for D = 1,024.
     """
     generator = torch.Generator().manual_seed(seed)
     std = math.sqrt(2 / (5 * config.n_embd))

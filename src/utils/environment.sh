@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the launchers with ROOT set. choose_python FILE: sets PYTHON to an interpreter that has the packages that FILE
-# pins. That is the active environment's if it has them, else that of .venv, which is made if necessary.
-say() { printf '%s\n' "$*" >&2 || true; } # a console that takes nothing ends no run
+# Sourced by the launchers with ROOT set. choose_python FILE sets PYTHON to an interpreter that has the packages pinned
+# in FILE: the active environment's if it has them, else that of .venv, which is created if necessary.
+say() { printf '%s\n' "$*" >&2 || true; } # a closed console does not end a run
 unset PYTHONSAFEPATH # python -m finds our modules in the folder it runs in
 
 _first_python() {
@@ -17,7 +17,7 @@ _first_python() {
     return 2
 }
 
-_missing() { # INTERPRETER FILE: prints the pins of FILE that it lacks, and fails if there are any
+_missing() { # INTERPRETER FILE: prints the pins of FILE that the interpreter lacks, and fails if there are any
     "$1" - "$ROOT/$2" <<'END'
 import os, sys
 from importlib.metadata import distributions
@@ -49,14 +49,14 @@ choose_python() {
     PYTHON=$venv/bin/python
     if command -v flock >/dev/null; then # several machines may share this folder
         exec 9>"$ROOT/.venv.lock"
-        flock --nonblock 9 || { say "environment: waiting for another launcher that makes .venv" && flock 9; }
+        flock --nonblock 9 || { say "environment: waiting for another launcher that creates .venv" && flock 9; }
     fi
     if [ -x "$PYTHON" ] && missing=$(_missing "$PYTHON" "$requirements"); then
         [ -n "${QUIET:-}" ] || say "environment: .venv has the packages of $requirements"
     else
         say "environment: installing $requirements into .venv, which takes minutes; missing: $missing"
         _install "$base cannot make $venv. On Debian and Ubuntu, install python3-venv." "$base" -m venv "$venv"
-        _install "pip cannot install $requirements, as it says above. Then start the same command again." \
+        _install "pip cannot install $requirements: its message is above. Fix that and rerun the same command." \
             "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$requirements"
     fi
     exec 9>&-

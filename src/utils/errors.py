@@ -26,7 +26,7 @@ EXIT_INTERRUPTED = 130  # Ctrl-C in a command that has nothing to save
 # A restart would end in the same way, or is not wanted.
 FINAL_CODES = (EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STORAGE, EXIT_BUSY, EXIT_STOPPED)
 
-CLEAR = "\r\x1b[K"  # on a terminal: empties the line
+CLEAR = "\r\x1b[K"  # clears a terminal's line
 
 
 class UserError(ValueError):
@@ -92,12 +92,12 @@ def exit_with(main: Callable[[], int | None]) -> None:
         elif not isinstance(error, PeerError):
             rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
             say(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}")
-    if path := os.environ.get("EXIT_CODE_FILE"):  # for the launcher: torchrun answers 1 whatever its processes said
+    if path := os.environ.get("EXIT_CODE_FILE"):  # for the launcher: torchrun itself exits with 1 after any failure
         with suppress(OSError), open(path, "a", encoding="ascii") as file:  # the disk may be full
             file.write(f"{code}\n")
     sys.stdout.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # gloo's threads take Python's lock once more, and abort a process that is shutting down (LOG.md).
+        # gloo's threads take the GIL again, and abort a process that is shutting down (LOG.md).
         os._exit(code)
     sys.exit(code)
 
@@ -105,7 +105,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
 def patient_streams() -> None:
     """Makes stdout and stderr drop what cannot be written and escape what their encoding lacks.
 
-    The disk behind them may be full, their terminal or pipe closed. The result of a program does not depend on that.
+    The disk behind them may be full, or their terminal or pipe closed. Neither may change a program's result.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -117,13 +117,13 @@ def patient_streams() -> None:
 class _Patient(io.FileIO):
     def write(self, data: Any) -> int:
         try:
-            return super().write(data) or len(data)  # None: a terminal that takes nothing now
+            return super().write(data) or len(data)  # None: a terminal that is blocked
         except OSError:
-            return len(data)  # kept, it would fail again at the interpreter's end, and change the exit code
+            return len(data)  # buffered data would fail again when the interpreter exits, and change the exit code
 
 
 def cause_of(error: BaseException) -> str:
-    """The cause of an error that a library or Python raised, without Python's own words."""
+    """The cause of an error that a library or Python raised, without Python's jargon."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
@@ -138,8 +138,8 @@ def cause_of(error: BaseException) -> str:
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of the Hugging Face hub's client: no answer, a refusal, nonsense, a proxy without a package."""
-    import httpx2  # takes a third of a second, and most commands don't use the hub
+    """Return the errors of the hub's client: no answer, a refusal, a malformed answer, a proxy without its package."""
+    import httpx2  # its import takes a third of a second, and most commands don't use the hub
 
     return httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError, ImportError
 
@@ -156,7 +156,7 @@ def hub_answers() -> bool:
 
 
 def connection_advice() -> str:
-    """Return what to do about a hub out of reach. Names the variable of the environment that is the likely cause."""
+    """Return advice for a hub that cannot be reached, naming the environment variable that is the likely cause."""
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         if value := os.environ.get(name):
             try:
@@ -196,9 +196,9 @@ def hub_reason(error: Exception) -> str:
 
 
 def recorded_exit_code() -> int | None:
-    """The exit code of a run by the codes in EXIT_CODE_FILE; None where no process left one.
+    """The exit code of a run, from the codes in EXIT_CODE_FILE; None if no process left one.
 
-    The first final code counts, because other processes may fail after that one ended; else an unexpected error.
+    The first final code counts, because its end may make other processes fail; otherwise the highest.
     """
     try:
         with open(os.environ.get("EXIT_CODE_FILE", ""), encoding="ascii") as file:
@@ -209,7 +209,7 @@ def recorded_exit_code() -> int | None:
 
 
 def harmless(text: str, keep: str = "") -> str:
-    """`text` with all escaped but `keep` that a terminal would act on: ESC, newlines, changes of direction."""
+    """Escapes the characters that a terminal would act on (ESC, newlines, text direction), except those in `keep`."""
     return "".join(
         char
         if char in keep or char.isprintable() or unicodedata.category(char) == "Zs"
@@ -219,7 +219,7 @@ def harmless(text: str, keep: str = "") -> str:
 
 
 def print_result(result: dict[str, Any], text: str = "") -> None:
-    """Prints a command's result on stdout: `text`, if any, on a terminal; elsewhere `result` as JSON, the last line."""
+    """Prints a command's result on stdout: `text`, if any, on a terminal; otherwise `result` as JSON, the last line."""
     if not sys.stdout.isatty():
         print(json.dumps(result))
     elif text:
@@ -227,14 +227,14 @@ def print_result(result: dict[str, Any], text: str = "") -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr, in place of a progress line if one stands there. Names inside it are made harmless."""
+    """Prints a line on stderr, over a progress line if there is one. Escapes control characters."""
     begin = CLEAR if sys.stderr.isatty() else ""
     sys.stderr.write(begin + harmless(line, keep="\n\t") + "\n")  # one call: other threads write too
     sys.stderr.flush()
 
 
 def now_and_then(every_seconds: float = 10.0) -> Callable[[str], None]:
-    """A `say` for progress, which drops lines that come within `every_seconds` of the last."""
+    """A `say` for progress that drops a line within `every_seconds` of the last one."""
     last = time.monotonic()
 
     def say_if_due(line: str) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO
 from src.utils.errors import BusyError, StoppedError, StorageError, UserError, say
 
 MAX_JSON_BYTES = 200_000_000  # a manifest of 100,000 shards has 30 MB
-PATIENCE_S = 20.0  # with a holder: one whose launcher was killed finishes its step, saves and ends
+PATIENCE_S = 20.0  # for another holder: if its launcher was killed, it still finishes its step and saves
 
 
 @contextmanager
@@ -41,13 +41,13 @@ def storage_errors(path: Path, action: str = "write", needed_bytes: int = 0) -> 
 
 @contextmanager
 def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
-    """A file that takes the name `path` once the block ends well: complete, and safe from a power cut.
+    """Yields a file that is renamed to `path` when the block succeeds: complete, and safe from a power cut.
 
-    Until then it is `path` with .tmp appended, which is removed after a failure. Raises StorageError.
+    Until then it is called `path` with .tmp appended; a failure removes it. Raises StorageError.
     """
     temporary = path.with_name(path.name + ".tmp")
     with storage_errors(path, needed_bytes=expected_bytes):
-        # Removed first and then created: opening a leftover link would empty the file that it points to.
+        # Removed and created again, because opening a leftover link would empty the file that it points to.
         with storage_errors(temporary, "remove"):
             temporary.unlink(missing_ok=True)
         try:
@@ -64,7 +64,7 @@ def replacing(path: Path, expected_bytes: int = 0) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that takes the name `path` once the block ends well, and is removed after a failure.
+    """Yields a folder that is renamed to `path` when the block succeeds and removed if it fails.
 
     Raises UserError if `path` exists, StorageError, and the block's errors.
     """
@@ -103,7 +103,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> IO[bytes]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, as of `parse_json`. Raises UserError, or OSError where it cannot be read."""
+    """The content of a JSON file. Raises UserError for what `parse_json` refuses, OSError if it cannot be read."""
     with open_regular(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     try:
@@ -115,8 +115,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(text: bytes) -> dict[str, Any]:
     """The content of a JSON object. Raises ValueError.
 
-    Also refuses what Python's parser accepts and later code stumbles over: NaN, numbers that no float can hold, lone
-    surrogates, great depth, and a key given twice, of which one value would be lost.
+    Also refuses what Python's parser accepts but later code cannot handle: NaN, numbers that no float can hold, lone
+    surrogates, deep nesting, and repeated keys, where one value would be lost.
     """
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
@@ -131,7 +131,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int | float:
-    # A float beyond 40 digits: Python refuses to parse, or to print, integers of thousands.
+    # A float beyond 40 digits: Python refuses to parse or print integers with thousands of digits.
     return int(digits) if len(digits) <= 40 else float(digits)
 
 
@@ -147,7 +147,7 @@ def existing_folder(path: Path) -> Path:
 
 
 def refuse_dangling(path: Path) -> None:
-    """Raises StorageError where `path` or a parent is a file, or a link to nothing, such as a disk not mounted."""
+    """Raises StorageError if `path` or a parent is a file or a dangling link, as to a disk that is not mounted."""
     for place in (path, *path.parents):
         if os.path.isfile(place):
             raise StorageError(f"Cannot use {place}: it is a file, not a folder. Move it away, or use another folder.")
@@ -158,7 +158,7 @@ def refuse_dangling(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the disk where `path` lies or would lie."""
+    """Free bytes on the disk that holds `path` or would hold it."""
     return shutil.disk_usage(existing_folder(path)).free
 
 
@@ -167,13 +167,13 @@ def bytes_below(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            with suppress(FileNotFoundError):  # removed meanwhile
+            with suppress(FileNotFoundError):  # removed by another process
                 total += os.lstat(os.path.join(parent, name)).st_size
     return total
 
 
 def check_writable(folder: Path) -> None:
-    """Writes and syncs a file in `folder`, of which nothing remains. Raises StorageError."""
+    """Writes, syncs and deletes a file in `folder`. Raises StorageError."""
     with storage_errors(folder, "write in"), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         file.write(b"x")
         os.fsync(file.fileno())
@@ -203,7 +203,7 @@ def fingerprint(path: Path, from_disk: bool = False) -> dict[str, int | str]:
 
 
 def identity(path: Path) -> dict[str, int]:
-    """Size, times and inode of a file: another content has others. Empty for a file that is gone."""
+    """Size, times and inode of a file, which change when its content does. Empty for a missing file."""
     with suppress(OSError):
         file = os.stat(path)
         times = {"mtime_ns": file.st_mtime_ns, "ctime_ns": file.st_ctime_ns}
@@ -235,7 +235,7 @@ def set_aside(path: Path) -> Path:
 def try_lock(file: IO) -> bool:
     """Locks an open file until it is closed or the process dies; False if another process holds it.
 
-    Raises StorageError where the file system has no locks.
+    Raises StorageError if the file system has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -258,7 +258,7 @@ def claimed(run_dir: Path, stop: Callable[[], object] = lambda: False) -> Iterat
         run_dir.mkdir(parents=True, exist_ok=True)
     check_writable(run_dir)
     with _locked(run_dir, os.O_CREAT, stop) as lock:
-        with suppress(OSError):  # a full disk may not hold the name, but the lock holds
+        with suppress(OSError):  # on a full disk the holder's name may be missing, but the lock works
             lock.truncate(0)
             os.pwrite(lock.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         yield
@@ -272,7 +272,7 @@ def refuse_claimed(run_dir: Path) -> None:
 
 
 def claim_file(run_dir: Path) -> Path:
-    """The lock file of `run_dir`; it names the holder. It lies outside the folder, so that this can be set aside."""
+    """The lock file of `run_dir`, which names the holder. It is outside the folder, so that the folder can be moved."""
     return run_dir.with_name(f".{run_dir.name}.lock")
 
 
@@ -280,12 +280,12 @@ def claim_file(run_dir: Path) -> Path:
 def _locked(run_dir: Path, flags: int = 0, stop: Callable[[], object] = lambda: False) -> Iterator[IO[bytes]]:
     path = claim_file(run_dir)
     with storage_errors(path, "open"):
-        # Without following a link, so that nothing is written to a file that it points to.
+        # O_NOFOLLOW, so that nothing is written to a file that a link points to.
         lock = open_regular(path, os.O_RDWR | os.O_NOFOLLOW | flags)
     with lock:
         deadline = time.monotonic() + PATIENCE_S
         if not try_lock(lock):
-            say(f"another process holds {run_dir}: waiting up to {PATIENCE_S:g} s for its end")
+            say(f"another process holds {run_dir}: waiting up to {PATIENCE_S:g} s for it to end")
         while not try_lock(lock):
             holder = os.pread(lock.fileno(), 1000, 0).decode(errors="replace") or "holder unknown"
             if stop():

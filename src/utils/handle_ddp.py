@@ -1,4 +1,4 @@
-"""The processes of a run: their ranks, and the decisions they take together.
+"""The processes of a run: their ranks, and the decisions they make together.
 
 A single process needs no launcher. Under torchrun, RANK numbers this process among all of them and decides its share of
 the data. LOCAL_RANK numbers it on its machine and decides its GPU.
@@ -20,7 +20,7 @@ from src.utils.errors import LostPeerError, PeerError, UserError
 from src.utils.hardware import choose_device
 from src.utils.stop_signals import end_at_once
 
-SIGN_SECONDS = 1.0  # between signs of life while one process works for long
+HEARTBEAT_SECONDS = 1.0  # during an action that may take hours
 
 _ended_groups: list[dist.ProcessGroup | None] = []
 
@@ -50,7 +50,7 @@ class Processes:
 
     @contextmanager
     def collective(self) -> Iterator[None]:
-        """Around anything that waits for other processes. Raises LostPeerError where one of them does not answer."""
+        """Wraps anything that waits for other processes. Raises LostPeerError if one of them does not answer."""
         try:
             yield
         except RuntimeError as error:
@@ -78,7 +78,7 @@ class Processes:
         return value / self.world_size
 
     def any(self, flag: bool) -> bool:
-        """True where `flag` is true in any process."""
+        """True if `flag` is true in any process."""
         return self.sum([float(flag)])[0] > 0
 
     def gather(self, value: T) -> list[T]:
@@ -91,7 +91,7 @@ class Processes:
         return values
 
     def from_main(self, value: T) -> T:
-        """The main process's value, in all of them."""
+        """Returns the main process's value in every process."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -100,7 +100,7 @@ class Processes:
         return values[0]
 
     def tensors_from_main(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The main process's tensors, on the CPU of all of them; the others' argument is ignored."""
+        """Returns the main process's tensors, on the CPU, in every process; the others' argument is ignored."""
         if self.world_size == 1:
             return tensors
         kinds = self.from_main({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
@@ -114,7 +114,7 @@ class Processes:
         return received
 
     def main_only(self, action: Callable[[], T], activity: str = "") -> T:
-        """Runs `action` in the main process, as `together_for_long`; all get its result. If it fails, all raise."""
+        """Runs `action` in the main process, like `together_for_long`. All get its result; if it fails, all raise."""
         return cast(T, self.from_main(self.together_for_long(lambda: action() if self.is_main else None, activity)))
 
     def together(self, action: Callable[[], T]) -> T:
@@ -139,7 +139,7 @@ class Processes:
     def together_for_long(self, action: Callable[[], T], activity: str = "") -> T:
         """Does the same as `together` for an action that may take hours, such as reading a dataset.
 
-        It runs in a thread. The processes exchange a sign of life every second, so the time-out of the process group
+        It runs in a thread. The processes exchange a heartbeat every second, so the time-out of the process group
         covers that second and not the action. A process that hangs is still noticed. `activity` names the action.
         """
         self.activity = activity or self.activity
@@ -153,26 +153,26 @@ class Processes:
             except BaseException as error:
                 job.set_exception(error)
 
-        Thread(target=work, name="work", daemon=True).start()  # a daemon: after a lost peer nobody waits for it
-        while self.any(not wait([job], SIGN_SECONDS).done):
+        Thread(target=work, name="work", daemon=True).start()  # a daemon, so that nothing waits for it after an error
+        while self.any(not wait([job], HEARTBEAT_SECONDS).done):
             pass
         return self.together(job.result)
 
 
-ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))  # shares its work with nobody
+ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @contextmanager
 def processes(device: str, timeout_s: float) -> Iterator[Processes]:
     """Joins the process group that torchrun describes in the environment, if any, and leaves it at the end.
 
-    `device` is auto, cpu, cuda or mps. `timeout_s`: seconds that any collective may take. Raises UserError for a device
-    that is missing, LostPeerError where a process does not come.
+    `device` is auto, cpu, cuda or mps. `timeout_s`: seconds that any collective may take. Raises UserError for a
+    missing device, LostPeerError if a process does not join.
     """
     rank, local_rank, n_processes = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0), world_size()
     if n_processes > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(
-            f"Cannot start: WORLD_SIZE is {n_processes}, but this is not torchrun. Unset it, or use torchrun."
+            f"Cannot start: WORLD_SIZE is {n_processes}, but torchrun is not in use. Unset it, or use torchrun."
         )
     chosen, backend = device_and_backend(device, local_rank, n_processes)
     if chosen.type == "cuda":
@@ -181,22 +181,22 @@ def processes(device: str, timeout_s: float) -> Iterator[Processes]:
     if n_processes == 1:
         yield procs
         return
-    # No signal handler of Python runs inside this call, so a stop must end the process at once. Nothing is lost yet.
+    # Python's signal handlers don't run inside this call, so a stop ends the process at once. Nothing is lost yet.
     with procs.collective(), end_at_once():
-        bound = chosen if chosen.type == "cuda" else None  # else NCCL guesses the GPU at the first collective
+        bound = chosen if chosen.type == "cuda" else None  # otherwise NCCL guesses the GPU at the first collective
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
     yield procs
-    # Only after success: leaving waits for the others, and after an error they may hang in another collective.
+    # Only after success: leaving waits for the others, which may hang in another collective after an error.
     procs.any(False)
-    # Freeing the group joins gloo's thread while holding Python's lock, for which that thread may wait: a deadlock.
+    # Kept alive: freeing the group joins gloo's thread while holding the GIL, which that thread may need: a deadlock.
     _ended_groups.append(dist.group.WORLD)
     dist.destroy_process_group()
 
 
 def device_and_backend(requested: str, local_rank: int, n_processes: int) -> tuple[torch.device, str]:
-    """The device of process `local_rank` of its machine, and the backend that connects it with the others.
+    """The device of process `local_rank` on its machine, and the backend that connects it with the others.
 
-    `requested` is auto, cpu, cuda or mps. Raises UserError for a device that is missing.
+    `requested` is auto, cpu, cuda or mps. Raises UserError for a missing device.
     """
     if n_processes > 1 and requested in ("auto", "mps") and torch.backends.mps.is_available():
         if requested == "mps":
@@ -205,22 +205,22 @@ def device_and_backend(requested: str, local_rank: int, n_processes: int) -> tup
             )
         requested = "cpu"
     device = choose_device(requested, local_rank)
-    # Gradients travel by NCCL. Decisions travel by gloo, on the CPU, so that they don't wait for work queued on a GPU.
+    # NCCL reduces gradients. Decisions use gloo on the CPU, so that they don't wait for work queued on a GPU.
     return device, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def world_size() -> int:
-    """The number of processes that the environment announces; one without torchrun."""
+    """The number of processes according to the environment; 1 without torchrun."""
     return _from_environment("WORLD_SIZE", 1)
 
 
 def processes_here() -> int:
-    """The number of them on this machine: from torchrun, or from the launcher's variable NPROC, else all."""
+    """The number of processes on this machine: from torchrun, or from the launcher's variable NPROC, else all."""
     return _from_environment("LOCAL_WORLD_SIZE", _from_environment("NPROC", world_size()))
 
 
 def outside_environment() -> dict[str, str]:
-    """The environment for a program that a process of the run starts: without what makes it one of them."""
+    """The environment for a program that the run starts, without the variables that would make it a rank of the run."""
     hidden = ("EXIT_CODE_FILE", "RANK", "LOCAL_RANK", "WORLD_SIZE")
     return {name: value for name, value in os.environ.items() if name not in hidden}
 

@@ -56,9 +56,9 @@ def choose_device(requested: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_precision(requested: str, device: torch.device) -> torch.dtype:
-    """bfloat16 or float32 for matmuls. "auto" takes bfloat16 on CUDA from compute capability 8.0 on and with AMX.
+    """bfloat16 or float32 for matmuls. "auto": bfloat16 on GPUs of compute capability 8.0 or above and CPUs with AMX.
 
-    A rule and no measurement, so that two starts on one machine never choose differently.
+    A fixed rule, not a measurement, so that two starts on one machine never choose differently.
     """
     if requested != "auto":
         return torch.bfloat16 if requested == "bf16" else torch.float32
@@ -91,9 +91,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def attention_for_any_shape() -> AbstractContextManager[None]:
-    """Keep attention from cuDNN. On Hopper PyTorch prefers it, and it makes a plan for each new length of a text.
+    """Keeps attention off cuDNN, which PyTorch prefers on Hopper and which builds a plan for each new length.
 
-    Training has one shape and keeps the choice. No effect on CPUs.
+    Training has one shape, so it keeps PyTorch's choice. No effect on CPUs.
     """
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
@@ -116,11 +116,11 @@ def memory_gb(device: torch.device) -> float:
 
 
 def available_memory_bytes() -> int:
-    """Memory that this machine or container has left for programs; all of it where the system does not say."""
+    """Memory still available in this machine or container; all of it if the system does not say."""
     limits = [_memory_bytes()]
     with suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
         limits.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError, StopIteration):  # memory.max is "max" where there is no limit
+    with suppress(OSError, ValueError, StopIteration):  # memory.max is "max" if there is no limit
         limit = int((CGROUP / "memory.max").read_text())
         statistics = (CGROUP / "memory.stat").read_text().splitlines()
         reclaimable = next(int(line.split()[1]) for line in statistics if line.startswith("inactive_file "))

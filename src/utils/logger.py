@@ -1,7 +1,7 @@
 """The log of a run: metrics.jsonl for programs, the console and log.txt for people, status.json for scripts.
 
-Only the main process writes. During training a log that cannot be written, as on a full disk, costs one warning and not
-the run. At a resume the log must be readable and writable, or a step would be logged twice.
+Only the main process writes. If the log cannot be written during training, for example on a full disk, the run
+continues after one warning. To resume, it has to be readable and writable, or a step would be logged twice.
 """
 
 import json
@@ -26,7 +26,7 @@ class RunLogger:
         self._warned = False
         self._held: dict[Path, int] = {}
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        """Called with each record of metrics.jsonl after it was written."""
+        """Called with each record of metrics.jsonl after it is written."""
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -42,25 +42,25 @@ class RunLogger:
                 os.close(self._held.popitem()[1])
 
     def check_place(self) -> None:
-        """Raises StorageError where the paths of the run's folders lead to others than at the start.
+        """Raises StorageError if the run's paths no longer lead to the folders that `held` opened.
 
-        Once a disk is unmounted, they lead nowhere, or to folders below its mount point, which would fill unseen.
+        After an unmount they lead nowhere, or to folders below the mount point, which would fill up unnoticed.
         """
         if self._is_lost():
             raise StorageError(
-                f"Cannot write in {self.run_dir}: the folder of the start was moved, removed or unmounted. Put it back "
-                "and rerun to resume."
+                f"Cannot write in {self.run_dir}: the folder was moved, removed or unmounted during the run. Put it "
+                "back and rerun to resume."
             )
 
     def info(self, text: str) -> None:
-        """A line for people, on stderr and in log.txt; control characters are escaped."""
+        """Writes a line for people to stderr and log.txt; control characters are escaped."""
         if self.is_main:
             say(text)
             text = harmless(text, keep="\n\t")  # a sample can hold any character
             self._append("log.txt", time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + text)
 
     def metric(self, kind: str, step: int, **values: Any) -> None:
-        """One object in metrics.jsonl; a number that is not finite becomes null."""
+        """Appends an object to metrics.jsonl; a non-finite number becomes null."""
         if self.is_main:
             record = {"kind": kind, "step": step, "time": time.time(), **values}
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -69,31 +69,31 @@ class RunLogger:
                 listener(finite)
 
     def event(self, name: str, step: int, detail: str, **values: Any) -> None:
-        """Something unusual, for people and programs; `values` are for programs only."""
+        """Logs something unusual for people and programs; `values` are for programs only."""
         self.info(f"{name}: {detail}")
         self.metric("event", step, name=name, detail=detail, **values)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Replaces a whole file of the run directory at once."""
+        """Replaces a file of the run directory atomically."""
         if self.is_main:
             with self._one_warning():
                 self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_status(self, state: str, step: int, total_steps: int, exit_code: int | None, message: str) -> None:
-        """status.json: the state of the run for scripts, with a message for people."""
+        """Writes status.json: the state of the run for scripts, with a message for people."""
         status = {"state": state, "step": step, "total_steps": total_steps, "exit_code": exit_code, "message": message}
         self.write_json("status.json", {**status, "time": time.time()})
 
     def status(self) -> dict[str, Any]:
-        """The content of status.json; empty where it is missing or damaged."""
+        """The content of status.json; empty if it is missing or damaged."""
         return self._read("status.json")
 
     def settings(self) -> dict[str, Any]:
-        """The content of config.json, from the last start; empty where it is missing or damaged."""
+        """The content of config.json, from the last start; empty if it is missing or damaged."""
         return self._read("config.json")
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole records of metrics.jsonl. Raises StorageError where the file cannot be read."""
+        """All complete records of metrics.jsonl. Raises StorageError if the file cannot be read."""
         path, records = self.run_dir / "metrics.jsonl", list[dict[str, Any]]()
         with storage_errors(path, "read"):
             content = b""
@@ -123,7 +123,7 @@ class RunLogger:
                 self._replace(path.name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
     def before_save(self) -> None:
-        """Makes metrics.jsonl survive a power cut, as the checkpoint that follows it will. Raises as `check_place`."""
+        """Syncs metrics.jsonl, so that it survives a power cut like the next checkpoint. Raises StorageError."""
         self.check_place()
         if self.is_main and (self.run_dir / "metrics.jsonl").exists():
             with self._one_warning():
@@ -137,7 +137,7 @@ class RunLogger:
 
     def _is_lost(self) -> bool:
         try:
-            # With the open folder, because some network file systems renumber theirs.
+            # fstat of the open folders, because some network file systems renumber inodes.
             return not all(os.path.samestat(os.fstat(held), os.stat(folder)) for folder, held in self._held.items())
         except OSError:
             return True
@@ -150,7 +150,7 @@ class RunLogger:
             with replacing(path) as file:
                 file.write(content)
         except OSError:
-            if name == "status.json":  # a full disk has room for it in the old file's place, and it must be told
+            if name == "status.json":  # even a full disk can overwrite the old file, and scripts rely on it
                 with suppress(OSError), open_regular(path, os.O_RDWR | os.O_NOFOLLOW) as file:
                     file.truncate(file.write(content) or 0)
             raise
@@ -158,7 +158,7 @@ class RunLogger:
     def _append(self, name: str, line: str) -> None:
         if self._is_lost():
             return
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link could lead to a file of the user's
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link could lead to one of the user's files
         with self._one_warning(), open_regular(self.run_dir / name, flags) as file:
             end, rest = file.seek(0, os.SEEK_END), memoryview((line + "\n").encode("utf-8", errors="replace"))
             try:

@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-if "matplotlib" not in sys.modules:  # a user's backend or matplotlibrc that it cannot load would end the import
+if "matplotlib" not in sys.modules:  # a user's backend or matplotlibrc that cannot be loaded would end the import
     _users = {name: os.environ.get(name) for name in ("MPLBACKEND", "MATPLOTLIBRC")}
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     import matplotlib
@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN = "#1f5fbf", "#c8500a", "#2a7d4f"
 LIGHT_GREY, GREY = "#a3a8b0", "#5b616b"  # resumes, and levels to compare with
-# Starts from matplotlib's defaults, because a user's matplotlibrc may ask for LaTeX or for fonts we lack. Backends are
-# left out: they are fixed by the canvas below, and setting one would load it.
+# Starts from matplotlib's defaults, because a user's matplotlibrc may require LaTeX or missing fonts. Backends are left
+# out: the canvas below fixes them, and setting one would load it.
 STYLE: dict[Any, Any] = {
     **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith(("backend", "webagg"))},
     "font.size": 11.5,
@@ -53,21 +53,19 @@ _SIZE_INCHES, _DOTS_PER_INCH = (6.4, 3.9), 180  # readable on a phone and in hal
 
 
 def new_figure() -> Figure:
-    """An empty figure."""
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def as_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
     return png.getvalue()
 
 
 def as_svg(figure: Figure) -> bytes:
-    """The figure as an SVG file without a background. Its words are text, in a font of the reader's."""
+    """The figure as an SVG file without a background. Its labels are text, in a font of the reader's."""
     svg = io.BytesIO()
     unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     # The salt makes the same figure the same bytes. DejaVu Sans, which sets the sizes here, comes first.

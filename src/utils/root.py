@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Data and runs can live on a larger disk than the code.
+# Data and runs may be on a larger disk than the code.
 TEMP_DATA = Path(os.path.expanduser(os.environ.get("TEMP_DATA_DIR") or ROOT / "temp_data")).absolute()
 DATASETS = TEMP_DATA / "datasets"
 RUNS = TEMP_DATA / "runs"
@@ -13,12 +13,12 @@ COMPILE_CACHE = TEMP_DATA / "compile_cache"
 
 
 def dataset_dir(name: str) -> Path:
-    """The dataset folder that `name` refers to: a bare name lies under temp_data/datasets, ./NAME is a path."""
+    """The dataset folder that `name` refers to: a bare name is a folder under temp_data/datasets, ./NAME is a path."""
     return _named_or_path(name, DATASETS)
 
 
 def run_dir(name: str) -> Path:
-    """The run directory that `name` refers to: a bare name lies under temp_data/runs, ./NAME is a path."""
+    """The run directory that `name` refers to: a bare name is a folder under temp_data/runs, ./NAME is a path."""
     return _named_or_path(name, RUNS)
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask for a stop: the program finishes its step and saves before it ends."""
+"""Stop signals: the program finishes its step and saves before it ends."""
 
 import ctypes
 import os
@@ -11,12 +11,12 @@ from threading import Thread
 
 from src.utils.errors import EXIT_INTERRUPTED, say
 
-# A scheduler's end of a job, Ctrl-C, a scheduler's early warning, and a closed terminal or connection.
+# The end of a scheduler's job, Ctrl-C, a scheduler's early warning, and a closed terminal or connection.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """The STOP_SIGNALS except those ignored from the start, as nohup does with SIGHUP."""
+    """The STOP_SIGNALS except those ignored from the start, such as SIGHUP under nohup."""
     return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
@@ -51,9 +51,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields the request to stop by a signal inside the block. Later signals are ignored, except Ctrl-C after a second.
+    """Yields a StopRequest that is set by the first stop signal inside the block.
 
-    That one ends the process at once, with exit code 130.
+    Later signals are ignored, except that Ctrl-C more than a second later ends the process at once, with exit code 130.
     """
     request = StopRequest()
     previous = {s: signal.signal(s, lambda number, _: request.received.append(number)) for s in heeded_signals()}
@@ -72,21 +72,21 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def second_ctrl_c_quits() -> bool:
-    """True if a second Ctrl-C ends the run: not under a torchrun that passes one Ctrl-C on as two."""
+    """True if a second Ctrl-C ends the run. False under plain torchrun, which passes one Ctrl-C on as two."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or "LAUNCHER_PID" in os.environ
 
 
 def _answer_signals(reader: int, request: StopRequest) -> None:
-    asked: float | None = None
+    requested_at: float | None = None
     while numbers := os.read(reader, 64):
         for number in (number for number in numbers if number in STOP_SIGNALS):
-            if asked is None:
-                asked = time.monotonic()
-                with suppress(Exception):  # the stop itself does not depend on what is said
+            if requested_at is None:
+                requested_at = time.monotonic()
+                with suppress(Exception):  # a failing answer does not prevent the stop
                     if text := request.answer():
                         say(text)
-            # A person needs longer; programs between the terminal and this one may repeat a signal.
-            elif number == signal.SIGINT and time.monotonic() - asked > 1 and second_ctrl_c_quits():
+            # Within a second it is a repeat by a program between the terminal and this one; people are slower.
+            elif number == signal.SIGINT and time.monotonic() - requested_at > 1 and second_ctrl_c_quits():
                 say("quitting at once")
                 os._exit(EXIT_INTERRUPTED)
     os.close(reader)
@@ -95,7 +95,7 @@ def _answer_signals(reader: int, request: StopRequest) -> None:
 def follow_launcher() -> None:
     """On Linux, sends this process SIGTERM once its launcher dies, which a SIGKILL of the launcher would hide.
 
-    LAUNCHER_PID: the process id of the parent. torchrun alone does not set it; then the present parent counts.
+    LAUNCHER_PID: the process id of the parent. torchrun alone does not set it; then the current parent counts.
     """
     launcher = os.environ.get("LAUNCHER_PID", "")
     if sys.platform == "linux" and (launcher.isdecimal() or "TORCHELASTIC_RUN_ID" in os.environ):

@@ -2,8 +2,8 @@
 
     python -m src.utils.torchrun [torchrun's options] pretrain.py PRESET [overrides]
 
-torchrun itself answers 1 however its processes ended, prints a traceback, and kills processes that still save when a
-second signal comes.
+Plain torchrun exits with 1 whatever its processes' exit codes, prints a traceback, and at a second signal kills
+processes that are still saving.
 """
 
 from src.utils.stop_signals import STOP_SIGNALS, end_at_once_on_ctrl_c, follow_launcher, heeded_signals
@@ -44,8 +44,8 @@ _stopped_at: list[float] = []
 def main() -> int:
     patient_streams()
     os.chdir(os.environ.get("STARTED_IN") or ".")  # settings may hold relative paths
-    os.environ["LAUNCHER_PID"] = str(os.getpid())  # now for the processes to follow this one
-    logging.disable(logging.CRITICAL)  # torchrun's own lines; the processes print theirs
+    os.environ["LAUNCHER_PID"] = str(os.getpid())  # the processes follow this one
+    logging.disable(logging.CRITICAL)  # torchrun's own lines; the processes still print theirs
     for number in heeded_signals():
         signal.signal(number, _stop_once)
     signal.signal(signal.SIGUSR2, _quit)
@@ -71,9 +71,9 @@ def main() -> int:
 
 
 def exit_code(ends: Mapping[int, int], recorded: int | None) -> int:
-    """Returns the exit code of a run whose ranks ended with these codes, and prints the ends if none is final.
+    """Returns the exit code of a run whose ranks ended with these codes. Prints them if none is final.
 
-    `recorded`: as of `recorded_exit_code`. The disk may have been too full for it.
+    `recorded`: the result of `recorded_exit_code`, None if the disk was too full to record it.
     """
     final = next((code for code in (recorded, *ends.values()) if code in FINAL_CODES), None)
     crashed = any(end < 0 and -end not in STOP_SIGNALS for end in ends.values())
@@ -81,7 +81,7 @@ def exit_code(ends: Mapping[int, int], recorded: int | None) -> int:
         return final
     if all(-end in STOP_SIGNALS for end in ends.values()):
         return EXIT_STOPPED  # by a signal that came before its handler was set
-    for rank, end in sorted(ends.items(), key=lambda item: item[1] >= 0):  # crashes first: the rest follow from them
+    for rank, end in sorted(ends.items(), key=lambda item: item[1] >= 0):  # crashes first: they cause the rest
         say(f"process {rank} " + (f"ended with exit code {end}" if end > 0 else f"died of {signal.Signals(-end).name}"))
     return EXIT_FAILED
 

@@ -110,7 +110,7 @@ def test_a_link_that_leads_elsewhere_since_is_another_request(tmp_path: Path) ->
         pytest.param(["--source", "files", "--path", "{}", "--out", "{}/one.txt/x"], 4, "annot write", id="unwritable"),
         pytest.param(["--source", "files", "--out", "x"], 2, "needs --path", id="no path"),
         pytest.param(["--source", "files", "--path", "", "--out", "x"], 2, "option is empty", id="empty path"),
-        pytest.param([], 2, "as in ./llm data my_texts/", id="nothing"),
+        pytest.param([], 2, "Name files or folders: ./llm data my_texts/", id="nothing"),
         pytest.param(["--source", "files", "--path", "{}/pydoc"], 2, "or the source pydocs.", id="nearly a source"),
         pytest.param(["--source", "files", "--path", "{}/elf.txt"], 2, "elf.txt: it is a binary file", id="program"),
         pytest.param(["--source", "files", "--path", "{}/pdf.txt"], 2, "pdf.txt: it is a binary file", id="pdf"),
@@ -229,7 +229,7 @@ def test_only_the_damaged_shards_are_written_again(tmp_path: Path, limits: dict)
         path.write_bytes(data)
     second.unlink()
     os.truncate(third, 17)
-    with pytest.raises(UserError, match=r"4 of \d+ shards are not as prepared"):
+    with pytest.raises(UserError, match=r"4 of \d+ shards differ from the manifest"):
         ensure_verified(folder, manifest, trust_stamp=False)
     assert repair(folder, 1) == repair(folder, 1) == manifest
     assert contents(folder) == before
@@ -280,7 +280,7 @@ def test_a_source_that_has_changed_cannot_mend(tmp_path: Path) -> None:
     shard.unlink()
     before = contents(folder)
     write_json_lines(path, some_texts(51))
-    with pytest.raises(UserError, match=rf"Cannot repair .* not what they were: {path} was sha256 .*, is sha256"):
+    with pytest.raises(UserError, match=rf"Cannot repair .* have changed: {path} was sha256 .*, is sha256"):
         repair(folder, 1)
     path.unlink()
     with pytest.raises(UserError, match="does not exist"):

@@ -122,7 +122,7 @@ def test_starting_at_a_step_gives_what_an_uninterrupted_reader_gets(windows: Win
 
 def test_a_shard_that_goes_away_while_it_is_trained_on(windows: WindowDataset):
     os.truncate(windows.paths[2], windows.paths[2].stat().st_size - 1)
-    with pytest.raises(StorageError, match=rf"Cannot read {windows.paths[2]}: it became shorter during use"):
+    with pytest.raises(StorageError, match=rf"Cannot read {windows.paths[2]}: it became shorter while in use"):
         batches(windows, 15)
     windows.paths[2].unlink()
     with pytest.raises(StorageError, match=rf"Cannot read {windows.paths[2]}: No such file"):

@@ -32,7 +32,7 @@ def test_the_run_ends_and_nothing_is_written_below(
     assert result.returncode == 4, result.stderr
     run = commands.temp_data / "runs" / "drill"
     if step == 2:
-        assert f"Cannot write in {run}: the folder of the start was moved, removed or unmounted" in result.stderr
+        assert f"Cannot write in {run}: the folder was moved, removed or unmounted during the run" in result.stderr
     assert result.stderr.count("Cannot ") == 1
     assert "Traceback" not in result.stderr
     assert contents(folder) == {}

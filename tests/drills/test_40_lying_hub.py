@@ -170,4 +170,4 @@ def test_a_file_larger_than_the_disk(commands: Commands) -> None:
     with serving(handler(answer)) as address:
         done = ask(commands, address)
     assert done.returncode == 4
-    assert "Cannot download train.parquet: 562.9 TB are missing" in done.stderr
+    assert "Cannot download train.parquet: 562.9 TB of disk needed" in done.stderr

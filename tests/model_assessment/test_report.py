@@ -146,7 +146,7 @@ def test_a_running_page_says_how_long_it_takes_and_reloads(tmp_path: Path) -> No
 def test_a_killed_run_is_not_called_running(tmp_path: Path) -> None:
     page = Page(write_report(running(tmp_path / "killed", silent=11 * 60)))
     assert ("b", "class", "silent") in page.attributes
-    assert "claims to be running but has written nothing for 11 min 0 s: it may have been killed." in page.text
+    assert "status is running, but it has written nothing for 11 min 0 s: it may have been killed." in page.text
     assert ("meta", "http-equiv", "refresh") not in page.attributes
     assert "left, done about" not in page.text
 

@@ -121,8 +121,8 @@ def test_nobody_else_is_answered(ask: Any, headers: dict[str, str | None]):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ([1], "needs a text named prompt"),
-        ({"prompt": 5}, "needs a text named prompt"),
+        ([1], "needs the field prompt, a text"),
+        ({"prompt": 5}, "needs the field prompt, a text"),
         ({"prompt": "x", "seed": 1.5}, "seed = 1.5 must be a whole number"),
         ({"prompt": "x", "temperature": "1"}, "temperature = '1' must be a number"),
         ({"prompt": "x", "temperature": float("nan")}, "temperature = nan must be"),

@@ -127,7 +127,7 @@ def test_a_command_that_hangs_does_not_hold_a_run_for_ever(tmp_path: Path):
     after.add([Saved(tmp_path, 1, 0, 0.0, 0.0)])
     after.poll()
     after.close(0.1)
-    assert warnings[-1] == "warning: the command after the save still runs; it is left alone"
+    assert warnings[-1] == "warning: the command after the save still runs; it is left running"
 
 
 SIZE = checkpoint_bytes(debug())
