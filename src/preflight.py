@@ -155,7 +155,7 @@ def device(start: Start) -> str:
         operations = describe(start.config)["total_flops"]
         days = operations / (CPU_FLOPS_PER_CORE * available_cores()) / 86_400
         if days > 14:
-            return Doubt(f"{text}; no GPU found, and all steps would take some {days:,.0f} days on this CPU")
+            return Doubt(f"{text}; no GPU found, and all steps would take about {days:,.0f} days on this CPU")
     if peak := hardware.peak_tflops(torch.device(kind), torch.bfloat16):
         text += f"\n{expected_cost(start.config, start.world_size, peak)}"
     return Doubt(f"{text}; {problem}; until then nothing is compiled") if problem else text
@@ -175,7 +175,7 @@ def expected_cost(config: Config, gpus: int, peak_tflops: float) -> str:
 def dataset(start: Start) -> str:
     """Checks the dataset, or the source that it will be prepared from."""
     config, folder = start.config, start.dataset
-    # os.path.exists is False for a folder that cannot be searched; reading the manifest then gives the reason.
+    # os.path.exists is False for a folder that cannot be searched; Path.exists would raise.
     is_to_come = start.to_prepare or (start.awaited and not os.path.exists(folder / MANIFEST))
     manifest = None if is_to_come else read_manifest(folder)
     if manifest and start.request:

@@ -54,7 +54,7 @@ class WindowDataset:
             raise UserError(
                 f"Cannot use the {split} part of {folder}: it holds {tokens} tokens, which is {self.n_windows} windows "
                 f"of n_ctx + 1 = {n_ctx + 1}. At least {at_least} are needed, or {at_least * n_ctx + 1} tokens. "
-                f"Use more text, or a {'model of a smaller n_ctx' if at_least == 1 else 'smaller train.batch_tokens'}."
+                f"Use more text or a {'model with a smaller n_ctx' if at_least == 1 else 'smaller train.batch_tokens'}."
             )
 
     def __getitem__(self, number: int) -> np.ndarray:

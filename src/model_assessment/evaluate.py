@@ -93,8 +93,8 @@ def text_for(checkpoints: Sequence[str], data: str | None) -> tuple[Path, Manife
     for path, config, trained_on in models:
         if manifest.n_vocab > config.model.n_vocab:
             raise UserError(
-                f"Cannot measure {path} on {folder}: the text has {manifest.n_vocab} token ids ({manifest.tokenizer}), "
-                f"the model {config.model.n_vocab}. Give a dataset with the model's tokenizer with --data."
+                f"Cannot measure {path} on {folder}: its tokenizer ({manifest.tokenizer}) has {manifest.n_vocab} ids, "
+                f"the model {config.model.n_vocab}. Use --data to name a dataset with the model's tokenizer."
             )
         if trained_on != manifest.sha256:
             known = "was trained on another dataset than" if trained_on else "does not record its dataset;"

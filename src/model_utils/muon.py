@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
         """
         for parameter, blocks in parameters.items():
             if parameter.dim() != 2 or len(parameter) % blocks:
-                raise ValueError(f"Muon cannot serve a parameter of shape {tuple(parameter.shape)} in {blocks} blocks.")
+                raise ValueError(f"Muon cannot train a parameter of shape {tuple(parameter.shape)} in {blocks} blocks.")
         super().__init__(list(parameters), {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
         self._blocks = dict(parameters)
 

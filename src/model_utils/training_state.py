@@ -208,11 +208,11 @@ def _cannot_change_length(checkpoint: Checkpoint, config: Config) -> str:
         if config.warmup_steps != before.warmup_steps:
             return f"Keep the warm-up of the steps done: --optim.warmup-steps {before.warmup_steps}. "
         steps = [each for each in checkpoint_utils.checkpoint_steps(checkpoint.path.parent) if each <= step]
-        earlier = f"Continue from before with --resume {steps[-1]}, or " if steps else ""
-        train = f"{earlier or 'No checkpoint from before is kept: '}train a new run from these weights"
+        earlier = f"Go back to an earlier step with --resume {steps[-1]}, or " if steps else ""
+        train = f"{earlier or 'No checkpoint up to that step is kept: '}train a new run from these weights"
         return (
-            f"The learning rate fell from step {step} on, for an end at step {before.total_steps}. {train} with "
-            f"--init-from {before.run_name} --run-name OTHER. "
+            f"The learning rate fell from step {step} on, because the run was planned to end at step "
+            f"{before.total_steps}. {train} with --init-from {before.run_name} --run-name OTHER. "
         )
     return ""
 

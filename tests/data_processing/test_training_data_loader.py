@@ -133,7 +133,7 @@ def test_too_little_data_for_one_batch(dataset: Callable[..., Path]):
     folder = dataset(train_tokens=[40])
     with pytest.raises(UserError, match=r"holds 40 tokens, which is 2 windows .* At least 4 are needed, or 65 tokens"):
         WindowDataset(folder, read_manifest(folder).train, N_CTX, 50_257, at_least=4)
-    with pytest.raises(UserError, match=r"Use more text, or a model of a smaller n_ctx\.$"):
+    with pytest.raises(UserError, match=r"Use more text or a model with a smaller n_ctx\.$"):
         WindowDataset(folder, read_manifest(folder).train, 64, 50_257, at_least=1)
 
 

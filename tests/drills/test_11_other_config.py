@@ -52,7 +52,7 @@ def test_more_steps_where_the_learning_rate_has_not_begun_to_fall(commands: Comm
     message = refusal(commands, data, *longer)
     assert "\n  - train.total_steps: checkpoint 6, now 10\n" in message
     assert (
-        "The learning rate fell from step 5 on, for an end at step 6. Continue from before with --resume 4, or "
+        "fell from step 5 on, because the run was planned to end at step 6. Go back to an earlier step with --resume 4"
         in message
     )
     assert "train a new run from these weights with --init-from drill --run-name OTHER." in message

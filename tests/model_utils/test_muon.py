@@ -84,7 +84,7 @@ def test_an_update_has_the_size_of_adamws() -> None:
 
 @pytest.mark.parametrize(("shape", "blocks"), [((6,), 1), ((7, 4), 2), ((2, 3, 4), 1)])
 def test_what_cannot_be_served_is_refused(shape: tuple[int, ...], blocks: int) -> None:
-    with pytest.raises(ValueError, match=r"Muon cannot serve a parameter of shape \(.* in . blocks"):
+    with pytest.raises(ValueError, match=r"Muon cannot train a parameter of shape \(.* in . blocks"):
         Muon({nn.Parameter(torch.zeros(shape)): blocks}, momentum=0.9, weight_decay=0.1)
 
 
