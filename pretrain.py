@@ -214,7 +214,7 @@ def refuse_differences(
     config: Config, procs: Processes, manifest: Manifest, precision: torch.dtype, evaluation: Assessment
 ) -> None:
     """Raises UserError if a process has settings or data that differ from the main process's."""
-    groups = to_dict(replace(config, data=DataConfig()))  # a dataset may lie elsewhere on another machine
+    groups = to_dict(replace(config, data=DataConfig()))  # a dataset's path may differ between machines
     compared = ("model", "optim", "train", "eval", "checkpoint")
     local = {
         **{f"{group}.{name}": value for group in compared for name, value in groups[group].items()},

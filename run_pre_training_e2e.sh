@@ -29,7 +29,7 @@ set -euo pipefail
 SCRIPT=$(readlink -f "${BASH_SOURCE[0]}")
 ROOT=$(dirname "$SCRIPT")
 export STARTED_IN="$PWD" # relative paths start here
-RESUME=                  # the settings bring it
+RESUME=                  # set with the other settings
 
 for argument in "$@"; do
     case "$argument" in -h | --help)

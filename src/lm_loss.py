@@ -111,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_loss,) = grad_outputs
-        grad_loss = grad_loss / len(ctx.saved_tensors[0])  # saved are gradients of the sum over N, the loss is the mean
+        grad_loss = grad_loss / len(ctx.saved_tensors[0])  # saved: gradients of the sum over N, not of the mean
         grads = (g.to(dtype) * grad_loss for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *grads, None, None, None, None
 

@@ -77,7 +77,7 @@ def test_layers_share_their_code_and_only_training_is_compiled(model: LLM, tiny_
     assert backend.graphs == 4  # another model compiles its own
 
 
-# Each case compiles for ten seconds, so bf16 stands for one of the models: autocast treats biases as it does weights.
+# Each case compiles for ten seconds, so only one model runs in bf16: autocast treats biases like weights.
 @needs_compiler
 @pytest.mark.parametrize(
     ("changes", "dtype", "tolerance"),

@@ -226,7 +226,7 @@ def encode_sources(sources: Sequence[Source], request: Request, journal: Journal
 
 @contextmanager
 def nothing_to_resume(work: Path, after: type[UserError] = UserError) -> Iterator[None]:
-    """Deletes the journal after such an error in the block, so that the next start does not resume."""
+    """Deletes the journal if the block raises `after`, so that the next start does not resume."""
     try:
         yield
     except after:

@@ -34,7 +34,10 @@ _MOST_TOKENS = 1_000_000  # at one place
 
 
 def inspect(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return a page about the dataset in `folder`, naming damaged shards, and figures for JSON. Raises UserError."""
+    """Return a page about the dataset in `folder`, and figures for JSON. Raises UserError.
+
+    The page names a shard whose sample cannot be read, but does not verify the others.
+    """
     manifest = read_manifest(folder)
     documents, tokens, text_bytes = _totals(manifest.shards)
     tokenizer = f"{manifest.tokenizer}, {manifest.n_vocab:,} ids, the end-of-text token is {manifest.end_of_text}"

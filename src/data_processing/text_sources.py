@@ -163,9 +163,10 @@ def name_of(paths: Sequence[str]) -> str:
 def find_files(paths: Sequence[str], quiet: bool = False) -> dict[str, list[Path]]:
     """Return the files that each of `paths` adds, sorted; a file with several paths or names counts once.
 
-    A path is a file, a folder (searched to any depth) or a glob pattern. Hidden files in a folder are skipped; other
-    unreadable kinds are left out with a line on stderr unless `quiet`. A link keeps its own name: its target in the
-    Hugging Face cache is named by a hash. Raises UserError for a path without files or a folder that cannot be read.
+    A path is a file, a folder (searched to any depth) or a glob pattern. Hidden files in a folder are skipped. Files
+    of other kinds are left out, with a line on stderr unless `quiet`. A link keeps its own name: its target in the
+    Hugging Face cache is named by a hash. Raises UserError for a path that is missing, has no file of our kinds, or
+    cannot be read.
     """
     files: dict[str, list[Path]] = {}
     seen: set[str] = set()

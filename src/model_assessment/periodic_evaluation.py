@@ -84,7 +84,7 @@ class Assessment:
 
         def check(*_: object, done: bool = False) -> bool:
             """True once a process calls it with `done`. All must call it equally often, because they wait in it."""
-            # One sum for both. With two, a process could wait in the second one after another has left.
+            # Every process decides from these sums, not from its own `stop`, so that all leave at the same call.
             stopped, finished = procs.sum([float(stop()), float(done)])
             if stopped and not finished:
                 raise StoppedError("stopped during an evaluation")

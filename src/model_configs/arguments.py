@@ -19,7 +19,7 @@ _REAL = re.compile(r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]{1,3})
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that suggests similar options for an unknown one."""
+    """An ArgumentParser whose errors are UserErrors of one line that name a remedy, such as a similar option."""
 
     also: Collection[str] = ()
     """Options that the command removes before parsing."""

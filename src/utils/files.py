@@ -147,7 +147,7 @@ def existing_folder(path: Path) -> Path:
 
 
 def refuse_dangling(path: Path) -> None:
-    """Raises StorageError if `path` or a parent is a file or a dangling link, as to a disk that is not mounted."""
+    """Raises StorageError if `path` or a parent is a file or a dangling link, such as one to an unmounted disk."""
     for place in (path, *path.parents):
         if os.path.isfile(place):
             raise StorageError(f"Cannot use {place}: it is a file, not a folder. Move it away, or use another folder.")
