@@ -217,13 +217,13 @@ def disk(start: Start) -> str:
         data = disk_needed(request, start.dataset) if request else 0
     free, free_for_data = free_bytes(place), free_bytes(data_place)
     on_one_disk = place.stat().st_dev == data_place.stat().st_dev
-    is_full = checkpoints + on_one_disk * data > free or data > free_for_data
-    only = "only " if is_full else ""
+    is_full, data_is_full = checkpoints + on_one_disk * data > free, data > free_for_data
+    only, only_for_data = ("only " if full else "" for full in (is_full, data_is_full))
     together = f" and at least {size_text(data)} for data" if data and on_one_disk else ""
     text = f"{size_text(checkpoints)} for checkpoints{together} needed, {only}{size_text(free)} free at {place}"
     if data and not on_one_disk:
-        text += f"; at least {size_text(data)} for data, {size_text(free_for_data)} free at {data_place}"
-    if is_full:
+        text += f"; at least {size_text(data)} for data, {only_for_data}{size_text(free_for_data)} free at {data_place}"
+    if is_full or data_is_full:
         raise StorageError(f"{text}; {MAKE_ROOM}, or prepare less with DATA_MAX_TOKENS")
     return text
 

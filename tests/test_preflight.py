@@ -169,6 +169,14 @@ def test_one_disk_for_data_and_checkpoints(tmp_path: Path, monkeypatch: pytest.M
     assert "4.2 GB for data" in check(32_000_000_000, part)
 
 
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="needs a second disk")
+def test_of_two_disks_the_full_one_is_named(monkeypatch: pytest.MonkeyPatch):
+    start = start_of(lf_llm_269m(), "/dev/shm/new", request("fineweb-edu"))
+    monkeypatch.setattr(preflight, "free_bytes", lambda path: 10**9 if str(path) == "/dev/shm" else 10**12)
+    with pytest.raises(StorageError, match=r"needed, 1\S* TB free at .* for data, only 1\S* GB free at /dev/shm;"):
+        preflight.disk(start)
+
+
 def test_multiple_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "items.jsonl").write_text(3 * (json.dumps(ITEM) + "\n"))
