@@ -114,7 +114,7 @@ class Run:
     """Used by the main process only."""
     after_save: AfterSave
     forward: nn.Module
-    """The model as training calls it: compiled if requested, and wrapped in DDP if there are several processes."""
+    """The model as training calls it: perhaps compiled, and wrapped in DDP if there are several processes."""
     precision: torch.dtype
     """Dtype of the matmuls."""
     stop: Stop

@@ -126,7 +126,7 @@ def chosen(variables: Mapping[str, str], overrides: list[str]) -> tuple[Mapping[
             raise UserError(
                 f"Cannot use both {paths[0]!r} and --data.dir: texts become a new dataset. Leave out one of them."
             )
-    # An empty variable counts as unset, because a job script may pass all of them on.
+    # Empty counts as unset, because a job script may pass on every variable.
     debug = one_of("DEBUG_MODE", (variables.get("DEBUG_MODE") or "False").capitalize(), ("True", "False"))
     preset = one_of("PRESET", "debug" if debug == "True" else variables.get("PRESET") or "lf_llm_269m", PRESETS)
     default = "files" if variables.get("DATA_PATH") else "hub" if variables.get("DATA_DATASET") else ""

@@ -227,7 +227,7 @@ def _flat(value: dict[str, Any], prefix: str = "", depth: int = 0) -> dict[str, 
     """Nested settings under dotted names, like on the command line."""
     flat: dict[str, Any] = {}
     for key, entry in value.items():
-        if isinstance(entry, dict) and depth < 5:  # ours has three levels; a file edited by hand may have a thousand
+        if isinstance(entry, dict) and depth < 5:  # ours have three levels; a file edited by hand may have a thousand
             flat |= _flat(entry, f"{prefix}{key}.", depth + 1)
         else:
             flat[prefix + key] = entry

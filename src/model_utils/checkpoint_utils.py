@@ -218,7 +218,7 @@ def damage(path: Path, from_disk: bool = False) -> str | None:
 
 
 def _is_step_of(path: Path, step: Any) -> bool:
-    """True if `step` is a valid step number and matches the folder's name."""
+    """True if `step` is a valid step number and, for a folder named step_*, the one in its name."""
     match = STEP_NAME.fullmatch(path.name)
     return type(step) is int and 0 <= step <= MAX_STEPS and (not match or match[1] == f"{step:07}")
 
