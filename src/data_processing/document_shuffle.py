@@ -272,7 +272,7 @@ def encode_all(
     try:
         for position, texts in chain(head, batches):
             name = sources[position.source].units[position.unit]
-            # A worker started here inherits the blocked SIGINT: Ctrl-C does not reach it, it ends with its parent.
+            # A worker started here inherits the blocked SIGINT, so it ends with its parent and not by Ctrl-C.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 pending.append((position, pool.submit(encode_batch, texts, seed, position.source, name)))
