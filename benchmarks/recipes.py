@@ -136,6 +136,7 @@ def main() -> None:
     results = read_results(results_file)
     if args.table:
         print(table(results))
+        print("\nshare of tokens:", ", ".join(f"{run} {share:.3f}" for run, share in shares(results).items()))
         return
     if args.picture:
         svg = picture(results)
