@@ -29,6 +29,7 @@ from assets import dark
 from benchmarks import print_figures
 from src.data_processing.shards import read_manifest
 from src.data_processing.training_data_loader import WindowDataset
+from src.model_assessment.evaluate import markdown, with_error
 from src.model_assessment.report_figures import draw_level
 from src.model_assessment.validation import standard_error, validate
 from src.model_configs.arguments import Parser
@@ -238,26 +239,27 @@ def summary(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Return the runs of `summary` as Markdown: by size and seed, the faithful recipe first, then the longest run."""
-    rows = sorted(
-        summary(results),
-        key=lambda r: (
-            r["size"],
-            r["seed"],
-            r["recipe"][:4] == "fast",
-            r["recipe"] != "fast",
-            -r["tokens"],
-            r["recipe"],
-        ),
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        recipe, is_fast = row["recipe"], row["recipe"].startswith("fast")
+        return row["size"], row["seed"], is_fast, recipe != "fast", -row["tokens"], recipe
+
+    return markdown(
+        [
+            {
+                "parameters": f"{row['size'][:-1]}M",
+                "recipe": row["recipe"].replace("-", " ", 1),
+                "seed": str(row["seed"]),
+                "steps": str(row["steps"]),
+                "tokens": f"{row['tokens']:,}",
+                "validation loss": f"{row['loss']:.3f}",
+                "difference from the best faithful run": with_error(row["difference"], row["stderr"], "+.3f")
+                if "difference" in row
+                else "",
+            }
+            for row in sorted(summary(results), key=place)
+        ]
     )
-    lines = [
-        "| parameters | recipe | seed | steps | tokens | validation loss | difference from the best faithful run |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        difference = f"{row['difference']:+.3f} ± {row['stderr']:.3f}" if "difference" in row else ""
-        run = f"{row['size'][:-1]}M | {row['recipe'].replace('-', ' ', 1)} | {row['seed']} | {row['steps']}"
-        lines.append(f"| {run} | {row['tokens']:,} | {row['loss']:.3f} | {difference} |")
-    return "\n".join(lines)
 
 
 def shares(results: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -106,7 +106,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """The figures as Markdown tables, one row per model."""
     figures, choices = [], []
     for result in results:
-        path, values, change = Path(result["checkpoint"]), result["validation"], less(result, results[0])
+        path, values, change = Path(result["checkpoint"]), result["validation"], result["loss_less_first"]
         computed = " (computed in bf16)" if (result["weights"], result["matmuls"]) == ("float32", "bfloat16") else ""
         model = {
             "model": path.parent.parent.name if path.parent.name == "checkpoints" else path.name,  # or an export's
@@ -115,31 +115,33 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         }
         losses = {
             "parameters": f"{result['parameters']:,}",
-            "loss": _with_error(values["loss"], values["stderr"], ".4f"),
+            "loss": with_error(values["loss"], values["stderr"], ".4f"),
             "perplexity": f"{values['perplexity']:.2f}",
             "bits per byte": f"{values['bits_per_byte']:.4f}",
             "loss minus the first": "" if result is results[0] else f"context is {result['n_ctx']:,}",
         }
         if change:
-            losses["loss minus the first"] = _with_error(change["difference"], change["stderr"], "+.4f")
+            losses["loss minus the first"] = with_error(change["difference"], change["stderr"], "+.4f")
         figures.append(model | losses)
         for key, share, stderr in CHOICE_FIGURES:
             if choice := result["multiple_choice"].get(key):
                 model.setdefault("items", f"{choice['total']:,}")
                 column = f"{choice['protocol'].split(' ')[0]} {share}"
-                model[column] = _with_error(choice[share], choice[stderr], ".2%")
+                model[column] = with_error(choice[share], choice[stderr], ".2%")
         choices.append(model)
-    tables = [_markdown(figures)]
+    tables = [markdown(figures)]
     if protocols := [choice["protocol"] for choice in results[0]["multiple_choice"].values()]:
-        tables += [_markdown(choices), "\n".join(": ".join(text.split(" ", 1)) for text in protocols)]
+        tables += [markdown(choices), "\n".join(": ".join(text.split(" ", 1)) for text in protocols)]
     return "\n\n".join(tables)
 
 
-def _with_error(value: float, stderr: float | None, form: str) -> str:
+def with_error(value: float, stderr: float | None, form: str) -> str:
+    """Format both with `form`; the error, if known, without a sign."""
     return f"{value:{form}}" + ("" if stderr is None else f" ± {stderr:{form.removeprefix('+')}}")
 
 
-def _markdown(rows: list[dict[str, str]]) -> str:
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Return `rows` as a Markdown table whose columns line up as plain text too."""
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     rule = {name: "-" * width for name, width in widths.items()}
     lines = (
@@ -169,11 +171,11 @@ def main() -> int:
             say(f"measuring {loaded.path}, weights {weights}, on {loaded.device}")
             results.append(evaluate(loaded, weights, folder, manifest, args.val_tokens, choice))
             del loaded  # frees its memory before the next one is loaded
+    for result in results:
+        result["loss_less_first"] = less(result, results[0])
     print(table(results))
-    changes = [less(result, results[0]) for result in results]
-    for result, change in zip(results, changes, strict=True):
+    for result in results:
         del result["window_losses"]
-        result["loss_less_first"] = change
     machine = describe_machine(choose_device(args.device))
     print_result({"dataset": str(folder), "manifest_sha256": manifest.sha256, "results": results, "machine": machine})
     return 0
